@@ -1,0 +1,1 @@
+"""Multistage contrastive pretraining of CLIP."""

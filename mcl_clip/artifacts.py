@@ -1,0 +1,312 @@
+"""The run directory: phases, fingerprints, atomic files. Only the standard library."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mcl_clip.errors import UserError
+
+DONE = "DONE.json"
+STARTED = "STARTED.json"
+SECONDS_TO_WRITE_LOCK = 10.0
+
+
+class StaleArtifactError(UserError):
+    """A finished phase was made from other settings or inputs than the ones asked for now."""
+
+
+def canonical_json(value: Any) -> str:
+    """`value` as JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """16 bytes of BLAKE2b of the canonical JSON of `value`, in hexadecimal."""
+    return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """16 bytes of BLAKE2b of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends without an error.
+
+    Readers see the old file or the whole new one. The file gets the permissions that the umask asks for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an error, replacing what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        mode = 0o666 & ~_umask()
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+                _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UserError: if the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or delete it to make it anew") from error
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line to a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; none if there is no file. A last line without its end is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # splitlines() would also cut at U+2028 in a string
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One part of a run: reads finished phases, writes only its own folder.
+
+    `settings` is everything that determines the result and is not a file of an earlier phase (no paths).
+    `run` continues from whatever it finds in its folder. A phase that `grows` is made again, without a question, when
+    all that it was made from is still there and something was added: another stage, another evaluation set. Hence an
+    input that grows counts by its settings and its own inputs.
+    """
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    run: Callable[[], None]
+    inputs: tuple["Phase", ...] = ()
+    grows: bool = False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Settings and, through the fingerprints of the inputs, everything that led to them."""
+        return fingerprint(self._made_from)
+
+    @cached_property
+    def _made_from(self) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        for phase in self.inputs:
+            if phase.grows:
+                inputs |= {**phase._made_from["inputs"], phase.name: phase._made_from["settings"]}
+            else:
+                inputs[phase.name] = phase.fingerprint
+        return {"settings": json.loads(canonical_json(self.settings)), "inputs": inputs}
+
+    def state(self) -> str:
+        """`done`, `stale`, `partial` or `missing`."""
+        if not (self.folder / DONE).exists():
+            has_leftovers = self.folder.exists() and any(self.folder.iterdir())
+            return "partial" if has_leftovers else "missing"
+        if self._has_grown():
+            return "partial"
+        return "stale" if self.difference() else "done"
+
+    def difference(self, marker: str = DONE) -> str:
+        """What differs between the finished, or begun, phase and the one asked for; empty if nothing."""
+        record = read_json(self.folder / marker)
+        if record["fingerprint"] == self.fingerprint:
+            changed = [name for name, size in record.get("outputs", {}).items() if self._size(name) != size]
+            return f"its output {changed[0]} is missing or has another size" if changed else ""
+        before, now = record["made_from"], self._made_from
+        fields = _differences(before["settings"], now["settings"], "")
+        names = sorted({*before["inputs"], *now["inputs"]})
+        inputs = [name for name in names if before["inputs"].get(name) != now["inputs"].get(name)]
+        if fields:
+            return "; ".join(fields)
+        return f"its input {inputs[0]} was made anew" if inputs else "its settings changed"
+
+    def check(self) -> bool:
+        """Whether the phase is done.
+
+        Raises:
+            StaleArtifactError: if it was done with other settings or inputs; names what changed.
+        """
+        if not (self.folder / DONE).exists() or self._has_grown():
+            return False
+        self._refuse_if_different(DONE)
+        return True
+
+    def begin(self) -> None:
+        """Note what the phase is made from, before anything is written.
+
+        Raises:
+            StaleArtifactError: if it was begun with other settings or inputs, so that its leftovers cannot be used.
+        """
+        if (self.folder / STARTED).exists() and not self._has_grown(STARTED):
+            self._refuse_if_different(STARTED)
+        write_json(self.folder / STARTED, {"fingerprint": self.fingerprint, "made_from": self._made_from})
+
+    def _refuse_if_different(self, marker: str) -> None:
+        if difference := self.difference(marker):
+            raise StaleArtifactError(
+                f"{self.folder} is {'finished' if marker == DONE else 'begun'} but does not match this recipe: "
+                f"{difference}. Use the earlier setting, another --run-dir, or delete {self.folder} to make it anew"
+            )
+
+    def mark_done(self) -> None:
+        """Write the marker that makes the phase count as finished. No other process may still write to its folder."""
+        for leftover in self.folder.rglob(".*.tmp-*"):  # of processes that were killed while they wrote
+            leftover.unlink()
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path.name not in (DONE, STARTED))
+        outputs = {
+            str(path.relative_to(self.folder)): path.stat().st_size
+            for path in files
+            if "checkpoints" not in path.relative_to(self.folder).parts
+        }
+        record = {"fingerprint": self.fingerprint, "made_from": self._made_from, "outputs": outputs}
+        write_json(self.folder / DONE, {**record, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+    def _has_grown(self, marker: str = DONE) -> bool:
+        return self.grows and _contains(self._made_from, read_json(self.folder / marker)["made_from"])
+
+    def _size(self, name: str) -> int:
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() else -1
+
+
+def _contains(now: Any, before: Any) -> bool:
+    """Whether `now` is `before` with, at most, further keys in its objects."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        kept = (key in now and (now[key] == value or _contains(now[key], value)) for key, value in before.items())
+        return now != before and all(kept)
+    return False
+
+
+def _differences(before: Any, now: Any, path: str) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        return [
+            text
+            for key in keys
+            for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if before == now else [f"{path} was {before!r} and is now {now!r}"]
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for this job.
+
+    Raises:
+        UserError: if a living job holds it. The lock of a dead process on this host is taken over.
+    """
+    path = run_dir / "lock"
+    _take(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _take(path: Path) -> None:
+    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "process": _start_time(os.getpid())})
+    for _ in range(3):
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            _remove_if_dead(path)
+            continue
+        with os.fdopen(handle, "w") as file:
+            file.write(mine)
+        return
+    raise UserError(f"{path} is taken again and again by other jobs; give each job its own --run-dir")
+
+
+def _remove_if_dead(path: Path) -> None:
+    try:
+        age_s = time.time() - path.stat().st_mtime
+        text = path.read_text()
+    except FileNotFoundError:
+        return
+    try:
+        owner = json.loads(text)
+    except json.JSONDecodeError as error:
+        if age_s < SECONDS_TO_WRITE_LOCK:
+            raise UserError(f"{path.parent} is being taken by another job; give this one another --run-dir") from error
+        owner = None  # its owner died between making the file and writing to it
+    if owner is None or (owner["host"] == socket.gethostname() and _start_time(owner["pid"]) != owner["process"]):
+        path.unlink(missing_ok=True)
+        return
+    raise UserError(
+        f"{path.parent} is in use by process {owner['pid']} on {owner['host']}; wait for it, or give this job another "
+        f"--run-dir (if that process is surely dead, delete {path})"
+    )
+
+
+def _start_time(pid: int) -> str:
+    """What tells a process from a later one with the same number; empty if there is no such process."""
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+        is_zombie = fields[0] in "ZX"  # dead, and its parent has not asked how it went
+        return "" if is_zombie else fields[19]
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return ""
+    except PermissionError:
+        pass
+    return "alive"

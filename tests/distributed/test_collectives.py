@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from mcl_clip.artifacts import StaleArtifactError
+from mcl_clip.distributed import (
+    check_same,
+    gather,
+    gather_objects,
+    gather_with_grad,
+    is_main,
+    on_main,
+    rank,
+    world_size,
+)
+from mcl_clip.errors import UserError
+
+
+def gathered_gradients() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each process weighs all rows in its own way; the same gathered tensor's gradient is used twice."""
+    local = torch.arange(6.0).view(3, 2).T.clone().mul(rank() + 1).requires_grad_()
+    other = torch.ones(2, 3, requires_grad=True)
+    transposed = local.T.contiguous().T  # not contiguous
+    weights = torch.arange(6.0 * world_size()).view(-1, 3) * (rank() + 1)
+    ((gather_with_grad(transposed) + gather_with_grad(other)) * weights).sum().backward()
+    return gather(local.detach()), local.grad, other.grad
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_gradient_of_a_gathered_row_is_the_sum_over_processes(pool, size):
+    once = torch.arange(6.0).view(3, 2).T
+    total = sum(range(1, size + 1)) * torch.arange(6.0 * size).view(size, 2, 3)
+    for number, (rows, first, second) in enumerate(pool.run(gathered_gradients, size)):
+        assert torch.equal(rows, torch.cat([once * (n + 1) for n in range(size)]))
+        assert torch.equal(first, total[number])
+        assert torch.equal(second, total[number])
+
+
+def outcome(kind: str) -> tuple[str, str, bool]:
+    def make() -> str:
+        if kind == "user":
+            raise StaleArtifactError("the seed was 1 and is now 2")
+        if kind == "other":
+            raise KeyError("lost")
+        return f"made by {rank()}"
+
+    try:
+        return "", on_main(make), False
+    except Exception as error:
+        return type(error).__name__, str(error), getattr(error, "everywhere", False)
+
+
+def test_what_the_main_process_makes_or_fails_at_reaches_all(pool):
+    assert pool.run(outcome, 2, "fine") == [("", "made by 0", False)] * 2
+    message = "the seed was 1 and is now 2"
+    assert pool.run(outcome, 2, "user") == [("StaleArtifactError", message, True), ("UserError", message, True)]
+    first, second = pool.run(outcome, 2, "other")
+    assert first == ("KeyError", "'lost'", False)
+    assert second == ("RuntimeError", "the main process failed: 'lost'", False)
+    assert pool.run(outcome, 1, "user") == [("StaleArtifactError", message, False)]
+
+
+def agree(values: list[str]) -> str:
+    try:
+        check_same(values[rank()], "the plan of epoch 3")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_value_that_differs_stops_all_processes(pool):
+    assert pool.run(agree, 4, ["a"] * 4) == [""] * 4
+    for message in pool.run(agree, 4, ["a", "a", "b", "a"]):
+        assert message.startswith("the plan of epoch 3 differs between process 0 (a) and processes [2]")
+
+
+def objects() -> tuple[list[int], bool]:
+    return gather_objects(rank() * 10), is_main()
+
+
+def test_objects_come_in_rank_order(pool):
+    assert pool.run(objects, 4) == [([0, 10, 20, 30], number == 0) for number in range(4)]

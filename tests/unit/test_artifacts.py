@@ -1,0 +1,288 @@
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mcl_clip.artifacts import (
+    DONE,
+    Phase,
+    StaleArtifactError,
+    append_jsonl,
+    atomic_dir,
+    atomic_path,
+    fingerprint,
+    lock,
+    read_json,
+    read_jsonl,
+    write_json,
+)
+from mcl_clip.errors import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
+        temporary.write_text("ne")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert names(path.parent) == ["file.txt"]
+    mask = os.umask(0o027)
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text("new")
+            temporary.chmod(0o600)  # as safetensors does
+    finally:
+        os.umask(mask)
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder"
+    with atomic_dir(path) as temporary:
+        (temporary / "one").write_text("1")
+    with pytest.raises(ZeroDivisionError), atomic_dir(path) as temporary:
+        (temporary / "two").write_text("2")
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["folder"]
+    assert names(path) == ["one"]
+    (tmp_path / ".folder.tmp").mkdir()
+    (tmp_path / ".folder.tmp" / "half").write_text("")  # of a process that was killed
+    with atomic_dir(path) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "three").write_text("3")
+    assert (names(tmp_path), names(path)) == (["folder"], ["sub"])
+
+
+def test_json_keeps_values_and_names_broken_files(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"é": [1, 2.5, None]})
+    assert read_json(path) == {"é": [1, 2.5, None]}
+    path.write_text('{"cut')
+    with pytest.raises(UserError, match=r"a.json is not valid JSON .*; restore it or delete it"):
+        read_json(path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, float("nan"))
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_lines_of_records_with_any_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert read_jsonl(path) == []
+    records = [{"text": text} for text in ("plain", "line\u2028separator", "next\x85line", "new\nline")]
+    for record in records:
+        append_jsonl(path, record)
+    with path.open("a") as file:
+        file.write('{"text": "cut')
+    assert read_jsonl(path) == records
+
+
+def make(folder: Path, settings, *inputs: Phase, grows: bool = False, name: str = "") -> Phase:
+    def run() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "out.txt").write_text("result")
+
+    return Phase(name=name or folder.name, folder=folder, settings=settings, run=run, inputs=inputs, grows=grows)
+
+
+def do(*phases: Phase) -> None:
+    for phase in phases:
+        phase.run()
+        phase.mark_done()
+
+
+def test_fingerprints_are_of_content_alone(tmp_path):
+    assert fingerprint({"b": (1, 2), "a": 0.5}) == fingerprint({"a": 0.5, "b": [1, 2]})
+    one, moved = make(tmp_path / "x" / "train", {"lr": 1}), make(tmp_path / "y" / "train", {"lr": 1})
+    assert one.fingerprint == moved.fingerprint != make(tmp_path / "x" / "train", {"lr": 2}).fingerprint
+    later = [make(tmp_path / "embed", {}, before).fingerprint for before in (one, moved, make(tmp_path / "train", {}))]
+    assert later[0] == later[1] != later[2]
+
+
+def test_the_states_of_a_phase(tmp_path):
+    phase = make(tmp_path / "train", {"lr": 1})
+    assert (phase.state(), phase.check()) == ("missing", False)
+    phase.run()
+    assert (phase.state(), phase.check()) == ("partial", False)
+    phase.mark_done()
+    assert (phase.state(), phase.check(), phase.difference()) == ("done", True, "")
+    again = make(tmp_path / "train", {"lr": 1})
+    assert again.check()
+    (tmp_path / "train" / "out.txt").write_text("another length")
+    assert again.state() == "stale"
+    with pytest.raises(StaleArtifactError, match="its output out.txt is missing or has another size"):
+        again.check()
+
+
+def test_a_stale_phase_names_the_field_and_both_values(tmp_path):
+    do(make(tmp_path / "train", {"train": {"lr": 0.1, "betas": (0.9, 0.98)}, "seed": 1}))
+    changed = make(tmp_path / "train", {"train": {"lr": 0.2, "betas": (0.9, 0.98)}, "seed": 1, "new": "x"})
+    assert changed.state() == "stale"
+    with pytest.raises(StaleArtifactError) as caught:
+        changed.check()
+    assert str(caught.value) == (
+        f"{tmp_path / 'train'} is finished but does not match this recipe: new was None and is now 'x'; "
+        f"train.lr was 0.1 and is now 0.2. Use the earlier setting, another --run-dir, or delete {tmp_path / 'train'} "
+        f"to make it anew"
+    )
+
+
+def test_a_phase_goes_stale_with_its_inputs(tmp_path):
+    train = make(tmp_path / "train", {"lr": 1})
+    do(train, make(tmp_path / "embed", {}, train))
+    with pytest.raises(StaleArtifactError, match="its input train was made anew"):
+        make(tmp_path / "embed", {}, make(tmp_path / "train", {"lr": 2})).check()
+
+
+def test_checkpoints_and_leftovers_are_no_outputs(tmp_path):
+    phase = make(tmp_path / "train", {})
+    phase.run()
+    (tmp_path / "train" / "checkpoints").mkdir()
+    (tmp_path / "train" / "checkpoints" / "step-1").write_text("x")
+    (tmp_path / "train" / ".part.safetensors.tmp-12345").write_text("half")  # of a process that was killed
+    phase.mark_done()
+    assert list(read_json(tmp_path / "train" / DONE)["outputs"]) == ["out.txt"]
+    assert names(tmp_path / "train") == [DONE, "checkpoints", "out.txt"]
+
+
+def run_of(folder: Path, stages: int, sets: dict[str, str], lr: int = 1) -> list[Phase]:
+    """Phases as in a run: each evaluation reads the earlier ones, and the combination reads all."""
+    trained, evaluated = [], []
+    for s in range(stages):
+        trained.append(make(folder / f"train-{s}", {"lr": lr}, *trained[-1:]))
+        evaluated.append(make(folder / f"eval-{s}", {"sets": sets}, *trained, *evaluated, grows=True))
+    return [*trained, *evaluated, make(folder / "combined", {"how": "concat"}, *trained, *evaluated, grows=True)]
+
+
+def states(phases: list[Phase]) -> dict[str, str]:
+    return {phase.name: phase.state() for phase in phases}
+
+
+def test_a_run_grows_by_stages_and_evaluation_sets(tmp_path):
+    do(*run_of(tmp_path, 2, {"photos": "1a"}))
+    assert set(states(run_of(tmp_path, 2, {"photos": "1a"})).values()) == {"done"}
+
+    more_sets = run_of(tmp_path, 2, {"photos": "1a", "art": "2b"})
+    assert states(more_sets) == {
+        "train-0": "done", "train-1": "done", "eval-0": "partial", "eval-1": "partial", "combined": "partial",
+    }  # fmt: skip
+    assert [phase.check() for phase in more_sets] == [True, True, False, False, False]
+    do(*more_sets[2:])
+    assert all(phase.check() for phase in run_of(tmp_path, 2, {"photos": "1a", "art": "2b"}))
+
+    more_stages = run_of(tmp_path, 3, {"photos": "1a", "art": "2b"})
+    assert [phase.name for phase in more_stages if not phase.check()] == ["train-2", "eval-2", "combined"]
+
+
+@pytest.mark.parametrize("changed", [{"sets": {"photos": "9z", "art": "2b"}}, {"sets": {"art": "2b"}}, {"lr": 2}])
+def test_what_grows_is_stale_when_something_else_changed(tmp_path, changed):
+    do(*run_of(tmp_path, 2, {"photos": "1a"}))
+    for phase in run_of(tmp_path, 2, **{"sets": {"photos": "1a"}, **changed})[2:]:
+        assert phase.state() == "stale"
+        with pytest.raises(StaleArtifactError):
+            phase.check()
+
+
+def test_many_growing_stages_stay_small(tmp_path):
+    phases = run_of(tmp_path, 30, {"photos": "1a"})
+    do(phases[-1])
+    assert (tmp_path / "combined" / DONE).stat().st_size < 20_000
+
+
+def hold(folder: Path, seconds: float) -> subprocess.Popen:
+    """Another process that holds a run directory."""
+    program = (
+        "import pathlib, sys, time; from mcl_clip.artifacts import lock\n"
+        "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(float(sys.argv[2]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_living_owner_is_respected_and_a_dead_one_is_not(tmp_path):
+    owner = hold(tmp_path, 100)
+    try:
+        with (
+            pytest.raises(UserError, match=f"is in use by process {owner.pid} on {socket.gethostname()}"),
+            lock(tmp_path),
+        ):
+            pass
+        owner.kill()
+        while Path(f"/proc/{owner.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            time.sleep(0.01)
+        with lock(tmp_path):  # nobody has asked yet how the dead process went
+            assert read_json(tmp_path / "lock")["pid"] == os.getpid()
+    finally:
+        owner.kill()
+        owner.communicate()
+    assert names(tmp_path) == []
+    with lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("pid", [2**22 + 5, os.getpid()])
+def test_the_lock_of_an_earlier_process_is_taken_over(tmp_path, pid):
+    record = {"host": socket.gethostname(), "pid": pid, "process": "12"}  # a number may have been given again
+    (tmp_path / "lock").write_text(json.dumps(record))
+    with lock(tmp_path):
+        assert read_json(tmp_path / "lock")["process"] != "12"
+
+
+def test_another_host_is_asked_about(tmp_path):
+    (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "process": "1"}))
+    with pytest.raises(UserError, match=r"in use by process 1 on elsewhere; .* delete .*lock\)"), lock(tmp_path):
+        pass
+    assert names(tmp_path) == ["lock"]
+
+
+def test_a_lock_that_is_being_written_is_respected(tmp_path):
+    (tmp_path / "lock").touch()
+    with pytest.raises(UserError, match="is being taken by another job"), lock(tmp_path):
+        pass
+    os.utime(tmp_path / "lock", (0, 0))  # its owner died in between
+    with lock(tmp_path):
+        pass
+
+
+def test_an_error_frees_the_lock(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock(tmp_path):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def take(folder: Path, wins) -> None:
+    try:
+        with lock(folder):
+            wins.put(os.getpid())
+            time.sleep(0.5)
+    except UserError:
+        pass
+
+
+def test_one_of_many_gets_the_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    wins = context.SimpleQueue()
+    processes = [context.Process(target=take, args=(tmp_path, wins)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert not wins.empty()
+    wins.get()
+    assert wins.empty()
