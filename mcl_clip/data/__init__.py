@@ -1,0 +1,1 @@
+"""From shard lists to batches: index, plan, reader, decoding."""

@@ -1,0 +1,113 @@
+"""From bytes to pictures and captions: a whitelist of formats, caps before anything is unpacked, nothing executed."""
+
+import io
+import json
+
+from PIL import Image, UnidentifiedImageError
+
+from mcl_clip.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be decoded; `reason` is one word for counting."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, self.args))
+
+
+def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
+    """The picture in `data` as RGB, of an animation the first frame.
+
+    The content decides, not the member's name: only JPEG, PNG and WebP are opened. Transparency is dropped and EXIF
+    orientation ignored, as in open_clip; 16-bit grey is scaled to 8 bits.
+
+    Args:
+        data: A whole image file.
+        max_pixels: Larger pictures are refused before their pixels are unpacked.
+
+    Raises:
+        BadSampleError: `oversize_image`, `not_an_image`, `too_many_pixels` or `broken_image`.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadSampleError("oversize_image", f"{len(data)} bytes, at most {MAX_IMAGE_BYTES} are read")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadSampleError("not_an_image", f"no {', '.join(_FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSampleError("too_many_pixels", str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the plugins raise a dozen types on damaged headers
+        raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadSampleError("too_many_pixels", f"{width} x {height}, at most {max_pixels} pixels are unpacked")
+    try:
+        image.load()
+        return _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # as above, on damaged pixels
+        raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
+
+
+def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption") -> list[str]:
+    """The captions in a text member, stripped, at least one.
+
+    Args:
+        data: UTF-8 text. `txt`: one caption a line, blank lines dropped. `json`: an object with a string or a list of
+            strings at `json_key`.
+        text_format: `txt` or `json`.
+        json_key: Where a JSON object holds the captions.
+
+    Raises:
+        BadSampleError: `oversize_text`, `not_utf8`, `bad_json`, `no_caption_key`, `bad_caption_type` or
+            `empty_caption`.
+    """
+    limit = MAX_JSON_BYTES if text_format == "json" else MAX_TXT_BYTES
+    if len(data) > limit:
+        raise BadSampleError("oversize_text", f"{len(data)} bytes, at most {limit} are read")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError("not_utf8", str(error)) from error
+    captions = _json_captions(text, json_key) if text_format == "json" else text.splitlines()
+    captions = [caption.strip() for caption in captions if caption.strip()]
+    if not captions:
+        raise BadSampleError("empty_caption")
+    return captions
+
+
+def _json_captions(text: str, json_key: str) -> list[str]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("bad_json", str(error)) from error
+    if not isinstance(value, dict):
+        raise BadSampleError("bad_json", f"an object is needed, not {type(value).__name__}")
+    if json_key not in value:
+        raise BadSampleError("no_caption_key", f"no {json_key!r}")
+    captions = value[json_key]
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise BadSampleError("bad_caption_type", f"{json_key!r} must be a string or a list of strings")
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise BadSampleError("not_utf8", str(error)) from error
+    return captions
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # a plain conversion would clip 16 bits at 255
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # palettes with partial transparency know no other way
+    return image.convert("RGB")

@@ -1,0 +1,174 @@
+"""Bytes of local and remote files, with retries. Messages never show the secret parts of a URL."""
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+import fsspec
+
+from mcl_clip.data.shards import is_remote, redacted
+from mcl_clip.errors import UserError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+# What object stores call the version of an object, best first.
+_STAMPS = ("ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "Digest", "LastModified", "Last-Modified", "updated")
+# Errors of these packages are failures of the network, whatever class they have.
+_NETWORK_PACKAGES = (
+    *("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests", "urllib3", "huggingface_hub"),
+    *("httpx", "httpx2", "httpcore", "httpcore2"),  # what huggingface_hub uses, by version
+)
+_PASSING_STATUS = (408, 425, 429)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long to wait for a file: `retries` repeats, pauses of `backoff_s` doubling, `timeout_s` without a byte."""
+
+    retries: int = 3
+    backoff_s: float = 0.5
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.retries < 0 or self.backoff_s < 0 or self.timeout_s <= 0:
+            raise UserError(f"{self} cannot work; retries and backoff_s must be at least 0 and timeout_s above 0")
+
+    def run(self, action: Callable[[], T], location: str) -> T:
+        """The result of `action`, repeated while it fails for reasons that may pass.
+
+        Raises:
+            UserError: at once, if the file is gone or may not be read; names the location.
+            OSError: if it still fails after the last repeat.
+        """
+        attempt = 0
+        while True:
+            try:
+                return action()
+            except UserError:
+                raise
+            except Exception as error:
+                reason = redacted(f"{type(_root(error)).__name__}: {_root(error)}")
+                if permanent := _permanent(error, redacted(location)):
+                    raise permanent from None
+                if not _is_passing(error):
+                    raise
+                if attempt >= self.retries:
+                    message = f"reading {redacted(location)} failed {attempt + 1} times, at last with {reason}"
+                    raise OSError(message) from None  # the cause may show secrets
+                pause = self.backoff_s * 2**attempt
+                logger.warning("reading %s failed (%s); trying again in %.1f s", redacted(location), reason, pause)
+                time.sleep(pause)
+                attempt += 1
+
+
+def stat(location: str, patience: Patience) -> tuple[int, str]:
+    """Size in bytes and version stamp (modification time, ETag or the like; empty if there is none) of a file.
+
+    Raises:
+        UserError: if there is no such file, it may not be read, or its server does not tell its size.
+    """
+    return patience.run(lambda: _stat(location, patience.timeout_s), location)
+
+
+def read_range(location: str, start: int, end: int, patience: Patience) -> bytes:
+    """Bytes `start` to `end` of a remote file.
+
+    Raises:
+        UserError: if it is gone, may not be read, or its server does not send ranges.
+        OSError: if it cannot be read after all repeats.
+    """
+
+    def read() -> bytes:
+        data: bytes = filesystem(location, patience.timeout_s).cat_file(location, start=start, end=end)
+        if len(data) > end - start:
+            raise UserError(
+                f"the server of {redacted(location)} sends whole files where a range is asked for; fetch whole shards "
+                f"into a local cache (remote='stage'), or copy the shards to a local folder"
+            )
+        if len(data) < end - start:
+            raise OSError(f"{len(data)} of {end - start} bytes arrived")
+        return data
+
+    return patience.run(read, location)
+
+
+def filesystem(location: str, timeout_s: float) -> Any:
+    """The fsspec file system for a URL, one per process.
+
+    Raises:
+        UserError: if the package for the protocol is not installed.
+    """
+    return _filesystem(location.partition("://")[0], "%" in location, timeout_s, os.getpid())
+
+
+@functools.lru_cache(maxsize=16)
+def _filesystem(protocol: str, is_encoded: bool, timeout_s: float, process: int) -> Any:  # noqa: ARG001
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}, "encoded": is_encoded}
+    elif protocol == "s3":
+        options = {"config_kwargs": {"connect_timeout": timeout_s, "read_timeout": timeout_s}}
+    elif protocol == "gs":
+        options = {"timeout": timeout_s}
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except ImportError as error:
+        package = {"s3": "s3fs", "gs": "gcsfs"}.get(protocol, protocol)
+        raise UserError(f"reading {protocol}:// needs a package: pip install {package} ({error})") from error
+
+
+def _stat(location: str, timeout_s: float) -> tuple[int, str]:
+    if not is_remote(location):
+        local = os.stat(location)
+        return local.st_size, f"mtime:{local.st_mtime_ns}"
+    files = filesystem(location, timeout_s)
+    files.invalidate_cache()
+    info = files.info(location)
+    if info.get("size") is None:
+        raise UserError(f"the server of {redacted(location)} does not tell the size of the file; copy it to a folder")
+    return int(info["size"]), next((f"{name}:{info[name]}" for name in _STAMPS if info.get(name)), "")
+
+
+def _permanent(error: Exception, shown: str) -> UserError | None:
+    """What to tell the user, if trying again is of no use."""
+    error = _root(error)
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return UserError(f"{shown} does not exist (any more); correct the name, or restore the file")
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return UserError(
+            f"{shown} may not be read: access is refused; check permissions, credentials or the signed URL"
+        )
+    if status is not None and 400 <= status < 500 and status not in _PASSING_STATUS:
+        return UserError(f"the server refuses to send {shown} (HTTP status {status}); check the URL")
+    return None
+
+
+def _is_passing(error: Exception) -> bool:
+    error = _root(error)
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _NETWORK_PACKAGES
+
+
+def _root(error: Exception) -> Exception:
+    """What really happened: fsspec calls every failure to get the size of an HTTP file 'not found'."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, aiohttp.ClientError | TimeoutError | ConnectionError):
+        return cause
+    return error
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status in the error of any of the client libraries."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in ("status", "status_code", "code"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                return value
+    return None

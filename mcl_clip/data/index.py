@@ -1,0 +1,410 @@
+"""The index of a shard list: one row per sample, with the place of its members in the tar files."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int32, Int64, Integer, UInt8
+from tqdm import tqdm
+
+from mcl_clip.artifacts import atomic_path
+from mcl_clip.data.files import Patience, stat
+from mcl_clip.data.samples import TEXT_FORMATS, Row, scan_shard
+from mcl_clip.data.shards import check_location, is_remote, redacted
+from mcl_clip.distributed import is_main
+from mcl_clip.errors import UserError
+
+INDEX_NAME = "index.arrow"
+
+_VERSION = 1
+_METADATA = b"mcl_clip"
+_DTYPES = {
+    "shard": np.int32,
+    "image_offset": np.int64,
+    "image_size": np.int32,
+    "image_format": np.uint8,
+    "text_offset": np.int64,
+    "text_size": np.int32,
+    "text_format": np.uint8,
+    "sample_offset": np.int64,
+    "sample_size": np.int64,
+}
+_SCHEMA = pa.schema(
+    [("key", pa.large_string()), *((name, pa.from_numpy_dtype(dtype)) for name, dtype in _DTYPES.items())]
+)
+_DIGEST_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: `size` in bytes, `stamp` its modification time or ETag, rows `first_row` to `first_row + rows`.
+
+    `skipped` counts the samples that are not rows, by reason.
+    """
+
+    url: str
+    size: int
+    stamp: str
+    first_row: int
+    rows: int
+    skipped: dict[str, int]
+
+
+class _File(NamedTuple):
+    """The file an index was loaded from, and what it was then."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+_Part: TypeAlias = tuple[Shard, pa.Table]
+
+
+class ShardIndex:
+    """All samples of a shard list by row, in the order of the shards and of their places in them.
+
+    Columns are read-only numpy arrays with one entry per row; offsets are bytes in the tar, of payloads. The columns
+    of a loaded index are views of the memory-mapped file, and a pickled one carries only the path.
+    """
+
+    shard_of: Int32[np.ndarray, "rows"]
+    image_offset: Int64[np.ndarray, "rows"]
+    image_size: Int32[np.ndarray, "rows"]
+    image_format: UInt8[np.ndarray, "rows"]  # a place in mcl_clip.data.samples.IMAGE_FORMATS
+    text_offset: Int64[np.ndarray, "rows"]
+    text_size: Int32[np.ndarray, "rows"]
+    text_format: UInt8[np.ndarray, "rows"]  # a place in mcl_clip.data.samples.TEXT_FORMATS
+    sample_offset: Int64[np.ndarray, "rows"]  # of the sample's first header
+    sample_size: Int64[np.ndarray, "rows"]  # of all its members, with headers and padding
+
+    def __init__(self, shards: Sequence[Shard], table: pa.Table, *, text_first: str = "txt"):
+        """An index from its parts; users call `build` or `load`.
+
+        Raises:
+            UserError: if rows and shards do not fit together.
+        """
+        self.shards = tuple(shards)
+        self.text_first = text_first
+        self._table = table.combine_chunks()
+        self._file: _File | None = None
+        self._digest = ""
+        firsts = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        if [shard.first_row for shard in self.shards] != firsts[:-1].tolist() or firsts[-1] != table.num_rows:
+            raise UserError("the index is damaged: its shards and its rows do not fit together; build it again")
+        self.shard_of = self._column("shard")
+        for name in _DTYPES.keys() - {"shard"}:
+            setattr(self, name, self._column(name))
+        self._key_ends, self._key_bytes = _key_buffers(self._table)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def key(self, row: int | np.integer) -> str:
+        """The WebDataset key of a row; unique within its shard only."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of an index with {len(self)} rows")
+        return bytes(self._key_bytes[self._key_ends[row] : self._key_ends[row + 1]]).decode()
+
+    def key_numbers(self) -> Int32[np.ndarray, "rows"]:
+        """A number for each row, equal where keys are."""
+        keys = self._table.column("key")
+        numbers: np.ndarray = (
+            keys.chunk(0).dictionary_encode().indices.to_numpy() if len(self) else np.zeros(0, np.int32)
+        )
+        return numbers
+
+    @property
+    def digest(self) -> str:
+        """16 bytes in hexadecimal over keys, member sizes and formats in row order; equal wherever the shards lie."""
+        if not self._digest:
+            self._digest = self._make_digest()
+        return self._digest
+
+    def skipped_by_reason(self) -> dict[str, int]:
+        """How many samples of all shards are not rows, by reason, most frequent first."""
+        return dict(sum((Counter(shard.skipped) for shard in self.shards), Counter[str]()).most_common())
+
+    @classmethod
+    def build(
+        cls,
+        urls: Sequence[str],
+        *,
+        max_workers: int = 16,
+        text_first: str = "txt",
+        reuse: bool = True,
+        patience: Patience | None = None,
+    ) -> "ShardIndex":
+        """The index of shards, from one pass over their tar headers.
+
+        Args:
+            urls: Locations as `expand_shards` gives them.
+            max_workers: Threads; remote shards gain from many.
+            text_first: `txt` or `json`: the text of samples that have both.
+            reuse: Take over the rows of unchanged shards from the `index.arrow` beside them.
+            patience: Repeats and timeouts for remote shards.
+
+        Raises:
+            UserError: if a shard is missing, compressed, cut off or damaged, or if no sample has an image and a text.
+            OSError: if a shard cannot be read after all repeats.
+        """
+        if text_first not in TEXT_FORMATS:
+            raise UserError(f"text_first is {text_first!r}; it must be one of {', '.join(TEXT_FORMATS)}")
+        for url in urls:
+            check_location(url)
+        locations = [url if is_remote(url) else os.path.abspath(url) for url in urls]
+        known = _known_parts(locations, text_first) if reuse else {}
+        waits = patience or Patience()
+        missing = [url for url in locations if url not in known]
+        with ThreadPoolExecutor(max_workers=max_workers) as threads:
+            try:
+                bar = tqdm(
+                    threads.map(lambda url: _scan(url, text_first, waits), missing),
+                    total=len(missing),
+                    desc="indexing shards",
+                    unit="shard",
+                    disable=None if is_main() and missing else True,
+                )
+                known |= dict(zip(missing, bar, strict=True))
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+        index = _assemble([known[url] for url in locations], text_first)
+        if not len(index):
+            raise UserError(_nothing_found(index))
+        return index
+
+    def save(self, path: Path) -> None:
+        """Write the index as an Arrow file. Local shards below its folder are named relative to it, so both may move.
+
+        A file that names signed URLs is readable by its owner only.
+        """
+        path = Path(path).absolute()
+        shards = [asdict(replace(shard, url=_relative(shard.url, path.parent))) for shard in self.shards]
+        metadata = {"version": _VERSION, "text_first": self.text_first, "shards": shards}
+        table = self._table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
+        with (
+            atomic_path(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as file,
+            pa.ipc.new_file(file, table.schema) as writer,
+        ):
+            writer.write_table(table)
+        if any(redacted(shard.url) != shard.url for shard in self.shards):
+            path.chmod(0o600)
+
+    @classmethod
+    def load(cls, path: Path) -> "ShardIndex":
+        """An index from its file, memory-mapped: quick at any size, and shared by the processes of a machine.
+
+        Raises:
+            UserError: if there is no such file, or it is damaged or of another version.
+        """
+        path = Path(path).absolute()
+        try:
+            status = path.stat()
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            metadata = json.loads(table.schema.metadata[_METADATA])
+            if metadata["version"] != _VERSION:
+                raise UserError(f"{path} is an index of version {metadata['version']}, not {_VERSION}; build it again")
+            shards = [Shard(**shard) for shard in metadata["shards"]]
+            if not table.schema.equals(_SCHEMA):
+                raise KeyError("columns")
+        except FileNotFoundError as error:
+            raise UserError(f"there is no index {path}; build it with `mcl-clip index`") from error
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is not a whole index file ({error}); delete it and build it again") from error
+        shards = [replace(shard, url=_absolute(shard.url, path.parent)) for shard in shards]
+        index = cls(shards, table, text_first=metadata["text_first"])
+        index._file = _File(str(path), status.st_size, status.st_mtime_ns)
+        return index
+
+    def write_beside(self) -> None:
+        """Write an `index.arrow` into each folder with local shards of this index; `build` reuses them.
+
+        Raises:
+            UserError: if there are no local shards, or a folder is not writable.
+        """
+        folders: dict[str, list[int]] = {}
+        for number, shard in enumerate(self.shards):
+            if not is_remote(shard.url):
+                folders.setdefault(os.path.dirname(shard.url), []).append(number)
+        if not folders:
+            raise UserError("all shards of the index are remote; save it to a local file instead")
+        for folder, numbers in folders.items():
+            try:
+                _assemble([self._part(number) for number in numbers], self.text_first).save(Path(folder, INDEX_NAME))
+            except PermissionError as error:
+                raise UserError(f"{folder} is not writable ({error}); save the index elsewhere") from error
+
+    @classmethod
+    def concatenate(cls, indexes: Sequence["ShardIndex"]) -> "ShardIndex":
+        """The rows of several indexes, one after the other.
+
+        Raises:
+            UserError: if a shard is in two of them.
+        """
+        counts = Counter(shard.url for index in indexes for shard in index.shards)
+        if repeated := [url for url, count in counts.items() if count > 1]:
+            raise UserError(f"{redacted(repeated[0])} is in several of the indexes; name each shard once")
+        orders = {index.text_first for index in indexes}
+        parts = [index._part(number) for index in indexes for number in range(len(index.shards))]
+        return _assemble(parts, orders.pop() if len(orders) == 1 else "mixed")
+
+    def check_unchanged(self, *, max_workers: int = 16, patience: Patience | None = None) -> None:
+        """Compare size and modification time or ETag of every shard with the index.
+
+        Raises:
+            UserError: naming the first shard that is gone or changed.
+        """
+        waits = patience or Patience()
+        with ThreadPoolExecutor(max_workers=max_workers) as threads:
+            for shard, now in zip(self.shards, threads.map(lambda s: stat(s.url, waits), self.shards), strict=True):
+                if now != (shard.size, shard.stamp):
+                    raise UserError(
+                        f"shard {redacted(shard.url)} changed since its index was made: it had {shard.size} bytes "
+                        f"({shard.stamp}) and has {now[0]} ({now[1]}); build the index again, or restore the shard"
+                    )
+
+    def relocated(
+        self,
+        rows: Integer[np.ndarray, "new_rows"],
+        shards: Sequence[Shard],
+        sample_offset: Int64[np.ndarray, "new_rows"],
+    ) -> "ShardIndex":
+        """The index of copies of `rows`, shard after shard, when each copied sample starts at its `sample_offset`."""
+        table = self._table.take(pa.array(rows)).combine_chunks()
+        shift = sample_offset - self.sample_offset[rows]
+        for name in ("image_offset", "text_offset", "sample_offset"):
+            place = _SCHEMA.get_field_index(name)
+            table = table.set_column(place, _SCHEMA.field(name), pa.array(_numpy(table, name) + shift))
+        firsts = np.cumsum([0, *(shard.rows for shard in shards)])
+        parts = [(shard, table.slice(first, shard.rows)) for shard, first in zip(shards, firsts.tolist(), strict=False)]
+        return _assemble(parts, self.text_first)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._file is not None:
+            return _reload, (self._file,)
+        return _rebuild, (self.shards, self._table, self.text_first)
+
+    def _column(self, name: str) -> Any:
+        return _numpy(self._table, name)
+
+    def _part(self, number: int) -> _Part:
+        shard = self.shards[number]
+        return shard, self._table.slice(shard.first_row, shard.rows)
+
+    def _make_digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        lengths = self._key_ends[1:] - self._key_ends[:-1] if len(self) else self._key_ends[:0]
+        columns = (lengths, self.image_size, self.text_size, self.image_format, self.text_format)
+        for start in range(0, len(self), _DIGEST_ROWS):
+            end = min(start + _DIGEST_ROWS, len(self))
+            for column in columns:
+                digest.update(np.ascontiguousarray(column[start:end], dtype="<i8").data)
+            digest.update(self._key_bytes[self._key_ends[start] : self._key_ends[end]].data)
+        return digest.hexdigest()
+
+
+def make_table(keys: Iterable[bytes], columns: Mapping[str, np.ndarray]) -> pa.Table:
+    """The rows of an index: UTF-8 keys, and a column of equal length for each name of `Row` and `shard`."""
+    arrays = [pa.array(list(keys), pa.large_binary()).cast(pa.large_string())]
+    arrays += [pa.array(np.asarray(columns[name]).astype(dtype)) for name, dtype in _DTYPES.items()]
+    return pa.Table.from_arrays(arrays, schema=_SCHEMA)
+
+
+def _scan(url: str, text_first: str, patience: Patience) -> _Part:
+    before = stat(url, patience)
+    keys, rows, skipped = scan_shard(url, before[0], text_first=text_first, patience=patience)
+    if stat(url, patience) != before:
+        raise UserError(f"shard {redacted(url)} changed while it was read; wait until it is written, then try again")
+    values = np.array(rows, np.int64).reshape(-1, len(Row._fields))
+    columns = {name: values[:, number] for number, name in enumerate(Row._fields)}
+    table = make_table(keys, columns | {"shard": np.zeros(len(rows), np.int32)})
+    return Shard(url, *before, first_row=0, rows=len(rows), skipped=dict(skipped)), table
+
+
+def _known_parts(locations: Sequence[str], text_first: str) -> dict[str, _Part]:
+    """Rows from the indexes beside local shards, of those that have not changed since."""
+    known = {}
+    folders = dict.fromkeys(os.path.dirname(url) for url in locations if not is_remote(url))
+    wanted = set(locations)
+    for file in (Path(folder, INDEX_NAME) for folder in folders):
+        if not file.exists():
+            continue
+        index = ShardIndex.load(file)
+        for number, shard in enumerate(index.shards):
+            if index.text_first == text_first and shard.url in wanted and _is_unchanged(shard):
+                known[shard.url] = index._part(number)
+    return known
+
+
+def _is_unchanged(shard: Shard) -> bool:
+    try:
+        return stat(shard.url, Patience(retries=0)) == (shard.size, shard.stamp)
+    except UserError:
+        return False
+
+
+def _assemble(parts: Sequence[_Part], text_first: str) -> ShardIndex:
+    firsts = np.cumsum([0, *(shard.rows for shard, _ in parts)])
+    shards = [replace(shard, first_row=int(first)) for (shard, _), first in zip(parts, firsts, strict=False)]
+    numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [shard.rows for shard in shards])
+    tables = [table.replace_schema_metadata(None) for _, table in parts]
+    table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
+    return ShardIndex(shards, table.set_column(1, _SCHEMA.field("shard"), pa.array(numbers)), text_first=text_first)
+
+
+def _nothing_found(index: ShardIndex) -> str:
+    skipped = index.skipped_by_reason()
+    first = f"{redacted(index.shards[0].url)} and {len(index.shards) - 1} more" if index.shards else "an empty list"
+    hint = "; the members of a sample must be neighbours in the tar" if "duplicate_key" in skipped else ""
+    if images := skipped.get("missing_text", 0):
+        text = f"{first} has no captions: {images} samples with an image and none with txt or json"
+        return f"{text} (skipped: {skipped}){hint}"
+    return f"{first} has no sample with an image and a text (skipped: {skipped}){hint}"
+
+
+def _numpy(table: pa.Table, name: str) -> np.ndarray:
+    column = table.column(name)
+    if column.num_chunks == 0:
+        return np.zeros(0, _DTYPES[name])
+    values: np.ndarray = column.chunk(0).to_numpy(zero_copy_only=True)
+    return values
+
+
+def _key_buffers(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Where keys end (int64, rows + 1) and their bytes."""
+    if not table.num_rows:
+        return np.zeros(1, np.int64), np.zeros(0, np.uint8)
+    keys = table.column("key").chunk(0)
+    _, ends, data = keys.buffers()
+    offsets = np.frombuffer(ends, np.int64)[keys.offset : keys.offset + len(keys) + 1]
+    return offsets, np.frombuffer(data, np.uint8)
+
+
+def _relative(url: str, folder: Path) -> str:
+    is_below = not is_remote(url) and Path(url).is_relative_to(folder)
+    return str(Path(url).relative_to(folder)) if is_below else url
+
+
+def _absolute(url: str, folder: Path) -> str:
+    return url if is_remote(url) else os.path.join(folder, url)
+
+
+def _reload(file: _File) -> ShardIndex:
+    index = ShardIndex.load(Path(file.path))
+    if index._file != file:
+        raise UserError(f"{file.path} was written anew while it was in use; start again")
+    return index
+
+
+def _rebuild(shards: Sequence[Shard], table: pa.Table, text_first: str) -> ShardIndex:
+    return ShardIndex(shards, table, text_first=text_first)

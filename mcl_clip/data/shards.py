@@ -1,0 +1,116 @@
+"""Shard lists: from what a user writes to the locations of tar files."""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from braceexpand import braceexpand
+
+from mcl_clip.errors import UserError
+
+REMOTE_PROTOCOLS = ("http", "https", "s3", "gs", "hf")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^\s'\"<>]*)")
+
+
+def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
+    """The shards that `spec` stands for, in order: absolute local paths, and remote URLs as they are.
+
+    Args:
+        spec: A location or a list of them. Each may hold braces (`{000000..000007}`, `{train,extra}`); a local one may
+            be a glob, a folder (its `*.tar` in the order of their names) or a `file:` URL.
+
+    Raises:
+        UserError: for a protocol other than http, https, s3, gs and hf, `pipe:`, a chained URL (`::`), a local file
+            that does not exist, a shard named twice, or when nothing is found.
+    """
+    items = [spec] if isinstance(spec, str | Path) else list(spec)
+    shards = [shard for item in items for shard in _expand_item(os.fspath(item))]
+    if not shards:
+        raise UserError(f"the shard list {spec!r} is empty; name at least one tar file, folder, glob or URL")
+    shard, count = Counter(shards).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{redacted(shard)} is in the shard list {count} times; name each shard once")
+    return shards
+
+
+def check_location(location: str) -> None:
+    """Nothing, for a location that may be opened.
+
+    Raises:
+        UserError: for a protocol other than http, https, s3, gs and hf, for `pipe:`, and for a chained URL.
+    """
+    if "::" in location:
+        raise UserError(f"{redacted(location)} is a chained URL ('::'), which is not opened; name the tar file itself")
+    match = _SCHEME.match(location)
+    if match is None:
+        return
+    if match[1].lower() not in REMOTE_PROTOCOLS or not location.startswith(f"{match[1].lower()}://"):
+        raise UserError(
+            f"{redacted(location)} starts with {match[0]!r}, which is not opened; use a local path or one of "
+            f"{', '.join(f'{name}://' for name in REMOTE_PROTOCOLS)} (a local name with a colon: put ./ before it)"
+        )
+    if not location.partition("://")[2].strip("/"):
+        raise UserError(f"{redacted(location)} names no file; give the whole URL of a tar file")
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location that passed `check_location` is a URL rather than a local path."""
+    return _SCHEME.match(location) is not None
+
+
+def redacted(text: str) -> str:
+    """`text` with user names, passwords, queries and fragments taken out of every URL in it: fit to be printed."""
+    return _URL.sub(lambda match: match[1] + re.split(r"[?#]", re.sub(r"^[^/]*@", "", match[2]))[0], text)
+
+
+def _expand_item(item: str) -> Iterator[str]:
+    if item[:5].lower() == "file:":
+        item = _path_of_file_url(item)
+    elif os.path.exists(item):  # a name may hold braces and brackets of its own
+        yield from _expand_local(item, item)
+        return
+    check_location(item)
+    try:
+        names = list(braceexpand(item, escape=False))
+    except ValueError as error:  # unbalanced braces
+        raise UserError(
+            f"the braces of {redacted(item)} do not match ({error}); write them like {{000..007}}"
+        ) from error
+    for name in names:
+        check_location(name)
+        if not is_remote(name):
+            yield from _expand_local(name, item)
+        elif "*" in urlsplit(name).path:
+            raise UserError(f"{redacted(name)}: '*' works on local paths only; use braces, like {{000..007}}")
+        else:
+            yield name
+
+
+def _expand_local(name: str, item: str) -> Iterator[str]:
+    path = os.path.abspath(os.path.expanduser(name))
+    if os.path.isdir(path):
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    elif os.path.exists(path):
+        found = [path]
+    elif glob.has_magic(path):
+        found = sorted(glob.glob(path, recursive=True))
+    else:
+        raise UserError(f"the shard {path} does not exist (from {item!r}); correct the name or fetch the shard")
+    if not found:
+        raise UserError(f"no shard matches {name!r}; correct the name (a folder is searched for *.tar)")
+    yield from found
+
+
+def _path_of_file_url(url: str) -> str:
+    rest = url[5:]
+    if not rest.startswith("//"):
+        return unquote(rest)
+    host, slash, path = rest[2:].partition("/")
+    if host not in ("", "localhost") or not path:
+        raise UserError(f"{url} is not the URL of a file on this machine; write file:///folder/name.tar")
+    return unquote(slash + path)

@@ -1,0 +1,170 @@
+import io
+import json
+import pickle
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mcl_clip.data.decode import BadSampleError, decode_captions, decode_image
+from tests.unit.data.tars import noise, picture
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises a huge picture."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def refusal(data: bytes, **options) -> str:
+    with pytest.raises(BadSampleError) as caught:
+        decode_image(data, **options)
+    assert caught.value.reason in str(caught.value)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_all_modes_become_rgb_as_pillow_does_it(kind, mode):
+    image = Image.frombytes("RGB", (20, 10), noise("pixels", 600)).convert(mode)
+    try:
+        data = encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    except (OSError, ValueError):
+        pytest.skip(f"{kind} does not hold {mode}")
+    decoded = decode_image(data)
+    assert decoded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    decoded = np.asarray(decode_image(encoded(Image.fromarray(grey), "PNG")))
+    np.testing.assert_allclose(decoded[..., 0], grey / 257, atol=1)
+
+
+def test_palettes_with_partial_transparency_do_not_warn():
+    image = Image.frombytes("P", (4, 4), bytes(range(16)))
+    image.putpalette(noise("palette", 48))
+    data = encoded(image, "PNG", transparency=bytes(range(16)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(data).getpixel((1, 0)) == tuple(noise("palette", 48)[3:6])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_only_the_first_frame_of_an_animation(kind):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert decode_image(data).getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO", "PPM", "EPS", "PDF"])
+def test_other_formats_are_refused_by_content(kind):
+    assert refusal(encoded(Image.new("RGB", (16, 16)), kind)) == "not_an_image"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>", b"\x80\x04.", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8", b"RIFFxxxxWEBP"]
+)
+def test_what_is_no_image(data):
+    assert refusal(data) in ("not_an_image", "broken_image")
+
+
+def test_caps_hold_before_pixels_are_unpacked():
+    assert refusal(bomb(9000, 9000)) == "too_many_pixels"
+    assert refusal(bomb(60_000, 60_000)) == "too_many_pixels"
+    assert refusal(bomb(2**31 - 1, 2**31 - 1)) in ("too_many_pixels", "broken_image")
+    assert refusal(bytes((32 << 20) + 1)) == "oversize_image"
+    data = picture(size=(20, 10))
+    assert refusal(data, max_pixels=199) == "too_many_pixels"
+    assert decode_image(data, max_pixels=200).size == (20, 10)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_cut_image_is_broken(kind):
+    data = encoded(Image.frombytes("RGB", (32, 32), noise("cut", 3072)), kind)
+    for size in range(0, len(data) - 64, 61):
+        assert refusal(data[:size]) in ("broken_image", "not_an_image", "too_many_pixels")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_images_raise_nothing_else(kind):
+    data = encoded(Image.frombytes("RGB", (24, 24), noise("fuzz", 1728)), kind)
+    rng = np.random.default_rng(0)
+    bad = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data) if rng.random() < 0.5 else 64, rng.integers(1, 6)):
+            damaged[place] = rng.integers(256)
+        try:
+            decode_image(bytes(damaged), max_pixels=1_000_000)
+        except BadSampleError:
+            bad += 1
+    assert bad > 30
+
+
+def test_errors_survive_pickling():
+    error = pickle.loads(pickle.dumps(BadSampleError("broken_image", "why")))
+    assert (error.reason, str(error)) == ("broken_image", "broken_image: why")
+    assert str(BadSampleError("empty_caption")) == "empty_caption"
+
+
+def test_txt_holds_one_caption_a_line():
+    text = "  a cat \r\n\n\t\na dog\n\x85ein Bär"
+    assert decode_captions(text.encode(), "txt") == ["a cat", "a dog", "ein Bär"]
+    assert decode_captions(b"\xef\xbb\xbfone", "txt") == ["one"]
+    assert decode_captions(b'{"caption": "x"}', "txt") == ['{"caption": "x"}']
+
+
+def test_json_holds_a_string_or_a_list():
+    assert decode_captions(b'{"caption": " a cat ", "n": 1}', "json") == ["a cat"]
+    assert decode_captions(b'{"caption": ["a", " ", "b"]}', "json") == ["a", "b"]
+    assert decode_captions(b'{"caption": "a", "alt": "b\\nc"}', "json", json_key="alt") == ["b\nc"]
+
+
+@pytest.mark.parametrize(
+    ("data", "text_format", "reason"),
+    [
+        (b"\xff\xfe", "txt", "not_utf8"),
+        ("é".encode("latin-1"), "txt", "not_utf8"),
+        (b"", "txt", "empty_caption"),
+        (b" \n\t\n", "txt", "empty_caption"),
+        (b"x" * ((64 << 10) + 1), "txt", "oversize_text"),
+        (b'{"caption": "' + b"x" * (1 << 20) + b'"}', "json", "oversize_text"),
+        (b"{", "json", "bad_json"),
+        (b"[" * 100_000, "json", "bad_json"),
+        (b"1" * 10_000, "json", "bad_json"),
+        (b'["caption"]', "json", "bad_json"),
+        (b"{}", "json", "no_caption_key"),
+        (b'{"caption": null}', "json", "bad_caption_type"),
+        (b'{"caption": 5}', "json", "bad_caption_type"),
+        (b'{"caption": ["a", 5]}', "json", "bad_caption_type"),
+        (b'{"caption": []}', "json", "empty_caption"),
+        (b'{"caption": "\\ud800"}', "json", "not_utf8"),
+        (b"\xff{}", "json", "not_utf8"),
+    ],
+)
+def test_texts_that_are_refused(data, text_format, reason):
+    with pytest.raises(BadSampleError) as caught:
+        decode_captions(data, text_format)
+    assert caught.value.reason == reason
+
+
+def test_a_large_json_within_its_cap_is_read():
+    data = json.dumps({"caption": "x", "rest": "y" * 900_000}).encode()
+    assert decode_captions(data, "json") == ["x"]
