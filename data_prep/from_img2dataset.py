@@ -1,0 +1,178 @@
+"""An index beside the shards that img2dataset wrote, and one table of what they hold.
+
+    python data_prep/from_img2dataset.py shards/cc12m
+    python data_prep/from_img2dataset.py 'shards/cc12m/{00000..01242}.tar'
+
+Where `00000_stats.json` or `00000.parquet` lie beside `00000.tar`, the table also says how many addresses were tried
+and what became of them, and names shards that hold another number of samples than was downloaded.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tyro
+from tqdm import tqdm
+
+from mcl_clip.artifacts import read_json
+from mcl_clip.console import run_program
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.shards import expand_shards, is_remote
+from mcl_clip.errors import UserError
+
+_MOST_ERRORS = 10
+
+
+@dataclass
+class Downloads:
+    """What img2dataset says of its work, summed over shards."""
+
+    shards: int = 0
+    tried: int = 0
+    succeeded: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # by step
+    errors: Counter[str] = field(default_factory=Counter)  # by message
+    short: list[str] = field(default_factory=list)  # shards that hold another number of samples
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    tried: int
+    succeeded: int
+    failed: Mapping[str, int]
+    errors: Mapping[str, int]
+
+
+def read_downloads(index: ShardIndex) -> Downloads:
+    """The statistics that lie beside the local shards of an index.
+
+    Raises:
+        UserError: if one of them is damaged.
+    """
+    total = Downloads()
+    for shard in tqdm(index.shards, desc="reading statistics", unit="shard", disable=None):
+        statistics = None if is_remote(shard.url) else _statistics_of(Path(shard.url))
+        if statistics is None:
+            continue
+        total.shards += 1
+        total.tried += statistics.tried
+        total.succeeded += statistics.succeeded
+        total.failed.update(statistics.failed)
+        total.errors.update(statistics.errors)
+        samples = shard.rows + sum(shard.skipped.values())
+        if samples != statistics.succeeded:
+            total.short.append(f"{Path(shard.url).name} ({samples} of {statistics.succeeded})")
+    return total
+
+
+def repeated_keys(index: ShardIndex) -> tuple[int, str]:
+    """How many rows have the key of an earlier row, in whatever shard, and one such key."""
+    digests = np.empty(len(index), np.uint64)
+    for row in tqdm(range(len(index)), desc="comparing keys", unit="row", disable=None):
+        digests[row] = int.from_bytes(hashlib.blake2b(index.key(row).encode(), digest_size=8).digest(), "little")
+    order = np.argsort(digests, kind="stable")
+    again = order[1:][digests[order][1:] == digests[order][:-1]]
+    return len(again), index.key(int(again.min())) if len(again) else ""
+
+
+def index_img2dataset(
+    shards: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS ...")],
+) -> None:
+    """Write an index beside shards, and print what they hold and what img2dataset says of them.
+
+    Args:
+        shards: Folders, globs, tar files or URLs, with braces like {00000..00031}.
+
+    Raises:
+        UserError: for shards that are missing or damaged, or a folder that is not writable.
+    """
+    index = ShardIndex.build(expand_shards(shards))
+    is_local = not all(is_remote(shard.url) for shard in index.shards)
+    if is_local:
+        index.write_beside()
+    again, example = repeated_keys(index)
+    lines = [
+        ("shards", f"{len(index.shards):,}"),
+        ("size", f"{sum(shard.size for shard in index.shards) / 1e9:,.2f} GB"),
+        ("rows", f"{len(index):,}"),
+        *((f"left out: {reason}", f"{number:,}") for reason, number in index.skipped_by_reason().items()),
+        ("rows with a key of an earlier row", f"{again:,}" + (f" (e.g. {example})" if again else "")),
+        ("index", "index.arrow beside the shards" if is_local else "not written: all shards are remote"),
+        *_download_lines(read_downloads(index)),
+    ]
+    print(format_table(lines))
+
+
+def format_table(lines: Iterable[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    rows = list(lines)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _download_lines(total: Downloads) -> list[tuple[str, str]]:
+    if not total.shards:
+        return [("img2dataset statistics", "none found")]
+    lines = [
+        ("img2dataset statistics", f"of {total.shards:,} shards"),
+        ("addresses tried", f"{total.tried:,}"),
+        ("downloaded", _part(total.succeeded, total.tried)),
+        *((name, _part(number, total.tried)) for name, number in total.failed.items() if number),
+    ]
+    lines += [(f"error: {message[:60]}", f"{number:,}") for message, number in total.errors.most_common(_MOST_ERRORS)]
+    if total.short:
+        more = ", ..." if len(total.short) > 3 else ""
+        listed = f"{', '.join(total.short[:3])}{more}"
+        lines.append(("shards with another number of samples than downloads", f"{len(total.short)}: {listed}"))
+    return lines
+
+
+def _part(number: int, of: int) -> str:
+    return f"{number:,} ({100 * number / max(of, 1):.1f} %)"
+
+
+def _statistics_of(shard: Path) -> _Statistics | None:
+    stem = shard.name.removesuffix(".tar")
+    as_json, as_parquet = shard.with_name(f"{stem}_stats.json"), shard.with_name(f"{stem}.parquet")
+    if as_json.exists():
+        return _from_json(as_json)
+    return _from_parquet(as_parquet) if as_parquet.exists() else None
+
+
+def _from_json(path: Path) -> _Statistics:
+    record = read_json(path)
+    try:
+        failed = {name: int(record[name]) for name in ("failed_to_download", "failed_to_resize")}
+        errors = {text: int(number) for text, number in record.get("status_dict", {}).items() if text != "success"}
+        return _Statistics(int(record["count"]), int(record["successes"]), failed, errors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not hold statistics of img2dataset ({error!r}); delete or restore it") from error
+
+
+def _from_parquet(path: Path) -> _Statistics | None:
+    try:
+        names = pq.read_schema(path).names
+        if "status" not in names:
+            return None
+        table = pq.read_table(path, columns=["status", *(["error_message"] if "error_message" in names else [])])
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a whole Parquet file ({error}); delete or restore it") from error
+    status = _value_counts(table["status"])
+    succeeded = status.pop("success", 0)
+    errors = _value_counts(table["error_message"].drop_null()) if "error_message" in names else {}
+    return _Statistics(table.num_rows, succeeded, status, errors)
+
+
+def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
+    return {str(one["values"]): int(one["counts"]) for one in pc.value_counts(column).to_pylist()}
+
+
+if __name__ == "__main__":
+    run_program(lambda: tyro.cli(index_img2dataset))

@@ -1,0 +1,265 @@
+"""Shards from a table of image files and captions: CSV, TSV, JSON lines or Parquet.
+
+    python data_prep/from_table.py captions.csv shards/flickr8k --image-column file --caption-column caption \
+        --images-root images --split-column split --retrieval-splits val,test
+
+writes OUT/<split>/000000.tar and so on with an index for the training split, and OUT/<split>/ in the layout of
+CLIP_benchmark for each retrieval split. Rows of the same image become one sample with several captions, in the order of
+the table; samples stand in the order in which their images first appear.
+"""
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from PIL import Image, ImageOps
+
+from mcl_clip.console import run_program
+from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
+from mcl_clip.errors import UserError
+
+Row = dict[str, Any]
+Splits = dict[str, dict[str, list[str]]]  # split -> image -> captions
+
+_READ_AHEAD = 64
+
+
+def read_rows(table: Path, columns: Iterable[str]) -> Iterator[Row]:
+    """The rows of a table, in order, with at least `columns`.
+
+    A TSV has no quotes: a quotation mark in it is part of the text.
+
+    Raises:
+        UserError: for an unknown kind of file, a column that is not there, or a row that does not fit the header.
+    """
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    if table.suffix.lower() not in readers:
+        raise UserError(f"{table} does not end in one of {', '.join(readers)}; convert it to one of them")
+    yield from readers[table.suffix.lower()](table, list(columns))
+
+
+def group_rows(rows: Iterable[Row], *, image_column: str, caption_column: str, split_column: str | None) -> Splits:
+    """Captions by split and image, each in the order of its first row. Without a split column all is the split `all`.
+
+    A caption may be a string or a list of strings.
+    """
+    splits: Splits = {}
+    for number, row in enumerate(rows, start=1):
+        image, captions = row[image_column], row[caption_column]
+        if not isinstance(image, str) or not image:
+            raise UserError(f"row {number} has {image!r} in column {image_column!r}; it must be the path of an image")
+        group = splits.setdefault(str(row[split_column]) if split_column else "all", {}).setdefault(image, [])
+        group.extend(_captions(captions, number, caption_column))
+    return splits
+
+
+def shrink(data: bytes, max_side_px: int) -> bytes:
+    """An image file whose longer side is at most `max_side_px`: the same bytes, or a JPEG of quality 95, upright.
+
+    What cannot be decoded comes back as it is.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as header:
+            size, orientation = header.size, header.getexif().get(0x0112, 1)
+        if max(size) <= max_side_px:
+            return data
+        picture = decode_image(data)
+    except (BadSampleError, OSError, SyntaxError, ValueError):
+        return data
+    picture.getexif()[0x0112] = orientation
+    picture = ImageOps.exif_transpose(picture)
+    scale = max_side_px / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    file = io.BytesIO()
+    picture.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def make_from_table(
+    table: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    *,
+    image_column: str,
+    caption_column: str,
+    images_root: Path | None = None,
+    split_column: str | None = None,
+    split: str = "train",
+    retrieval_splits: str = "",
+    max_side_px: int | None = None,
+    max_bad_fraction: float = 0.01,
+    samples_per_shard: int = 1000,
+    threads: int = 8,
+) -> None:
+    """Write training shards, and retrieval sets, from a table of image files and captions.
+
+    Args:
+        table: A .csv, .tsv, .jsonl or .parquet file. A TSV is read without quotes.
+        out: Folder to make; must be empty or not exist.
+        image_column: Column with paths of JPEG, PNG or WebP files.
+        caption_column: Column with a caption, or (JSON lines, Parquet) a list of captions.
+        images_root: Folder that the paths start from; the folder of the table if not given.
+        split_column: Column that says which split a row belongs to; without it all rows are for training.
+        split: Split to write as training shards; '' for none.
+        retrieval_splits: Splits to write as retrieval sets, separated by commas.
+        max_side_px: Shrink larger images until their longer side has this many pixels (bicubic, upright, JPEG quality
+            95); otherwise image files are stored byte for byte.
+        max_bad_fraction: Part of the images, from 0 to 1, that may be missing or unreadable.
+        samples_per_shard: Number of samples in a tar file.
+        threads: Files read at the same time.
+
+    Raises:
+        UserError: for unknown columns or splits, too many bad images, or a folder that is not empty.
+    """
+    refuse_non_empty(out)
+    if max_side_px is not None and max_side_px < 1:
+        raise UserError(f"--max-side-px is {max_side_px}; it must be at least 1")
+    columns = [image_column, caption_column, *([split_column] if split_column else [])]
+    rows = read_rows(table, columns)
+    splits = group_rows(rows, image_column=image_column, caption_column=caption_column, split_column=split_column)
+    retrieval = [name.strip() for name in retrieval_splits.split(",") if name.strip()]
+    if split_column is None:
+        if retrieval:
+            raise UserError(
+                f"--retrieval-splits {retrieval_splits} needs --split-column; without it there is one split"
+            )
+        splits = {split: splits["all"]} if splits else {}
+    wanted = _wanted_splits(splits, split, retrieval)
+    root = images_root if images_root is not None else table.parent
+    reports = []
+    with new_folder(out) as folder:
+        for name in wanted:
+            pairs = _read_pairs(splits[name], root, max_side_px, threads)
+            options: dict[str, Any] = {
+                "samples_per_shard": samples_per_shard,
+                "total": len(splits[name]),
+                "max_bad_fraction": max_bad_fraction,
+            }
+            if name == split:
+                index = write_pairs(pairs, folder / name, **options)
+                reports.append(f"{name}/ {len(index)} pairs in {len(index.shards)} shards")
+            else:
+                size = write_retrieval_set(pairs, folder / name, **options)
+                reports.append(f"{name}/ {size.images} images with {size.captions} captions (retrieval)")
+    print(f"{out}: {', '.join(reports)}")
+
+
+def _csv_rows(table: Path, columns: list[str]) -> Iterator[Row]:
+    dialect: dict[str, Any] = {"strict": True}
+    if table.suffix.lower() == ".tsv":
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, **dialect)
+            header = next(lines, [])
+            _check_columns(table, columns, header)
+            for fields in lines:
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise UserError(
+                        f"{table}, line {lines.line_num}: {len(fields)} fields, the header has {len(header)}; put "
+                        f"fields that hold the separator in quotes (CSV), or use JSON lines"
+                    )
+                yield dict(zip(header, fields, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{table} is not a UTF-8 table with a header ({error}); save it as one") from error
+
+
+def _json_rows(table: Path, columns: list[str]) -> Iterator[Row]:
+    with table.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{table}, line {number} is not JSON ({error}); correct or delete it") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{table}, line {number} is not a JSON object; write one object per line")
+            _check_columns(table, columns, list(row), f", line {number},")
+            yield row
+
+
+def _parquet_rows(table: Path, columns: list[str]) -> Iterator[Row]:
+    try:
+        file = pq.ParquetFile(table)
+        _check_columns(table, columns, file.schema_arrow.names)
+        for batch in file.iter_batches(columns=list(dict.fromkeys(columns))):
+            yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{table} is not a whole Parquet file ({error}); make it anew") from error
+
+
+def _check_columns(table: Path, columns: list[str], there: list[str], place: str = "") -> None:
+    for column in columns:
+        if column not in there:
+            raise UserError(f"{table}{place} has no column {column!r}; its columns are {', '.join(there)}")
+
+
+def _captions(value: Any, number: int, column: str) -> list[str]:
+    captions = value if isinstance(value, list) else [value]
+    for caption in captions:
+        if not isinstance(caption, str | None):
+            raise UserError(
+                f"row {number} has {caption!r} in column {column!r}; a caption must be text or a list of texts"
+            )
+    return [caption or "" for caption in captions]
+
+
+def _wanted_splits(splits: Splits, split: str, retrieval: list[str]) -> list[str]:
+    wanted = list(dict.fromkeys([*([split] if split else []), *retrieval]))
+    if split and split in retrieval:
+        raise UserError(
+            f"the split {split!r} is both --split and in --retrieval-splits; train and test on different rows"
+        )
+    if not wanted:
+        raise UserError("--split is empty and there are no --retrieval-splits; name at least one split")
+    for name in wanted:
+        if name not in splits:
+            raise UserError(f"there is no split {name!r} in the table; its splits are {', '.join(splits) or 'none'}")
+        if clean_key(name) != name:
+            raise UserError(
+                f"the split {name!r} cannot be the name of a folder; rename it to letters, digits, '_' and '-'"
+            )
+    owners = Counter(image for name in wanted for image in splits[name])
+    if shared := [image for image, count in owners.items() if count > 1]:
+        print(f"warning: {len(shared)} images are in more than one of the splits {', '.join(wanted)}, e.g. {shared[0]}")
+    return wanted
+
+
+def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int | None, threads: int) -> Iterator[Pair]:
+    """Samples in the order of `captions_of`, their files read ahead by threads."""
+
+    def read(item: tuple[str, list[str]]) -> tuple[str, bytes, list[str]]:
+        path = root / item[0]
+        data = path.read_bytes() if path.is_file() else b""
+        return item[0], data if max_side_px is None else shrink(data, max_side_px), item[1]
+
+    items, used = iter(captions_of.items()), set[str]()
+    with ThreadPoolExecutor(threads) as pool:
+        while chunk := list(islice(items, _READ_AHEAD)):
+            for name, data, captions in pool.map(read, chunk):
+                key = _key_of(name, used)
+                used.add(key)
+                yield Pair(key=key, image=data, captions=captions)
+
+
+def _key_of(name: str, used: set[str]) -> str:
+    """The path without its ending, where this is still free; else the whole path."""
+    key = clean_key(os.path.splitext(name)[0])
+    return key if key not in used else clean_key(name)
+
+
+if __name__ == "__main__":
+    run_program(lambda: tyro.cli(make_from_table))

@@ -1,0 +1,361 @@
+"""Writing shards: training sets, and retrieval and classification sets in the layout of CLIP_benchmark.
+
+The same samples give the same bytes. Output is written into a temporary folder beside its place and renamed at the end.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import webdataset as wds
+from PIL import Image
+from tqdm import tqdm
+
+from mcl_clip.artifacts import atomic_dir
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
+from mcl_clip.data.shards import expand_shards
+from mcl_clip.errors import UserError
+
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with further pictures behind it
+MAX_KEY_LENGTH = 80  # a tar name holds 100 characters, extension included
+
+_CLEAN_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
+
+Members = dict[str, str | bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`.
+
+    `image` is a JPEG, PNG or WebP file, stored as it is; empty if it could not be had, which counts as bad.
+    """
+
+    key: str
+    image: bytes
+    captions: Sequence[str]
+    attributes: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImage:
+    """An image file and the number of its class."""
+
+    key: str
+    image: bytes
+    label: int
+
+
+class SetSize(NamedTuple):
+    """What was written."""
+
+    images: int
+    captions: int
+
+
+def refuse_non_empty(folder: Path) -> None:
+    """Nothing, for a folder that is empty or does not exist.
+
+    Raises:
+        UserError: if there is something at this path.
+    """
+    if folder.is_dir():
+        if next(folder.iterdir(), None) is not None:
+            raise UserError(f"the output folder {folder} is not empty; name a new one, or delete it first")
+    elif folder.exists():
+        raise UserError(f"the output folder {folder} is a file; name a folder that does not exist yet")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends without an error, and otherwise leaves nothing.
+
+    Raises:
+        UserError: if `out` is not empty, or cannot be replaced because it is a mount point or the current folder.
+    """
+    out = out.resolve()
+    refuse_non_empty(out)
+    if out.is_mount() or out == Path.cwd():
+        raise UserError(f"the output folder {out} cannot be replaced by a finished one; name a new folder inside it")
+    with atomic_dir(out) as folder:
+        yield folder
+
+
+def clean_key(name: str) -> str:
+    """A key for `name` without dots, slashes and other traps; names that differ give keys that differ.
+
+    Where something had to be changed, a hash of the name is put behind it.
+    """
+    if _CLEAN_KEY.fullmatch(name):
+        return name
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=6).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[: MAX_KEY_LENGTH - 13]}-{digest}"
+
+
+def clean_captions(captions: Iterable[str]) -> list[str]:
+    """Captions of one line each, stripped, without the empty ones.
+
+    Everything that `str.splitlines` splits at becomes a space, since readers take a line for a caption.
+    """
+    lines = (" ".join(caption.splitlines()).strip() for caption in captions)
+    return [line.encode(errors="replace").decode() for line in lines if line]
+
+
+def image_extension(data: bytes) -> str:
+    """`jpg`, `png` or `webp`, from the header of an image file; empty if it cannot be opened as one of them."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            return EXTENSIONS[image.format or ""]
+    except Exception:  # parsers of foreign bytes raise nearly everything
+        return ""
+
+
+def write_pairs(
+    samples: Iterable[Pair],
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    total: int | None = None,
+    max_bad_fraction: float = 0.01,
+    counts: Counter[str] | None = None,
+) -> ShardIndex:
+    """Write `out`/000000.tar and so on with an index beside them, and return the index.
+
+    Samples without a usable image or caption are left out and counted; a line at the end says how many.
+
+    Args:
+        samples: In the order in which they are to be stored; keys as `clean_key` gives them, each once.
+        out: A folder that is empty or does not exist.
+        samples_per_shard: A shard also ends at 3 GB.
+        total: Number of samples, for the progress bar and to stop early.
+        max_bad_fraction: Largest part of the samples whose image may be missing or unreadable.
+        counts: Filled with the numbers of what was left out, by reason.
+
+    Raises:
+        UserError: for a bad or repeated key, too many bad images, or when nothing is left.
+    """
+    checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
+    with new_folder(out) as folder:
+        bar = tqdm(samples, total=total, desc=f"writing {out.name}", unit="sample", disable=None)
+        members = (checks.members_of(pair) for pair in bar)
+        _write_shards((sample for sample in members if sample), folder, "%06d.tar", samples_per_shard)
+        checks.finish(out)
+        index = ShardIndex.build(expand_shards(folder))
+        if len(index) != checks.images:
+            raise RuntimeError(f"{checks.images} samples were written, {len(index)} found: {index.skipped_by_reason()}")
+        index.write_beside()
+    return ShardIndex.build(expand_shards(out))
+
+
+def write_retrieval_set(
+    samples: Iterable[Pair],
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    total: int | None = None,
+    max_bad_fraction: float = 0.01,
+    counts: Counter[str] | None = None,
+) -> SetSize:
+    """Write a retrieval set as CLIP_benchmark reads it: `out`/test/0.tar and so on, with images and captions only.
+
+    Samples are named s0000000 and so on; line n of `keys.txt`, counted from 0, is the key that sample n came with.
+    Arguments and errors as for `write_pairs`.
+    """
+    checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
+    keys: list[str] = []
+
+    def numbered() -> Iterator[Members]:
+        for pair in tqdm(samples, total=total, desc=f"writing {out.name}", unit="sample", disable=None):
+            if members := checks.members_of(pair):
+                members.pop("json", None)
+                yield {**members, "__key__": f"s{len(keys):07d}"}
+                keys.append(pair.key)
+
+    with new_folder(out) as folder:
+        _write_test_shards(numbered(), folder, samples_per_shard)
+        checks.finish(out)
+        _write_lines(folder / "dataset_type.txt", ["retrieval"])
+        _write_lines(folder / "keys.txt", keys)
+    return SetSize(checks.images, checks.captions)
+
+
+def write_classification_set(
+    samples: Iterable[LabelledImage],
+    out: Path,
+    *,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    samples_per_shard: int = 1000,
+    total: int | None = None,
+    max_bad_fraction: float = 0.01,
+    counts: Counter[str] | None = None,
+) -> SetSize:
+    """Write a zero-shot classification set as CLIP_benchmark reads it: images with `.cls`, class names and templates.
+
+    Args:
+        samples: Labels count from 0 in the order of `classnames`.
+        out: A folder that is empty or does not exist.
+        classnames: One line each.
+        templates: Each with `{c}` in the place of the class name.
+        samples_per_shard: As for `write_pairs`, like the arguments after it.
+        total: See `write_pairs`.
+        max_bad_fraction: See `write_pairs`.
+        counts: See `write_pairs`.
+
+    Raises:
+        UserError: for a label without a class, a template without `{c}`, and as `write_pairs`.
+    """
+    _check_names(classnames, templates)
+    checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
+
+    def numbered() -> Iterator[Members]:
+        for sample in tqdm(samples, total=total, desc=f"writing {out.name}", unit="sample", disable=None):
+            if not 0 <= sample.label < len(classnames):
+                raise UserError(f"{sample.key} has the label {sample.label}; there are {len(classnames)} class names")
+            if extension := checks.extension_of(sample.key, sample.image):
+                yield {extension: sample.image, "cls": str(sample.label).encode(), "__key__": f"s{checks.images:07d}"}
+                checks.images += 1
+
+    with new_folder(out) as folder:
+        _write_test_shards(numbered(), folder, samples_per_shard)
+        checks.finish(out)
+        _write_lines(folder / "classnames.txt", classnames)
+        _write_lines(folder / "zeroshot_classification_templates.txt", templates)
+    return SetSize(checks.images, 0)
+
+
+@dataclass
+class _Checks:
+    """Decides sample by sample what is written, and counts the rest."""
+
+    total: int | None
+    max_bad_fraction: float
+    counts: Counter[str]
+    images: int = 0
+    captions: int = 0
+    seen: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    first_bad: str = ""
+    keys: set[str] = field(default_factory=set)
+
+    def members_of(self, pair: Pair) -> Members | None:
+        """The members of a sample, or nothing for one that is left out."""
+        extension = self.extension_of(pair.key, pair.image)
+        captions = clean_captions(pair.captions)
+        self.counts["empty captions dropped"] += len(pair.captions) - len(captions)
+        if not extension:
+            return None
+        text = "\n".join(captions).encode()
+        attributes = b"" if pair.attributes is None else json.dumps(pair.attributes, ensure_ascii=False).encode()
+        if not captions or len(text) > MAX_TXT_BYTES or len(attributes) > MAX_JSON_BYTES:
+            reason = "samples with too long a text left out" if captions else "samples without captions left out"
+            self.counts[reason] += 1
+            return None
+        self.images += 1
+        self.captions += len(captions)
+        members: Members = {"__key__": pair.key, extension: pair.image, "txt": text}
+        return members | {"json": attributes} if attributes else members
+
+    def extension_of(self, key: str, image: bytes) -> str:
+        """The extension for an image, or nothing for one that is bad."""
+        self.seen += 1
+        self._check_key(key)
+        if not image:
+            return self._reject(key, "missing images")
+        if len(image) > MAX_IMAGE_BYTES:
+            return self._reject(key, f"images over {MAX_IMAGE_BYTES >> 20} MiB")
+        return image_extension(image) or self._reject(key, "unreadable images")
+
+    def finish(self, out: Path) -> None:
+        """Say what was left out.
+
+        Raises:
+            UserError: if too much was, or everything.
+        """
+        self._check_bad(self.seen)
+        self.counts.update(self.bad)
+        if not self.images:
+            raise UserError(f"no sample is left for {out}: of {self.seen} {_listed(self.counts) or 'none came in'}")
+        if listed := _listed(self.counts):
+            tqdm.write(f"{out.name}: {self.images} of {self.seen} samples written ({listed})")
+
+    def _check_key(self, key: str) -> None:
+        if not _CLEAN_KEY.fullmatch(key):
+            raise UserError(
+                f"the key {key!r} is not 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-'; use clean_key(name)"
+            )
+        if key in self.keys:
+            raise UserError(f"the key {key!r} comes twice; give every sample a key of its own")
+        self.keys.add(key)
+
+    def _reject(self, key: str, reason: str) -> str:
+        self.bad[reason] += 1
+        self.first_bad = self.first_bad or f"{key} ({reason})"
+        if self.total:
+            self._check_bad(self.total)
+        return ""
+
+    def _check_bad(self, of: int) -> None:
+        if self.bad.total() > self.max_bad_fraction * of:
+            raise UserError(
+                f"{self.bad.total()} of {of} images are bad ({_listed(self.bad)}), more than --max-bad-fraction "
+                f"{self.max_bad_fraction:g} allows; the first is {self.first_bad}. Mend them or allow more"
+            )
+
+
+def _write_shards(samples: Iterable[Members], folder: Path, pattern: str, samples_per_shard: int) -> int:
+    """Write tar files with fixed dates and owners, and return their number."""
+    if samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard is {samples_per_shard}; it must be at least 1")
+    files: list[IO[bytes]] = []
+
+    def opener(name: str) -> IO[bytes]:  # webdataset's own opener takes names with '#', '?' and ':' for URLs
+        files.append((folder / name).open("wb"))
+        return files[-1]
+
+    settings = {"mtime": 0, "user": "", "group": "", "mode": 0o444, "encoder": False}
+    try:
+        with wds.ShardWriter(
+            pattern, maxcount=samples_per_shard, opener=opener, post=lambda _: files[-1].close(), verbose=0, **settings
+        ) as writer:
+            for sample in samples:
+                writer.write(sample)
+    finally:
+        for file in files:
+            file.close()
+    return len(files)
+
+
+def _write_test_shards(samples: Iterable[Members], folder: Path, samples_per_shard: int) -> None:
+    (folder / "test").mkdir()
+    shards = _write_shards(samples, folder / "test", "%d.tar", samples_per_shard)
+    _write_lines(folder / "test" / "nshards.txt", [str(shards)])
+
+
+def _check_names(classnames: Sequence[str], templates: Sequence[str]) -> None:
+    for name in (*classnames, *templates):
+        if clean_captions([name]) != [name]:
+            raise UserError(f"the class name or template {name!r} is empty, padded or longer than a line; mend it")
+    if len(set(classnames)) < len(classnames):
+        raise UserError(f"class names must differ; got {', '.join(classnames)}")
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(f"the template {template!r} has no {{c}} for the class name; write 'a photo of a {{c}}'")
+    if not classnames or not templates:
+        raise UserError("a classification set needs at least one class name and one template")
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)

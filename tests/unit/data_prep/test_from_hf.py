@@ -1,0 +1,119 @@
+import io
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from mcl_clip.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:webdataset.tariterators")
+
+
+@pytest.fixture(scope="module")
+def hf(load_program):
+    return load_program("from_hf")
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def saved(tmp_path, picture):
+    def rows(first: int, count: int) -> datasets.Dataset:
+        images = [{"bytes": picture(n, kind="PNG"), "path": None} for n in range(first, first + count)]
+        texts = [[f"text {n}", "another"] for n in range(first, first + count)]
+        dataset = datasets.Dataset.from_dict({"image": images, "texts": texts})
+        return dataset.cast_column("image", datasets.Image())
+
+    folder = tmp_path / "saved"
+    datasets.DatasetDict({"train": rows(0, 5), "test": rows(5, 3)}).save_to_disk(str(folder))
+    return folder
+
+
+def test_saved_data_sets_keep_their_bytes_and_list_captions(hf, saved, tmp_path, picture, read_tars):
+    hf.make_from_hf(str(saved), tmp_path / "out", caption_column="texts", retrieval_splits="test", samples_per_shard=2)
+    train, test = read_tars(tmp_path / "out" / "train"), read_tars(tmp_path / "out" / "test" / "test")
+    assert [one["png"] for one in train] == [picture(n, kind="PNG") for n in range(5)]
+    assert [one["txt"] for one in train] == [f"text {n}\nanother".encode() for n in range(5)]
+    assert [one["png"] for one in test] == [picture(n, kind="PNG") for n in range(5, 8)]
+    assert len(list((tmp_path / "out" / "train").glob("*.tar"))) == 3
+
+
+def test_parquet_files_are_streamed(hf, saved, tmp_path, picture, read_tars):
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    datasets.load_from_disk(str(saved))["train"].to_parquet(str(folder / "train.parquet"))
+    for builder in ("parquet", "auto"):
+        out = tmp_path / f"out-{builder}"
+        hf.make_from_hf(str(folder), out, caption_column="texts", builder=builder, max_samples=4)
+        assert [one["png"] for one in read_tars(out / "train")] == [picture(n, kind="PNG") for n in range(4)]
+
+
+def test_image_folders_keep_jpeg_bytes(hf, tmp_path, picture, read_tars):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+    lines = [json.dumps({"file_name": f"{number}.jpg", "text": f"caption {number}"}) for number in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    hf.make_from_hf(str(folder), tmp_path / "out", builder="imagefolder")
+    found = read_tars(tmp_path / "out" / "train")
+    assert [(one["jpg"], one["txt"].decode()) for one in found] == [(picture(n), f"caption {n}") for n in range(3)]
+
+
+def test_json_with_paths_relative_to_its_folder(hf, tmp_path, picture, read_tars):
+    folder = tmp_path / "json"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "a.jpg").write_bytes(picture(9))
+    (folder / "train.jsonl").write_text(json.dumps({"image": "images/a.jpg", "text": "one"}) + "\n")
+    hf.make_from_hf(str(folder), tmp_path / "out", builder="json")
+    assert read_tars(tmp_path / "out" / "train")[0]["jpg"] == picture(9)
+
+
+def test_rows_without_an_image_count_as_bad(hf, tmp_path):
+    folder = tmp_path / "json"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"image": "gone.jpg", "text": "x"}\n')
+    with pytest.raises(UserError, match=r"1 of 1 images are bad \(1 missing images\)"):
+        hf.make_from_hf(str(folder), tmp_path / "out", builder="json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption_column": "caption"}, "has no column 'caption'; its columns are image, texts"),
+        ({"image_column": "picture", "caption_column": "texts"}, "has no column 'picture'"),
+        ({"split": "validation"}, "has no split 'validation'; its splits are train, test"),
+        ({"split": ""}, "name at least one split"),
+        ({"max_samples": 0}, "--max-samples is 0"),
+        ({"builder": "parquet", "source": "nowhere"}, "--builder parquet needs a local folder"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(hf, saved, tmp_path, changes, message):
+    options = {"source": str(saved), "caption_column": "texts"} | changes
+    with pytest.raises(UserError, match=message):
+        hf.make_from_hf(out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_sets_that_cannot_be_reached_are_a_users_error(hf, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match="split 'train' of someone/something cannot be opened: no network"):
+        hf.make_from_hf("someone/something", tmp_path / "out")
+
+
+def test_images_are_never_decoded(hf, tmp_path, read_tars):
+    """A picture cut off behind its header passes: its bytes are kept, and training counts it."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    rows = {"image": [{"bytes": file.getvalue()[:200], "path": None}], "text": ["x"]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    hf.make_from_hf(str(tmp_path / "saved"), tmp_path / "out")
+    assert read_tars(tmp_path / "out" / "train")[0]["png"] == file.getvalue()[:200]

@@ -1,0 +1,182 @@
+import csv
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:webdataset.tariterators")
+
+
+@pytest.fixture(scope="module")
+def table(load_program):
+    return load_program("from_table")
+
+
+ROWS = [
+    ("b.jpg", "train", "first of b"),
+    ("a/x.png", "train", "x, with a comma"),
+    ("b.jpg", "train", "second of b"),
+    ("t.webp", "test", 'a "quoted" one'),
+    ("a/x.png", "train", "again x"),
+    ("t.webp", "test", "another t"),
+]
+
+
+@pytest.fixture
+def images(tmp_path, picture):
+    root = tmp_path / "images"
+    (root / "a").mkdir(parents=True)
+    for name, kind in (("b.jpg", "JPEG"), ("a/x.png", "PNG"), ("t.webp", "WEBP")):
+        (root / name).write_bytes(picture(len(name), kind=kind))
+    return root
+
+
+def write_table(path, rows=ROWS):
+    header = ("file", "split", "caption")
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            options = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+            csv.writer(file, **options).writerows([header, *rows])
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist([dict(zip(header, row, strict=True)) for row in rows]), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_kind_of_table_gives_the_same_sets(table, tmp_path, images, picture, read_tars, kind):
+    path = write_table(tmp_path / f"table.{kind}")
+    options = {"image_column": "file", "caption_column": "caption", "split_column": "split", "images_root": images}
+    table.make_from_table(path, tmp_path / "out", **options, retrieval_splits="test")
+    train, test = read_tars(tmp_path / "out" / "train"), read_tars(tmp_path / "out" / "test" / "test")
+    assert [one["txt"].decode().splitlines() for one in train] == [
+        ["first of b", "second of b"],
+        ["x, with a comma", "again x"],
+    ]
+    assert train[0]["__key__"] == "b"
+    assert train[0]["jpg"] == picture(5)
+    assert train[1]["png"] == picture(7, kind="PNG")
+    assert [one["txt"].decode().splitlines() for one in test] == [['a "quoted" one', "another t"]]
+    assert len(ShardIndex.load(tmp_path / "out" / "train" / "index.arrow")) == 2
+    assert (tmp_path / "out" / "test" / "dataset_type.txt").exists()
+
+
+def test_without_a_split_column_everything_is_for_training(table, tmp_path, images, read_tars):
+    path = write_table(images / "table.csv")
+    table.make_from_table(path, tmp_path / "out", image_column="file", caption_column="caption")
+    assert len(read_tars(tmp_path / "out" / "train")) == 3
+
+
+def test_captions_may_be_lists(table, tmp_path, images, read_tars):
+    path = tmp_path / "table.jsonl"
+    path.write_text(json.dumps({"image": "b.jpg", "texts": ["one", "", None, "two"]}) + "\n\n")
+    table.make_from_table(path, tmp_path / "out", image_column="image", caption_column="texts", images_root=images)
+    assert read_tars(tmp_path / "out" / "train")[0]["txt"] == b"one\ntwo"
+
+
+def test_names_that_differ_in_ending_or_folder_get_keys_of_their_own(table):
+    used: set[str] = set()
+    keys = []
+    for name in ("a/x.jpg", "a_x.jpg", "a_x.png", "x.jpg", "x.png", "x.jpeg", "../x.jpg", "ä.jpg"):
+        keys.append(table._key_of(name, used))
+        used.add(keys[-1])
+    assert len(set(keys)) == len(keys)
+    assert (keys[1], keys[3]) == ("a_x", "x")
+
+
+def test_missing_and_unreadable_images_are_counted_against_the_limit(table, tmp_path, images, read_tars, capsys):
+    (images / "broken.jpg").write_bytes(b"no picture")
+    rows = [*ROWS, ("gone.jpg", "train", "x"), ("broken.jpg", "train", "y")]
+    path = write_table(tmp_path / "table.csv", rows)
+    options = {"image_column": "file", "caption_column": "caption", "images_root": images}
+    with pytest.raises(UserError, match=r"1 of 5 images are bad .*--max-bad-fraction 0.01"):
+        table.make_from_table(path, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    table.make_from_table(path, tmp_path / "out", **options, max_bad_fraction=0.4)
+    assert len(read_tars(tmp_path / "out" / "train")) == 3
+    assert "3 of 5 samples written (1 missing images, 1 unreadable images)" in capsys.readouterr().out
+
+
+def test_large_images_shrink_and_others_keep_their_bytes(table, picture):
+    small, large = picture(size=(40, 20)), picture(size=(400, 100), kind="PNG")
+    assert table.shrink(small, 40) == small
+    with Image.open(io.BytesIO(table.shrink(large, 40))) as image:
+        assert (image.size, image.format) == ((40, 10), "JPEG")
+    assert table.shrink(b"no picture", 40) == b"no picture"
+
+
+def test_shrunk_images_stand_upright(table, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    with Image.open(io.BytesIO(table.shrink(picture(size=(400, 100), exif=exif), 40))) as image:
+        assert image.size == (10, 40)
+        assert image.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": "picture"}, "has no column 'picture'; its columns are file, split, caption"),
+        ({"split": "training"}, "there is no split 'training' in the table; its splits are train, test"),
+        ({"retrieval_splits": "val"}, "there is no split 'val'"),
+        ({"retrieval_splits": "train"}, "is both --split and in --retrieval-splits"),
+        ({"split": ""}, "name at least one split"),
+        ({"split_column": None, "retrieval_splits": "test"}, "needs --split-column"),
+        ({"max_side_px": 0}, "--max-side-px is 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_mistakes_are_named_and_nothing_is_written(table, tmp_path, images, kind, changes, message):
+    path = write_table(tmp_path / f"table.{kind}")
+    options = {"image_column": "file", "caption_column": "caption", "split_column": "split", "images_root": images}
+    with pytest.raises(UserError, match=message):
+        table.make_from_table(path, tmp_path / "out", **options | changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"file,caption\na.jpg,one, two\n", "line 2: 3 fields, the header has 2"),
+        ("t.csv", b'file,caption\na.jpg,"open\n', "is not a UTF-8 table"),
+        ("t.csv", b"file,caption\na.jpg,\xff\n", "is not a UTF-8 table"),
+        ("t.csv", b"", "has no column 'file'"),
+        ("t.csv", b"file,caption\n,x\n", "row 1 has '' in column 'file'"),
+        ("t.csv", b"file,caption\n", "there is no split 'train' in the table; its splits are none"),
+        ("t.jsonl", b"{]\n", "line 1 is not JSON"),
+        ("t.jsonl", b"[1]\n", "line 1 is not a JSON object"),
+        ("t.jsonl", b'{"file": "a", "caption": "x"}\n{"file": "a"}\n', "line 2, has no column 'caption'"),
+        ("t.jsonl", b'{"file": "a", "caption": 3}\n', "row 1 has 3 in column 'caption'"),
+        ("t.parquet", b"PAR1", "is not a whole Parquet file"),
+        ("t.xlsx", b"", "does not end in one of .csv, .tsv, .jsonl, .parquet"),
+    ],
+)
+def test_damaged_tables_are_named_by_line(table, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        table.make_from_table(tmp_path / name, tmp_path / "out", image_column="file", caption_column="caption")
+
+
+def test_images_in_two_splits_are_pointed_out(table, tmp_path, images, capsys):
+    path = write_table(tmp_path / "table.csv", [*ROWS, ("b.jpg", "test", "leaked")])
+    options = {"image_column": "file", "caption_column": "caption", "split_column": "split", "images_root": images}
+    table.make_from_table(path, tmp_path / "out", **options, retrieval_splits="test")
+    assert "warning: 1 images are in more than one of the splits train, test, e.g. b.jpg" in capsys.readouterr().out
+
+
+def test_order_and_bytes_do_not_depend_on_threads(table, tmp_path, picture):
+    rows = [(f"{number:03d}.jpg", "train", f"caption {number}") for number in range(150)]
+    for number, (name, _, _) in enumerate(rows):
+        (tmp_path / name).write_bytes(picture(number))
+    path = write_table(tmp_path / "table.csv", rows)
+    for threads in (1, 5):
+        out = tmp_path / f"out{threads}"
+        table.make_from_table(path, out, image_column="file", caption_column="caption", threads=threads)
+    assert (tmp_path / "out1/train/000000.tar").read_bytes() == (tmp_path / "out5/train/000000.tar").read_bytes()
