@@ -1,0 +1,296 @@
+"""Batches of pixels and tokens, made in loader workers.
+
+A worker makes whole local batches from row numbers. A batch is a function of (seed, stage, step) alone, not of the
+number of workers. The loader is not given to `accelerator.prepare`, which would drop or repeat data silently.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mcl_clip.data.decode import BadSampleError, decode_captions, decode_image
+from mcl_clip.data.plan import FILLER, BatchPlan
+from mcl_clip.data.reader import Reader
+from mcl_clip.data.shards import redacted
+from mcl_clip.data.transforms import ImageTransform, TrainTransform, empty_images
+from mcl_clip.distributed import Name, check_same, random_words, rank, world_size
+from mcl_clip.errors import UserError
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class BadSample(NamedTuple):
+    """A row that could not be decoded and became a filler."""
+
+    row: int
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """The part of a global batch that one process holds.
+
+    `rows`, `text_ids` and `image_ids` have a place for every row, fillers too (row -1). `images` and `tokens` hold only
+    what could be decoded; `places` says where each belongs. Ids are hashes of the tokens and of the image bytes.
+    """
+
+    step: int
+    rows: Int64[Tensor, "local"]
+    text_ids: Int64[Tensor, "local"]
+    image_ids: Int64[Tensor, "local"]
+    images: UInt8[Tensor, "decoded 3 height width"]
+    tokens: Int[Tensor, "decoded length"]
+    places: Int64[Tensor, "decoded"]
+    bad: tuple[BadSample, ...]
+
+    def pin_memory(self) -> "PairBatch":
+        """The same batch in page-locked memory (called by the DataLoader)."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """The same batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PairBatch":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return PairBatch(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedBatch:
+    """Rows with all their captions: `tokens[j]` belongs to `rows[caption_of[j]]`. Rows that are bad are left out."""
+
+    rows: Int64[Tensor, "images"]
+    images: UInt8[Tensor, "images 3 height width"]
+    image_ids: Int64[Tensor, "images"]
+    tokens: Int[Tensor, "captions length"]
+    caption_of: Int64[Tensor, "captions"]
+    text_ids: Int64[Tensor, "images"]
+    bad: tuple[BadSample, ...]
+
+
+class _Request(NamedTuple):
+    step: int
+    epoch: int
+    rows: Int[np.ndarray, "local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decoder:
+    """From rows to decoded samples; what cannot be decoded is named."""
+
+    reader: Reader
+    max_pixels: int
+    json_key: str
+
+    def samples(self, rows: Int[np.ndarray, "rows"]) -> Iterator[tuple[int, Any]]:
+        """(place, (raw sample, image, captions)) or (place, BadSample) for each row."""
+        for place, raw in enumerate(self.reader.read(rows)):
+            try:
+                image = decode_image(raw.image, max_pixels=self.max_pixels)
+                yield place, (raw, image, decode_captions(raw.text, raw.text_format, json_key=self.json_key))
+            except BadSampleError as error:
+                index = self.reader.index
+                shard = redacted(index.shards[int(index.shard_of[raw.row])].url)
+                yield place, BadSample(raw.row, shard, error.reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainingBatches(Dataset[Any]):
+    """One request, one local batch. A UserError is returned, for a DataLoader would bury it in a traceback."""
+
+    decoder: _Decoder
+    transform: TrainTransform
+    tokenizer: Tokenizer
+    name: tuple[Name, ...]
+
+    def __getitem__(self, request: _Request) -> PairBatch | UserError:
+        try:
+            return self._batch(request)
+        except UserError as error:
+            return error
+
+    def _batch(self, request: _Request) -> PairBatch:
+        rows = torch.from_numpy(request.rows.astype(np.int64))
+        wanted = np.flatnonzero(request.rows != FILLER)
+        image_ids, text_ids = torch.zeros_like(rows), torch.zeros_like(rows)
+        places, images, captions, bad = [], [], [], []
+        for number, sample in self.decoder.samples(request.rows[wanted]):
+            place = int(wanted[number])
+            if isinstance(sample, BadSample):
+                bad.append(sample)
+                rows[place] = FILLER
+                continue
+            raw, image, texts = sample
+            name = (*self.name, request.epoch, raw.row)
+            places.append(place)
+            images.append(self.transform(image, *name, "augment"))
+            captions.append(texts[int(random_words(1, *name, "caption")[0] % np.uint64(len(texts)))])
+            image_ids[place] = content_id(raw.image)
+        tokens = self.tokenizer(captions or [""])
+        for place, sequence in zip(places, tokens, strict=False):
+            text_ids[place] = content_id(sequence.numpy().tobytes())
+        return PairBatch(
+            step=request.step,
+            rows=rows,
+            text_ids=text_ids,
+            image_ids=image_ids,
+            # A process with nothing but fillers still takes part in the backward pass: one black picture of weight 0.
+            images=torch.stack(images) if images else empty_images(1, self.transform.size_px),
+            tokens=tokens,
+            places=torch.tensor(places or [0]),
+            bad=tuple(bad),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CaptionedBatches(Dataset[Any]):
+    decoder: _Decoder
+    transform: ImageTransform
+    tokenizer: Tokenizer
+
+    def __getitem__(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch | UserError | None:
+        try:
+            return self._batch(rows)
+        except UserError as error:
+            return error
+
+    def _batch(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch:
+        kept: list[int] = []
+        images, image_ids, text_ids, captions, caption_of, bad = [], [], [], [], [], []
+        for _, sample in self.decoder.samples(rows):
+            if isinstance(sample, BadSample):
+                bad.append(sample)
+                continue
+            raw, image, texts = sample
+            caption_of += [len(kept)] * len(texts)
+            captions += texts
+            kept.append(raw.row)
+            images.append(self.transform(image))
+            image_ids.append(content_id(raw.image))
+            text_ids.append(content_id(raw.text))
+        return CaptionedBatch(
+            rows=torch.tensor(kept, dtype=torch.int64),
+            images=torch.stack(images) if images else empty_images(0, (1, 1)),
+            image_ids=torch.tensor(image_ids, dtype=torch.int64),
+            tokens=self.tokenizer(captions) if captions else torch.zeros(0, 1, dtype=torch.int64),
+            caption_of=torch.tensor(caption_of, dtype=torch.int64),
+            text_ids=torch.tensor(text_ids, dtype=torch.int64),
+            bad=tuple(bad),
+        )
+
+
+class TrainingLoader:
+    """Iterates over the local batches of steps `start_step` to `stop_step - 1`."""
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        reader: Reader,
+        *,
+        transform: TrainTransform,
+        tokenizer: Tokenizer,
+        num_workers: int = 0,
+        prefetch_batches: int = 4,
+        pin_memory: bool = False,
+        max_pixels: int = 50_000_000,
+        json_key: str = "caption",
+    ) -> None:
+        """Prepare a loader; the slice of each global batch follows from this process's rank.
+
+        Raises:
+            UserError: if the global batch is not divisible by the number of processes.
+        """
+        if plan.global_batch_size % world_size():
+            raise UserError(
+                f"a global batch of {plan.global_batch_size} rows does not divide by {world_size()} processes; "
+                f"use a multiple of {world_size()}"
+            )
+        self.plan = plan
+        self._dataset = _TrainingBatches(
+            decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
+            transform=transform,
+            tokenizer=tokenizer,
+            name=(plan.seed, plan.stage),
+        )
+        self._options = _loader_options(num_workers, prefetch_batches, pin_memory)
+
+    def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
+        """The batches from one step up to, and without, another.
+
+        Raises:
+            UserError: if the plans of the processes differ, or a shard cannot be read.
+        """
+        loader = DataLoader(
+            self._dataset, batch_size=None, sampler=self._requests(start_step, stop_step), **self._options
+        )
+        yield from _raising(loader)
+
+    def _requests(self, start_step: int, stop_step: int) -> Iterator[_Request]:
+        checked = -1
+        local = self.plan.global_batch_size // world_size()
+        for step in range(start_step, stop_step):
+            epoch = self.plan.epoch_of(step)
+            if epoch != checked and world_size() > 1:
+                check_same(self.plan.digest(epoch), f"the plan of epoch {epoch}")
+            checked = epoch
+            yield _Request(step, epoch, self.plan.batch(step)[rank() * local : (rank() + 1) * local])
+
+
+def captioned_batches(
+    reader: Reader,
+    batches: Sequence[Int[np.ndarray, "_rows"]],
+    *,
+    transform: ImageTransform,
+    tokenizer: Tokenizer,
+    num_workers: int = 0,
+    prefetch_batches: int = 4,
+    pin_memory: bool = False,
+    max_pixels: int = 50_000_000,
+    json_key: str = "caption",
+) -> Iterator[CaptionedBatch]:
+    """One `CaptionedBatch` for each array of rows, in order, for embedding and evaluation.
+
+    Raises:
+        UserError: if a shard cannot be read.
+    """
+    dataset = _CaptionedBatches(
+        decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
+        transform=transform,
+        tokenizer=tokenizer,
+    )
+    options = _loader_options(num_workers, prefetch_batches, pin_memory)
+    yield from _raising(DataLoader(dataset, batch_size=None, sampler=batches, **options))
+
+
+def content_id(data: bytes) -> int:
+    """A 64-bit signed hash of bytes: equal content, equal number."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def _raising(loader: Iterable[Any]) -> Iterator[Any]:
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _loader_options(num_workers: int, prefetch_batches: int, pin_memory: bool) -> dict[str, Any]:
+    # A loader draws a seed for its workers, here not from the global generator. Nothing in them uses it.
+    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory, "generator": torch.Generator()}
+    if num_workers:
+        options |= {"prefetch_factor": max(1, prefetch_batches), "worker_init_fn": _one_thread}
+    return options
+
+
+def _one_thread(worker: int) -> None:  # noqa: ARG001
+    torch.set_num_threads(1)

@@ -1,0 +1,234 @@
+import io
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mcl_clip.data.batches import PairBatch, TrainingLoader, captioned_batches
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.plan import FILLER, BatchPlan
+from mcl_clip.data.reader import Reader
+from mcl_clip.data.transforms import TrainTransform, evaluation_transform
+from mcl_clip.errors import UserError
+from tests.unit.data.tars import write_tar
+
+ROWS, BATCH = 22, 5
+BAD = {3: "broken_image", 9: "not_utf8", 16: "not_an_image"}
+SIZE = (6, 8)
+
+
+def tokenize(texts: list[str]) -> torch.Tensor:
+    """Eight bytes of each text."""
+    return torch.tensor([list(text.encode().ljust(8)[:8]) for text in texts])
+
+
+def picture(row: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(row).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG" if row % 2 else "JPEG")
+    return file.getvalue()
+
+
+def captions(row: int) -> list[str]:
+    return [f"{row} {number}" for number in range(1 + row % 4)]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """22 rows in two shards, one with captions in JSON; rows 3, 9 and 16 cannot be decoded, rows 20 and 21 are equal."""
+    members = []
+    for row in range(ROWS):
+        source = min(row, 20)
+        image, text = picture(source), "\n".join(captions(source)).encode()
+        if row == 3:
+            image = image[: len(image) // 2]
+        if row == 16:
+            image = b"GIF89a" + image
+        if row == 9:
+            text = b"\xff\xfe"
+        if 11 <= row < 15:
+            members.append(
+                [(f"{row:04}.jpg", image), (f"{row:04}.json", json.dumps({"caption": captions(row)}).encode())]
+            )
+        else:
+            members.append([(f"{row:04}.jpg", image), (f"{row:04}.txt", text)])
+    folder = tmp_path_factory.mktemp("shards")
+    paths = [
+        write_tar(folder / "a.tar", [member for sample in members[:12] for member in sample]),
+        write_tar(folder / "b.tar", [member for sample in members[12:] for member in sample]),
+    ]
+    return ShardIndex.build([str(path) for path in paths])
+
+
+def make(index: ShardIndex, *, seed: int = 0, stage: int = 0, **options) -> TrainingLoader:
+    plan = BatchPlan(
+        shard_of=index.shard_of, groups=np.zeros(ROWS, np.int64), global_batch_size=BATCH, seed=seed, stage=stage
+    )
+    transform = TrainTransform(size_px=SIZE, scale=(0.5, 1.0), horizontal_flip=0.5)
+    return TrainingLoader(plan, Reader(index), transform=transform, tokenizer=tokenize, **options)
+
+
+def assert_equal(one: PairBatch, other: PairBatch) -> None:
+    for field in fields(PairBatch):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, field.name
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(index, workers):
+    alone, shared = make(index).steps(0, 12), make(index, num_workers=workers, prefetch_batches=2).steps(0, 12)
+    for one, other in zip(alone, shared, strict=True):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("start", [1, 5, 7])
+def test_a_start_at_a_later_step_gives_the_tail(index, start):
+    whole = list(make(index).steps(0, 11))
+    tail = list(make(index, num_workers=1).steps(start, 11))
+    assert [batch.step for batch in tail] == list(range(start, 11))
+    for one, other in zip(whole[start:], tail, strict=True):
+        assert_equal(one, other)
+
+
+def test_bad_samples_become_fillers_and_are_named(index):
+    loader = make(index)
+    batches = list(loader.steps(0, 5))
+    rows = torch.cat([batch.rows for batch in batches])
+    assert sorted(rows[rows >= 0].tolist()) == [row for row in range(ROWS) if row not in BAD]
+    found = {bad.row: (Path(bad.shard).name, bad.reason) for batch in batches for bad in batch.bad}
+    assert found == {3: ("a.tar", BAD[3]), 9: ("a.tar", BAD[9]), 16: ("b.tar", BAD[16])}
+    for batch in batches:
+        planned = torch.from_numpy(loader.plan.batch(batch.step))
+        expected = planned.where(~torch.isin(planned, torch.tensor(list(BAD))), FILLER)
+        assert torch.equal(batch.rows, expected)
+        assert batch.places.tolist() == (expected != FILLER).nonzero()[:, 0].tolist()
+        assert batch.images.shape == (len(batch.places), 3, *SIZE)
+        assert not batch.text_ids[expected == FILLER].any()
+
+
+def test_each_place_holds_its_own_row(index):
+    for batch in make(index).steps(0, 5):
+        for place, tokens in zip(batch.places.tolist(), batch.tokens, strict=True):
+            source = min(int(batch.rows[place]), 20)
+            assert bytes(tokens.tolist()).decode().strip() in captions(source)
+
+
+def test_equal_images_and_captions_have_equal_ids(index):
+    batches = list(make(index).steps(0, 10))
+    images = {int(row): int(i) for b in batches for row, i in zip(b.rows, b.image_ids, strict=True) if row >= 0}
+    assert images[20] == images[21]
+    assert len(set(images.values())) == len(images) - 1
+    texts = {
+        (bytes(tokens.tolist()), int(batch.text_ids[place]))
+        for batch in batches
+        for place, tokens in zip(batch.places.tolist(), batch.tokens, strict=True)
+    }
+    assert len(texts) == len({text for text, _ in texts}) == len({number for _, number in texts})
+
+
+def drawn(index: ShardIndex, epoch: int, **options) -> dict[int, tuple[bytes, bytes]]:
+    """Caption and pixels of each row in an epoch."""
+    return {
+        int(batch.rows[place]): (bytes(tokens.tolist()), image.numpy().tobytes())
+        for batch in make(index, **options).steps(5 * epoch, 5 * epoch + 5)
+        for place, tokens, image in zip(batch.places.tolist(), batch.tokens, batch.images, strict=True)
+    }
+
+
+def test_captions_and_crops_are_drawn_anew_in_each_epoch_and_stage(index):
+    first = drawn(index, 0)
+    assert drawn(index, 0) == first
+    for other in (drawn(index, 1), drawn(index, 0, seed=1), drawn(index, 0, stage=1)):
+        several = [row for row in first if len(captions(min(row, 20))) > 1]
+        assert any(other[row][0] != first[row][0] for row in several)
+        assert sum(other[row][1] != first[row][1] for row in first) > 15
+    seen = {drawn(index, epoch)[7][0] for epoch in range(20)}
+    assert len(seen) == 4  # row 7 has four captions
+
+
+def test_a_batch_without_a_decoded_row_has_one_black_picture(index):
+    plan = make(index).plan
+    plan.groups = np.where(np.isin(np.arange(ROWS), list(BAD)), 0, -1)
+    plan = BatchPlan(shard_of=index.shard_of, groups=plan.groups, global_batch_size=BATCH, seed=0, stage=0)
+    loader = TrainingLoader(plan, Reader(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
+    (batch,) = loader.steps(0, 1)
+    assert (batch.rows == FILLER).all()
+    assert batch.images.shape == (1, 3, *SIZE)
+    assert not batch.images.any()
+    assert (len(batch.tokens), batch.places.tolist(), len(batch.bad)) == (1, [0], 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generators_are_left_alone(index, workers):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    list(make(index, num_workers=workers).steps(0, 2))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_shard_stops_with_one_sentence(index, tmp_path, workers):
+    path = write_tar(
+        tmp_path / "c.tar", [("0.jpg", picture(0)), ("0.txt", b"a"), ("1.jpg", picture(1)), ("1.txt", b"b")]
+    )
+    found = ShardIndex.build([str(path)])
+    write_tar(path, [("x.jpg", picture(0)), ("x.txt", b"a"), ("1.jpg", picture(1)), ("1.txt", b"b")])
+    plan = BatchPlan(shard_of=found.shard_of, groups=np.zeros(2, int), global_batch_size=2, seed=0, stage=0)
+    options = {"transform": TrainTransform(size_px=SIZE), "tokenizer": tokenize, "num_workers": workers}
+    with pytest.raises(UserError, match=r"^shard .*c.tar changed since its index was made: row 0 \(key '0'\)"):
+        list(TrainingLoader(plan, Reader(found), **options).steps(0, 1))
+
+
+def test_captioned_batches_hold_all_captions_in_order(index):
+    transform = evaluation_transform({"size": 8, "mean": (0, 0, 0), "std": (1, 1, 1)})
+    grid = [np.arange(0, 7), np.array([3]), np.arange(7, ROWS)]
+    for workers in (0, 2):
+        batches = list(
+            captioned_batches(Reader(index), grid, transform=transform, tokenizer=tokenize, num_workers=workers)
+        )
+        assert [len(batch.rows) for batch in batches] == [6, 0, 13]
+        for rows, batch in zip(grid, batches, strict=True):
+            assert batch.rows.tolist() == [row for row in rows if row not in BAD]
+            assert {bad.row: bad.reason for bad in batch.bad} == {row: BAD[row] for row in rows if row in BAD}
+            texts = [bytes(tokens.tolist()).decode().strip() for tokens in batch.tokens] if len(batch.rows) else []
+            assert texts == [text for row in batch.rows.tolist() for text in captions(min(row, 20))]
+            assert batch.caption_of.tolist() == [
+                place for place, row in enumerate(batch.rows.tolist()) for _ in captions(min(row, 20))
+            ]
+        assert batches[2].image_ids[-1] == batches[2].image_ids[-2]
+        assert batches[2].text_ids[-1] == batches[2].text_ids[-2]
+
+
+def refused(plan: BatchPlan, index: ShardIndex) -> str:
+    try:
+        TrainingLoader(plan, Reader(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_batch_that_does_not_divide_is_refused(index, pool):
+    message = "a global batch of 5 rows does not divide by 2 processes; use a multiple of 2"
+    assert pool.run(refused, 2, make(index).plan, index) == [message] * 2
+
+
+def local_batches(index: ShardIndex) -> list[PairBatch]:
+    plan = BatchPlan(shard_of=index.shard_of, groups=np.zeros(ROWS, int), global_batch_size=4, seed=0, stage=0)
+    loader = TrainingLoader(plan, Reader(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
+    return list(loader.steps(0, 9))
+
+
+def test_processes_hold_the_parts_of_the_same_batches(index, pool):
+    (whole,) = pool.run(local_batches, 1, index)
+    for size in (2, 4):
+        for batch, *parts in zip(whole, *pool.run(local_batches, size, index), strict=True):
+            for name in ("rows", "text_ids", "image_ids"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+            images = torch.cat([part.images for part in parts if (part.rows >= 0).any()])
+            assert torch.equal(images, batch.images)
+            assert sorted(bad for part in parts for bad in part.bad) == sorted(batch.bad)

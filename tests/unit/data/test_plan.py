@@ -1,0 +1,255 @@
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mcl_clip.data.batches import TrainingLoader
+from mcl_clip.data.plan import FILLER, BatchPlan, Source
+from mcl_clip.data.reader import Reader
+from mcl_clip.data.transforms import TrainTransform
+from mcl_clip.errors import UserError
+
+SETTINGS = {"seed": 0, "stage": 1}
+
+
+def groups_of(sizes, *, seed: int = 0) -> np.ndarray:
+    """Rows of groups of these sizes, in mixed order."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    return groups[np.random.default_rng(seed).permutation(len(groups))]
+
+
+def make(groups, batch: int, *, rows_per_shard: int = 50, **options) -> BatchPlan:
+    groups = np.asarray(groups)
+    shard_of = np.arange(len(groups)) // rows_per_shard
+    return BatchPlan(shard_of=shard_of, groups=groups, global_batch_size=batch, **{**SETTINGS, **options})
+
+
+def sizes_like(count: int, rows: int) -> np.ndarray:
+    """`count` sizes of at least 2, of all magnitudes, about `rows` together."""
+    share = np.random.default_rng(count).pareto(1.5, count) + 0.01
+    return np.maximum(2, rows * share / share.sum()).astype(int)
+
+
+def pieces(rows: np.ndarray, groups: np.ndarray) -> list[Counter]:
+    """How many rows of each group each batch holds."""
+    return [Counter(groups[batch[batch != FILLER]].tolist()) for batch in rows]
+
+
+CASES = [
+    *((sizes_like(count, 3000), batch) for count in (1, 10, 100, 1000) for batch in (2, 16, 64, 1000)),
+    ([5], 8),  # fewer rows than a batch
+    ([25], 8),  # N = qB + 1
+    ([24], 8),
+    ([17, 8], 8),
+    ([9, 9, 9, 6], 8),
+    ([1], 4),
+]
+
+
+@pytest.mark.parametrize(("sizes", "batch"), CASES)
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_epoch_is_each_row_once_in_as_few_batches_as_possible(sizes, batch, epoch):
+    groups = groups_of(sizes)
+    rows = make(groups, batch).epoch_rows(epoch)
+    assert rows.shape == (-(-len(groups) // batch), batch)
+    is_row = rows != FILLER
+    np.testing.assert_array_equal(np.sort(rows[is_row]), np.arange(len(groups)))
+    with_fillers = np.flatnonzero(~is_row.all(1))
+    assert len(with_fillers) <= 1
+    for number in with_fillers:
+        count = is_row[number].sum()
+        assert is_row[number, :count].all()  # they come last
+    assert all((np.diff(batch_rows[kept]) > 0).all() for batch_rows, kept in zip(rows, is_row, strict=True))
+
+
+@pytest.mark.parametrize(("sizes", "batch"), CASES)
+def test_groups_fill_whole_batches_and_are_cut_once_at_most(sizes, batch):
+    groups, sizes = groups_of(sizes), np.asarray(sizes)
+    found = pieces(make(groups, batch).epoch_rows(0), groups)
+    for group, size in enumerate(sizes):
+        mine = [piece[group] for piece in found if piece[group]]
+        assert mine.count(batch) >= size // batch - 1
+        assert sum(piece < batch for piece in mine) <= 2 + (batch == 2)
+        assert size // batch <= len(mine) <= size // batch + 2
+
+
+@pytest.mark.parametrize("batch", [16, 64, 250])
+@pytest.mark.parametrize("count", [10, 100, 1000])
+def test_no_row_is_alone_among_many_groups(count, batch):
+    groups = groups_of(sizes_like(count, 3000))
+    for epoch in range(5):
+        found = pieces(make(groups, batch).epoch_rows(epoch), groups)
+        assert not any(1 in piece.values() for piece in found)
+
+
+def has_order_without_single_rows(sizes, batch: int) -> bool:
+    """By trying every order of the groups laid end to end, as dealt and with B more of each single remainder."""
+    left = [size % batch + batch * (size % batch == 1 and size > batch and len(sizes) > 1) for size in sizes]
+    for order in itertools.permutations([size for size in left if size]):
+        ends = np.cumsum(order)
+        borders = np.union1d(np.r_[0, ends], np.arange(0, ends[-1], batch))
+        if (np.diff(borders) != 1).all():
+            return True
+    return not any(left)
+
+
+def test_single_rows_are_avoided_where_some_order_avoids_them():
+    draw = np.random.default_rng(0)
+    for trial in range(300):
+        sizes = draw.integers(2, 20, draw.integers(1, 6))
+        batch = int(draw.integers(4, 12))
+        groups = groups_of(sizes)
+        found = pieces(make(groups, batch, seed=trial).epoch_rows(0), groups)
+        if any(1 in piece.values() for piece in found):
+            assert not has_order_without_single_rows(sizes.tolist(), batch), (sizes, batch)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, 8), (10, 8), (100, 16)])
+def test_the_batches_of_each_group_run_through_the_epoch(count, batch):
+    """The k-th of c batches of a group lies within [k/c - G/T, (k+1)/c + G/T] of the epoch: G kinds, T batches."""
+    groups = groups_of(sizes_like(count, 4000))
+    found = pieces(make(groups, batch).epoch_rows(0), groups)
+    kinds = [next(iter(piece)) if len(piece) == 1 and batch in piece.values() else -1 for piece in found]
+    slack = len(set(kinds)) / len(kinds)
+    for kind in set(kinds):
+        places = np.flatnonzero(np.asarray(kinds) == kind) / len(kinds)
+        first = np.arange(len(places)) / len(places)
+        assert (places >= first - slack).all()
+        assert (places <= first + 1 / len(places) + slack).all()
+
+
+def test_the_plan_knows_nothing_of_processes(pool):
+    groups = groups_of(sizes_like(20, 500))
+    whole = make(groups, 16).epoch_rows(1)
+    for size in (1, 2, 4):
+        slices = pool.run(local_rows, size, groups, len(whole))
+        np.testing.assert_array_equal(np.concatenate([rows for rows, _ in slices], axis=1), whole)
+        assert {digest for _, digest in slices} == {make(groups, 16).digest(1)}
+
+
+def local_rows(groups: np.ndarray, steps: int) -> tuple[np.ndarray, str]:
+    plan = make(groups, 16)
+    reader = object.__new__(Reader)  # nothing is read
+    loader = TrainingLoader(plan, reader, transform=TrainTransform(size_px=(2, 2)), tokenizer=len)
+    return np.stack([request.rows for request in loader._requests(steps, 2 * steps)]), plan.digest(1)
+
+
+def test_a_plan_is_the_same_in_all_versions():
+    """If these change, runs cannot be continued and published numbers not be made again: never change them lightly."""
+    groups = np.arange(1000) ** 2 % 37 % 11
+    assert make(groups, 32).digest(0) == GOLDEN[0]
+    sources = [Source(rows=400, weight=0.5), Source(rows=600, weight=2)]
+    mixture = make(groups, 32, stage=2, seed=7, sources=sources, window_shards=4, run_rows=3)
+    assert mixture.digest(3) == GOLDEN[1]
+
+
+GOLDEN = ("603ec87f45a88af6c22fc9e7084bfaa0", "60c61c42429817cfcb151272c7a949de")
+
+
+def test_each_draw_is_another():
+    groups = groups_of(sizes_like(10, 500))
+    plans = [make(groups, 16), make(groups, 16, seed=1), make(groups, 16, stage=2), make(groups, 8)]
+    digests = [plan.digest(epoch) for plan in plans for epoch in range(3)]
+    assert len(set(digests)) == len(digests)
+    assert make(groups, 16).digest(2) == digests[2]
+
+
+def test_steps_count_through_epochs():
+    plan = make(groups_of([30, 20]), 8)
+    assert plan.batches_per_epoch == 7
+    np.testing.assert_array_equal(plan.batch(15), make(groups_of([30, 20]), 8).epoch_rows(2)[1])
+    assert [plan.epoch_of(step) for step in (0, 6, 7, 15)] == [0, 0, 1, 2]
+
+
+def test_rows_of_negative_groups_are_never_drawn():
+    groups = groups_of([30, 20])
+    groups[::5] = -1
+    rows = make(groups, 8).epoch_rows(0)
+    np.testing.assert_array_equal(np.sort(rows[rows != FILLER]), np.flatnonzero(groups >= 0))
+
+
+def test_a_mixture_draws_by_weight():
+    sources = [Source(rows=40, weight=0.5), Source(rows=60, weight=1), Source(rows=20, weight=2)]
+    plan = make(groups_of([70, 50]), 8, sources=sources)
+    for start in (0, 4):
+        rows = np.concatenate([plan.epoch_rows(epoch).ravel() for epoch in range(start, start + 4)])
+        counts = np.bincount(rows[rows != FILLER], minlength=120)
+        assert counts.tolist() == [2] * 40 + [4] * 60 + [8] * 20
+    per_epoch = [np.bincount(rows[rows >= 0].ravel() // 20) for rows in map(plan.epoch_rows, range(4))]
+    assert all(counts[:2].sum() == 20 and counts[2:5].sum() == 60 and counts[5] == 40 for counts in per_epoch)
+
+
+def test_sources_are_mixed_throughout_the_epoch():
+    plan = make(np.zeros(900, int), 30, sources=[Source(rows=300), Source(rows=600)])
+    shares = (plan.epoch_rows(0) < 300).sum(1)
+    assert set(shares) <= {9, 10, 11}
+
+
+@pytest.mark.parametrize("window_shards", [1, 3])
+def test_the_rows_of_a_batch_come_from_few_shards(window_shards):
+    one_group = make(np.zeros(2000, int), 20, window_shards=window_shards)
+    shards = [len(set(rows // 50)) for rows in one_group.epoch_rows(0)]
+    assert max(shards) <= 2 * window_shards
+    assert make(np.zeros(2000, int), 20).digest(0) != one_group.digest(0)
+    assert max(len(set(rows // 50)) for rows in make(np.zeros(2000, int), 20).epoch_rows(0)) > 10
+    order = [set(rows // 50) for rows in one_group.epoch_rows(1)]
+    assert order != [set(rows // 50) for rows in one_group.epoch_rows(0)]  # the windows are shuffled anew
+
+
+def test_windows_are_taken_in_one_order_by_all_groups():
+    """At any time few shards are open, whatever the groups: what a bounded cache of shards needs."""
+    groups = groups_of([1000, 1000])
+    plan = make(groups, 20, window_shards=2)
+    rows = plan.epoch_rows(0)
+    open_shards = [len(set(rows[start : start + 10].ravel() // 50)) for start in range(len(rows) - 10)]
+    assert max(open_shards) <= 10  # of 40; 200 of 2,000 rows fill 4
+
+
+def test_units_of_neighbours_stay_together():
+    groups = np.repeat([0, 1, 0], [403, 300, 297])
+    plan = make(groups, 16, rows_per_shard=100, run_rows=4)
+    order = plan._read_order(0)
+    np.testing.assert_array_equal(np.sort(order), np.arange(1000))
+    runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
+    starts = {row for row in range(1000) if row in (0, 403, 703) or row % 100 == 0}
+    for run in runs:
+        assert len({(row // 100, groups[row]) for row in run}) == 1 or len(run) > 4  # runs may meet by chance
+        assert len(run) >= 4 or any(run[-1] + 1 == start for start in {*starts, 1000})
+    homogeneous = [len({row // 4 for row in rows}) for rows in plan.epoch_rows(0)]
+    assert np.mean(homogeneous) < 8  # of 16 without
+
+
+def test_a_large_plan_is_the_same_from_its_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    groups = groups_of(sizes_like(10, 500))
+    stored = make(groups, 16, cache_dir=tmp_path, rows_in_memory=10)
+    for epoch in (0, 1, 0):
+        assert isinstance(stored.epoch_rows(epoch), np.memmap)
+        assert stored.digest(epoch) == make(groups, 16).digest(epoch)
+        assert len(list(tmp_path.iterdir())) == 1  # earlier epochs are not kept
+    other = make(groups[::-1].copy(), 16, cache_dir=tmp_path, rows_in_memory=10)
+    assert other.digest(0) != stored.digest(0)
+    assert len(list(tmp_path.iterdir())) == 2  # another run does not write to the same file
+
+
+@pytest.mark.parametrize("min_negatives", [1, 5])
+def test_statistics_are_what_counting_gives(min_negatives):
+    groups = groups_of([*sizes_like(30, 600), 1, 1])
+    plan = make(groups, 16)
+    found, counted = plan.statistics(2, min_negatives=min_negatives), pieces(plan.epoch_rows(2), groups)
+    negatives = [size - 1 for piece in counted for size in piece.values() for _ in range(size)]
+    assert found.batches == len(counted)
+    assert found.rows == len(groups) == len(negatives)
+    assert found.fillers == len(counted) * 16 - len(groups)
+    pure = sum(sum(piece.values()) for piece in counted if len(piece) == 1)
+    assert found.share_homogeneous == pytest.approx(pure / len(groups))
+    assert found.mean_negatives == pytest.approx(np.mean(negatives))
+    assert found.rows_without_weight == sum(count < min_negatives for count in negatives) > 0
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(UserError, match="there is no row to train on"):
+        make(np.full(10, -1), 4)
+    with pytest.raises(UserError, match="the sources have 9 rows and the labels 10; index again"):
+        make(np.zeros(10, int), 4, sources=[Source(rows=9)])

@@ -1,0 +1,107 @@
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from mcl_clip.data.transforms import TrainTransform, evaluation_transform, train_transform
+from mcl_clip.model.encode import to_floats
+
+MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def ramp(width: int = 64, height: int = 48) -> Image.Image:
+    """Red is the column, green the row: pixels tell where they come from."""
+    column, row = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([column, row, 0 * row], axis=2).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(50, 37), (20, 20), (3, 90), (21, 64), (224, 224)])
+def test_pixels_and_floats_are_those_of_open_clip(mode, interpolation, size):
+    for target in (32, (24, 32)):
+        if mode == "longest" and target != 32:
+            continue
+        cfg = {"size": target, "interpolation": interpolation, "resize_mode": mode, "mean": MEAN, "std": STD}
+        options = {name: value for name, value in cfg.items() if name != "size"}
+        expected = open_clip.image_transform(target, is_train=False, **options)(noise(*size))
+        pixels = evaluation_transform(cfg)(noise(*size))
+        assert pixels.dtype == torch.uint8
+        assert torch.equal(to_floats(pixels[None], cfg)[0], expected)
+
+
+def test_grey_and_transparent_pictures_are_as_in_open_clip():
+    cfg = {"size": 16, "mean": MEAN, "std": STD}
+    for mode in ("L", "RGBA", "P"):
+        image = noise(40, 30).convert(mode)
+        expected = open_clip.image_transform(16, is_train=False, mean=MEAN, std=STD)(image)
+        assert torch.equal(to_floats(evaluation_transform(cfg)(image)[None], cfg)[0], expected)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (5, 200), (200, 5), (1, 1), (1, 50), (7, 9)])
+@pytest.mark.parametrize(("scale", "ratio"), [((0.9, 1.0), (3 / 4, 4 / 3)), ((0.05, 1), (0.5, 2)), ((1, 1), (1, 1))])
+def test_crops_stay_in_the_picture_and_obey_scale_and_ratio(size, scale, ratio):
+    transform, (width, height) = TrainTransform(size_px=(8, 8), scale=scale, ratio=ratio), size
+    chances = np.random.default_rng(0)
+    for _ in range(200):
+        left, upper, right, lower = transform._crop(width, height, chances.random(32))
+        assert 0 <= left < right <= width
+        assert 0 <= upper < lower <= height
+        w, h = right - left, lower - upper
+        if ratio[0] <= width / height <= ratio[1]:
+            rounding = (w + 0.5) * (h + 0.5) / (w * h)
+            assert scale[0] / rounding - (w + h + 1) / (2 * width * height) <= w * h / (width * height)
+            assert w * h / (width * height) <= scale[1] * rounding
+        if min(w, h) > 1 and ratio[0] < ratio[1]:
+            assert ratio[0] * (1 - 1 / w - 1 / h) <= w / h <= ratio[1] * (1 + 1 / w + 1 / h)
+
+
+def test_crops_use_the_whole_range():
+    transform, draw = TrainTransform(size_px=(8, 8), scale=(0.2, 1.0)), np.random.default_rng(0)
+    boxes = np.array([transform._crop(100, 100, draw.random(32)) for _ in range(1000)])
+    share = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 10_000
+    shape = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+    assert share.min() < 0.22
+    assert share.max() > 0.9
+    assert shape.min() < 0.8
+    assert shape.max() > 1.25
+    assert boxes[:, :2].min() == 0
+    assert boxes[:, 2:].max() == 100
+
+
+def test_a_draw_depends_on_its_name_alone():
+    transform = TrainTransform(size_px=(16, 12), scale=(0.3, 0.6), horizontal_flip=0.5)
+    state = torch.get_rng_state()
+    one = transform(ramp(), 7, 1, "augment")
+    transform(ramp(), 8, 1, "augment")
+    assert one.shape == (3, 16, 12)
+    assert torch.equal(transform(ramp(), 7, 1, "augment"), one)
+    assert not torch.equal(transform(ramp(), 8, 1, "augment"), one)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (0.5, 70, 130), (1.0, 200, 200)])
+def test_flips_come_with_their_probability(probability, low, high):
+    transform = TrainTransform(size_px=(12, 12), horizontal_flip=probability)
+    flips = sum(bool(pixels[0, 5, 0] > pixels[0, 5, -1]) for pixels in (transform(ramp(), n) for n in range(200)))
+    assert low <= flips <= high
+
+
+def test_a_picture_that_is_kept_whole_is_resized_as_pillow_does():
+    transform = TrainTransform(size_px=(20, 30), scale=(1, 1), ratio=(64 / 48, 64 / 48))
+    expected = np.asarray(ramp().resize((30, 20), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(transform(ramp(), 0).numpy(), expected)
+
+
+def test_size_and_interpolation_are_the_towers():
+    cfg = {"size": 32, "interpolation": "bilinear", "mean": MEAN, "std": STD}
+    assert train_transform(cfg, scale=(0.4, 1.0)) == TrainTransform(
+        size_px=(32, 32), scale=(0.4, 1.0), interpolation="bilinear"
+    )
+    assert train_transform({**cfg, "size": (24, 32)}).size_px == (24, 32)
