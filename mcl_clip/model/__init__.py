@@ -1,0 +1,1 @@
+"""Towers, losses and the combination of stages."""

@@ -1,0 +1,193 @@
+"""Losses and gradients at any number of processes against a full-batch reference."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from mcl_clip.data.batches import PairBatch
+from mcl_clip.data.plan import FILLER, BatchPlan
+from mcl_clip.distributed import all_reduce_sum, rank, world_size
+from mcl_clip.train.loop import Objective, clamp_logit_scale_
+
+BATCH, CHECKED_GRADIENTS = 8, 20
+CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.25)}
+CASES = [  # loss, mask_duplicates, min_negatives, steps
+    ("clip", True, 1, 200),
+    ("siglip", False, 1, 200),
+    ("clip", False, 3, 20),
+    ("siglip", True, 3, 20),
+]
+
+
+class Towers(nn.Module):
+    def __init__(self, loss: str) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.image, self.text = nn.Linear(12, 6), nn.Embedding(50, 6)
+        self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(-5.0)) if loss == "siglip" else None
+
+    def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor | None]:
+        return {
+            "image_features": normalize(self.image(images.flatten(1).to(self.image.weight.dtype)), dim=1),
+            "text_features": normalize(self.text(tokens).sum(1), dim=1),
+            "logit_scale": self.logit_scale.exp(),
+            "logit_bias": self.logit_bias,
+        }
+
+
+class Data:
+    """61 rows in groups of 24, 20, 10 and 7: batches of one group and packed ones, the last with three fillers."""
+
+    def __init__(self) -> None:
+        draw = np.random.default_rng(0)
+        self.groups = np.repeat([0, 1, 2, 3], [24, 20, 10, 7])[draw.permutation(61)]
+        self.images = torch.from_numpy(draw.integers(0, 256, (61, 3, 2, 2), np.uint8))
+        self.tokens = torch.from_numpy(draw.integers(0, 50, (61, 4)))
+        self.text_ids, self.image_ids = torch.arange(61) // 5, (torch.arange(61) * 7) % 59  # some are equal
+        self.bad = [int(np.flatnonzero(self.groups == 1)[3]), int(np.flatnonzero(self.groups == 3)[0])]
+        plan = BatchPlan(shard_of=np.zeros(61, np.int64), groups=self.groups, global_batch_size=BATCH, seed=0, stage=1)
+        rows = torch.tensor(np.stack([plan.batch(step) for step in range(200)]))
+        self.rows = rows.where(~torch.isin(rows, torch.tensor(self.bad)), FILLER)
+
+    def batch(self, step: int) -> PairBatch:
+        local = BATCH // world_size()
+        rows = self.rows[step, rank() * local : (rank() + 1) * local]
+        places = (rows != FILLER).nonzero()[:, 0]
+        is_empty = not len(places)
+        kept = rows[places]
+        return PairBatch(
+            step=step,
+            rows=rows,
+            text_ids=self.text_ids[rows],
+            image_ids=self.image_ids[rows],
+            images=torch.zeros(1, 3, 2, 2, dtype=torch.uint8) if is_empty else self.images[kept],
+            tokens=torch.zeros(1, 4, dtype=torch.int64) if is_empty else self.tokens[kept],
+            places=torch.tensor([0]) if is_empty else places,
+            bad=(),
+        )
+
+
+def make(loss: str, dtype: torch.dtype) -> tuple[Towers, torch.optim.Optimizer]:
+    model = Towers(loss).to(dtype)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
+
+
+def gradients(model: Towers) -> dict[str, np.ndarray]:
+    return {name: p.grad.double().numpy().copy() for name, p in model.named_parameters()}
+
+
+def train(loss: str, mask: bool, min_negatives: int, steps: int, dtype: torch.dtype) -> tuple[list, list, dict]:
+    """Loss of each step, gradients of the first ones, the weights at the end."""
+    data, (raw, optimizer) = Data(), make(loss, dtype)
+    model = DistributedDataParallel(raw) if world_size() > 1 else raw
+    objective = Objective(
+        groups=data.groups, preprocess_cfg=CFG, loss=loss, min_negatives=min_negatives, mask_duplicates=mask
+    )
+    losses, grads = [], []
+    for step in range(steps):
+        share, _ = objective(model, data.batch(step), torch.device("cpu"))
+        share.backward()
+        losses.append(float(all_reduce_sum(share.detach().clone())) / world_size())
+        grads += [gradients(raw)] if step < CHECKED_GRADIENTS else []
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clamp_logit_scale_(raw)
+    return losses, grads, {name: p.detach().numpy() for name, p in raw.named_parameters()}
+
+
+def reference_loss(model: Towers, data: Data, rows: list[int], loss: str, mask: bool, min_negatives: int) -> Tensor:
+    """The published losses, row by row, over the rows that are left when fillers are dropped."""
+    mean, std = torch.tensor(CFG["mean"]).view(3, 1, 1), torch.tensor(CFG["std"]).view(3, 1, 1)
+    out = model((data.images[rows].float() / 255 - mean) / std, data.tokens[rows])
+    logits, losses = out["logit_scale"] * out["image_features"] @ out["text_features"].T, []
+    for i, row in enumerate(rows):
+        others = [j for j, other in enumerate(rows) if j != i and data.groups[row] == data.groups[other]]
+        alike = [j for j in others for ids in (data.text_ids, data.image_ids) if ids[row] == ids[rows[j]]]
+        negatives = [j for j in others if not (mask and j in alike)]
+        if len(negatives) < min_negatives:
+            continue
+        if loss == "siglip":
+            terms = [logsigmoid(-logits[i, j] - out["logit_bias"]) for j in negatives]
+            losses.append(-logsigmoid(logits[i, i] + out["logit_bias"]) - sum(terms))
+        else:
+            among = [i, *negatives]
+            losses.append((logits[i, among].logsumexp(0) + logits[among, i].logsumexp(0)) / 2 - logits[i, i])
+    return torch.stack(losses).mean() if losses else sum((0 * p).sum() for p in model.parameters())
+
+
+@cache
+def reference(loss: str, mask: bool, min_negatives: int, steps: int) -> tuple[list, list, dict]:
+    data, (model, optimizer) = Data(), make(loss, torch.float64)
+    losses, grads = [], []
+    for step in range(steps):
+        value = reference_loss(model, data, [r for r in data.rows[step].tolist() if r >= 0], loss, mask, min_negatives)
+        value.backward()
+        losses.append(float(value.detach()))
+        grads += [gradients(model)] if step < CHECKED_GRADIENTS else []
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clamp_logit_scale_(model)
+    return losses, grads, {name: p.detach().numpy() for name, p in model.named_parameters()}
+
+
+def assert_close(found: tuple, expected: tuple, tolerance: float, steps: int) -> None:
+    np.testing.assert_allclose(found[0][:steps], expected[0][:steps], rtol=tolerance, atol=tolerance)
+    for step, (mine, theirs) in enumerate(zip(found[1], expected[1], strict=True)):
+        for name in theirs:
+            np.testing.assert_allclose(
+                mine[name], theirs[name], atol=tolerance, rtol=tolerance, err_msg=f"{step} {name}"
+            )
+
+
+@pytest.mark.parametrize(("loss", "mask", "min_negatives", "steps"), CASES)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_training_equals_the_full_batch_reference(pool, size, loss, mask, min_negatives, steps):
+    expected = reference(loss, mask, min_negatives, steps)
+    doubles = pool.run(train, size, loss, mask, min_negatives, steps, torch.float64)
+    for found in doubles:
+        assert_close(found, expected, 1e-9, steps)
+        for name, weight in expected[2].items():
+            np.testing.assert_allclose(found[2][name], weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_first_steps_in_float32_equal_the_reference(pool, size, loss):
+    for found in pool.run(train, size, loss, True, 1, 20, torch.float32):
+        assert_close(found, reference(loss, True, 1, 20), 1e-5, 20)
+
+
+def test_the_batches_are_of_every_kind():
+    """What the comparisons above are worth: whole and packed batches, fillers, bad rows, duplicates, a lonely rank."""
+    data = Data()
+    kept = [[row for row in rows if row >= 0] for rows in data.rows[:8].tolist()]
+    assert {len({data.groups[row] for row in rows}) for rows in kept} >= {1, 2}
+    assert sorted(map(len, kept))[0] < BATCH - 2
+    assert any((rows[-2:] == FILLER).all() for rows in data.rows[:8])  # a rank of 4 holds only fillers
+    assert any(((rows[:-1] == FILLER) & (rows[1:] != FILLER)).any() for rows in data.rows)  # a bad row in the middle
+    duplicates = [len(rows) - len({int(data.text_ids[row]) for row in rows}) for rows in kept]
+    assert max(duplicates) >= 2
+    few, many = (reference("siglip", True, number, 20)[0] for number in (1, 3))
+    assert few != many  # min_negatives and masking matter here
+    assert reference("siglip", False, 1, 200)[0][:20] != few
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_a_batch_of_fillers_alone_has_a_loss_and_gradients_of_zero(loss):
+    data, (model, _) = Data(), make(loss, torch.float64)
+    data.rows = torch.full((1, BATCH), FILLER)
+    value, counts = Objective(groups=data.groups, preprocess_cfg=CFG, loss=loss)(
+        model, data.batch(0), torch.device("cpu")
+    )
+    value.backward()
+    assert float(value.detach()) == 0
+    assert not counts["rows"]
+    assert not counts["weight"]
+    assert all(not gradient.any() for gradient in gradients(model).values())

@@ -1,0 +1,260 @@
+import ast
+import json
+import math
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mcl_clip.model import multistage
+from mcl_clip.model.multistage import MultistageCLIP, combine_features, have_same_text_tower
+from mcl_clip.model.towers import create_tower
+
+SCALES = (1.0, 3.0, 0.5)
+
+
+def make_cfg(embed_dim=24, *, custom=False, quick_gelu=False):
+    return {
+        "embed_dim": embed_dim,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        "quick_gelu": quick_gelu,
+        **({"custom_text": True} if custom else {}),
+    }
+
+
+def make_stages(*, shared, cfg=None):
+    """Three towers whose image features have norms of about 1 : 3 : 0.5."""
+    towers = [create_tower(model_cfg=cfg or make_cfg(), seed=seed) for seed in range(3)]
+    text = {k: v for k, v in towers[0].model.state_dict().items() if not k.startswith(("visual.", "logit_"))}
+    for tower, scale in zip(towers, SCALES, strict=True):
+        tower.model.eval()
+        with torch.no_grad():
+            tower.model.visual.proj *= scale
+        if shared:
+            tower.model.load_state_dict(text, strict=False)
+    return towers
+
+
+def combined(towers, **options):
+    return MultistageCLIP(
+        [tower.model for tower in towers],
+        logit_scale=math.log(50),
+        preprocess_cfg=towers[0].preprocess_cfg,
+        model_cfgs=[tower.model_cfg for tower in towers],
+        **options,
+    ).eval()
+
+
+def batch(images=6):
+    generator = torch.Generator().manual_seed(1)
+    tokens = open_clip.tokenize(["a dog", "two red cars", "rain at night", "a man sings"], context_length=16)
+    return torch.randn(images, 3, 32, 32, generator=generator), tokens
+
+
+def naive_scores(stage_images, stage_texts, combine):
+    """Cosines, pair by pair, as the definition says."""
+    scores = torch.zeros(len(stage_texts[0]), len(stage_images[0]), dtype=torch.float64)
+    for t in range(scores.shape[0]):
+        for i in range(scores.shape[1]):
+            texts, images = [f[t] for f in stage_texts], [f[i] for f in stage_images]
+            if combine == "concat":
+                dot = sum((a * b).sum() for a, b in zip(texts, images, strict=True))
+                norms = [math.sqrt(sum(f.square().sum() for f in side)) for side in (texts, images)]
+                scores[t, i] = dot / (norms[0] * norms[1])
+            else:
+                cosines = [F.cosine_similarity(a, b, dim=0) for a, b in zip(texts, images, strict=True)]
+                scores[t, i] = sum(cosines) / len(cosines)
+    return scores
+
+
+@pytest.mark.parametrize("combine", ["concat", "mean_cosine"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("custom", [False, True], ids=["clip", "custom"])
+@torch.no_grad()
+def test_scores_are_those_of_the_definition(combine, shared, custom):
+    towers = make_stages(shared=shared, cfg=make_cfg(custom=custom))
+    images, tokens = batch()
+    images = images.double()
+    stages = [tower.model.double() for tower in towers]
+    stage_images = [stage.encode_image(images) for stage in stages]
+    stage_texts = [stage.encode_text(tokens) for stage in stages]
+    expected = naive_scores(stage_images, stage_texts, combine)
+
+    model = combined(towers, combine=combine)
+    assert model.shared_text_tower == shared
+    output = model(image=images, text=tokens)
+    assert output["image_features"].dtype == torch.float64
+    torch.testing.assert_close(output["text_features"] @ output["image_features"].T, expected, rtol=0, atol=1e-12)
+    assert output["logit_scale"].item() == pytest.approx(50)
+    by_parts = combine_features(stage_images, combine), combine_features(stage_texts, combine)
+    torch.testing.assert_close(output["image_features"], by_parts[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(output["text_features"], by_parts[1], rtol=0, atol=1e-14)
+
+
+@torch.no_grad()
+def test_norms_of_the_stages_matter_for_concat_only():
+    towers = make_stages(shared=True)
+    images, _ = batch(64)
+    stage_images = [tower.model.encode_image(images) for tower in towers]
+    norms = torch.stack([features.norm(dim=1).mean() for features in stage_images])
+    assert norms[1] / norms[0] > 2
+    assert norms[2] / norms[0] < 0.75
+    rescaled = [features / norm for features, norm in zip(stage_images, norms, strict=True)]
+    concat, changed = combine_features(stage_images, "concat"), combine_features(rescaled, "concat")
+    assert not torch.allclose(concat @ concat.T, changed @ changed.T, atol=0.02)
+    cosine, same = combine_features(stage_images, "mean_cosine"), combine_features(rescaled, "mean_cosine")
+    torch.testing.assert_close(cosine, same)
+    assert not torch.allclose(concat @ concat.T, cosine @ cosine.T, atol=0.02)
+
+
+@torch.no_grad()
+def test_shared_text_tower_is_kept_and_run_once():
+    towers = make_stages(shared=True)
+    tokens = batch()[1]
+    own = sum(parameter.numel() for parameter in towers[0].model.visual.parameters()) + 1
+    text = sum(parameter.numel() for parameter in towers[0].model.parameters()) - own
+    model = combined(towers)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3 * own + text + 1
+    calls = []
+    assert model.stages[2].ln_final is model.stages[0].ln_final
+    model.stages[0].ln_final.register_forward_hook(lambda *_: calls.append(1))
+    text_features = model.encode_text(tokens)
+    assert len(calls) == 1
+    first, second, third = text_features.split(24, dim=1)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("custom", [False, True], ids=["clip", "custom"])
+def test_any_difference_of_a_text_tower_stops_the_sharing(custom):
+    cfg = make_cfg(custom=custom)
+    names = [
+        n for n in make_stages(shared=True, cfg=cfg)[0].model.state_dict() if not n.startswith(("visual", "logit"))
+    ]
+    towers = make_stages(shared=True, cfg=cfg)
+    stages, cfgs = [tower.model for tower in towers], [tower.model_cfg for tower in towers]
+    assert have_same_text_tower(stages, cfgs)
+    assert len(names) > 10
+    for name in names:
+        weight = stages[2].state_dict()[name].view(-1)
+        kept = weight[-1].clone()
+        weight[-1] += 1e-3
+        assert not have_same_text_tower(stages, cfgs), name
+        weight[-1] = kept
+    assert have_same_text_tower(stages, cfgs)
+    assert not have_same_text_tower(stages, [*cfgs[:2], {**cfgs[2], "quick_gelu": True}])
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@torch.no_grad()
+def test_saved_model_is_bit_equal_and_each_stage_loads_in_plain_open_clip(shared, tmp_path):
+    towers = make_stages(shared=shared)
+    images, tokens = batch()
+    stage_outputs = [tower.model(images, tokens) for tower in towers]
+    model = combined(towers, combine="mean_cosine", logit_bias=-3.3)
+    expected = model(image=images, text=tokens)
+    model.save(tmp_path)
+
+    state = torch.random.get_rng_state()
+    again = MultistageCLIP.load(tmp_path, device="cpu")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (again.combine, again.shared_text_tower, again.training) == ("mean_cosine", shared, False)
+    got = again(image=images, text=tokens)
+    assert got.keys() == expected.keys() == {"image_features", "text_features", "logit_scale", "logit_bias"}
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+    for number, outputs in enumerate(stage_outputs):
+        folder = tmp_path / f"stage_{number}"
+        plain, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}", output_dict=True)
+        got = plain.eval()(images, tokens)
+        assert all(torch.equal(got[name], outputs[name]) for name in outputs)
+        assert str(transform) == str(again.image_transform)
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    config = json.loads((tmp_path / "mcl_clip_config.json").read_text())
+    assert config["stages"] == ["stage_0", "stage_1", "stage_2"]
+    assert config["embed_dims"] == [24, 24, 24]
+    assert config["shared_text_tower"] is shared
+
+
+@torch.no_grad()
+def test_halves_and_zero_shot_classifier_work_as_in_open_clip():
+    model = combined(make_stages(shared=True))
+    images, tokens = batch()
+    both, image, text = model(images, tokens), model(image=images), model(text=tokens)
+    assert torch.equal(image["image_features"], both["image_features"])
+    assert torch.equal(text["text_features"], both["text_features"])
+    assert image["text_features"] is None
+    assert "logit_bias" not in both
+    classifier = open_clip.build_zero_shot_classifier(
+        model, model.tokenizer, ["dog", "cat"], ["a photo of a {}", "a drawing of a {}"]
+    )
+    assert classifier.shape == (72, 2)
+    texts = model.tokenizer(["a photo of a cat", "a drawing of a cat"])
+    mean = F.normalize(model.encode_text(texts, normalize=True).mean(dim=0), dim=0)
+    torch.testing.assert_close(classifier[:, 1], mean)
+
+
+@torch.no_grad()
+def test_combination_can_be_replaced_for_one_call():
+    towers = make_stages(shared=False)
+    images, tokens = batch()
+    concat, cosine = combined(towers, combine="concat"), combined(towers, combine="mean_cosine")
+    for name, data in (("encode_image", images), ("encode_text", tokens)):
+        expected = getattr(cosine, name)(data, normalize=True)
+        assert torch.equal(getattr(concat, name)(data, normalize=True, combine="mean_cosine"), expected)
+        assert not torch.equal(getattr(concat, name)(data, normalize=True), expected)
+    with pytest.raises(ValueError, match="combine='sum' is not one of concat, mean_cosine"):
+        concat.encode_image(images, combine="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("combine", ["concat", "mean_cosine"])
+def test_combined_features_are_finite_and_of_unit_length(dtype, combine):
+    generator = torch.Generator().manual_seed(0)
+    features = [300 * torch.randn(5, dim, generator=generator).to(dtype) for dim in (8, 4)]
+    features[0][3] = 0
+    features[0][4] = features[1][4] = 0
+    result = combine_features(features, combine)
+    assert result.shape == (5, 12)
+    torch.testing.assert_close(result.norm(dim=1), torch.tensor([1, 1, 1, 1, 0], dtype=result.dtype))
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@torch.no_grad()
+def test_stages_may_have_different_dimensions(tmp_path):
+    towers = [create_tower(model_cfg=make_cfg(dim), seed=dim) for dim in (8, 24)]
+    model = combined(towers)
+    assert not model.shared_text_tower
+    model.save(tmp_path)
+    assert MultistageCLIP.load(tmp_path).encode_image(batch()[0]).shape == (6, 32)
+
+
+def test_stages_that_do_not_fit_together_are_refused(tmp_path):
+    towers = make_stages(shared=False)
+    with pytest.raises(ValueError, match="'sum' is not one of"):
+        combined(towers, combine="sum")
+    with pytest.raises(ValueError, match="0 stages with 0 model_cfgs"):
+        MultistageCLIP([], logit_scale=1.0, preprocess_cfg={}, model_cfgs=[])
+    towers[1].model_cfg["text_cfg"]["context_length"] = 20
+    with pytest.raises(ValueError, match="different tokenizers or context lengths"):
+        combined(towers)
+    combined(make_stages(shared=True)).save(tmp_path)
+    config = json.loads((tmp_path / "mcl_clip_config.json").read_text())
+    (tmp_path / "mcl_clip_config.json").write_text(json.dumps({**config, "format_version": 2}))
+    with pytest.raises(ValueError, match="has format version 2, this code reads 1"):
+        MultistageCLIP.load(tmp_path)
+
+
+def test_the_shipped_file_stands_alone():
+    tree = ast.parse(Path(multistage.__file__).read_text())
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    assert imported - sys.stdlib_module_names <= {"torch", "open_clip", "safetensors"}
