@@ -1,0 +1,1 @@
+"""What happens between stages: embed, cluster, label."""

@@ -1,0 +1,260 @@
+"""Spherical k-means over the features of one stage.
+
+For given features the result does not depend on the number of processes: chunks of rows lie on a fixed grid, and their
+sums are exact. Float16 features are multiples of 2^-24, so a float64 sum of up to 2^28 of them is exact in any order;
+processes add the sums as integers.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float16, Float32, Float64, Int64
+from torch import Tensor
+
+from mcl_clip.distributed import (
+    Name,
+    all_reduce_sum,
+    gather_objects,
+    on_main,
+    permutation,
+    rank,
+    torch_generator,
+    world_size,
+)
+from mcl_clip.errors import UserError
+
+CHUNK_ROWS = 16_384
+FEATURE_UNIT = 2.0**24
+SIMILARITY_UNIT = 2.0**32
+TIE_MARGIN = 1e-5
+ROWS_IN_FULL_FIT = 20_000_000
+
+Rows = Callable[[int, int], Float16[np.ndarray, "rows dim"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """K unit centroids, the cluster of every row, and how the fit went.
+
+    Attributes:
+        centroids: float32, unit.
+        assignments: cluster of each row; rows that are zero (bad samples) are in cluster 0.
+        trace: objective (mean of 1 - cosine) and number of empty clusters of each pass.
+    """
+
+    centroids: Float32[np.ndarray, "clusters dim"]
+    assignments: Int64[np.ndarray, "rows"]
+    trace: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class _Pass:
+    """What one pass over all rows gives; assignments and similarities of this process's chunks only."""
+
+    sums: Int64[Tensor, "clusters dim"]
+    sizes: Int64[Tensor, "clusters"]
+    objective: float
+    assignments: dict[int, Tensor]
+    similarities: dict[int, Tensor]
+
+
+def spherical_kmeans(
+    rows: Rows,
+    *,
+    num_rows: int,
+    num_clusters: int,
+    name: tuple[Name, ...],
+    num_starts: int = 8,
+    max_passes: int = 20,
+    tolerance: float = 1e-5,
+    sample_rows: int = 0,
+    device: torch.device | None = None,
+) -> Clustering:
+    """Cluster unit features by cosine: k-means++ starts on a sample, then Lloyd passes over all rows.
+
+    Above 20 million rows the fit is on the sample alone, with one pass for the assignments. Every process must be able
+    to read every row.
+
+    Args:
+        rows: gives the float16 unit features of rows start to stop - 1; zeros are bad samples and ignored.
+        num_rows: how many rows there are.
+        num_clusters: K.
+        name: name of the draws.
+        num_starts: k-means++ starts on the sample, of which the best goes on.
+        max_passes: most passes over all rows.
+        tolerance: stop when the objective gains less than this share.
+        sample_rows: size of the sample; 0 means 256 K, at least 20,000.
+        device: where distances are computed.
+
+    Raises:
+        UserError: if there are fewer distinct good rows than clusters.
+    """
+    device = device or torch.device("cpu")
+    wanted = sample_rows or max(20_000, 256 * num_clusters)
+    centroids = on_main(lambda: _fit_sample(rows, num_rows, num_clusters, name, num_starts, wanted)).to(device)
+    trace: list[dict[str, float]] = []
+    passes = max_passes if num_rows <= ROWS_IN_FULL_FIT else 0
+    for number in range(passes):
+        result = _pass_over(rows, num_rows, centroids)
+        empty = int((result.sizes == 0).sum())
+        trace.append({"pass": number, "objective": result.objective, "empty_clusters": empty})
+        centroids = _new_centroids(rows, result, centroids)
+        gain = trace[-2]["objective"] - result.objective if number else np.inf
+        if not empty and gain < tolerance * max(result.objective, 1e-12):
+            break
+    result = _pass_over(rows, num_rows, centroids)
+    trace.append({"pass": len(trace), "objective": result.objective, "empty_clusters": int((result.sizes == 0).sum())})
+    assignments = torch.zeros(num_rows, dtype=torch.int32, device=device)
+    for number, _, stop in _chunks(num_rows):
+        assignments[number * CHUNK_ROWS : stop] = result.assignments[number]
+    all_reduce_sum(assignments)
+    return Clustering(centroids=centroids.cpu().numpy(), assignments=assignments.long().cpu().numpy(), trace=trace)
+
+
+def _chunks(num_rows: int) -> Iterator[tuple[int, int, int]]:
+    """Number, start and end of this process's chunks of the fixed grid."""
+    for number, start in enumerate(range(0, num_rows, CHUNK_ROWS)):
+        if number % world_size() == rank():
+            yield number, start, min(start + CHUNK_ROWS, num_rows)
+
+
+def _pass_over(rows: Rows, num_rows: int, centroids: Float32[Tensor, "clusters dim"]) -> _Pass:
+    clusters, dim = centroids.shape
+    sums = torch.zeros(clusters, dim, dtype=torch.float64, device=centroids.device)
+    sizes = torch.zeros(clusters, dtype=torch.int64, device=centroids.device)
+    total = torch.zeros(2, dtype=torch.int64, device=centroids.device)
+    assignments, similarities = {}, {}
+    for number, start, stop in _chunks(num_rows):
+        features = torch.from_numpy(np.ascontiguousarray(rows(start, stop))).to(centroids.device)
+        good = features.ne(0).any(1)
+        best, cluster = _nearest(features.float(), centroids)
+        cluster[~good] = 0
+        sums.index_add_(0, cluster[good], features[good].double())
+        sizes += torch.bincount(cluster[good], minlength=clusters)
+        total[0] += ((1 - best[good].double()) * SIMILARITY_UNIT).round().long().sum()
+        total[1] += good.sum()
+        assignments[number] = cluster
+        similarities[number] = torch.where(good, best, torch.inf)
+    exact = (sums * FEATURE_UNIT).long()
+    all_reduce_sum(exact)
+    all_reduce_sum(sizes)
+    all_reduce_sum(total)
+    objective = int(total[0]) / SIMILARITY_UNIT / max(1, int(total[1]))
+    return _Pass(exact, sizes, objective, assignments, similarities)
+
+
+def _nearest(
+    features: Float32[Tensor, "rows dim"], centroids: Float32[Tensor, "clusters dim"]
+) -> tuple[Float32[Tensor, "rows"], Int64[Tensor, "rows"]]:
+    """Cosine and number of the nearest centroid. Near ties are decided in float64, so that threads cannot matter."""
+    similarity = features @ centroids.T
+    if similarity.shape[1] == 1:
+        return similarity[:, 0], torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    best, cluster = similarity.topk(2, dim=1)
+    near = (best[:, 0] - best[:, 1] < TIE_MARGIN).nonzero()[:, 0]
+    cluster = cluster[:, 0].clone()
+    cluster[near] = (features[near].double() @ centroids.double().T).argmax(1)
+    exact = (features.double() * centroids[cluster].double()).sum(1)
+    return exact.float(), cluster
+
+
+def _new_centroids(
+    rows: Rows, result: _Pass, centroids: Float32[Tensor, "clusters dim"]
+) -> Float32[Tensor, "clusters dim"]:
+    """Mean directions; an empty cluster starts anew from a far point of the biggest cluster."""
+    sums = result.sums.double()
+    fresh = torch.nn.functional.normalize(sums, dim=1).float()
+    fresh = torch.where((sums.norm(dim=1) > 0)[:, None], fresh, centroids)
+    empty = (result.sizes == 0).nonzero()[:, 0].tolist()
+    if not empty:
+        return fresh
+    biggest = int(result.sizes.argmax())
+    for cluster, row in zip(empty, _farthest(result, biggest, len(empty)), strict=False):
+        fresh[cluster] = torch.nn.functional.normalize(torch.from_numpy(rows(row, row + 1)).float().to(fresh.device))[0]
+    return fresh
+
+
+def _farthest(result: _Pass, cluster: int, count: int) -> list[int]:
+    """The rows of a cluster that are least like its centroid, over all processes."""
+    candidates = []
+    for number, assignment in result.assignments.items():
+        inside = ((assignment == cluster) & result.similarities[number].isfinite()).nonzero()[:, 0]
+        values, order = result.similarities[number][inside].sort(stable=True)
+        rows = number * CHUNK_ROWS + inside[order[:count]]
+        candidates += list(zip(values[:count].tolist(), rows.tolist(), strict=True))
+    return [row for _, row in sorted(pair for mine in gather_objects(candidates) for pair in mine)[:count]]
+
+
+def _fit_sample(
+    rows: Rows, num_rows: int, num_clusters: int, name: tuple[Name, ...], num_starts: int, wanted: int
+) -> Float32[Tensor, "clusters dim"]:
+    """The best of several k-means++ starts, each followed by Lloyd steps, on a fixed sample."""
+    chosen = np.sort(permutation(num_rows, *name, "sample")[:wanted]) if num_rows > wanted else np.arange(num_rows)
+    sample = np.concatenate([_some(rows, chosen, start, stop) for _, start, stop in _all_chunks(num_rows)])
+    features = torch.from_numpy(sample).float()
+    features = features[features.ne(0).any(1)]
+    distinct: set[bytes] = set()
+    for feature in features.numpy():
+        distinct.add(feature.tobytes())
+        if len(distinct) == num_clusters:
+            break
+    else:
+        raise UserError(
+            f"{num_clusters} clusters need at least as many distinct samples, and there are {len(distinct)}; use a smaller "
+            f"--cluster.num-clusters"
+        )
+    best_objective, best = np.inf, features[:num_clusters]
+    for start in range(num_starts):
+        centroids = _plus_plus(features, num_clusters, torch_generator(*name, "start", start))
+        for _ in range(30):
+            similarity, cluster = _nearest(features, centroids)
+            sums = torch.zeros_like(centroids, dtype=torch.float64).index_add_(0, cluster, features.double())
+            moved = torch.nn.functional.normalize(sums, dim=1).float()
+            moved = torch.where((sums.norm(dim=1) > 0)[:, None], moved, centroids)
+            if torch.equal(moved, centroids):
+                break
+            centroids = moved
+        objective = float((1 - similarity.double()).mean())
+        if objective < best_objective - 1e-9:
+            best_objective, best = objective, centroids
+    return best
+
+
+def _all_chunks(num_rows: int) -> Iterator[tuple[int, int, int]]:
+    for number, start in enumerate(range(0, num_rows, CHUNK_ROWS)):
+        yield number, start, min(start + CHUNK_ROWS, num_rows)
+
+
+def _some(rows: Rows, chosen: np.ndarray, start: int, stop: int) -> Float16[np.ndarray, "chosen dim"]:
+    inside = chosen[(chosen >= start) & (chosen < stop)] - start
+    picked: np.ndarray = rows(start, stop)[inside]
+    return picked
+
+
+def _plus_plus(
+    features: Float32[Tensor, "rows dim"], num_clusters: int, generator: torch.Generator
+) -> Float32[Tensor, "clusters dim"]:
+    """Greedy k-means++ starts (Arthur & Vassilvitskii 2007) for the distance 1 - cosine.
+
+    Of several candidates, each drawn in proportion to its distance from what is chosen, the one that helps most.
+    """
+    trials = 2 + int(math.log(num_clusters))
+    chosen = [int(torch.randint(len(features), (1,), generator=generator))]
+    distance = _distances(features, chosen)[:, 0]
+    while len(chosen) < num_clusters:
+        distance[chosen] = 0
+        mass = distance.cumsum(0)
+        points = torch.rand(trials, generator=generator, dtype=torch.float64) * mass[-1]
+        candidates = torch.searchsorted(mass, points, right=True).clamp(max=len(features) - 1)
+        nearer = torch.minimum(distance[:, None], _distances(features, candidates.tolist()))
+        best = int(nearer.sum(0).argmin())
+        chosen.append(int(candidates[best]))
+        distance = nearer[:, best].clone()
+    return features[chosen]
+
+
+def _distances(features: Float32[Tensor, "rows dim"], others: list[int]) -> Float64[Tensor, "rows others"]:
+    return (1 - features @ features[others].T).clamp(min=0).double()

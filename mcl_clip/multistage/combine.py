@@ -1,0 +1,85 @@
+"""How the stages become one model: the combination and its temperature, from held-out training rows."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mcl_clip.model.multistage import COMBINATIONS, combine_features
+
+MAX_LOG_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """A way to combine stages, with its fitted temperature.
+
+    Attributes:
+        combine: `concat` or `mean_cosine`.
+        logit_scale: logarithm of the factor on the cosine.
+        logit_bias: what is added to the logits of the sigmoid loss; none for InfoNCE.
+        losses: the loss on the held-out rows of each way that was tried.
+    """
+
+    combine: str
+    logit_scale: float
+    logit_bias: float | None
+    losses: Mapping[str, float]
+
+
+def fit_combination(
+    image_features: Sequence[Float[Tensor, "rows _dim"]],
+    text_features: Sequence[Float[Tensor, "rows _dim"]],
+    *,
+    combine: str,
+    loss: str,
+) -> Combination:
+    """The temperature with the lowest loss on held-out rows; with `best`, also the better combination.
+
+    Args:
+        image_features: un-normalised features of the same rows, one tensor a stage.
+        text_features: the same for the texts.
+        combine: `concat`, `mean_cosine` or `best`.
+        loss: `clip` or `siglip`.
+    """
+    fits = {}
+    for name in COMBINATIONS if combine == "best" else (combine,):
+        cosine = combine_features(text_features, name).double() @ combine_features(image_features, name).double().T
+        fits[name] = _fit(cosine, loss)
+    best = min(fits, key=lambda name: fits[name][2])
+    scale, bias, _ = fits[best]
+    return Combination(
+        combine=best, logit_scale=scale, logit_bias=bias, losses={name: fit[2] for name, fit in fits.items()}
+    )
+
+
+def _fit(cosine: Float[Tensor, "rows rows"], loss: str) -> tuple[float, float | None, float]:
+    """Log scale, bias and loss at the minimum."""
+    parameters = torch.tensor([math.log(20), -5.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = _loss(cosine, parameters, loss)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        parameters[0].clamp_(0, MAX_LOG_LOGIT_SCALE)
+        value = float(_loss(cosine, parameters, loss))
+    scale, bias = parameters.tolist()
+    return scale, bias if loss == "siglip" else None, value
+
+
+def _loss(cosine: Float[Tensor, "rows rows"], parameters: Float[Tensor, "2"], loss: str) -> Float[Tensor, ""]:
+    logits = parameters[0].clamp(max=MAX_LOG_LOGIT_SCALE).exp() * cosine
+    if loss == "siglip":
+        sign = 2 * torch.eye(len(cosine), dtype=cosine.dtype) - 1
+        return -F.logsigmoid(sign * (logits + parameters[1])).sum(1).mean()
+    target = torch.arange(len(cosine))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

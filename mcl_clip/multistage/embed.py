@@ -1,0 +1,215 @@
+"""Features of every row under one stage's model, one file a shard, and their reader."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float16, Float32, Int64
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mcl_clip.artifacts import atomic_path
+from mcl_clip.data.batches import BadSample, CaptionedBatch
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.distributed import is_main, rank, world_size
+from mcl_clip.errors import UserError
+from mcl_clip.model.encode import autocast, to_floats
+
+SIDES = ("image", "text")
+Batches = Callable[[list[np.ndarray]], Iterator[CaptionedBatch]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingPart:
+    """Features of neighbouring rows: unit vectors in float16 and the norms they had, in float32.
+
+    The text feature of a row is the normalised mean of its captions' unit features; its norm is the mean of theirs. Bad
+    rows are zeros and not `ok`. `image_id` and `text_id` are hashes of the bytes of the members.
+    """
+
+    image: Float16[np.ndarray, "rows dim"]
+    text: Float16[np.ndarray, "rows dim"]
+    image_norm: Float32[np.ndarray, "rows"]
+    text_norm: Float32[np.ndarray, "rows"]
+    image_id: Int64[np.ndarray, "rows"]
+    text_id: Int64[np.ndarray, "rows"]
+    ok: Bool[np.ndarray, "rows"]
+
+
+class EmbeddingTable:
+    """All parts of a stage in row order."""
+
+    def __init__(self, folder: Path, index: ShardIndex) -> None:
+        self.folder = folder
+        self.first = np.array([shard.first_row for shard in index.shards] + [len(index)])
+        self._cache: tuple[int, EmbeddingPart] | None = None
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def part(self, shard: int) -> EmbeddingPart:
+        """Features of a shard's rows.
+
+        Raises:
+            UserError: if the file is missing or has another number of rows.
+        """
+        if self._cache is None or self._cache[0] != shard:
+            self._cache = (shard, read_part(self.folder / part_name(shard), int(np.diff(self.first)[shard])))
+        return self._cache[1]
+
+    def rows(self, start: int, stop: int, side: str) -> Float16[np.ndarray, "rows dim"]:
+        """Unit features of rows `start` to `stop - 1`."""
+        return self._between(start, stop, side)
+
+    def norms(self, start: int, stop: int, side: str) -> Float32[np.ndarray, "rows"]:
+        """Norms of rows `start` to `stop - 1` before they were normalised."""
+        return self._between(start, stop, f"{side}_norm")
+
+    def ok(self, start: int, stop: int) -> Bool[np.ndarray, "rows"]:
+        """Whether rows `start` to `stop - 1` could be decoded."""
+        return self._between(start, stop, "ok")
+
+    def take(self, rows: Int64[np.ndarray, "rows"], side: str) -> Float32[np.ndarray, "rows dim"]:
+        """Features of chosen rows with the norms they had, in the order asked for."""
+        order = np.argsort(rows, kind="stable")
+        chunks = []
+        for shard in np.unique(np.searchsorted(self.first, rows, side="right") - 1):
+            part, first = self.part(int(shard)), self.first[shard]
+            inside = rows[order][(rows[order] >= first) & (rows[order] < self.first[shard + 1])] - first
+            norm = getattr(part, f"{side}_norm")[inside, None]
+            chunks.append(getattr(part, side)[inside].astype(np.float32) * norm)
+        result = np.empty((len(rows), chunks[0].shape[1]), np.float32)
+        result[order] = np.concatenate(chunks)
+        return result
+
+    def _between(self, start: int, stop: int, column: str) -> np.ndarray:
+        shards = range(
+            int(np.searchsorted(self.first, start, side="right")) - 1,
+            int(np.searchsorted(self.first, stop, side="left")),
+        )
+        pieces = [
+            getattr(self.part(shard), column)[max(0, start - self.first[shard]) : stop - self.first[shard]]
+            for shard in shards
+            if self.first[shard] < self.first[shard + 1]  # a shard without rows has no part
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def part_name(shard: int) -> str:
+    """File name of a shard's features."""
+    return f"part-{shard:06d}.safetensors"
+
+
+def read_part(path: Path, rows: int) -> EmbeddingPart:
+    """One shard's features.
+
+    Raises:
+        UserError: if the file is missing or has another number of rows.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing; run the recipe again to embed this shard")
+    part = EmbeddingPart(**load_file(path))
+    if len(part.ok) != rows:
+        raise UserError(f"{path} has {len(part.ok)} rows and the index {rows}; delete it and run the recipe again")
+    return part
+
+
+@torch.inference_mode()
+def embed_shards(
+    model: nn.Module,
+    index: ShardIndex,
+    *,
+    batches: Batches,
+    preprocess_cfg: dict[str, object],
+    dim: int,
+    out: Path,
+    device: torch.device,
+    batch_size: int,
+    precision: str = "fp32",
+    show_progress: bool = True,
+) -> None:
+    """Write the features of all shards that are not there yet, shard i by process i mod world size.
+
+    Args:
+        model: open_clip towers, on `device`.
+        index: the rows.
+        batches: gives the decoded batches for lists of rows.
+        preprocess_cfg: mean and std of the pixels.
+        dim: dimensions of the features.
+        out: folder of the parts.
+        device: where the model is.
+        batch_size: rows of a forward pass, on a fixed grid from the start of each shard.
+        precision: `fp32` or `bf16`.
+        show_progress: show a bar on the main process.
+    """
+    model.eval()
+    missing = [n for n, shard in enumerate(index.shards) if shard.rows and not (out / part_name(n)).exists()]
+    mine = [n for n in missing if n % world_size() == rank()]
+    total = sum(index.shards[n].rows for n in mine)
+    disable = None if show_progress and is_main() else True
+    with tqdm(total=total, unit="row", desc="embed", disable=disable, leave=False) as bar:
+        for number in mine:
+            shard = index.shards[number]
+            grid = [
+                np.arange(start, min(start + batch_size, shard.first_row + shard.rows))
+                for start in range(shard.first_row, shard.first_row + shard.rows, batch_size)
+            ]
+            pieces: list[dict[str, np.ndarray]] = []
+            bad: list[BadSample] = []
+            for rows, batch in zip(grid, batches(grid), strict=True):
+                bad += batch.bad
+                pieces.append(_embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision))
+                bar.update(len(rows))
+            columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+            with atomic_path(out / part_name(number)) as temporary:
+                save_file(columns, temporary, metadata={"bad_samples": json.dumps(bad)})
+
+
+def bad_samples(folder: Path, index: ShardIndex) -> list[BadSample]:
+    """The rows that could not be decoded, from all parts."""
+    found = []
+    for number in (n for n, shard in enumerate(index.shards) if shard.rows):
+        with safe_open(folder / part_name(number), framework="numpy") as part:
+            found += [BadSample(*bad) for bad in json.loads(part.metadata()["bad_samples"])]
+    return found
+
+
+def _embed_batch(
+    model: nn.Module,
+    batch: CaptionedBatch,
+    rows: Int64[np.ndarray, "rows"],
+    preprocess_cfg: dict[str, object],
+    dim: int,
+    device: torch.device,
+    precision: str,
+) -> dict[str, np.ndarray]:
+    """The columns of `EmbeddingPart` for `rows`, of which the batch holds those that are not bad."""
+    place = batch.rows - int(rows[0])
+    columns: dict[str, np.ndarray] = {"ok": np.zeros(len(rows), bool)}
+    columns["ok"][place] = True
+    for name, ids in (("image_id", batch.image_ids), ("text_id", batch.text_ids)):
+        columns[name] = _scatter(ids, place, len(rows)).numpy()
+    with autocast(precision, device):
+        image = model.encode_image(to_floats(batch.images.to(device), preprocess_cfg)) if len(place) else None  # type: ignore[operator]
+        captions = model.encode_text(batch.tokens.to(device)) if len(place) else None  # type: ignore[operator]
+    if image is None or captions is None:
+        image = captions = torch.zeros(0, dim, device=device)
+    image, captions = image.float(), captions.float()
+    of = batch.caption_of.to(device)
+    count = torch.bincount(of, minlength=len(place)).clamp(min=1)
+    text = torch.zeros_like(image).index_add_(0, of, F.normalize(captions, dim=1)) / count[:, None]
+    norm = torch.zeros(len(place), device=device).index_add_(0, of, captions.norm(dim=1)) / count
+    for side, features, norms in (("image", image, image.norm(dim=1)), ("text", text, norm)):
+        columns[side] = _scatter(F.normalize(features, dim=1).half().cpu(), place, len(rows)).numpy()
+        columns[f"{side}_norm"] = _scatter(norms.cpu(), place, len(rows)).numpy()
+    return columns
+
+
+def _scatter(values: Tensor, place: Tensor, size: int) -> Tensor:
+    return values.new_zeros(size, *values.shape[1:]).index_copy_(0, place, values)

@@ -1,0 +1,74 @@
+"""For given features, clusters do not depend on the number of processes."""
+
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from mcl_clip.multistage import cluster
+from mcl_clip.multistage.cluster import Clustering, spherical_kmeans
+
+CHUNK = 128  # 8 chunks: two for each of four processes
+
+
+def planted(noise: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    """1,000 unit features around 6 directions, every 50th row a bad sample, and the direction of each."""
+    draw = np.random.default_rng(1)
+    truth = draw.integers(0, 6, 1000)
+    features = np.linalg.qr(draw.normal(size=(24, 24)))[0][truth] + noise * draw.normal(size=(1000, 24))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features[::50] = 0
+    return features.astype(np.float16), truth
+
+
+def fit(noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int = 1) -> Clustering:
+    features, _ = planted(noise)
+    start = cluster._fit_sample
+
+    def with_empty_clusters(*args) -> torch.Tensor:
+        centroids = start(*args)
+        if far_centroids:  # close to no row
+            centroids[:far_centroids] = torch.nn.functional.normalize(-centroids.sum(0), dim=0)
+        return centroids
+
+    torch.set_num_threads(threads)
+    try:
+        with patch.object(cluster, "CHUNK_ROWS", CHUNK), patch.object(cluster, "_fit_sample", with_empty_clusters):
+            return spherical_kmeans(
+                lambda first, last: features[first:last], num_rows=1000, num_clusters=clusters, name=(0, "test")
+            )
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(fit, 0.05), partial(fit, 1.0, clusters=9), partial(fit, 0.05, far_centroids=2)]
+)
+def test_clusters_are_bit_equal_at_any_number_of_processes(pool, make):
+    one = pool.run(call, 1, make)[0]
+    for size in (2, 4):
+        for found in pool.run(call, size, make):
+            np.testing.assert_array_equal(found.assignments, one.assignments)
+            assert found.centroids.tobytes() == one.centroids.tobytes()
+            assert found.trace == one.trace
+
+
+def call(make) -> Clustering:
+    return make()
+
+
+@pytest.mark.parametrize("far_centroids", [0, 1])
+def test_planted_clusters_are_found_and_empty_ones_start_anew(far_centroids):
+    found, (_, truth) = fit(0.05, far_centroids=far_centroids), planted(0.05)
+    good = np.arange(1000) % 50 != 0
+    assert len({*zip(truth[good], found.assignments[good], strict=True)}) == 6
+    assert (found.assignments[~good] == 0).all()
+    assert [step["empty_clusters"] for step in found.trace][0] == far_centroids
+    assert found.trace[-1]["empty_clusters"] == 0
+
+
+def test_threads_change_nothing():
+    one, two = fit(1.0, clusters=9), fit(1.0, clusters=9, threads=2)
+    assert one.centroids.tobytes() == two.centroids.tobytes()
