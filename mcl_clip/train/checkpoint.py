@@ -1,0 +1,114 @@
+"""Checkpoints: safetensors and JSON, nothing that can run; the newest complete one counts."""
+
+import shutil
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mcl_clip.artifacts import atomic_dir, read_json, write_json
+from mcl_clip.errors import UserError
+from mcl_clip.train.optim import ExponentialAverage
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where a stage stands. Everything else that matters is a function of the step."""
+
+    step: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: ExponentialAverage | None,
+    state: TrainState,
+    keep: int,
+) -> Path:
+    """Write `folder`/step-N and delete all but the newest `keep`. For the main process alone.
+
+    The checkpoint appears under its name when it is whole.
+    """
+    path = folder / f"step-{state.step:09d}"
+    with atomic_dir(path) as temporary:
+        save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
+        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        if average is not None:
+            save_file(_contiguous(average.average), temporary / "average.safetensors")
+        write_json(temporary / "state.json", asdict(state))
+    for old in [*checkpoints(folder)[:-keep], *folder.glob(".step-*.tmp")]:  # the latter of processes that were killed
+        shutil.rmtree(old)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-?????????"))
+
+
+def load_newest(
+    folder: Path, *, model: nn.Module, optimizer: Optimizer, average: ExponentialAverage | None
+) -> TrainState:
+    """Restore model, optimiser and average in place from the newest checkpoint; a new state if there is none.
+
+    Raises:
+        UserError: if the checkpoint does not fit the model.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return TrainState()
+    path = found[-1]
+    try:
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+        if average is not None:
+            saved = load_file(path / "average.safetensors")
+            for name, tensor in average.average.items():
+                tensor.copy_(saved[name])
+        return TrainState(**read_json(path / "state.json"))
+    except (RuntimeError, KeyError, FileNotFoundError, TypeError, SafetensorError) as error:
+        reason = textwrap.shorten(str(error), 300)  # torch names every tensor on a line of its own
+        raise UserError(
+            f"{path} does not fit this model ({reason}); use the recipe it was made with, or delete it to continue from "
+            f"the one before"
+        ) from error
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}|{key}": torch.as_tensor(value).detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    named = dict(model.named_parameters())
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, slot = key.rsplit("|", 1)
+        states.setdefault(name, {})[slot] = tensor
+    for name, state in states.items():
+        parameter = named[name]
+        optimizer.state[parameter] = {
+            # Adam's step counter stays on the CPU, as torch keeps it, unless the fused kernel wants it on the device.
+            slot: tensor if slot == "step" and not _is_fused(optimizer) else tensor.to(parameter.device)
+            for slot, tensor in state.items()
+        }
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("fused"))

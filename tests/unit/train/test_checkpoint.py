@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mcl_clip.errors import UserError
+from mcl_clip.train import checkpoint
+from mcl_clip.train.checkpoint import TrainState, checkpoints, load_newest, save_checkpoint
+from mcl_clip.train.optim import ExponentialAverage, create_optimizer
+
+OPTIONS = {"lr": 0.1, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decays": {}}
+
+
+class Run:
+    """A model in training; a step is a function of the step number."""
+
+    def __init__(self, *, width: int = 4, fast: str = "0") -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+        self.optimizer = create_optimizer(self.model, **OPTIONS, lr_multipliers={fast: 2.0})
+        self.average = ExponentialAverage(self.model, 0.9)
+        self.state = TrainState()
+
+    def train(self, steps: int) -> "Run":
+        for _ in range(steps):
+            inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(self.state.step))
+            self.model(inputs).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.state.step += 1
+            self.state.samples_seen += 8
+            self.average.update(self.model, self.state.step)
+        return self
+
+    def save(self, folder: Path, keep: int = 2) -> Path:
+        parts = {"model": self.model, "optimizer": self.optimizer, "average": self.average}
+        return save_checkpoint(folder, **parts, state=self.state, keep=keep)
+
+    def load(self, folder: Path) -> "Run":
+        self.state = load_newest(folder, model=self.model, optimizer=self.optimizer, average=self.average)
+        return self
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        state = {
+            f"{name} {key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return {**self.model.state_dict(), **state, **{f"average {n}": t for n, t in self.average.average.items()}}
+
+
+def assert_equal(one: Run, other: Run) -> None:
+    assert one.state == other.state
+    mine, theirs = one.tensors(), other.tensors()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_training_goes_on_bit_for_bit(tmp_path):
+    first = Run().train(5)
+    first.save(tmp_path)
+    second = Run().load(tmp_path)
+    assert_equal(first, second)
+    assert_equal(first.train(4), second.train(4))
+    assert_equal(second, Run().train(9))
+
+
+def test_the_optimiser_is_kept_by_name(tmp_path):
+    """Other parameter groups mean another order of the parameters, not other momenta."""
+    first = Run(fast="0.weight").train(3)
+    first.save(tmp_path)
+    assert_equal(first, Run(fast="2.bias").load(tmp_path))
+
+
+def test_nothing_saved_is_a_new_state(tmp_path):
+    assert Run().load(tmp_path / "nowhere").state == TrainState()
+
+
+def test_the_newest_counts_and_old_ones_go(tmp_path):
+    run = Run()
+    for step in (2, 3, 20, 100):
+        run.train(step - run.state.step).save(tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000020", "step-000000100"]
+    assert Run().load(tmp_path).state.step == 100
+
+
+def test_a_half_written_checkpoint_is_invisible(tmp_path, monkeypatch):
+    run = Run().train(2)
+    run.save(tmp_path)
+
+    def fail(*_) -> None:
+        left = list(tmp_path.glob(".step-*"))
+        assert len(left) == 1  # the tensors are there already, under another name
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(1).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000002"]
+    assert Run().load(tmp_path).state.step == 2
+
+
+def test_what_a_killed_process_left_goes_with_the_next_checkpoint(tmp_path):
+    (tmp_path / ".step-000000001.tmp").mkdir()
+    (tmp_path / ".step-000000001.tmp" / "model.safetensors").write_bytes(b"half")
+    Run().train(2).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000002"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    Run(width=5).train(1).save(tmp_path)
+    with pytest.raises(UserError, match=r"step-000000001 does not fit this model .*; use the recipe it was made with"):
+        Run().load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
+    path = Run().train(1).save(tmp_path) / name
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="step-000000001"):
+        Run().load(tmp_path)

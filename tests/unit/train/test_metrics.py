@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from mcl_clip.artifacts import read_jsonl
+from mcl_clip.distributed import rank
+from mcl_clip.errors import UserError
+from mcl_clip.train.metrics import BadSamples, Meter, StepLog
+
+
+def test_a_rewound_log_goes_on_after_its_step(tmp_path):
+    log = StepLog(tmp_path / "metrics.jsonl")
+    assert log.rewind(0) == []
+    for step in (10, 20, 30):
+        log.add({"step": step, "loss": step / 8, "shard": "a\u2028b"})
+    with log.path.open("a") as file:
+        file.write('{"step": 40, "lo')  # the process was killed
+    kept = StepLog(log.path).rewind(20)
+    assert [record["step"] for record in kept] == [10, 20]
+    log.add({"step": 25, "loss": 1.0})
+    assert [record["step"] for record in read_jsonl(log.path)] == [10, 20, 25]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_meter_sums_until_it_is_read():
+    meter = Meter(("loss", "rows"), torch.device("cpu"))
+    for step in range(3):
+        meter.add({"loss": torch.tensor(0.5, requires_grad=True) * step, "rows": torch.tensor(7)})
+    sums, steps, seconds = meter.take()
+    assert (sums, steps) == ({"loss": 1.5, "rows": 21.0}, 3)
+    assert seconds > 0
+    assert meter.take()[:2] == ({"loss": 0.0, "rows": 0.0}, 0)
+
+
+def bad(*rows: int, shard: str = "a.tar", reason: str = "broken_image") -> list[tuple[int, str, str]]:
+    return [(row, shard, reason) for row in rows]
+
+
+def test_bad_samples_are_counted_once_and_written_down(tmp_path):
+    samples = BadSamples(tmp_path / "bad.jsonl", max_fraction=0.1, rows=1000)
+    samples.add(bad(5, 3))
+    samples.add(bad(8, reason="not_utf8"))
+    samples.flush(10, 100)
+    samples.add(bad(3, 9))
+    samples.flush(20, 200)
+    assert samples.count == 4
+    assert samples.by_reason() == {"broken_image": 3, "not_utf8": 1}
+    assert [(record["step"], record["row"]) for record in read_jsonl(tmp_path / "bad.jsonl")] == [
+        (10, 3), (10, 5), (10, 8), (20, 9),
+    ]  # fmt: skip
+
+
+def test_a_restart_takes_back_what_came_after_its_checkpoint(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    samples = BadSamples(path, max_fraction=0.1, rows=1000)
+    for step, row in ((10, 3), (20, 4), (30, 5)):
+        samples.add(bad(row))
+        samples.flush(step, 100)
+    again = BadSamples(path, max_fraction=0.1, rows=1000, step=20)
+    assert again.count == 2
+    again.add(bad(4, 5))
+    again.flush(30, 100)
+    assert [record["row"] for record in read_jsonl(path)] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "seen", "allowed"),
+    [
+        (1000, 10, 10),  # a small set is judged as a whole
+        (50_000, 200, 100),  # a large one by 10,000 rows at first
+        (50_000, 30_000, 300),  # then by what was seen
+        (50_000, 900_000, 500),  # in many epochs
+    ],
+)
+def test_too_many_bad_samples_stop_the_run(tmp_path, rows, seen, allowed):
+    samples = BadSamples(tmp_path / "bad.jsonl", max_fraction=0.01, rows=rows)
+    samples.add(bad(*range(allowed - 2), shard="first.tar"))
+    samples.add(bad(allowed, allowed + 1, shard="second.tar", reason="not_utf8"))
+    samples.flush(1, seen)
+    samples.add(bad(allowed + 2, shard="second.tar"))
+    with pytest.raises(UserError) as caught:
+        samples.flush(2, seen)
+    assert str(caught.value) == (
+        f"{allowed + 1} of about {min(seen, rows)} samples could not be decoded {{'broken_image': {allowed - 1}, "
+        f"'not_utf8': 2}}, more than max_bad_fraction = 0.01; most in first.tar ({allowed - 2}), second.tar (3). "
+        f"Mend or leave out these shards, or raise --data.max-bad-fraction"
+    )
+    assert caught.value.everywhere
+
+
+def found_by_processes(path) -> tuple[int, float]:
+    samples = BadSamples(path, max_fraction=0.1, rows=1000)
+    samples.add(bad(rank(), 100))
+    samples.flush(1, 10)
+    meter = Meter(("rows",), torch.device("cpu"))
+    meter.add({"rows": torch.tensor(rank() + 1)})
+    return samples.count, meter.take()[0]["rows"]
+
+
+def test_processes_share_counts(tmp_path, pool):
+    assert pool.run(found_by_processes, 4, tmp_path / "bad.jsonl") == [(5, 10.0)] * 4
+    assert sorted(record["row"] for record in read_jsonl(tmp_path / "bad.jsonl")) == [0, 1, 2, 3, 100]
