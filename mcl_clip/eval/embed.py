@@ -1,0 +1,208 @@
+"""Features of evaluation sets: images and texts shared among processes, each exactly once."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mcl_clip import distributed
+from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.reader import RawSample, Reader
+from mcl_clip.errors import UserError
+
+
+def embed_images(
+    model: Any,
+    reader: Reader,
+    *,
+    image_transform: Callable[[Any], Tensor],
+    device: torch.device | str,
+    batch_size: int,
+    num_workers: int,
+) -> Float[Tensor, "images dim"]:
+    """Un-normalised float32 features of all rows of a reader, on the CPU, equal on all processes.
+
+    Batches are cut at the same places whatever the number of processes, so that it does not change the features.
+
+    Args:
+        model: anything with `encode_image`; set to eval mode meanwhile.
+        reader: the rows.
+        image_transform: from a PIL image to floats.
+        device: where the model is.
+        batch_size: images in a forward pass of one process.
+        num_workers: processes that read and transform images; 0 for none.
+
+    Raises:
+        UserError: if an image cannot be decoded.
+        RuntimeError: if the processes together have not embedded each image exactly once.
+    """
+    device, size = torch.device(device), len(reader.index)
+    batches = _batches_of_rank(size, batch_size)
+    loader = DataLoader(
+        _ImageBatches(reader, image_transform),
+        batch_size=None,
+        sampler=batches,
+        num_workers=min(num_workers, len(batches)),
+        pin_memory=device.type == "cuda",
+        generator=distributed.torch_generator("evaluation"),
+    )
+    parts, failure = [], ""
+    with _evaluating(model), torch.no_grad(), _bar(batches, "images") as bar:
+        dtype = next(model.parameters()).dtype if isinstance(model, nn.Module) else torch.float32
+        for pixels in loader:
+            if isinstance(pixels, UserError):
+                failure = str(pixels)
+                break
+            parts.append(model.encode_image(pixels.to(device, dtype, non_blocking=True)).float())
+            bar.update(len(pixels))
+    failures = [other for other in distributed.gather_objects(failure) if other]
+    if failures:
+        raise UserError(failures[0]).on_every_process()
+    return _gather_rows(parts, batches, size, "images", device)
+
+
+def embed_texts(
+    model: Any,
+    texts: Sequence[str],
+    *,
+    tokenizer: Callable[[list[str]], Tensor],
+    device: torch.device | str,
+    batch_size: int,
+) -> Float[Tensor, "texts dim"]:
+    """Un-normalised float32 features of texts, on the CPU, equal on all processes; see `embed_images`."""
+    device = torch.device(device)
+    batches = _batches_of_rank(len(texts), batch_size)
+    parts = []
+    with _evaluating(model), torch.no_grad(), _bar(batches, "texts") as bar:
+        for batch in batches:
+            tokens = tokenizer([texts[number] for number in batch])
+            parts.append(model.encode_text(tokens.to(device)).float())
+            bar.update(len(batch))
+    return _gather_rows(parts, batches, len(texts), "texts", device)
+
+
+def _bar(batches: Sequence[np.ndarray], unit: str) -> Any:
+    disable = None if distributed.is_main() else True
+    return tqdm(total=sum(map(len, batches)), desc=unit, unit=unit[:-1], disable=disable, leave=False)
+
+
+def find_shards(root: Path, split: str) -> list[Path]:
+    """The tar files of `root/split` (CLIP_benchmark's layout, with nshards.txt), or of `root` itself.
+
+    Raises:
+        UserError: if the layout is neither.
+    """
+    folder = root / split
+    if not folder.is_dir():
+        shards = sorted(root.glob("*.tar"), key=_natural_order)
+        if not shards:
+            raise UserError(f"{root} is not an evaluation set: it has neither a folder {split!r} nor tar files")
+        return shards
+    counter = folder / "nshards.txt"
+    if not counter.is_file():
+        raise UserError(f"{counter} is missing; it holds the number of tar files in {folder}")
+    text = counter.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise UserError(f"{counter} holds {text!r}; it must hold the number of tar files in {folder}")
+    shards = [folder / f"{number}.tar" for number in range(int(text))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(
+            f"{counter} says {text} tar files, but {', '.join(missing[:5])} is not in {folder}; copy it anew"
+        )
+    return shards
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", path.name)]
+
+
+def bad_sample(index: ShardIndex, row: int, error: BadSampleError) -> UserError:
+    """Evaluation is strict: a sample that cannot be decoded is an error."""
+    shard = index.shards[int(index.shard_of[row])].url
+    return UserError(f"sample {index.key(row)} in {shard} cannot be decoded ({error.reason}); write the set again")
+
+
+class _ImageBatches(Dataset[Tensor | UserError]):
+    """Rows to a batch of images, in a worker.
+
+    User errors are handed over as values: raised in a worker they would arrive with its traceback in their message.
+    """
+
+    def __init__(self, reader: Reader, image_transform: Callable[[Any], Tensor]):
+        self.reader, self.image_transform = reader, image_transform
+
+    def __getitem__(self, rows: Int[np.ndarray, " batch"]) -> Float[Tensor, "batch 3 height width"] | UserError:
+        try:
+            images = [self._pixels(sample) for sample in self.reader.read(rows)]
+        except UserError as error:
+            return error
+        return torch.stack(images)
+
+    def _pixels(self, sample: RawSample) -> Float[Tensor, "3 height width"]:
+        try:
+            return self.image_transform(decode_image(sample.image))
+        except BadSampleError as error:
+            raise bad_sample(self.reader.index, sample.row, error) from error
+
+
+def _batches_of_rank(
+    size: int, batch_size: int, rank: int | None = None, world_size: int | None = None
+) -> list[np.ndarray]:
+    """The batches of a process, int64 row numbers: neighbours among batches that no number of processes changes."""
+    rank = distributed.rank() if rank is None else rank
+    world_size = distributed.world_size() if world_size is None else world_size
+    batches = [np.arange(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
+    return batches[len(batches) * rank // world_size : len(batches) * (rank + 1) // world_size]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Eval mode, and afterwards the mode that each module was in."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _gather_rows(
+    parts: list[Tensor], batches: list[np.ndarray], size: int, what: str, device: torch.device
+) -> Float[Tensor, "size dim"]:
+    """Rows of all processes in order of their numbers, on the CPU."""
+    rows = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *batches]))
+    shapes = distributed.gather_objects((len(rows), parts[0].shape[1] if parts else 0))
+    longest, dim = max(count for count, _ in shapes), max(dim for _, dim in shapes)
+    features = torch.zeros(longest, dim, device=device)
+    numbers = torch.full((longest,), -1, device=device)
+    if parts:
+        features[: len(rows)] = torch.cat(parts)
+        numbers[: len(rows)] = rows.to(device)
+    return _in_order(distributed.gather(features).cpu(), distributed.gather(numbers).cpu(), size, what)
+
+
+def _in_order(
+    features: Float[Tensor, "padded dim"], numbers: Int[Tensor, " padded"], size: int, what: str
+) -> Float[Tensor, "size dim"]:
+    """Rows by number; number -1 is padding."""
+    is_row = numbers >= 0
+    seen = torch.bincount(numbers[is_row], minlength=size)
+    if len(seen) != size or not bool((seen == 1).all()):
+        raise RuntimeError(
+            f"{int((seen == 0).sum())} of {size} {what} were not embedded, {int((seen > 1).sum())} more than once"
+        )
+    ordered = torch.empty(size, features.shape[1])
+    ordered[numbers[is_row]] = features[is_row]
+    return ordered
