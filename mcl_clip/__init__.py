@@ -1,1 +1,50 @@
 """Multistage contrastive pretraining of CLIP."""
+
+from typing import TYPE_CHECKING, Any
+
+from mcl_clip.config import (
+    AugmentConfig,
+    ClusterConfig,
+    DataConfig,
+    EvalConfig,
+    LockConfig,
+    MachineConfig,
+    RunConfig,
+    StageConfig,
+    TowerConfig,
+    TrainConfig,
+)
+from mcl_clip.errors import UserError
+
+if TYPE_CHECKING:
+    from mcl_clip.cli import main
+    from mcl_clip.model.multistage import MultistageCLIP
+
+__all__ = [
+    "AugmentConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EvalConfig",
+    "LockConfig",
+    "MachineConfig",
+    "MultistageCLIP",
+    "RunConfig",
+    "StageConfig",
+    "TowerConfig",
+    "TrainConfig",
+    "UserError",
+    "main",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch and open_clip when it is first used, for they take seconds to import."""
+    if name == "MultistageCLIP":
+        from mcl_clip.model.multistage import MultistageCLIP
+
+        return MultistageCLIP
+    if name == "main":
+        from mcl_clip.cli import main
+
+        return main
+    raise AttributeError(f"module 'mcl_clip' has no attribute {name!r}")

@@ -1,0 +1,245 @@
+"""What a run is: frozen, keyword-only dataclasses. Recipes fill them in, the command line overrides them.
+
+Batch sizes are over all processes. Only `MachineConfig` and `EvalConfig.every_steps` cannot change a result.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mcl_clip.errors import UserError
+
+Inline = Annotated[Mapping[str, Any], tyro.conf.Fixed]  # nested dictionaries: set in a recipe, not on the command line
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Image-text pairs in WebDataset shards."""
+
+    train: tuple[str, ...] = ()
+    """Training shards: paths or URLs with braces and globs, or folders. Several lists make a mixture."""
+    weights: tuple[float, ...] = ()
+    """How often each list is drawn in an epoch; empty is once each."""
+    caption_key: str = "caption"
+    """Where a .json member holds the caption or the list of captions."""
+    holdout_rows: int = 1024
+    """Rows kept out of training to fit the combination's logit scale, at most a twentieth of all."""
+    max_bad_fraction: float = 0.01
+    """Share of samples that may fail to decode before the run stops."""
+    max_pixels: int = 50_000_000
+    """Pictures with more pixels are bad samples, refused before they are decoded."""
+
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.train):
+            raise UserError(f"--data.weights has {len(self.weights)} values for {len(self.train)} lists of shards")
+        if any(weight < 0 for weight in self.weights):
+            raise UserError(f"--data.weights must be 0 or more, not {self.weights}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"--data.max-bad-fraction is a share from 0 to 1, not {self.max_bad_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """Image and text towers of open_clip, by name or given in a recipe."""
+
+    architecture: str = ""
+    """An open_clip name such as ViT-B-32, `local-dir:FOLDER` or `hf-hub:ORG/NAME`."""
+    pretrained: str = ""
+    """An open_clip tag such as openai, or a .pt or .safetensors file. Missing weights are an error."""
+    model: Inline = field(default_factory=dict)
+    """An open_clip model config, in place of `architecture`."""
+    preprocess: Inline = field(default_factory=dict)
+    """Changes to the tower's preprocessing: mean, std, interpolation, resize_mode."""
+
+    def __post_init__(self) -> None:
+        if bool(self.architecture) == bool(self.model):
+            raise UserError(
+                "give either --tower.architecture or, in the recipe, TowerConfig(model=...), not both or none"
+            )
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the towers start from weights."""
+        return bool(self.pretrained) or self.architecture.startswith(("local-dir:", "hf-hub:"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockConfig:
+    """Which parameters of a stage do not train."""
+
+    text: bool = False
+    """Lock the text tower."""
+    image_unlocked_groups: int | None = None
+    """Lock the image tower but for its last n groups; none: the whole image tower trains."""
+    patterns: tuple[str, ...] = ()
+    """Lock parameters whose name matches one of these regular expressions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random resized crops, and flips; each augmentation destroys the feature that it varies."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Smallest and largest share of a picture's area that is kept."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio of the crop."""
+    horizontal_flip: float = 0.0
+    """Probability of a flip. It destroys orientation, and makes captions wrong that name left and right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training of one stage."""
+
+    steps: int
+    """Optimiser updates; 0 leaves a pretrained stage 0 untouched."""
+    global_batch_size: int
+    """Rows of a batch over all processes."""
+    lr: float
+    """Learning rate at its peak."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up."""
+    weight_decay: float = 0.2
+    """Of matrices and kernels; gains, biases and positions are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of Adam."""
+    eps: float = 1e-6
+    """Of Adam."""
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Regular expression of parameter names, and a factor on the learning rate; the last match counts."""
+    weight_decays: dict[str, float] = field(default_factory=dict)
+    """Regular expression of parameter names, and their weight decay; the last match counts."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """InfoNCE, or the sigmoid loss (the tower then needs `init_logit_bias`)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the towers in bfloat16 autocast; weights and loss stay float32."""
+    average_decay: float = 0.0
+    """Decay of a running average of the weights, used in evaluation and export; 0 is none."""
+    min_group_size: int | None = None
+    """Groups with fewer rows are merged; by default an eighth of the batch, at least 32."""
+    min_negatives: int = 1
+    """Rows with fewer negatives in a batch get weight 0."""
+    mask_duplicates: bool = True
+    """Leave other rows with an equal caption or an equal picture out of the negatives."""
+    window_shards: int = 0
+    """Rows are shuffled within windows of that many shuffled shards; 0 is one window, best on local disks."""
+    resharded: str = ""
+    """Read this stage's rows from a folder written by `mcl-clip reshard`."""
+    run_rows: int = 1
+    """Neighbouring rows of a group that stay together; with resharded shards, reads get longer."""
+    augment: AugmentConfig = AugmentConfig()
+    lock: LockConfig = LockConfig()
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("steps", self.steps, 0), ("warmup-steps", self.warmup_steps, 0)):
+            if value < least:
+                raise UserError(f"--train.{name} must be at least {least}, not {value}")
+        if self.global_batch_size < 2:
+            raise UserError(f"--train.global-batch-size must be at least 2, not {self.global_batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How the features of a stage are clustered."""
+
+    num_clusters: int = 10
+    """K, of the image features or of the text features."""
+    on: Literal["image", "text", "product"] = "image"
+    """Which features; `product` clusters both and takes the pair of numbers."""
+    text_clusters: int = 0
+    """With `product`: clusters of the text features; 0 is as many as of the image features."""
+    num_starts: int = 8
+    """k-means++ starts on a sample, of which the best goes on."""
+    max_passes: int = 20
+    """Most passes over all rows."""
+
+    def __post_init__(self) -> None:
+        if self.num_clusters < 1:
+            raise UserError(f"--cluster.num-clusters must be at least 1, not {self.num_clusters}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: train, embed, cluster, label."""
+
+    train: TrainConfig
+    cluster: ClusterConfig = ClusterConfig()
+    start: Literal["base", "previous", "scratch"] = "previous"
+    """Weights to start from, after stage 0: what stage 0 started from if that was pretrained, else its result (`base`);
+    the result of the stage before (`previous`); a new random draw (`scratch`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured after each stage."""
+
+    retrieval: tuple[str, ...] = ()
+    """Retrieval sets in the layout of CLIP_benchmark: folders, or NAME=FOLDER."""
+    classification: tuple[str, ...] = ()
+    """Zero-shot classification sets in the layout of CLIP_benchmark: folders, or NAME=FOLDER."""
+    every_steps: int = 0
+    """Also evaluate every n steps inside a stage; 0 is never."""
+    batch_size: int = 64
+    """Pictures of a forward pass, also when the rows are embedded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """What cannot change a result and may differ between launches."""
+
+    workers: int = 2
+    """Loader processes for each training process."""
+    prefetch_batches: int = 4
+    """Batches that each loader process keeps ready."""
+    threads: int = 0
+    """CPU threads of each training process; 0 leaves the choice to torch."""
+    log_steps: int = 10
+    """Steps between records in metrics.jsonl."""
+    save_steps: int = 1000
+    """Steps between checkpoints; 0 is never."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints; 0 is never."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    progress: bool = True
+    """Show progress bars on a terminal."""
+    remote: Literal["range", "stage"] = "range"
+    """Remote shards are read in ranges, or fetched whole into a cache."""
+    cache_dir: Path | None = None
+    """Folder of that cache, and of plans too large for memory."""
+    cache_gb: float = 100.0
+    """Largest size of the cache, in 10^9 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    run_dir: Path
+    """Where everything is written; the same folder again continues the run."""
+    tower: TowerConfig
+    stages: tuple[StageConfig, ...]
+    data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
+    combine: Literal["concat", "mean_cosine", "best"] = "concat"
+    """How the stages are combined; `best` takes the one with the lower loss on held-out rows."""
+    seed: int = 0
+    """Seed of every draw."""
+    machine: MachineConfig = MachineConfig()
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("a run needs at least one stage")
+        for number, stage in enumerate(self.stages):
+            if stage.train.steps == 0 and (number > 0 or not self.tower.is_pretrained):
+                raise UserError(
+                    f"--stages.{number}.train.steps is 0, which is meant for a pretrained stage 0; give steps above 0, "
+                    f"or --tower.pretrained"
+                )

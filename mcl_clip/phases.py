@@ -1,0 +1,462 @@
+"""What each phase of a run does: train, embed, cluster, label, evaluate, combine."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int64
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mcl_clip.artifacts import append_jsonl, atomic_dir, atomic_path, read_json, write_json
+from mcl_clip.config import RunConfig, StageConfig
+from mcl_clip.data.batches import CaptionedBatch, TrainingLoader, captioned_batches
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.plan import BatchPlan, Source
+from mcl_clip.data.reader import Reader
+from mcl_clip.data.shards import expand_shards
+from mcl_clip.data.transforms import evaluation_transform, train_transform
+from mcl_clip.distributed import barrier, is_main, permutation, seed_of, world_size
+from mcl_clip.errors import UserError
+from mcl_clip.eval.suite import Task, result_record, results_table
+from mcl_clip.eval.tasks.classification import ClassificationTask, normalized_mutual_information
+from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
+from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, trainable_summary
+from mcl_clip.model.towers import lock as lock_parameters
+from mcl_clip.multistage.cluster import Clustering, spherical_kmeans
+from mcl_clip.multistage.combine import fit_combination
+from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards
+from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels, no_labels
+from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
+from mcl_clip.train.metrics import BadSamples
+from mcl_clip.train.optim import create_optimizer
+
+logger = logging.getLogger(__name__)
+
+SINGLE = "single"
+SIZES = ("image_size", "text_size")  # in bytes, of each row: what tells samples apart without reading them
+ROW_MAP = "row_map.npy"  # beside resharded shards: the old row of each new row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all phases share."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    index: ShardIndex
+    sources: tuple[Source, ...]
+    tasks: dict[str, Task]
+
+    def folder(self, stage: int, phase: str) -> Path:
+        """Where a phase of a stage writes."""
+        return self.config.run_dir / f"stage-{stage}" / phase
+
+    def reader(self, index: ShardIndex) -> Reader:
+        """Bytes for rows of an index."""
+        machine = self.config.machine
+        return Reader(index, remote=machine.remote, cache_dir=machine.cache_dir, cache_gb=machine.cache_gb)
+
+    @cached_property
+    def held_out(self) -> Int64[np.ndarray, "held_out"]:
+        """Rows that never train."""
+        count = min(self.config.data.holdout_rows, len(self.index) // 20)
+        return np.sort(permutation(len(self.index), self.config.seed, "held out")[:count])
+
+    def tower(self, stage: int) -> Tower:
+        """The trained towers of a stage, on this process's device."""
+        tower = load_tower(self.folder(stage, "train") / "model")
+        tower.model.to(self.accelerator.device)
+        return tower
+
+    def embeddings(self, stage: int) -> EmbeddingTable:
+        """Features of all rows under a stage."""
+        return EmbeddingTable(self.folder(stage, "embed"), self.index)
+
+    def labels(self, stages: int) -> PseudoLabels:
+        """Labels from the clusters of the first `stages` stages."""
+        if stages == 0:
+            return no_labels(len(self.index))
+        folder = self.folder(stages - 1, "labels")
+        radix = read_json(folder / "labels.json")["radix"]
+        return PseudoLabels(values=np.load(folder / "labels.npy", allow_pickle=False), radix=tuple(radix))
+
+    def batch_options(self, tower: Tower) -> dict[str, Any]:
+        """What the loaders need."""
+        machine, data = self.config.machine, self.config.data
+        return {
+            "tokenizer": tower.tokenizer,
+            "num_workers": machine.workers,
+            "prefetch_batches": machine.prefetch_batches,
+            "pin_memory": self.accelerator.device.type == "cuda",
+            "max_pixels": data.max_pixels,
+            "json_key": data.caption_key,
+        }
+
+
+def train(run: Run, s: int) -> None:
+    """Train the towers of a stage on batches of its groups."""
+    config, stage, out = run.config, run.config.stages[s], run.folder(s, "train")
+    settings = stage.train
+    tower = start_tower(run, s)
+    if settings.steps:
+        _check_loss(tower, settings.loss)
+        lock_parameters(
+            tower.model,
+            text=settings.lock.text,
+            image_unlocked_groups=settings.lock.image_unlocked_groups,
+            patterns=settings.lock.patterns,
+        )
+        logger.info("stage %d: %s", s, trainable_summary(tower.model))
+        tower.model = _synchronise_batch_norm(tower.model.to(run.accelerator.device))
+        plan, groups, reader = _batch_plan(run, s)
+        loader = TrainingLoader(
+            plan,
+            reader,
+            transform=train_transform(tower.preprocess_cfg, **asdict(settings.augment)),
+            **run.batch_options(tower),
+        )
+        train_stage(
+            run.accelerator,
+            tower.model,
+            loader=loader,
+            objective=Objective(
+                groups=groups,
+                preprocess_cfg=tower.preprocess_cfg,
+                **only(settings, "loss", "precision", "min_negatives", "mask_duplicates"),
+            ),
+            optimizer=create_optimizer(
+                tower.model,
+                **only(settings, "lr", "weight_decay", "betas", "eps", "lr_multipliers", "weight_decays"),
+            ),
+            schedule=Schedule(
+                total_steps=settings.steps,
+                lr=settings.lr,
+                warmup_steps=settings.warmup_steps,
+                shape=settings.schedule,
+                max_grad_norm=settings.max_grad_norm or math.inf,
+            ),
+            intervals=Intervals(
+                evaluate_steps=config.eval.every_steps,
+                **only(config.machine, "log_steps", "save_steps", "save_minutes", "keep_checkpoints"),
+            ),
+            out=out,
+            seed=(config.seed, s),
+            average_decay=settings.average_decay,
+            max_bad_fraction=config.data.max_bad_fraction,
+            evaluate=partial(_metrics, run, tower),
+            show_progress=config.machine.progress,
+        )
+        run.accelerator.free_memory()
+    if is_main():
+        save_tower(tower, out / "model")
+
+
+def start_tower(run: Run, s: int) -> Tower:
+    """The towers that a stage starts from, not yet trained by it."""
+    tower, start = run.config.tower, run.config.stages[s].start
+    if s == 0 or start == "scratch":
+        return _new_tower(run.config, s if start == "scratch" else 0)
+    if start == "base" and tower.is_pretrained:
+        return _new_tower(run.config, 0)
+    return load_tower(run.folder(0 if start == "base" else s - 1, "train") / "model")
+
+
+def embed(run: Run, s: int) -> None:
+    """Features of all rows under the towers of a stage."""
+    out = run.folder(s, "embed")
+    tower = run.tower(s)
+    transform = evaluation_transform(tower.preprocess_cfg)
+
+    def batches(grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
+        return captioned_batches(run.reader(run.index), grid, transform=transform, **run.batch_options(tower))
+
+    embed_shards(
+        tower.model,
+        run.index,
+        batches=batches,
+        preprocess_cfg=tower.preprocess_cfg,
+        dim=tower.model_cfg["embed_dim"],
+        out=out,
+        device=run.accelerator.device,
+        batch_size=run.config.eval.batch_size,
+        precision=run.config.stages[s].train.precision,
+        show_progress=run.config.machine.progress,
+    )
+    barrier()
+    bad = BadSamples(
+        out / "bad_samples.jsonl", max_fraction=run.config.data.max_bad_fraction, rows=len(run.index), step=-1
+    )
+    if is_main():
+        bad.add(bad_samples(out, run.index))
+    bad.flush(0, len(run.index))
+    if bad.count:
+        logger.info("stage %d: %d samples could not be decoded: %s", s, bad.count, bad.by_reason())
+
+
+def cluster(run: Run, s: int) -> None:
+    """Clusters of the features of a stage, on one side or both."""
+    settings, out = run.config.stages[s].cluster, run.folder(s, "cluster")
+    sides = SIDES if settings.on == "product" else (settings.on,)
+    results: dict[str, Clustering] = {}
+    for side in sides:
+        table = run.embeddings(s)
+        results[side] = spherical_kmeans(
+            partial(table.rows, side=side),
+            num_rows=len(table),
+            num_clusters=settings.text_clusters or settings.num_clusters if side == "text" else settings.num_clusters,
+            name=(run.config.seed, s, "cluster", side),
+            num_starts=settings.num_starts,
+            max_passes=settings.max_passes,
+            device=run.accelerator.device,
+        )
+    if is_main():
+        with atomic_path(out / "centroids.safetensors") as path:
+            save_file({side: torch.from_numpy(result.centroids) for side, result in results.items()}, path)
+        for side, result in results.items():
+            with atomic_path(out / f"assignments-{side}.npy") as path, path.open("wb") as file:
+                np.save(file, result.assignments.astype(np.int32))
+        write_json(out / "trace.json", {side: result.trace for side, result in results.items()})
+
+
+def label(run: Run, s: int) -> None:
+    """The labels of all stages so far, refined by the clusters of this one."""
+    if not is_main():
+        return
+    labels, out = run.labels(s), run.folder(s, "labels")
+    for path in sorted(run.folder(s, "cluster").glob("assignments-*.npy")):
+        side = path.stem.removeprefix("assignments-")
+        num_clusters = len(load_file(run.folder(s, "cluster") / "centroids.safetensors")[side])
+        labels = labels.refine(np.load(path, allow_pickle=False).astype(np.int64), num_clusters)
+    with atomic_path(out / "labels.npy") as path, path.open("wb") as file:
+        np.save(file, labels.values)
+    summary = labels.summary()
+    write_json(out / "labels.json", summary)
+    logger.info(
+        "stage %d: %d labels, smallest %d, median %g, largest %d rows",
+        s,
+        *(summary[name] for name in ("labels", "smallest", "median", "largest")),
+    )
+
+
+def evaluate(run: Run, s: int) -> None:
+    """The tasks by this stage alone and by all stages so far."""
+    tower, out = run.tower(s), run.folder(s, "eval")
+    for name, task in run.tasks.items():
+        path = out / f"features-{name}.safetensors"
+        if not path.exists():
+            raw = task.embed(tower.model, **_embedding_options(run, tower))
+            if is_main():
+                with atomic_path(path) as temporary:
+                    save_file(raw, temporary)
+    barrier()
+    if is_main():
+        so_far = [(f"stages-0-{s}-{how}", range(s + 1), how) for how in COMBINATIONS] if s else []
+        score_stages(run, out, [(f"stage-{s}", [s], SINGLE), *so_far])
+        logger.info("after stage %d\n%s", s, results_table(run.config.run_dir))
+
+
+def combine(run: Run) -> None:
+    """The multistage model, with its temperature, and its results."""
+    if not is_main():
+        return
+    out, stages = run.config.run_dir / "combined", range(len(run.config.stages))
+    tables = [run.embeddings(s) for s in stages]
+    rows = run.held_out[_is_good(tables, run.held_out)] if len(run.held_out) else run.held_out
+    if len(rows) < 2:
+        raise UserError(f"{len(rows)} held-out rows are too few to fit the logit scale; raise --data.holdout-rows")
+    sides = [[torch.from_numpy(table.take(rows, side)) for table in tables] for side in SIDES]
+    fitted = fit_combination(*sides, combine=run.config.combine, loss=run.config.stages[0].train.loss)
+    towers = [load_tower(run.folder(s, "train") / "model") for s in stages]
+    model = MultistageCLIP(
+        [tower.model for tower in towers],
+        combine=fitted.combine,
+        logit_scale=fitted.logit_scale,
+        logit_bias=fitted.logit_bias,
+        preprocess_cfg=towers[0].preprocess_cfg,
+        model_cfgs=[tower.model_cfg for tower in towers],
+        tokenizer=towers[0].tokenizer,
+    )
+    with atomic_dir(out / "model") as folder:
+        model.save(folder)
+    write_json(out / "combination.json", {**asdict(fitted), "held_out_rows": len(rows)})
+    score_stages(run, out, [("combined", stages, fitted.combine)])
+    logger.info("all stages\n%s", results_table(run.config.run_dir))
+
+
+def score_stages(run: Run, out: Path, models: Iterable[tuple[str, Sequence[int], str]]) -> None:
+    """Results of stages and combinations from the stored features: results.jsonl, and the outcome of each query."""
+    records = []
+    for label, stages, how in models:
+        for name, task in run.tasks.items():
+            started = time.perf_counter()
+            stored = [load_file(run.folder(s, "eval") / f"features-{name}.safetensors") for s in stages]
+            combination = "concat" if how == SINGLE else how
+            image, text = (combine_features([features[side] for features in stored], combination) for side in SIDES)
+            metrics, outcomes = task.score(image, text)
+            if how == SINGLE and isinstance(task, ClassificationTask):
+                metrics |= _cluster_agreement(run, stages[0], task, image)
+            with atomic_path(out / f"outcomes-{name}-{label}.npz") as path, path.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **outcomes)
+            records.append(
+                result_record(
+                    task,
+                    metrics,
+                    model=run.config.tower.architecture or "model given in the recipe",
+                    pretrained=f"{run.config.run_dir.name}/{label}",
+                    stage=stages[-1],
+                    combine=None if how == SINGLE else how,
+                    dtype=run.config.stages[stages[-1]].train.precision,
+                    seconds=time.perf_counter() - started,
+                )
+            )
+    with atomic_path(out / "results.jsonl") as path:
+        path.touch()
+        for record in records:
+            append_jsonl(path, record)
+
+
+def _cluster_agreement(
+    run: Run, s: int, task: ClassificationTask, image_features: Float[Tensor, "images dim"]
+) -> dict[str, float]:
+    """How well the clusters of a stage tell the classes of a set apart; nothing if pictures were not clustered."""
+    centroids = load_file(run.folder(s, "cluster") / "centroids.safetensors").get("image")
+    if centroids is None:
+        return {}
+    clusters = (image_features @ centroids.T).argmax(1).numpy()
+    return {"cluster_nmi": normalized_mutual_information(clusters, task.data.labels)}
+
+
+def _batch_plan(run: Run, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"], Reader]:
+    """The batches of a stage, the group of each row (-1 for held-out rows), and where the rows are read."""
+    config, settings = run.config, run.config.stages[s].train
+    labels = run.labels(s)
+    found = group_labels(labels, min_group_size=min_group_size(config.stages[s]))
+    groups = found.group_of.copy()
+    groups[run.held_out] = -1
+    index, sources = run.index, run.sources
+    if settings.resharded:
+        index, groups, sources = _resharded(run, Path(settings.resharded), groups)
+    plan = BatchPlan(
+        shard_of=index.shard_of,
+        groups=groups,
+        global_batch_size=settings.global_batch_size,
+        seed=config.seed,
+        stage=s,
+        sources=sources,
+        window_shards=settings.window_shards,
+        run_rows=settings.run_rows,
+        cache_dir=config.machine.cache_dir or config.run_dir / "index",
+    )
+    if plan.rows_per_epoch < settings.global_batch_size:
+        logger.warning(
+            "stage %d: the data has %d rows, fewer than a global batch of %d; each batch has %d valid rows",
+            s, plan.rows_per_epoch, settings.global_batch_size, plan.rows_per_epoch,
+        )  # fmt: skip
+    if is_main():
+        statistics = plan.statistics(min_negatives=settings.min_negatives)
+        record = {**found.record(), "held_out_rows": len(run.held_out), "epoch_0": asdict(statistics)}
+        write_json(run.folder(s, "train") / "groups.json", record)
+        logger.info(
+            "stage %d: %d groups, smallest %d, median %g rows, %d rows relaxed; %d batches an epoch, %.0f %% of rows "
+            "in batches of one group, %.0f negatives a row",
+            s, *(record[name] for name in ("num_groups", "smallest", "median", "rows_relaxed")), statistics.batches,
+            100 * statistics.share_homogeneous, statistics.mean_negatives,
+        )  # fmt: skip
+    return plan, groups, run.reader(index)
+
+
+def _resharded(
+    run: Run, folder: Path, groups: Int64[np.ndarray, "rows"]
+) -> tuple[ShardIndex, Int64[np.ndarray, "rows"], tuple[Source, ...]]:
+    """The same rows in the order of other shards, with their groups."""
+    if any(source.weight != 1 for source in run.sources):
+        raise UserError(f"--data.weights {run.config.data.weights} cannot be used with resharded shards in {folder}")
+    row_map = np.load(folder / ROW_MAP, allow_pickle=False)
+    index = ShardIndex.build(expand_shards(folder))
+    if len(index) != len(run.index) or len(row_map) != len(index):
+        raise UserError(f"{folder} has {len(index)} rows and this run {len(run.index)}; reshard from this run again")
+    if not all(np.array_equal(getattr(index, name), getattr(run.index, name)[row_map]) for name in SIZES):
+        raise UserError(f"{folder} holds other samples than this run; reshard from this run again")
+    return index, groups[row_map], ()
+
+
+def _new_tower(config: RunConfig, draw: int) -> Tower:
+    """The towers of the recipe; without weights, draw number `draw`."""
+    tower = config.tower
+    return create_tower(
+        architecture=tower.architecture,
+        model_cfg=tower.model or None,
+        pretrained=tower.pretrained,
+        preprocess=tower.preprocess,
+        seed=seed_of(config.seed, "tower", draw),
+    )
+
+
+def _check_loss(tower: Tower, loss: str) -> None:
+    if loss == "siglip" and getattr(tower.model, "logit_bias", None) is None:
+        raise UserError(
+            "--train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, beside embed_dim in the "
+            "recipe's TowerConfig(model=...), or use an architecture that has it"
+        )
+
+
+def _synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """The model with batch statistics over the global batch.
+
+    Raises:
+        UserError: where that is not possible.
+    """
+    trains = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if not trains or world_size() == 1:
+        return model
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"the image tower has BatchNorm, which cannot be synchronised over {world_size()} CPU processes; use one "
+            f"process, GPUs, or a tower with LayerNorm"
+        )
+    synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return synchronised
+
+
+def _embedding_options(run: Run, tower: Tower) -> dict[str, Any]:
+    return {
+        "image_transform": tower.image_transform,
+        "tokenizer": tower.tokenizer,
+        "device": run.accelerator.device,
+        "batch_size": run.config.eval.batch_size,
+        "num_workers": run.config.machine.workers,
+    }
+
+
+def _metrics(run: Run, tower: Tower, model: nn.Module) -> dict[str, float]:
+    """What an evaluation inside a stage logs."""
+    metrics = {}
+    for name, task in run.tasks.items():
+        raw = task.embed(model, **_embedding_options(run, tower))
+        found, _ = task.score(*(combine_features([raw[side]], "concat") for side in SIDES))
+        metrics.update({f"{name}/{metric}": value for metric, value in found.items()})
+    return metrics
+
+
+def _is_good(tables: Sequence[EmbeddingTable], rows: Int64[np.ndarray, "rows"]) -> np.ndarray:
+    good: np.ndarray = np.all([table.take(rows, "image").any(1) for table in tables], axis=0)
+    return good
+
+
+def min_group_size(stage: StageConfig) -> int:
+    """The smallest group of a stage, in rows."""
+    return stage.train.min_group_size or default_min_group_size(stage.train.global_batch_size)
+
+
+def only(settings: Any, *names: str) -> dict[str, Any]:
+    """Some attributes, by name."""
+    return {name: getattr(settings, name) for name in names}
