@@ -32,7 +32,7 @@ TOWER = TowerConfig(
     }
 )
 STAGE = StageConfig(
-    train=TrainConfig(steps=400, global_batch_size=128, lr=2e-3, warmup_steps=40, weight_decay=0.1),
+    train=TrainConfig(steps=300, global_batch_size=128, lr=2e-3, warmup_steps=30, weight_decay=0.1),
     cluster=ClusterConfig(num_clusters=10),
 )
 RECIPE = RunConfig(
