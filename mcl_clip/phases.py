@@ -406,7 +406,7 @@ def _check_loss(tower: Tower, loss: str) -> None:
         raise UserError(
             "--train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, beside embed_dim in the "
             "recipe's TowerConfig(model=...), or use an architecture that has it"
-        )
+        ).on_every_process()
 
 
 def _synchronise_batch_norm(model: nn.Module) -> nn.Module:
@@ -422,7 +422,7 @@ def _synchronise_batch_norm(model: nn.Module) -> nn.Module:
         raise UserError(
             f"the image tower has BatchNorm, which cannot be synchronised over {world_size()} CPU processes; use one "
             f"process, GPUs, or a tower with LayerNorm"
-        )
+        ).on_every_process()
     synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return synchronised
 

@@ -6,6 +6,9 @@
 `make quickstart` does both, installation included. The pictures show one of 10 shapes in one of 10 colours and
 textures; the captions always name the colour, shape and texture half of the time each. Colour is the easy feature:
 stage 0 finds it first, and its clusters become the groups within which the next stages must look at something else.
+
+Hardware: two CPU cores, 3 min 41 s. Measured with seed 0: a linear read-out of the texture gets 31.7 % right after stage
+0 and 57.9 % from all stages, of the shape 46.2 and 56.6 %; the README has the whole table, losses included.
 """
 
 from pathlib import Path

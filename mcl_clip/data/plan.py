@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer, Shaped, UInt64
+from jaxtyping import Int, Integer, Shaped, UInt64
 
 from mcl_clip.artifacts import atomic_path
 from mcl_clip.distributed import Name, barrier, random_words
@@ -248,7 +248,7 @@ def _deal(
     # A single row left over would have no negatives: such a group packs one batch more instead.
     remainder = remainder + batch * ((remainder == 1) & (size > batch) & (len(size) > 1))
     place = np.arange(len(order)) - np.repeat(first, size)
-    is_whole: Bool[np.ndarray, rows] = place < np.repeat(size - remainder, size)
+    is_whole: np.ndarray = place < np.repeat(size - remainder, size)
     whole = order[is_whole].reshape(-1, batch)
     rest, which = order[~is_whole], np.repeat(np.arange(len(numbers)), size)[~is_whole]
     turn = np.zeros(len(numbers), np.int64)
@@ -261,7 +261,7 @@ def _deal(
 
 
 def _packing_order(sizes: Integer[np.ndarray, "groups"], batch: int, name: tuple[Name, ...]) -> list[int]:
-    """A seeded order of the groups in which no border cuts off a single row: of some attempts the first, or the best."""
+    """A seeded order of the groups in which no border cuts off a single row: the first, or best, of some attempts."""
     fewest, best = np.inf, list[int]()
     for attempt in range(PACKING_ATTEMPTS):
         order = _greedy_order(sizes, batch, (*name, "pack", attempt))

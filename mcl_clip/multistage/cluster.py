@@ -203,8 +203,8 @@ def _fit_sample(
             break
     else:
         raise UserError(
-            f"{num_clusters} clusters need at least as many distinct samples, and there are {len(distinct)}; use a smaller "
-            f"--cluster.num-clusters"
+            f"{num_clusters} clusters need at least as many distinct samples, and there are {len(distinct)}; use a "
+            f"smaller --cluster.num-clusters"
         )
     best_objective, best = np.inf, features[:num_clusters]
     for start in range(num_starts):

@@ -42,7 +42,8 @@ class PseudoLabels:
             )
         if len(assignments) and not 0 <= assignments.min() <= assignments.max() < num_clusters:
             raise UserError(
-                f"assignments run from {assignments.min()} to {assignments.max()}, with {num_clusters} clusters; cluster again"
+                f"assignments run from {assignments.min()} to {assignments.max()}, with {num_clusters} clusters; "
+                f"cluster again"
             )
         return PseudoLabels(values=self.values * num_clusters + assignments, radix=(*self.radix, num_clusters))
 

@@ -78,8 +78,8 @@ def load_newest(
     except (RuntimeError, KeyError, FileNotFoundError, TypeError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 300)  # torch names every tensor on a line of its own
         raise UserError(
-            f"{path} does not fit this model ({reason}); use the recipe it was made with, or delete it to continue from "
-            f"the one before"
+            f"{path} does not fit this model ({reason}); use the recipe it was made with, or delete it to continue "
+            f"from the one before"
         ) from error
 
 

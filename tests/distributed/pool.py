@@ -20,7 +20,8 @@ STARTUP_S = 120.0
 class Pool:
     """Processes with one thread each; a job runs on the first `world_size` of them.
 
-    They are forked when first needed, from a server that has imported `PRELOAD` and nothing of this process. Each job has a process group of its own, which meets in a file: no ports, and the traffic stays on the loopback.
+    They are forked when first needed, from a server that has imported `PRELOAD` and nothing of this process. Each job
+    has a process group of its own, which meets in a file: no ports, and the traffic stays on the loopback.
     """
 
     def __init__(self, folder: Path, *, timeout_s: float = 60.0) -> None:

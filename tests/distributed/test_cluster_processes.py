@@ -65,7 +65,7 @@ def test_planted_clusters_are_found_and_empty_ones_start_anew(far_centroids):
     good = np.arange(1000) % 50 != 0
     assert len({*zip(truth[good], found.assignments[good], strict=True)}) == 6
     assert (found.assignments[~good] == 0).all()
-    assert [step["empty_clusters"] for step in found.trace][0] == far_centroids
+    assert found.trace[0]["empty_clusters"] == far_centroids
     assert found.trace[-1]["empty_clusters"] == 0
 
 

@@ -175,6 +175,15 @@ def test_leftovers_of_other_settings_are_refused(copy, recipe):
     assert (copy / "config.json").read_bytes() == config
 
 
+def test_less_than_before_is_refused(copy, recipe):
+    before = files(copy)
+    with pytest.raises(StaleArtifactError, match="combined is finished but does not match this recipe"):
+        execute(recipe, "--num-stages", "1")
+    with pytest.raises(StaleArtifactError, match=r"stage-0/eval is finished .* sets.colours was '\w+' and is now None"):
+        execute(replace(recipe, eval=replace(recipe.eval, classification=())))
+    assert files(copy) == before
+
+
 def test_machine_settings_may_change(copy, recipe):
     before = files(copy)
     execute(recipe, "--machine.workers", "1", "--machine.log-steps", "5", "--eval.every-steps", "2")

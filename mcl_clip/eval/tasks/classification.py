@@ -114,7 +114,7 @@ class ClassificationTask:
         labels = torch.from_numpy(self.data.labels)
         images = F.normalize(image_features.double())
         prompts = F.normalize(text_features.double()).view(len(self.data.classnames), len(self.data.templates), -1)
-        scores = images @ F.normalize(prompts.mean(1)).T
+        scores = (images @ F.normalize(prompts.mean(1)).T).float()  # summed in float64: equal classes get equal scores
         own = scores.gather(1, labels[:, None])
         ranks = ((scores >= own).sum(1) - 1).numpy()
         right = ranks == 0

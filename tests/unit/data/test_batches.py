@@ -39,7 +39,7 @@ def captions(row: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    """22 rows in two shards, one with captions in JSON; rows 3, 9 and 16 cannot be decoded, rows 20 and 21 are equal."""
+    """22 rows in two shards, one with captions in JSON; rows 3, 9, 16 cannot be decoded, rows 20 and 21 are equal."""
     members = []
     for row in range(ROWS):
         source = min(row, 20)
@@ -165,10 +165,10 @@ def test_a_batch_without_a_decoded_row_has_one_black_picture(index):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_global_generators_are_left_alone(index, workers):
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     list(make(index, num_workers=workers).steps(0, 2))
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert before[1] == np.random.get_state()[1].tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,7 @@ def test_each_row_is_with_its_nearest_centroid_and_passes_gain(monkeypatch):
     similarity = features.astype(np.float64) @ found.centroids.astype(np.float64).T
     np.testing.assert_array_equal(found.assignments, similarity.argmax(1))
     objectives = [step["objective"] for step in found.trace]
-    assert all(later <= earlier + 1e-6 for earlier, later in zip(objectives, objectives[1:], strict=False))
+    assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(objectives))
 
 
 def test_the_draw_is_seeded_and_leaves_the_global_generator_alone():

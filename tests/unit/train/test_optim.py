@@ -95,7 +95,7 @@ def test_swapping_twice_is_nothing():
     average = ExponentialAverage(model, 0.5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1
+            parameter.add_(1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     average.swap(model)
     assert "locked" not in average.average

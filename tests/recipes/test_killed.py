@@ -1,0 +1,79 @@
+"""A run that is killed anywhere and started again ends with the same bits."""
+
+import signal
+from dataclasses import replace
+
+import pytest
+
+from mcl_clip.artifacts import DONE
+from tests.recipes.runs import (
+    Killer,
+    execute,
+    files,
+    load_recipe,
+    records,
+    steps,
+)
+
+WEIGHTS = ("stage-0/train/model", "stage-1/train/model", "combined/model/stage_0", "combined/model/stage_1")
+
+
+KILLS = {
+    "train before a checkpoint": ("mcl_clip.train.loop:clamp_logit_scale_", 2, False),
+    "train, stage 1, after a checkpoint": ("mcl_clip.train.loop:clamp_logit_scale_", 13, False),
+    "while a checkpoint is written": ("mcl_clip.train.checkpoint:write_json", 2, False),
+    "after the last checkpoint": ("mcl_clip.train.loop:save_checkpoint", 3, True),
+    "between model and DONE": ("mcl_clip.phases:save_tower", 2, True),
+    "embed between shards": ("mcl_clip.multistage.embed:_embed_batch", 3, False),
+    "embed, stage 1": ("mcl_clip.multistage.embed:_embed_batch", 7, False),
+    "cluster": ("mcl_clip.phases:spherical_kmeans", 1, True),
+    "labels": ("mcl_clip.multistage.labels:PseudoLabels.summary", 1, False),
+    "eval": ("mcl_clip.phases:score_stages", 2, False),
+    "eval between sets": ("mcl_clip.eval.tasks.classification:ClassificationTask.embed", 1, False),
+    "combined": ("mcl_clip.phases:score_stages", 3, False),
+    "combined, model written": ("mcl_clip.phases:write_json", 7, True),
+    **{f"before DONE {number}": ("mcl_clip.artifacts:Phase.mark_done", number, False) for number in range(1, 12)},
+}
+QUICK_KILLS = ("train, stage 1, after a checkpoint", "embed between shards", "combined", "before DONE 1")
+
+
+@pytest.fixture(scope="module")
+def killer():
+    process = Killer()
+    yield process
+    process.close()
+
+
+def weights(run):
+    return {name: (run / name / "open_clip_model.safetensors").read_bytes() for name in WEIGHTS}
+
+
+@pytest.mark.parametrize(
+    "where", [pytest.param(where, marks=() if where in QUICK_KILLS else pytest.mark.slow) for where in KILLS]
+)
+def test_a_killed_run_ends_with_the_same_bits(where, killer, finished, path, tmp_path):
+    target, call, after = KILLS[where]
+    run = tmp_path / "run"
+    assert killer.run(path, target, call, "--run-dir", str(run), after=after) == -signal.SIGKILL
+    assert not (run / "combined" / DONE).exists()
+    execute(replace(load_recipe(path), run_dir=run))
+    assert weights(run) == weights(finished)
+    for stage in (0, 1):
+        assert steps(run, stage) == list(range(1, 9))
+        losses = [[r["loss"] for r in records(of / f"stage-{stage}/train/metrics.jsonl")] for of in (run, finished)]
+        assert losses[0] == losses[1]
+    assert files(run).keys() == files(finished).keys()
+    names = ("stage-1/embed/part-000003.safetensors", "stage-1/labels/labels.npy", "stage-1/cluster/trace.json")
+    for name in names:
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_twice(killer, finished, path, tmp_path):
+    arguments = ("--run-dir", str(tmp_path / "run"))
+    assert killer.run(path, "mcl_clip.train.loop:clamp_logit_scale_", 5, *arguments) == -signal.SIGKILL
+    assert killer.run(path, "mcl_clip.train.loop:clamp_logit_scale_", 4, *arguments) == -signal.SIGKILL
+    assert (tmp_path / "run/lock").exists()
+    execute(replace(load_recipe(path), run_dir=tmp_path / "run"))
+    assert weights(tmp_path / "run") == weights(finished)
+    assert not (tmp_path / "run/lock").exists()

@@ -1,0 +1,150 @@
+"""Settings that change what a stage does, each for a few steps."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mcl_clip import MultistageCLIP, TowerConfig
+from mcl_clip.artifacts import DONE, StaleArtifactError, read_json
+from mcl_clip.config import AugmentConfig, ClusterConfig
+from mcl_clip.distributed import seed_of
+from mcl_clip.errors import UserError
+from mcl_clip.model.towers import create_tower
+from tests.recipes.runs import execute, records, with_stages, write_shards
+
+SHORT = {"steps": 4}
+
+
+def trained(run, stage=0):
+    return load_file(run / f"stage-{stage}/train/model/open_clip_model.safetensors")
+
+
+def random_draw(model_cfg, number):
+    """The weights of the recipe's draw `number`."""
+    return create_tower(model_cfg=model_cfg, seed=seed_of(0, "tower", number)).model.state_dict()
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_evaluation_inside_a_stage(recipe):
+    run = execute(with_stages(recipe, SHORT), "--eval.every-steps", "2")
+    evaluated = [r for r in records(run / "stage-0/train/metrics.jsonl") if "colours/acc1" in r]
+    assert [record["step"] for record in evaluated] == [2]
+    assert {"retrieval/mean_recall@1", "colours/linear_acc1"} <= evaluated[0].keys()
+    without = execute(replace(with_stages(recipe, SHORT), run_dir=run.with_name("without")))
+    assert not moved(trained(run), trained(without))  # looking changes nothing
+
+
+def test_a_running_average_is_what_is_evaluated_and_kept(recipe):
+    run = execute(with_stages(recipe, {**SHORT, "average_decay": 0.9}), "--eval.every-steps", "2")
+    newest = run / "stage-0/train/checkpoints/step-000000004"
+    weights, average = load_file(newest / "model.safetensors"), load_file(newest / "average.safetensors")
+    assert not moved(average, trained(run))
+    assert "visual.proj" in moved(weights, trained(run))
+    without = execute(replace(with_stages(recipe, SHORT), run_dir=run.with_name("without")))
+    assert not moved(weights, trained(without))  # nor does averaging change the training
+
+
+def test_the_sigmoid_loss(recipe):
+    model = {**recipe.tower.model, "init_logit_bias": -10.0, "init_logit_scale": 2.3}
+    run = execute(with_stages(replace(recipe, tower=TowerConfig(model=model)), {**SHORT, "loss": "siglip"}))
+    assert "logit_bias" in moved(random_draw(model, 0), trained(run))
+    bias = read_json(run / "combined/combination.json")["logit_bias"]
+    assert MultistageCLIP.load(run / "combined/model").logit_bias.item() == pytest.approx(bias)
+
+
+def test_learning_rates_by_layer_and_a_clipped_gradient(recipe):
+    change = {"lr_multipliers": {"^visual": 0.0}, "weight_decays": {"text": 0.5}, "max_grad_norm": 0.1}
+    run = execute(with_stages(recipe, {**SHORT, **change}))
+    names = moved(random_draw(recipe.tower.model, 0), trained(run))
+    assert "text_projection" in names
+    assert not [name for name in names if name.startswith("visual.")]
+
+
+def test_clusters_of_both_sides(recipe):
+    both = ClusterConfig(num_clusters=3, on="product", text_clusters=2, num_starts=1)
+    run = execute(with_stages(recipe, {**SHORT, "cluster": both}, SHORT))
+    assert read_json(run / "stage-0/labels/labels.json")["radix"] == [3, 2]
+    assert read_json(run / "stage-1/labels/labels.json")["radix"] == [3, 2, 3]
+    image, text, labels = (
+        np.load(run / "stage-0" / name)
+        for name in ("cluster/assignments-image.npy", "cluster/assignments-text.npy", "labels/labels.npy")
+    )
+    assert np.array_equal(labels, 2 * image + text)
+
+
+def test_clusters_of_texts(recipe):
+    run = execute(with_stages(recipe, {**SHORT, "cluster": ClusterConfig(num_clusters=2, on="text")}))
+    assert read_json(run / "stage-0/labels/labels.json")["radix"] == [2]
+    metrics = [record["metrics"] for record in records(run / "stage-0/eval/results.jsonl")]
+    assert not any("cluster_nmi" in metric for metric in metrics)  # pictures have no cluster
+
+
+def test_where_stages_start(recipe):
+    still = {**SHORT, "lr": 1e-9}
+    run = execute(with_stages(recipe, SHORT, {**still, "start": "scratch"}, {**still, "start": "base"}, still))
+    scratch, base, previous = (trained(run, stage) for stage in (1, 2, 3))
+    for start, end in (
+        (random_draw(recipe.tower.model, 1), scratch),
+        (trained(run, 0), base),
+        (trained(run, 2), previous),
+    ):
+        assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in start)
+    assert not torch.allclose(scratch["visual.proj"], base["visual.proj"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"augment": AugmentConfig(scale=(0.3, 1.0), horizontal_flip=0.5)},
+        {"precision": "bf16"},
+        {"window_shards": 1, "run_rows": 2, "mask_duplicates": False, "schedule": "constant"},
+    ],
+    ids=["augmentation", "bfloat16", "windows and duplicates"],
+)
+def test_a_setting_changes_the_result(recipe, change, finished):
+    run = execute(with_stages(recipe, {**SHORT, **change}))
+    losses, usual = (
+        [record["loss"] for record in records(of / "stage-0/train/metrics.jsonl")][:4] for of in (run, finished)
+    )
+    assert np.isfinite(losses).all()
+    assert losses != usual
+    assert (run / "combined" / DONE).exists()
+
+
+def test_a_weighted_mixture(recipe, tmp_path, path):
+    other = write_shards(tmp_path / "other", rows=60, per_shard=30)
+    lists = ("--data.train", str(path.parent / "shards"), str(other), "--data.weights")
+    run = execute(with_stages(recipe, SHORT), *lists, "0.5", "2")
+    rows = read_json(run / "stage-0/train/groups.json")["epoch_0"]["rows"]
+    assert abs(rows - (0.5 * 200 + 2 * 60)) <= 2 * recipe.data.holdout_rows
+    with pytest.raises(StaleArtifactError, match=r"data.weights was \[0.5, 2.*\] and is now \[1.*, 1.*\]"):
+        execute(with_stages(recipe, SHORT), *lists, "1", "1")
+
+
+def test_best_takes_the_combination_with_the_lower_loss(recipe):
+    run = execute(with_stages(recipe, SHORT, SHORT), "--combine", "best")
+    chosen = read_json(run / "combined/combination.json")
+    assert chosen["losses"].keys() == {"concat", "mean_cosine"}
+    assert chosen["combine"] == min(chosen["losses"], key=chosen["losses"].get)
+    assert MultistageCLIP.load(run / "combined/model").combine == chosen["combine"]
+
+
+def test_a_run_without_evaluation_sets(recipe):
+    nothing = replace(recipe.eval, retrieval=(), classification=())
+    run = execute(replace(with_stages(recipe, SHORT), eval=nothing))
+    assert (run / "combined/results.jsonl").read_text() == ""
+    assert (run / "combined" / DONE).exists()
+
+
+def test_two_sets_of_one_name_are_refused(recipe, path):
+    colours = str(path.parent / "colours")
+    with pytest.raises(UserError, match=r"two of .* have the same name; write NAME=FOLDER"):
+        execute(recipe, "--eval.classification", colours, colours)
+    with pytest.raises(UserError, match="a retrieval and a classification set are both called retrieval"):
+        execute(recipe, "--eval.classification", f"retrieval={colours}")

@@ -1,0 +1,143 @@
+"""What CONTRIBUTING.md and README.md say about the code is true."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "mcl_clip"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LEVELS = (
+    ("__init__", "__main__"),
+    ("cli",),
+    ("pipeline", "phases", "tools"),
+    ("train", "multistage", "eval"),
+    ("data", "model"),
+    ("distributed", "artifacts", "config", "console"),
+    ("errors",),
+)
+LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+BETWEEN_SIBLINGS = {("pipeline", "phases")}
+READ_CONFIG = {"__init__", "cli", "pipeline", "phases"}
+
+every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of all modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "mcl_clip")
+
+
+def imported_parts(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("mcl_clip.")}
+
+
+@every_module
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    for other in imported_parts(path) - {part}:
+        assert LEVEL_OF[part] < LEVEL_OF[other] or (part, other) in BETWEEN_SIBLINGS, f"{part} imports {other}"
+
+
+@every_module
+def test_only_the_top_reads_the_configuration(path):
+    assert "config" not in imported_parts(path) or part_of(path) in READ_CONFIG
+
+
+@every_module
+def test_the_library_does_not_import_its_users(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert not roots & {"recipes", "data_prep", "benchmarks", "tests"}
+
+
+def test_recipes_use_public_names_only():
+    for path in (REPOSITORY / "recipes").glob("*.py"):
+        assert {name for name in imports(path) if name.startswith("mcl_clip")} <= {
+            "mcl_clip", *(f"mcl_clip.{name}" for name in public_names())
+        }  # fmt: skip
+
+
+def public_names() -> list[str]:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    return next(ast.literal_eval(node.value) for node in tree.body
+                if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")  # fmt: skip
+
+
+def test_the_file_that_is_shipped_with_models_stands_alone():
+    roots = {name.split(".")[0] for name in imports(PACKAGE / "model/multistage.py")}
+    assert roots - sys.stdlib_module_names == {"torch", "open_clip", "safetensors"}
+
+
+@every_module
+def test_modules_hold_no_state(path):
+    """Names at the top of a module are constants, types and the logger; nothing is rebound."""
+    tree = ast.parse(path.read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for name in (target.id for target in targets if isinstance(target, ast.Name)):
+            assert name in ("logger", "__all__") or re.fullmatch(r"_?[A-Z]\w*", name), f"{name} at the top of {path}"
+
+
+@every_module
+def test_nothing_draws_from_a_global_generator(path):
+    assert "random" not in set(imports(path))
+    text = path.read_text()
+    assert set(re.findall(r"np\.random\.(\w+)", text)) <= {"Philox"}
+    draws = re.findall(r"torch\.(?:rand|randn|randint|randperm|normal|bernoulli|multinomial)\((.*)", text)
+    assert all("generator=" in draw for draw in draws), draws
+    seeds_dropout = path == PACKAGE / "train/loop.py"
+    assert text.count("torch.manual_seed(") == int(seeds_dropout)
+
+
+def files_in_readme() -> dict[str, str]:
+    """Paths under `mcl_clip/` and what stands beside them in the tree of README.md; folders end with a slash."""
+    tree = (REPOSITORY / "README.md").read_text().split("## Files")[1].split("```")[1]
+    lines = [line.split(maxsplit=1) for line in tree.splitlines() if line.startswith("  ")]
+    return {line[0]: line[1] for line in lines}
+
+
+def test_the_tree_in_the_readme_names_every_module():
+    listed = files_in_readme()
+    modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert listed.keys() == modules | packages
+    for folder in packages:
+        inside = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+        named = {word for word in re.sub(r"\(.*?\)", "", listed[folder]).split() if not word.endswith("/")}
+        assert named == inside, folder
+
+
+def test_the_tree_in_the_readme_names_the_other_folders():
+    tree = (REPOSITORY / "README.md").read_text().split("## Files")[1].split("```")[1]
+    listed = {line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")}
+    assert listed >= {"mcl_clip/", "recipes/", "data_prep/", "tests/"}
+    assert all((REPOSITORY / folder).is_dir() for folder in listed)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "recipes/README.md", "data_prep/README.md"])
+def test_files_that_the_documentation_names_exist(name):
+    text = (REPOSITORY / name).read_text()
+    for path in re.findall(r"(?:mcl_clip|recipes|data_prep|tests|benchmarks)/[\w/]+\.\w+", text):
+        assert (REPOSITORY / path).exists() or "NAME" in path, path
+
+
+def test_packages_have_no_code_in_their_init():
+    for path in PACKAGE.glob("*/**/__init__.py"):
+        tree = ast.parse(path.read_text())
+        assert len(tree.body) == 1, path
+        assert ast.get_docstring(tree), path

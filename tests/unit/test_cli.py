@@ -1,0 +1,186 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mcl_clip import DataConfig, RunConfig, StageConfig, TowerConfig, TrainConfig, UserError, cli
+from mcl_clip.artifacts import DONE
+from mcl_clip.config import EvalConfig
+from tests.unit.data.tars import pairs, write_tar
+
+STAGE = StageConfig(train=TrainConfig(steps=100, global_batch_size=64, lr=1e-3))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return RunConfig(run_dir=tmp_path / "run", tower=TowerConfig(architecture="ViT-B-32"), stages=(STAGE, STAGE))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory whose stage 0 is trained and whose stage 1 has begun."""
+    folder = tmp_path / "run"
+    for name in ("stage-0/train", "stage-0/eval", "stage-1/train"):
+        (folder / name).mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"stages": [{"train": {"steps": 100}}] * 2}))
+    (folder / "stage-0/train" / DONE).write_text("{}")
+    write_lines(folder / "stage-0/train/metrics.jsonl", {"step": 100, "loss": 1.0}, {"step": 100, "set/acc1": 0.5})
+    write_lines(folder / "stage-1/train/metrics.jsonl", {"step": 10, "loss": 1.0}, {"step": 20, "loss": 1.0})
+    return folder
+
+
+def write_lines(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    """Exit code, output and error output of `mcl-clip`."""
+    monkeypatch.setattr(sys, "argv", ["mcl-clip", *map(str, arguments)])
+    code = 0
+    try:
+        cli.command()
+    except SystemExit as stopped:
+        code = stopped.code
+    printed = capsys.readouterr()
+    return code or 0, printed.out, printed.err
+
+
+def test_a_recipe_without_overrides_stays_what_it_is(recipe):
+    assert cli.parse(recipe, []) == recipe
+
+
+def test_overrides(recipe, tmp_path):
+    arguments = ["--stages.1.train.lr", "0.5", "--data.train", "a", "b", "--data.weights", "1", "2",
+                 "--run-dir", str(tmp_path / "x"), "--stages.0.train.lr-multipliers", "^visual", "0.1"]  # fmt: skip
+    changed = cli.parse(recipe, arguments)
+    assert changed.stages[1].train.lr == 0.5
+    assert changed.stages[0].train.lr_multipliers == {"^visual": 0.1}
+    assert changed.data == DataConfig(train=("a", "b"), weights=(1.0, 2.0))
+    assert changed.run_dir == tmp_path / "x"
+    assert changed.tower == recipe.tower
+    assert changed.eval == EvalConfig()
+
+
+def test_stages_are_repeated_or_dropped(recipe):
+    other = StageConfig(train=TrainConfig(steps=7, global_batch_size=8, lr=1.0))
+    recipe = RunConfig(run_dir=recipe.run_dir, tower=recipe.tower, stages=(STAGE, other))
+    assert cli.parse(recipe, ["--num-stages", "1"]).stages == (STAGE,)
+    assert cli.parse(recipe, ["--num-stages=4"]).stages == (STAGE, other, other, other)
+    after = cli.parse(recipe, ["--seed", "3", "--num-stages", "3", "--stages.2.train.lr", "0.5"])
+    assert (after.seed, [stage.train.lr for stage in after.stages]) == (3, [1e-3, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "two", "1.5", ""])
+def test_numbers_of_stages_that_make_no_sense(recipe, value):
+    with pytest.raises(UserError, match=f"--num-stages must be a number of at least 1, not '{value}'"):
+        cli.parse(recipe, ["--num-stages", value])
+    with pytest.raises(UserError, match="--num-stages must be a number of at least 1, not ''"):
+        cli.parse(recipe, ["--num-stages"])
+
+
+def test_arguments_are_not_changed(recipe):
+    arguments = ["--num-stages", "3", "--seed", "1"]
+    cli.parse(recipe, arguments)
+    assert arguments == ["--num-stages", "3", "--seed", "1"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_other_kinds_of_parallelism_are_refused(monkeypatch, variable, name):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"{name} is not supported: .* launch with a config from recipes/accelerate"):
+        cli.create_accelerator()
+
+
+def test_status_says_how_far_each_phase_is(run, monkeypatch, capsys):
+    code, out, _ = run_command(monkeypatch, capsys, "status", run)
+    assert code == 0
+    assert out.splitlines() == [
+        "stage 0: train done, embed missing, cluster missing, labels missing, eval missing (step 100 of 100)",
+        "stage 1: train partial, embed missing, cluster missing, labels missing, eval missing (step 20 of 100)",
+        "combined: missing",
+    ]
+
+
+def test_status_prints_what_was_measured(run, monkeypatch, capsys):
+    record = {"key": "classification/colours", "task": "zeroshot_classification", "n_images": 8, "n_texts": 4,
+              "pretrained": "run/stage-0", "metrics": {"acc1": 0.625, "linear_acc1": 1.0}}  # fmt: skip
+    write_lines(run / "stage-0/eval/results.jsonl", record)
+    _, out, _ = run_command(monkeypatch, capsys, "status", run)
+    assert "classification/colours: 8 images, 4 texts" in out
+    assert out.splitlines()[-1].split() == ["stage-0", "62.5", "-", "100.0", "-"]
+
+
+def test_status_of_something_else(tmp_path, monkeypatch, capsys):
+    code, _, err = run_command(monkeypatch, capsys, "status", tmp_path)
+    assert (code, err) == (2, f"error: {tmp_path} is not a run directory: it has no config.json\n")
+
+
+def test_status_of_a_broken_run(run, monkeypatch, capsys):
+    (run / "config.json").write_text("{")
+    code, _, err = run_command(monkeypatch, capsys, "status", run)
+    assert code == 2
+    assert f"{run / 'config.json'} is not valid JSON" in err
+    assert err.count("\n") == 1
+
+
+def test_index_writes_an_index_beside_the_shards(tmp_path, monkeypatch, capsys):
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", [*pairs(5, prefix=f"s{number}_"), ("alone.jpg", b"x")])
+    code, out, _ = run_command(monkeypatch, capsys, "index", tmp_path / "{0,1}.tar")
+    assert code == 0
+    first, second = out.splitlines()
+    assert first.startswith("2 shards, 10 rows, digest ")
+    assert second.startswith("left out: 2 ")
+    assert (tmp_path / "index.arrow").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["index", "/nowhere/x.tar"], 2, "error: the shard /nowhere/x.tar does not exist"),
+        (["reshard", "/nowhere", "/nowhere/out", "--stage", "1"], 2, "error: --stage 1 needs the labels of stage 0"),
+        (["reshard", "/nowhere", "/nowhere/out", "--stage", "0"], 2, "error: --stage 0 needs the labels of stage -1"),
+        (["reshard", "/nowhere", "/nowhere/out"], 2, "--stage"),
+        (["bake"], 2, "bake"),
+        ([], 2, "index"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, arguments, code, sentence):
+    ended, _, err = run_command(monkeypatch, capsys, *arguments)
+    assert ended == code
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_help_lists_the_commands():
+    shown = subprocess.run([sys.executable, "-m", "mcl_clip", "--help"], capture_output=True, text=True, check=True)
+    for name in ("index", "status", "reshard"):
+        assert name in shown.stdout
+
+
+def run_failing(monkeypatch, recipe, error, *, is_main):
+    def failing(config, accelerator):
+        raise error
+
+    monkeypatch.setattr(cli, "run_pipeline", failing)
+    monkeypatch.setattr(cli, "is_main", lambda: is_main)
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(recipe)
+    return stopped.value.code
+
+
+def test_an_error_of_all_processes_is_said_once(monkeypatch, capsys, recipe):
+    codes = [
+        run_failing(monkeypatch, recipe, UserError("wrong").on_every_process(), is_main=main) for main in (True, False)
+    ]
+    assert codes == [2, 2]
+    assert capsys.readouterr().err == "error: wrong\n"
+
+
+def test_an_error_of_one_process_is_said_by_it(monkeypatch, capsys, recipe):
+    assert run_failing(monkeypatch, recipe, UserError("wrong"), is_main=False) == 2
+    assert capsys.readouterr().err == "error: wrong\n"
