@@ -140,9 +140,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value, least in (("steps", self.steps, 0), ("warmup-steps", self.warmup_steps, 0)):
             if value < least:
-                raise UserError(f"--train.{name} must be at least {least}, not {value}")
+                raise UserError(f"--stages.K.train.{name} must be at least {least}, not {value}")
         if self.global_batch_size < 2:
-            raise UserError(f"--train.global-batch-size must be at least 2, not {self.global_batch_size}")
+            raise UserError(f"--stages.K.train.global-batch-size must be at least 2, not {self.global_batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1:
-            raise UserError(f"--cluster.num-clusters must be at least 1, not {self.num_clusters}")
+            raise UserError(f"--stages.K.cluster.num-clusters must be at least 1, not {self.num_clusters}")
 
 
 @dataclass(frozen=True, kw_only=True)

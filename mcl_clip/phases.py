@@ -404,8 +404,8 @@ def _new_tower(config: RunConfig, draw: int) -> Tower:
 def _check_loss(tower: Tower, loss: str) -> None:
     if loss == "siglip" and getattr(tower.model, "logit_bias", None) is None:
         raise UserError(
-            "--train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, beside embed_dim in the "
-            "recipe's TowerConfig(model=...), or use an architecture that has it"
+            "--stages.K.train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, beside "
+            "embed_dim in the recipe's TowerConfig(model=...), or use an architecture that has it"
         ).on_every_process()
 
 

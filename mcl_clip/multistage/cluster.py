@@ -204,7 +204,7 @@ def _fit_sample(
     else:
         raise UserError(
             f"{num_clusters} clusters need at least as many distinct samples, and there are {len(distinct)}; use a "
-            f"smaller --cluster.num-clusters"
+            f"smaller --stages.K.cluster.num-clusters"
         )
     best_objective, best = np.inf, features[:num_clusters]
     for start in range(num_starts):

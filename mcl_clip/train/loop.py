@@ -277,8 +277,8 @@ def _stop_if_diverged(record: dict[str, float], out: Path) -> None:
         return
     raise TrainingDivergedError(
         f"at step {record['step']} the loss is {record['loss']} and the norm of the gradient {record['grad_norm']}; "
-        f"the last good checkpoint is in {out / 'checkpoints'}. Use a lower --lr, a longer warm-up, or "
-        f"--max-grad-norm 1"
+        f"the last good checkpoint is in {out / 'checkpoints'}. Use a lower --stages.K.train.lr, a longer warm-up, or "
+        f"--stages.K.train.max-grad-norm 1"
     ).on_every_process()
 
 

@@ -108,7 +108,7 @@ def test_one_cluster_and_as_many_as_rows():
 
 def test_too_few_distinct_rows_are_refused():
     features, _ = planted(3, 3, 0.1)
-    message = "4 clusters need at least as many distinct samples, and there are 3; use a smaller --cluster.num-clusters"
+    message = "4 clusters need at least as many distinct samples, and there are 3; use a smaller --stages.K.cluster"
     for repeats in (1, 200):
         with pytest.raises(UserError, match=message):
             fit(np.repeat(features, repeats, axis=0), 4)
