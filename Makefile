@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-$(DATA)/metadata.json: $(VENV)/installed
+$(DATA)/metadata.json: | $(VENV)/installed
 	$(BIN)/python data_prep/trifeature.py $(DATA) --pairs-train 12000 --size-px 32
 
 # Three stages on rendered pictures, on the CPU, then the table of what each stage learned.

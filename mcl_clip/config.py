@@ -3,6 +3,7 @@
 Batch sizes are over all processes. Only `MachineConfig` and `EvalConfig.every_steps` cannot change a result.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,18 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mcl_clip.errors import UserError
+
+
+def check_range(flag: str, value: float, least: float, most: float = math.inf) -> None:
+    """Refuse a value outside its range.
+
+    Raises:
+        UserError: naming the flag, the value and the range.
+    """
+    if not least <= value <= most:
+        limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise UserError(f"--{flag} must be {limits}, not {value:g}")
+
 
 Inline = Annotated[Mapping[str, Any], tyro.conf.Fixed]  # nested dictionaries: set in a recipe, not on the command line
 
@@ -37,8 +50,8 @@ class DataConfig:
             raise UserError(f"--data.weights has {len(self.weights)} values for {len(self.train)} lists of shards")
         if any(weight < 0 for weight in self.weights):
             raise UserError(f"--data.weights must be 0 or more, not {self.weights}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"--data.max-bad-fraction is a share from 0 to 1, not {self.max_bad_fraction}")
+        check_range("data.max-bad-fraction", self.max_bad_fraction, 0, 1)
+        check_range("data.holdout-rows", self.holdout_rows, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +151,19 @@ class TrainConfig:
     lock: LockConfig = LockConfig()
 
     def __post_init__(self) -> None:
-        for name, value, least in (("steps", self.steps, 0), ("warmup-steps", self.warmup_steps, 0)):
-            if value < least:
-                raise UserError(f"--stages.K.train.{name} must be at least {least}, not {value}")
-        if self.global_batch_size < 2:
-            raise UserError(f"--stages.K.train.global-batch-size must be at least 2, not {self.global_batch_size}")
+        least = {
+            "steps": 0,
+            "global_batch_size": 2,
+            "lr": 0,
+            "warmup_steps": 0,
+            "min_negatives": 1,
+            "window_shards": 0,
+            "run_rows": 1,
+            "average_decay": 0,
+        }
+        for name, smallest in least.items():
+            largest = 0.999999 if name == "average_decay" else math.inf
+            check_range(f"stages.K.train.{name.replace('_', '-')}", getattr(self, name), smallest, largest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +182,8 @@ class ClusterConfig:
     """Most passes over all rows."""
 
     def __post_init__(self) -> None:
-        if self.num_clusters < 1:
-            raise UserError(f"--stages.K.cluster.num-clusters must be at least 1, not {self.num_clusters}")
+        for name, smallest in {"num_clusters": 1, "text_clusters": 0, "num_starts": 1, "max_passes": 0}.items():
+            check_range(f"stages.K.cluster.{name.replace('_', '-')}", getattr(self, name), smallest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +209,9 @@ class EvalConfig:
     """Also evaluate every n steps inside a stage; 0 is never."""
     batch_size: int = 64
     """Pictures of a forward pass, also when the rows are embedded."""
+
+    def __post_init__(self) -> None:
+        check_range("eval.batch-size", self.batch_size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +240,18 @@ class MachineConfig:
     """Folder of that cache, and of plans too large for memory."""
     cache_gb: float = 100.0
     """Largest size of the cache, in 10^9 bytes."""
+
+    def __post_init__(self) -> None:
+        least = {
+            "workers": 0,
+            "prefetch_batches": 1,
+            "threads": 0,
+            "log_steps": 1,
+            "save_steps": 0,
+            "keep_checkpoints": 1,
+        }
+        for name, smallest in least.items():
+            check_range(f"machine.{name.replace('_', '-')}", getattr(self, name), smallest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,11 @@
 """What a program does with the errors of its user."""
 
-import errno
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from mcl_clip.errors import UserError
+from mcl_clip.errors import UserError, explain_os_error
 
 
 def run_program(main: Callable[[], object]) -> None:
@@ -27,18 +26,6 @@ def run_program(main: Callable[[], object]) -> None:
         sys.exit(141)
     except OSError as error:
         _stop(f"error: {explain_os_error(error)}", 2)
-
-
-def explain_os_error(error: OSError) -> str:
-    """One sentence with the file, what went wrong, and the way out."""
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}no space left to write; free some space or choose a folder on another disk"
-    if isinstance(error, PermissionError):
-        return f"{where}permission denied; change the permissions or choose another path"
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"{where}there is no such file or folder; correct the path"
-    return f"{where}{error.strerror or error or type(error).__name__}"
 
 
 def _stop(message: str, code: int) -> NoReturn:

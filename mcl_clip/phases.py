@@ -24,7 +24,7 @@ from mcl_clip.data.plan import BatchPlan, Source
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.transforms import evaluation_transform, train_transform
-from mcl_clip.distributed import barrier, is_main, permutation, seed_of, world_size
+from mcl_clip.distributed import barrier, is_main, on_main, permutation, seed_of, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import Task, result_record, results_table
 from mcl_clip.eval.tasks.classification import ClassificationTask, normalized_mutual_information
@@ -108,7 +108,7 @@ def train(run: Run, s: int) -> None:
     settings = stage.train
     tower = start_tower(run, s)
     if settings.steps:
-        _check_loss(tower, settings.loss)
+        _fit_bias(tower.model, settings.loss)
         lock_parameters(
             tower.model,
             text=settings.lock.text,
@@ -228,9 +228,7 @@ def cluster(run: Run, s: int) -> None:
 
 
 def label(run: Run, s: int) -> None:
-    """The labels of all stages so far, refined by the clusters of this one."""
-    if not is_main():
-        return
+    """The labels of all stages so far, refined by the clusters of this one. For the main process alone."""
     labels, out = run.labels(s), run.folder(s, "labels")
     for path in sorted(run.folder(s, "cluster").glob("assignments-*.npy")):
         side = path.stem.removeprefix("assignments-")
@@ -257,17 +255,13 @@ def evaluate(run: Run, s: int) -> None:
             if is_main():
                 with atomic_path(path) as temporary:
                     save_file(raw, temporary)
-    barrier()
-    if is_main():
-        so_far = [(f"stages-0-{s}-{how}", range(s + 1), how) for how in COMBINATIONS] if s else []
-        score_stages(run, out, [(f"stage-{s}", [s], SINGLE), *so_far])
-        logger.info("after stage %d\n%s", s, results_table(run.config.run_dir))
+    so_far = [(f"stages-0-{s}-{how}", range(s + 1), how) for how in COMBINATIONS] if s else []
+    on_main(partial(score_stages, run, out, [(f"stage-{s}", [s], SINGLE), *so_far]))
+    logger.info("after stage %d\n%s", s, results_table(run.config.run_dir))
 
 
 def combine(run: Run) -> None:
-    """The multistage model, with its temperature, and its results."""
-    if not is_main():
-        return
+    """The multistage model, with its temperature, and its results. For the main process alone."""
     out, stages = run.config.run_dir / "combined", range(len(run.config.stages))
     tables = [run.embeddings(s) for s in stages]
     rows = run.held_out[_is_good(tables, run.held_out)] if len(run.held_out) else run.held_out
@@ -314,7 +308,7 @@ def score_stages(run: Run, out: Path, models: Iterable[tuple[str, Sequence[int],
                     pretrained=f"{run.config.run_dir.name}/{label}",
                     stage=stages[-1],
                     combine=None if how == SINGLE else how,
-                    dtype=run.config.stages[stages[-1]].train.precision,
+                    dtype="fp32",
                     seconds=time.perf_counter() - started,
                 )
             )
@@ -361,8 +355,8 @@ def _batch_plan(run: Run, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"],
             "stage %d: the data has %d rows, fewer than a global batch of %d; each batch has %d valid rows",
             s, plan.rows_per_epoch, settings.global_batch_size, plan.rows_per_epoch,
         )  # fmt: skip
+    statistics = plan.statistics(min_negatives=settings.min_negatives)  # on every process: plans on disk are collective
     if is_main():
-        statistics = plan.statistics(min_negatives=settings.min_negatives)
         record = {**found.record(), "held_out_rows": len(run.held_out), "epoch_0": asdict(statistics)}
         write_json(run.folder(s, "train") / "groups.json", record)
         logger.info(
@@ -401,8 +395,15 @@ def _new_tower(config: RunConfig, draw: int) -> Tower:
     )
 
 
-def _check_loss(tower: Tower, loss: str) -> None:
-    if loss == "siglip" and getattr(tower.model, "logit_bias", None) is None:
+def _fit_bias(model: nn.Module, loss: str) -> None:
+    """Let the bias of the logits train if the loss uses it, in a way that DistributedDataParallel can follow."""
+    has_bias = getattr(model, "logit_bias", None) is not None
+    if has_bias and loss == "clip":
+        model.logit_bias.requires_grad_(False)
+    elif has_bias:
+        # The model returns the parameter itself, which DDP takes for unused; a product of it is not.
+        model.register_forward_hook(lambda _, __, out: {**out, "logit_bias": out["logit_bias"] * 1})
+    elif loss == "siglip":
         raise UserError(
             "--stages.K.train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, beside "
             "embed_dim in the recipe's TowerConfig(model=...), or use an architecture that has it"

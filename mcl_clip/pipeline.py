@@ -81,6 +81,7 @@ def plan_phases(run: Run) -> list[Phase]:
     data = {**only(config.data, "caption_key", "max_pixels"), "index": run.index.digest}
     trained: list[Phase] = []
     embedded: list[Phase] = []
+    clusterings: list[Phase] = []
     labels: Phase | None = None
     evaluated: list[Phase] = []
     for s, stage in enumerate(config.stages):
@@ -109,17 +110,29 @@ def plan_phases(run: Run) -> list[Phase]:
         trained.append(phase("train", train, _train_settings(run, s, data), [*_start_phases(run, s, trained), labels]))
         batch = {"batch_size": config.eval.batch_size, "precision": stage.train.precision}
         embedded.append(phase("embed", embed, {**data, **batch}, [trained[s]]))
-        clustered = phase("cluster", cluster, {**asdict(stage.cluster), "seed": config.seed}, [embedded[s]])
-        labels = phase("labels", label, {}, [clustered, labels])
+        clusterings.append(phase("cluster", cluster, {**asdict(stage.cluster), "seed": config.seed}, [embedded[s]]))
+        labels = phase("labels", _alone(label), {}, [clusterings[s], labels])
         sets = {name: task.sha256 for name, task in run.tasks.items()}
-        evaluated.append(phase("eval", evaluate, {"sets": sets}, [*trained, *evaluated], grows=True))
+        evaluated.append(phase("eval", evaluate, {"sets": sets}, [*trained, *clusterings, *evaluated], grows=True))
     settings = {"combine": config.combine, "loss": config.stages[0].train.loss}
     folder = config.run_dir / "combined"
     inputs = (*trained, *embedded, *evaluated)
     phases.append(
-        Phase(name="combined", folder=folder, settings=settings, run=partial(combine, run), inputs=inputs, grows=True)
+        Phase(
+            name="combined",
+            folder=folder,
+            settings=settings,
+            run=partial(_alone(combine), run),
+            inputs=inputs,
+            grows=True,
+        )
     )
     return phases
+
+
+def _alone(run_phase: Callable[..., None]) -> Callable[..., None]:
+    """The phase on the main process alone; what it raises is raised on all."""
+    return lambda *arguments: on_main(partial(run_phase, *arguments))
 
 
 def _train_settings(run: Run, s: int, data: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ number of workers. The loader is not given to `accelerator.prepare`, which would
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import redacted
 from mcl_clip.data.transforms import ImageTransform, TrainTransform, empty_images
 from mcl_clip.distributed import Name, check_same, random_words, rank, world_size
-from mcl_clip.errors import UserError
+from mcl_clip.errors import UserError, explain_os_error
 
 Tokenizer = Callable[[list[str]], Tensor]
+Batch = TypeVar("Batch", "PairBatch", "CaptionedBatch")
 
 
 class BadSample(NamedTuple):
@@ -53,16 +54,11 @@ class PairBatch:
 
     def pin_memory(self) -> "PairBatch":
         """The same batch in page-locked memory (called by the DataLoader)."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        return _each(self, lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "PairBatch":
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return PairBatch(**values)
+        return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +72,17 @@ class CaptionedBatch:
     caption_of: Int64[Tensor, "captions"]
     text_ids: Int64[Tensor, "images"]
     bad: tuple[BadSample, ...]
+
+    def pin_memory(self) -> "CaptionedBatch":
+        """The same batch in page-locked memory (called by the DataLoader)."""
+        return _each(self, lambda tensor: tensor.pin_memory())
+
+
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with all its tensors changed."""
+    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors)
 
 
 class _Request(NamedTuple):
@@ -118,6 +125,8 @@ class _TrainingBatches(Dataset[Any]):
             return self._batch(request)
         except UserError as error:
             return error
+        except OSError as error:
+            return UserError(f"{explain_os_error(error)}; the same command continues when the storage answers")
 
     def _batch(self, request: _Request) -> PairBatch:
         rows = torch.from_numpy(request.rows.astype(np.int64))
@@ -163,6 +172,8 @@ class _CaptionedBatches(Dataset[Any]):
             return self._batch(rows)
         except UserError as error:
             return error
+        except OSError as error:
+            return UserError(f"{explain_os_error(error)}; the same command continues when the storage answers")
 
     def _batch(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch:
         kept: list[int] = []

@@ -17,7 +17,7 @@ from mcl_clip import distributed
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import RawSample, Reader
-from mcl_clip.errors import UserError
+from mcl_clip.errors import UserError, explain_os_error
 
 
 def embed_images(
@@ -146,6 +146,8 @@ class _ImageBatches(Dataset[Tensor | UserError]):
             images = [self._pixels(sample) for sample in self.reader.read(rows)]
         except UserError as error:
             return error
+        except OSError as error:
+            return UserError(f"{explain_os_error(error)}; the same command continues when the storage answers")
         return torch.stack(images)
 
     def _pixels(self, sample: RawSample) -> Float[Tensor, "3 height width"]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mcl_clip.data.batches import PairBatch, TrainingLoader
-from mcl_clip.distributed import is_main, rank, seed_of, world_size
+from mcl_clip.distributed import check_same, is_main, rank, seed_of, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.model.encode import autocast, to_floats
 from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
@@ -85,7 +85,11 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """When to log, save and evaluate; 0 is never. Nothing here changes a result."""
+    """When to log, save and evaluate; 0 is never. Nothing here changes a weight.
+
+    A step that saves logs too, so that no count is lost between a checkpoint and a record; saves by minutes wait for
+    the next record.
+    """
 
     log_steps: int = 10
     save_steps: int = 1000
@@ -133,6 +137,7 @@ def train_stage(
     raw, raw_optimizer = model, optimizer
     average = ExponentialAverage(model, average_decay) if average_decay else None
     state = load_newest(out / "checkpoints", model=raw, optimizer=raw_optimizer, average=average)
+    check_same(str(state.step), "the step of the newest checkpoint")
     model, optimizer = accelerator.prepare(model, optimizer)  # never the loader, never a scheduler
     log = StepLog(out / "metrics.jsonl")
     log.rewind(state.step)
@@ -213,7 +218,8 @@ class _Due:
         self._last_save = time.monotonic()
 
     def log(self, step: int) -> bool:
-        return self._is_multiple(step, self._at.log_steps) or step == self._total
+        is_multiple = any(self._is_multiple(step, interval) for interval in (self._at.log_steps, self._at.save_steps))
+        return is_multiple or step == self._total
 
     def evaluate(self, step: int) -> bool:
         return self._is_multiple(step, self._at.evaluate_steps) and step < self._total
@@ -222,7 +228,7 @@ class _Due:
         """By steps, by minutes of this process's clock, and at the end."""
         minutes = (time.monotonic() - self._last_save) / 60
         is_late = 0 < self._at.save_minutes <= minutes
-        return self._is_multiple(step, self._at.save_steps) or is_late or step == self._total
+        return self._is_multiple(step, self._at.save_steps) or (is_late and self.log(step)) or step == self._total
 
     @staticmethod
     def _is_multiple(step: int, interval: int) -> bool:

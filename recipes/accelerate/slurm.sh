@@ -9,7 +9,6 @@
 #SBATCH --time=24:00:00
 
 export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export RECIPE="$*"
 
-srun bash -c 'accelerate launch --config_file recipes/accelerate/two_nodes.yaml \
-    --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_ADDRESS" --main_process_port 29500 $RECIPE'
+srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file recipes/accelerate/two_nodes.yaml \
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_ADDRESS" --main_process_port 29500 "$@"' _ "$@"

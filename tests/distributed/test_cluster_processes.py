@@ -70,5 +70,5 @@ def test_planted_clusters_are_found_and_empty_ones_start_anew(far_centroids):
 
 
 def test_threads_change_nothing():
-    one, two = fit(1.0, clusters=9), fit(1.0, clusters=9, threads=2)
+    one, two = fit(1.0, clusters=3), fit(1.0, clusters=3, threads=2)
     assert one.centroids.tobytes() == two.centroids.tobytes()

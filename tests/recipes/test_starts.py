@@ -4,16 +4,19 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mcl_clip import MultistageCLIP, TowerConfig
 from mcl_clip.artifacts import StaleArtifactError, read_json
-from mcl_clip.cli import command
+from mcl_clip.cli import command, create_accelerator
 from mcl_clip.config import LockConfig
 from mcl_clip.errors import UserError
 from mcl_clip.model.towers import create_tower, save_tower
+from mcl_clip.phases import Run, _resharded
+from mcl_clip.pipeline import load_index
 from tests.recipes.runs import (
     execute,
     files,
@@ -31,8 +34,8 @@ def reshard(run, out, monkeypatch, stage=1):
 def test_a_stage_trains_from_resharded_shards(copy, recipe, tmp_path, monkeypatch, capsys):
     reshard(copy, tmp_path / "grouped", monkeypatch)
     assert "200 rows in 3 groups" in capsys.readouterr().out
-    index, _ = load_index(recipe)
-    run = Run(config=recipe, accelerator=create_accelerator(), index=index, sources=(), tasks={})
+    index, sources = load_index(recipe)
+    run = Run(config=recipe, accelerator=create_accelerator(), index=index, sources=sources, tasks={})
     new_index, groups, _ = _resharded(run, tmp_path / "grouped", run.labels(1).values)
     by_key = {index.key(row): group for row, group in enumerate(run.labels(1).values)}
     assert [by_key[new_index.key(row)] for row in range(200)] == groups.tolist()

@@ -74,8 +74,8 @@ class RetrievalSet:
 
     @property
     def sha256(self) -> str:
-        """Digest of keys and captions in order: numbers are comparable only where it is equal."""
-        digest = hashlib.sha256()
+        """Digest of keys, member sizes and captions in order: numbers are comparable only where it is equal."""
+        digest = hashlib.sha256(self.index.digest.encode())
         for key, captions in zip(self.keys, self.captions, strict=True):
             digest.update("\0".join((key, *captions)).encode() + b"\n\0")
         return digest.hexdigest()
