@@ -51,7 +51,7 @@ def test_unknown_towers(recipe, capsys, monkeypatch, tower, sentence):
         (["--stages.1.train.learning-rate", "1"], "--stages.1.train.learning-rate"),
         (["--stages.2.train.lr", "1"], "--stages.2.train.lr"),
         (["--seed", "many"], "many"),
-        (["--data.max-bad-fraction", "2"], "--data.max-bad-fraction is a share from 0 to 1, not 2.0"),
+        (["--data.max-bad-fraction", "2"], "--data.max-bad-fraction must be from 0 to 1, not 2"),
         (["--data.weights", "1", "2"], "--data.weights has 2 values for 1 lists of shards"),
         (["--stages.0.train.steps", "0"], "--stages.0.train.steps is 0, which is meant for a pretrained stage 0"),
     ],
