@@ -33,7 +33,7 @@ from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, t
 from mcl_clip.model.towers import lock as lock_parameters
 from mcl_clip.multistage.cluster import Clustering, spherical_kmeans
 from mcl_clip.multistage.combine import fit_combination
-from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards
+from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
 from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels, no_labels
 from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
 from mcl_clip.train.metrics import BadSamples
@@ -197,6 +197,11 @@ def embed(run: Run, s: int) -> None:
     )
     if is_main():
         bad.add(bad_samples(out, run.index))
+        pads_with_zero = not tower.model_cfg["text_cfg"].get("hf_tokenizer_name")
+        if pads_with_zero and (full := full_captions(out, run.index)):
+            logger.info(
+                "stage %d: %d captions fill the %d tokens; what is longer is cut", s, full, tower.context_length
+            )
     bad.flush(0, len(run.index))
     if bad.count:
         logger.info("stage %d: %d samples could not be decoded: %s", s, bad.count, bad.by_reason())

@@ -162,22 +162,31 @@ def embed_shards(
             ]
             pieces: list[dict[str, np.ndarray]] = []
             bad: list[BadSample] = []
+            full = 0
             for rows, batch in zip(grid, batches(grid), strict=True):
                 bad += batch.bad
+                full += int((batch.tokens[:, -1] != 0).sum())
                 pieces.append(_embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision))
                 bar.update(len(rows))
             columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
             with atomic_path(out / part_name(number)) as temporary:
-                save_file(columns, temporary, metadata={"bad_samples": json.dumps(bad)})
+                save_file(columns, temporary, metadata={"bad_samples": json.dumps(bad), "full_captions": str(full)})
 
 
 def bad_samples(folder: Path, index: ShardIndex) -> list[BadSample]:
     """The rows that could not be decoded, from all parts."""
-    found = []
+    return [BadSample(*bad) for part in _metadata(folder, index) for bad in json.loads(part["bad_samples"])]
+
+
+def full_captions(folder: Path, index: ShardIndex) -> int:
+    """How many captions fill the context of the text tower; what is longer was cut. For tokenizers that pad with 0."""
+    return sum(int(part["full_captions"]) for part in _metadata(folder, index))
+
+
+def _metadata(folder: Path, index: ShardIndex) -> Iterator[dict[str, str]]:
     for number in (n for n, shard in enumerate(index.shards) if shard.rows):
         with safe_open(folder / part_name(number), framework="numpy") as part:
-            found += [BadSample(*bad) for bad in json.loads(part.metadata()["bad_samples"])]
-    return found
+            yield part.metadata()
 
 
 def _embed_batch(

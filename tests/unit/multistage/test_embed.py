@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mcl_clip.data.batches import BadSample, CaptionedBatch
 from mcl_clip.data.index import Shard, ShardIndex, make_table
 from mcl_clip.errors import UserError
-from mcl_clip.multistage.embed import EmbeddingTable, bad_samples, embed_shards, part_name
+from mcl_clip.multistage.embed import EmbeddingTable, bad_samples, embed_shards, full_captions, part_name
 
 SHARD_ROWS, DIM = (7, 0, 4, 1), 5
 BAD = {2, 8, 11}  # 11 is all of its shard
@@ -120,6 +120,8 @@ def test_features_are_those_of_the_towers_with_captions_averaged(tmp_path):
     assert [tuple(bad) for bad in bad_samples(tmp_path, make_index())] == [
         (row, "some.tar", "broken_image") for row in sorted(BAD)
     ]
+    whole = [caption for row in range(12) if row not in BAD for caption in tokens(row).tolist()]
+    assert 0 < full_captions(tmp_path, make_index()) == sum(caption[-1] != 0 for caption in whole)
 
 
 def test_the_table_reads_any_rows(tmp_path):
