@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,24 +170,25 @@ def embed_shards(
                 pieces.append(_embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision))
                 bar.update(len(rows))
             columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+            counts = {"bad_samples": bad, "full_captions": full}  # under one key: safetensors keeps no order of several
             with atomic_path(out / part_name(number)) as temporary:
-                save_file(columns, temporary, metadata={"bad_samples": json.dumps(bad), "full_captions": str(full)})
+                save_file(columns, temporary, metadata={"counts": json.dumps(counts)})
 
 
 def bad_samples(folder: Path, index: ShardIndex) -> list[BadSample]:
     """The rows that could not be decoded, from all parts."""
-    return [BadSample(*bad) for part in _metadata(folder, index) for bad in json.loads(part["bad_samples"])]
+    return [BadSample(*bad) for counts in _counts(folder, index) for bad in counts["bad_samples"]]
 
 
 def full_captions(folder: Path, index: ShardIndex) -> int:
     """How many captions fill the context of the text tower; what is longer was cut. For tokenizers that pad with 0."""
-    return sum(int(part["full_captions"]) for part in _metadata(folder, index))
+    return sum(int(counts["full_captions"]) for counts in _counts(folder, index))
 
 
-def _metadata(folder: Path, index: ShardIndex) -> Iterator[dict[str, str]]:
+def _counts(folder: Path, index: ShardIndex) -> Iterator[dict[str, Any]]:
     for number in (n for n, shard in enumerate(index.shards) if shard.rows):
         with safe_open(folder / part_name(number), framework="numpy") as part:
-            yield part.metadata()
+            yield json.loads(part.metadata()["counts"])
 
 
 def _embed_batch(
