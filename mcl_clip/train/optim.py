@@ -47,7 +47,6 @@ def create_optimizer(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         groups.setdefault((scale_of[name], decay_of[name]), []).append(parameter)
-    on_cuda = all(parameter.is_cuda for parameter in named.values())
     return AdamW(
         [
             {"params": parameters, "lr_scale": scale, "weight_decay": decay}
@@ -56,7 +55,7 @@ def create_optimizer(
         lr=lr,
         betas=betas,
         eps=eps,
-        fused=True if on_cuda else None,
+        fused=True,
     )
 
 
