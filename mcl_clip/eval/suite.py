@@ -3,7 +3,7 @@
 Embedding and scoring are apart: the raw features of each stage are stored, so combinations cost no second pass.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,25 +13,39 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mcl_clip.artifacts import read_jsonl
+from mcl_clip.statistics import bootstrap_interval
 
 SCHEMA = 1
 PACKAGES = {"mcl_clip": "mcl_clip", "open_clip": "open_clip_torch", "torch": "torch"}
+RESAMPLES = 2000
+MAX_COLUMNS = 10
 COLUMNS = {
     "zeroshot_retrieval": {
-        f"{way} {column}": f"{side}_{metric}"
-        for way, side in (("i2t", "text_retrieval"), ("t2i", "image_retrieval"))
-        for column, metric in (
-            ("R@1", "recall@1"),
-            ("R@5", "recall@5"),
-            ("R@10", "recall@10"),
-            ("median", "median_rank"),
-        )
+        "mean R@1": "mean_recall@1",
+        **{
+            f"{way} {column}": f"{side}_{metric}"
+            for way, side in (("i2t", "text_retrieval"), ("t2i", "image_retrieval"))
+            for column, metric in (
+                ("R@1", "recall@1"),
+                ("R@5", "recall@5"),
+                ("R@10", "recall@10"),
+                ("med.", "median_rank"),
+            )
+        },
     },
     "zeroshot_classification": {
         "zero-shot": "acc1",
         "top 5": "acc5",
         "linear read-out": "linear_acc1",
         "NMI of clusters": "cluster_nmi",
+    },
+    "image_text_pairs": {
+        "accuracy": "accuracy",
+        "image score": "image_score",
+        "text score": "text_score",
+        "group score": "group_score",
+        "pairs": "pair_accuracy",
+        "sets": "set_accuracy",
     },
 }
 
@@ -60,7 +74,12 @@ class Task(Protocol):
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Metrics, and the outcome of each query."""
+        """Metrics, and the outcomes of all queries.
+
+        For each metric that is a mean over queries, `outcomes[METRIC]` holds what it is the mean of, float32 or bool.
+        Where queries depend on each other, `outcomes["unit:METRIC"]` says what each belongs to, int32. Other arrays may
+        stand beside them under names that are no metrics.
+        """
 
     def describe(self) -> dict[str, Any]:
         """`key`, `task` (CLIP_benchmark's word), `n_images` and more, for the record."""
@@ -76,6 +95,9 @@ def result_record(
     combine: str | None,
     dtype: str,
     seconds: float,
+    outcomes: Mapping[str, np.ndarray] | None = None,
+    outcomes_file: str | None = None,
+    label: str | None = None,
     language: str = "en",
 ) -> dict[str, Any]:
     """One result as JSON: what CLIP_benchmark writes, and what makes two figures comparable.
@@ -89,6 +111,9 @@ def result_record(
         combine: how stages were combined; None for a single one.
         dtype: in which the towers ran, such as `fp32`.
         seconds: time it took.
+        outcomes: of the queries, see `Task.score`; metrics that have them get 95 % intervals.
+        outcomes_file: name of the .npz file beside the record that holds them.
+        label: what tells the model from others in the same folder; by default the last part of `pretrained`.
         language: of the texts.
     """
     return {
@@ -97,10 +122,14 @@ def result_record(
         "dataset": task.name,
         "model": model,
         "pretrained": pretrained,
+        "label": label or pretrained.rsplit("/", 1)[-1],
         "language": language,
         "stage": stage,
         "combine": combine,
+        "main_metric": task.main_metric,
         "metrics": {**metrics, "main_metric": metrics[task.main_metric]},
+        "ci95": _intervals(metrics, outcomes or {}),
+        "outcomes": outcomes_file,
         "data_sha256": task.sha256,
         "dtype": dtype,
         "versions": {name: version(package) for name, package in PACKAGES.items()},
@@ -108,35 +137,76 @@ def result_record(
     }
 
 
+def _intervals(metrics: Iterable[str], outcomes: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    return {
+        name: list(bootstrap_interval(outcomes[name], outcomes.get(f"unit:{name}"), resamples=RESAMPLES))
+        for name in metrics
+        if name in outcomes
+    }
+
+
 def run_results(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of all stages and of the combined model, in order."""
-    folders = sorted(run_dir.glob("stage-*/eval"), key=lambda path: int(path.parent.name.removeprefix("stage-")))
-    return [record for folder in [*folders, run_dir / "combined"] for record in read_jsonl(folder / "results.jsonl")]
+    """The records of all stages and of the combined model, in order; or those of any folder with a results.jsonl."""
+    return [record for folder in result_folders(run_dir) for record in read_jsonl(folder / "results.jsonl")]
+
+
+def result_folders(folder: Path) -> list[Path]:
+    """Where results of a run, of a stage of it, or of an evaluation may be."""
+    stages = sorted(folder.glob("stage-*/eval"), key=lambda path: int(path.parent.name.removeprefix("stage-")))
+    return [folder, folder / "eval", *stages, folder / "combined"]
 
 
 def results_table(run_dir: Path) -> str:
-    """What a run has measured so far: a table a set, a line a model, shares in percent."""
+    """What a run has measured so far: a table a set, a line a model, shares in percent.
+
+    The main metric comes with its 95 % interval.
+    """
     records = run_results(run_dir)
     lines = []
     for key in dict.fromkeys(record["key"] for record in records):
         of_set = [record for record in records if record["key"] == key]
-        columns = COLUMNS[of_set[0]["task"]]
-        lines.append(f"{key}: {of_set[0]['n_images']} images, {of_set[0]['n_texts']} texts")
-        lines += _aligned([["", *columns], *(_row(record, columns.values()) for record in of_set)])
+        columns = _columns(of_set)
+        lines.append(f"{key}: {size_text(of_set[0])}")
+        lines += aligned([["", *columns], *(_row(record, columns.values()) for record in of_set)])
     return "\n".join(lines)
 
 
+def size_text(record: Mapping[str, Any]) -> str:
+    """How large the set of a record is."""
+    return f"{record['n_images']} images, {record['n_texts']} texts"
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
+    """Metrics by title, with the main one; a task that is not in `COLUMNS` shows them under their own names."""
+    main = next((record["main_metric"] for record in records if "main_metric" in record), None)
+    if known := COLUMNS.get(records[0]["task"]):
+        return known if main is None or main in known.values() else {main: main, **known}
+    names = [main, *(name for record in records for name in record["metrics"])]
+    titles = [name for name in dict.fromkeys(names) if name not in (None, "main_metric")]
+    return {name: name for name in titles[:MAX_COLUMNS]}
+
+
 def _row(record: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
-    return [record["pretrained"].rsplit("/", 1)[-1], *(_cell(record["metrics"].get(name), name) for name in columns)]
+    return [label_of(record), *(_cell(record, name) for name in columns)]
 
 
-def _cell(value: float | None, metric: str) -> str:
+def label_of(record: Mapping[str, Any]) -> str:
+    """Which model of a run, or of a folder, a record is about."""
+    label: str = record.get("label") or record["pretrained"].rsplit("/", 1)[-1]
+    return label
+
+
+def _cell(record: Mapping[str, Any], metric: str) -> str:
+    value = record["metrics"].get(metric)
     if value is None:
         return "-"
-    return f"{value:g}" if metric.endswith("rank") else f"{100 * value:.1f}"
+    if metric.endswith("rank"):
+        return f"{value:g}"
+    interval = record.get("ci95", {}).get(metric) if metric == record.get("main_metric") else None
+    return f"{100 * value:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Lines of a table: the first column to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [

@@ -17,7 +17,7 @@ LEVELS = (
     ("pipeline", "phases", "tools"),
     ("train", "multistage", "eval"),
     ("data", "model"),
-    ("distributed", "artifacts", "config", "console"),
+    ("distributed", "artifacts", "config", "console", "statistics"),
     ("errors",),
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

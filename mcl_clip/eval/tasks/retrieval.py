@@ -156,8 +156,8 @@ def recall_metrics(
     ks: Sequence[int] = (1, 5, 10),
     chunk: int = 256,
     normalize: bool = True,
-) -> tuple[dict[str, float], dict[str, Int[np.ndarray, " queries"]]]:
-    """Recalls and ranks of cross-modal retrieval, and the rank of each query.
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Recalls and ranks of cross-modal retrieval, and the outcome of each query.
 
     `image_retrieval_recall@k` is the share of captions whose image is among the k best images;
     `text_retrieval_recall@k` the share of images with at least one caption among the k best captions. Ties count
@@ -172,8 +172,10 @@ def recall_metrics(
         normalize: score by cosine; otherwise by the inner product of the features as they are.
 
     Returns:
-        metrics by name, and under `image_retrieval` (by caption) and `text_retrieval` (by image) the number of wrong
-        items ahead of the best right one, int32.
+        metrics by name, and outcomes: under `image_retrieval` (by caption) and `text_retrieval` (by image) the number
+        of wrong items ahead of the best right one, int32; under the name of each recall and mean reciprocal rank what
+        it is the mean of, by caption, or by image; with `unit:` before the name of one by caption, the images.
+        `mean_recall@k` is by image: half is whether its captions are found, half is its share in the other recall.
 
     Raises:
         UserError: if features are not finite, or do not fit to each other.
@@ -188,16 +190,34 @@ def recall_metrics(
         "text_retrieval": _best_ranks(image_features, text_features, of_image, of_text, chunk),
     }
     galleries = {"image_retrieval": len(image_features), "text_retrieval": len(text_features)}
-    metrics = {}
-    for side, ranks in sides.items():
-        for k in ks:
-            metrics[f"{side}_recall@{k}"] = float((ranks < min(k, galleries[side])).mean())
-    for k in ks:
+    outcomes = _outcomes(sides, galleries, image_of_text, ks)
+    metrics = {name: float(values.mean()) for name, values in outcomes.items()}
+    for k in ks:  # without the rounding of shares that are not whole
         metrics[f"mean_recall@{k}"] = sum(metrics[f"{side}_recall@{k}"] for side in sides) / 2
     for side, ranks in sides.items():
         metrics[f"{side}_median_rank"] = float(np.floor(np.median(ranks)) + 1)
-        metrics[f"{side}_mean_reciprocal_rank"] = float((1 / (ranks + 1.0)).mean())
-    return metrics, sides
+    units = {f"unit:{name}": image_of_text.astype(np.int32) for name in outcomes if name.startswith("image_retrieval")}
+    return metrics, {**sides, **{name: _small(values) for name, values in outcomes.items()}, **units}
+
+
+def _outcomes(
+    sides: Mapping[str, np.ndarray], galleries: Mapping[str, int], image_of_text: np.ndarray, ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """For each metric that is a mean, what it is the mean of."""
+    found: dict[str, np.ndarray] = {
+        f"{side}_recall@{k}": ranks < min(k, galleries[side]) for side, ranks in sides.items() for k in ks
+    }
+    num_images, num_texts = galleries["image_retrieval"], galleries["text_retrieval"]
+    for k in ks:
+        hits = np.bincount(image_of_text, weights=found[f"image_retrieval_recall@{k}"], minlength=num_images)
+        found[f"mean_recall@{k}"] = (found[f"text_retrieval_recall@{k}"] + hits * num_images / num_texts) / 2
+    for side, ranks in sides.items():
+        found[f"{side}_mean_reciprocal_rank"] = 1 / (ranks + 1.0)
+    return found
+
+
+def _small(values: np.ndarray) -> np.ndarray:
+    return values if values.dtype == bool else values.astype(np.float32)
 
 
 def _check_features(images: Tensor, texts: Tensor, image_of_text: np.ndarray) -> None:
@@ -258,7 +278,7 @@ class RetrievalTask:
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Metrics, and the ranks of all queries."""
+        """Metrics, and the outcomes of all queries."""
         return recall_metrics(image_features, text_features, self.data.image_of_text)
 
     def describe(self) -> dict[str, Any]:

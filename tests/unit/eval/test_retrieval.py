@@ -75,6 +75,28 @@ def test_median_rank_and_ranks_are_those_of_a_sort():
         assert ranks["text_retrieval"][image] == wrong_ahead
 
 
+@pytest.mark.parametrize("captions", [[5] * 60, CAPTIONS * 6, [1] * 40], ids=["five", "uneven", "one"])
+def test_outcomes_are_what_metrics_are_the_mean_of(captions):
+    images, texts, image_of_text = random_features(captions)
+    metrics, outcomes = recall_metrics(images, texts, image_of_text)
+    means = {name for name in metrics if not name.endswith("median_rank")}
+    assert len(means) == 11
+    assert set(outcomes) & set(metrics) == means
+    for name in means:
+        assert outcomes[name].dtype == (np.float32 if "mean" in name else bool)
+        assert outcomes[name].mean(dtype=np.float64) == pytest.approx(metrics[name], rel=1e-6)
+        by_caption = name.startswith("image_retrieval")
+        assert outcomes[name].shape == ((len(texts) if by_caption else len(images)),)
+        assert (f"unit:{name}" in outcomes) == by_caption
+        if by_caption:
+            assert outcomes[f"unit:{name}"].dtype == np.int32
+            assert outcomes[f"unit:{name}"].tolist() == image_of_text.tolist()
+    assert (outcomes["image_retrieval_recall@5"] == (outcomes["image_retrieval"] < 5)).all()
+    ofs = [outcomes["image_retrieval_recall@1"][image_of_text == image].sum() for image in range(len(images))]
+    expected = (outcomes["text_retrieval_recall@1"] + np.array(ofs) * len(images) / len(texts)) / 2
+    assert outcomes["mean_recall@1"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
 def test_chunk_size_changes_nothing_even_among_equal_items(chunk):
     images, texts, image_of_text = random_features(CAPTIONS * 20, dim=33)
