@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -16,26 +18,105 @@ from tqdm import tqdm
 from mcl_clip import distributed
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.reader import RawSample, Reader
+from mcl_clip.data.reader import Reader
 from mcl_clip.errors import UserError, explain_os_error
+
+MAX_BOX_PIXELS = 50_000_000
+
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Pictures by number. It must be picklable: workers read from copies of it."""
+
+    def __len__(self) -> int:
+        """How many pictures there are."""
+
+    def images(self, rows: Int[np.ndarray, " batch"]) -> Iterator[Image.Image]:
+        """The pictures of `rows` as RGB, in their order.
+
+        Raises:
+            UserError: for one that cannot be decoded.
+        """
+
+
+@dataclass(frozen=True)
+class ReaderImages:
+    """The images of a reader's rows."""
+
+    reader: Reader
+
+    def __len__(self) -> int:
+        return len(self.reader.index)
+
+    def images(self, rows: Int[np.ndarray, " batch"]) -> Iterator[Image.Image]:
+        """The pictures of `rows`, decoded strictly."""
+        for sample in self.reader.read(rows):
+            try:
+                yield decode_image(sample.image)
+            except BadSampleError as error:
+                raise bad_sample(self.reader.index, sample.row, error) from error
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Pictures in files of their own, each whole or cut to a box.
+
+    A box is (left, top, width, height) in pixels. What it holds beyond the border of the picture is black, as with
+    PIL's `crop`.
+    """
+
+    paths: tuple[Path, ...]
+    boxes: tuple[Box | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.boxes is not None and len(self.boxes) != len(self.paths):
+            raise ValueError(f"{len(self.paths)} paths and {len(self.boxes)} boxes")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def images(self, rows: Int[np.ndarray, " batch"]) -> Iterator[Image.Image]:
+        """The pictures of `rows`; see `ImageSource`."""
+        for row in rows.tolist():
+            path, box = self.paths[row], self.boxes[row] if self.boxes is not None else None
+            try:
+                image = decode_image(path.read_bytes())
+            except FileNotFoundError as error:
+                raise UserError(explain_os_error(error)) from error
+            except BadSampleError as error:
+                raise UserError(f"{path} cannot be decoded ({error}); restore the file") from error
+            yield image if box is None else _crop(image, box, path)
+
+
+def _crop(image: Image.Image, box: Box, path: Path) -> Image.Image:
+    left, top, width, height = box
+    overlaps = left < image.width and top < image.height and left + width > 0 and top + height > 0
+    if width < 1 or height < 1 or not overlaps or width * height > MAX_BOX_PIXELS:
+        raise UserError(
+            f"the box {list(box)} (left, top, width, height) does not fit {path}, which has {image.width} x "
+            f"{image.height} pixels; correct the box"
+        )
+    return image.crop((left, top, left + width, top + height))
 
 
 def embed_images(
     model: Any,
-    reader: Reader,
+    source: Reader | ImageSource,
     *,
     image_transform: Callable[[Any], Tensor],
     device: torch.device | str,
     batch_size: int,
     num_workers: int,
 ) -> Float[Tensor, "images dim"]:
-    """Un-normalised float32 features of all rows of a reader, on the CPU, equal on all processes.
+    """Un-normalised float32 features of all images of a source, on the CPU, equal on all processes.
 
     Batches are cut at the same places whatever the number of processes, so that it does not change the features.
 
     Args:
         model: anything with `encode_image`; set to eval mode meanwhile.
-        reader: the rows.
+        source: the images, or a reader of them.
         image_transform: from a PIL image to floats.
         device: where the model is.
         batch_size: images in a forward pass of one process.
@@ -45,10 +126,11 @@ def embed_images(
         UserError: if an image cannot be decoded.
         RuntimeError: if the processes together have not embedded each image exactly once.
     """
-    device, size = torch.device(device), len(reader.index)
+    source = ReaderImages(source) if isinstance(source, Reader) else source
+    device, size = torch.device(device), len(source)
     batches = _batches_of_rank(size, batch_size)
     loader = DataLoader(
-        _ImageBatches(reader, image_transform),
+        _ImageBatches(source, image_transform),
         batch_size=None,
         sampler=batches,
         num_workers=min(num_workers, len(batches)),
@@ -138,23 +220,16 @@ class _ImageBatches(Dataset[Tensor | UserError]):
     User errors are handed over as values: raised in a worker they would arrive with its traceback in their message.
     """
 
-    def __init__(self, reader: Reader, image_transform: Callable[[Any], Tensor]):
-        self.reader, self.image_transform = reader, image_transform
+    def __init__(self, source: ImageSource, image_transform: Callable[[Any], Tensor]):
+        self.source, self.image_transform = source, image_transform
 
     def __getitem__(self, rows: Int[np.ndarray, " batch"]) -> Float[Tensor, "batch 3 height width"] | UserError:
         try:
-            images = [self._pixels(sample) for sample in self.reader.read(rows)]
+            return torch.stack([self.image_transform(image) for image in self.source.images(rows)])
         except UserError as error:
             return error
         except OSError as error:
             return UserError(f"{explain_os_error(error)}; the same command continues when the storage answers")
-        return torch.stack(images)
-
-    def _pixels(self, sample: RawSample) -> Float[Tensor, "3 height width"]:
-        try:
-            return self.image_transform(decode_image(sample.image))
-        except BadSampleError as error:
-            raise bad_sample(self.reader.index, sample.row, error) from error
 
 
 def _batches_of_rank(
