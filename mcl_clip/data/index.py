@@ -148,7 +148,7 @@ class ShardIndex:
         Args:
             urls: Locations as `expand_shards` gives them.
             max_workers: Threads; remote shards gain from many.
-            text_first: `txt` or `json`: the text of samples that have both.
+            text_first: `txt` or `json`: the text of samples that have both; `cls` or `npy` for labels in its place.
             reuse: Take over the rows of unchanged shards from the `index.arrow` beside them.
             patience: Repeats and timeouts for remote shards.
 

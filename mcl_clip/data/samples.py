@@ -11,12 +11,20 @@ from mcl_clip.data.shards import is_remote
 from mcl_clip.data.tar import Member, read_members
 
 IMAGE_FORMATS = ("jpg", "jpeg", "png", "webp")
-TEXT_FORMATS = ("txt", "json", "cls")
+TEXT_FORMATS = ("txt", "json", "cls", "npy")
+LABEL_FORMATS = ("cls", "npy")  # of classification sets
 MAX_IMAGE_BYTES = 32 << 20
 MAX_TXT_BYTES = 64 << 10
 MAX_JSON_BYTES = 1 << 20
+MAX_NPY_BYTES = 1 << 20
 MAX_MEMBERS = 16
-_CAPS = dict.fromkeys(IMAGE_FORMATS, MAX_IMAGE_BYTES) | {"txt": MAX_TXT_BYTES, "json": MAX_JSON_BYTES, "cls": 64}
+_CAPS = {
+    **dict.fromkeys(IMAGE_FORMATS, MAX_IMAGE_BYTES),
+    "txt": MAX_TXT_BYTES,
+    "json": MAX_JSON_BYTES,
+    "cls": 64,
+    "npy": MAX_NPY_BYTES,
+}
 _MEMBER_FORMATS = {name.encode(): name for name in _CAPS}
 _LOCAL_WINDOW = 8 << 10  # from the end of one image over its caption to the next image
 _REMOTE_WINDOW = 4 << 20
@@ -105,10 +113,10 @@ def group_samples(members: Iterable[Member], *, text_first: str) -> Samples:
 
     Args:
         members: The members of one shard, in order.
-        text_first: `txt` or `json`: which of them is the text of a sample that has both; or `cls`, for the labels of
-            a classification set.
+        text_first: `txt` or `json`: which of them is the text of a sample that has both; or `cls` or `npy`, for
+            the labels of a classification set.
     """
-    order = ("cls",) if text_first == "cls" else (text_first, "json" if text_first == "txt" else "txt")
+    order = (text_first,) if text_first in LABEL_FORMATS else (text_first, "json" if text_first == "txt" else "txt")
     keys: list[bytes] = []
     rows: list[Row] = []
     skipped: Counter[str] = Counter()

@@ -8,6 +8,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  # optimisers import it at their first step
 
 import mcl_clip.multistage.cluster  # noqa: E402
+import mcl_clip.tools.evaluate  # noqa: E402
 import mcl_clip.train.loop  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -1,34 +1,43 @@
-"""Zero-shot classification as CLIP_benchmark and DataComp define it, and a linear read-out of the same features."""
+"""Zero-shot classification as CLIP_benchmark and DataComp define it, and read-outs of the same features."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.reader import Reader
-from mcl_clip.distributed import permutation
+from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.errors import UserError
-from mcl_clip.eval.embed import embed_images, embed_texts, find_shards
+from mcl_clip.eval.embed import ImageSource, embed_images, embed_texts, find_shards
+from mcl_clip.eval.readout import FOLDS, knn_predictions, linear_predictions
 
+CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
 READ_ROWS = 256
+SCORED_IMAGES = 8192
+AVERAGED_CLASSES = 64
 
 
 @dataclass(frozen=True)
 class ClassificationSet:
-    """Labelled images, class names, and templates with `{c}` in the place of the name."""
+    """Labelled images, class names, and templates with `{c}` in the place of the name.
 
-    reader: Reader
-    labels: Int64[np.ndarray, "images"]
+    `labels` holds the number of each image's class or, where an image may have several, whether it has each of them.
+    `images_digest` tells the images from others.
+    """
+
+    source: Reader | ImageSource
+    labels: Int64[np.ndarray, "images"] | Bool[np.ndarray, "images classes"]
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
+    images_digest: str
 
     @classmethod
     def open(cls, root: Path, *, split: str = "test") -> "ClassificationSet":
@@ -37,36 +46,66 @@ class ClassificationSet:
         Raises:
             UserError: if the layout is not that, or a label is not a class.
         """
-        classnames = _lines(root / "classnames.txt")
-        templates = _lines(root / "zeroshot_classification_templates.txt")
-        if wrong := [template for template in templates if "{c}" not in template]:
-            raise UserError(f"the template {wrong[0]!r} in {root} has no {{c}} for the class name")
-        index = ShardIndex.build([str(path) for path in find_shards(root, split)], text_first="cls")
-        if skipped := index.skipped_by_reason():
-            raise UserError(f"{root} has samples that cannot be used: {skipped}; write the set again")
-        reader = Reader(index)
-        labels = np.array([_label(sample.text, root, len(classnames)) for sample in _samples(reader)], np.int64)
-        return cls(reader, labels, classnames, templates)
+        classnames, templates = read_lines(root / CLASSNAMES), read_templates(root)
+        reader = open_labelled(root, split, "cls")
+        labels = [_label(sample.text, root, len(classnames)) for sample in samples_of(reader)]
+        return cls(reader, np.array(labels, np.int64), classnames, templates, reader.index.digest)
 
     @property
     def prompts(self) -> list[str]:
         """All templates of the first class, then of the second, and so on."""
         return [template.replace("{c}", name) for name in self.classnames for template in self.templates]
 
+    @property
+    def sha256(self) -> str:
+        """Digest of images, labels and prompts."""
+        digest = hashlib.sha256(self.images_digest.encode() + self.labels.tobytes())
+        digest.update("\n".join(self.prompts).encode())
+        return digest.hexdigest()
 
-def _samples(reader: Reader) -> Any:
-    size = len(reader.index)
-    for start in range(0, size, READ_ROWS):
-        yield from reader.read(np.arange(start, min(start + READ_ROWS, size)))
+    def embed(
+        self, model: Any, *, image_transform: Any, tokenizer: Any, num_workers: int, **options: Any
+    ) -> dict[str, Tensor]:
+        """Raw features: `image` of every image, `text` of every prompt."""
+        images = embed_images(model, self.source, image_transform=image_transform, num_workers=num_workers, **options)
+        return {"image": images, "text": embed_texts(model, self.prompts, tokenizer=tokenizer, **options)}
+
+    def counts(self) -> dict[str, int]:
+        """Sizes, for the record."""
+        return {"n_images": len(self.labels), "n_texts": len(self.prompts), "n_classes": len(self.classnames)}
 
 
-def _lines(path: Path) -> tuple[str, ...]:
+def read_lines(path: Path) -> tuple[str, ...]:
+    """The lines of a file of names or templates, stripped, without blank ones; at least one."""
     if not path.is_file():
         raise UserError(f"{path} is missing; a classification set has one name, or template, a line in it")
     lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if not lines:
         raise UserError(f"{path} is empty; write one name, or template, a line")
     return lines
+
+
+def read_templates(root: Path) -> tuple[str, ...]:
+    """The templates of a set, each with `{c}`."""
+    templates = read_lines(root / TEMPLATES)
+    if wrong := [template for template in templates if "{c}" not in template]:
+        raise UserError(f"the template {wrong[0]!r} in {root} has no {{c}} for the class name")
+    return templates
+
+
+def open_labelled(root: Path, split: str, member: str) -> Reader:
+    """The samples of a set's tar files, each an image and a label in a member `cls` or `npy`."""
+    index = ShardIndex.build([str(path) for path in find_shards(root, split)], text_first=member)
+    if skipped := index.skipped_by_reason():
+        raise UserError(f"{root} has samples that cannot be used: {skipped}; write the set again")
+    return Reader(index)
+
+
+def samples_of(reader: Reader) -> Iterator[RawSample]:
+    """All samples, in order."""
+    size = len(reader.index)
+    for start in range(0, size, READ_ROWS):
+        yield from reader.read(np.arange(start, min(start + READ_ROWS, size)))
 
 
 def _label(data: bytes, root: Path, num_classes: int) -> int:
@@ -78,84 +117,90 @@ def _label(data: bytes, root: Path, num_classes: int) -> int:
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Zero-shot classification on one set, as a task of the suite."""
+    """Zero-shot classification on one set, as a task of the suite.
+
+    Where features are wider than `readout_width` dimensions (0: never), there is also a linear read-out at that width.
+    """
 
     name: str
     data: ClassificationSet
+    readout_width: int = 0
     main_metric = "acc1"
 
     @property
     def sha256(self) -> str:
-        """Digest of index, labels and prompts."""
-        index = self.data.reader.index
-        digest = hashlib.sha256(index.digest.encode() + self.data.labels.tobytes())
-        digest.update("\n".join(self.data.prompts).encode())
-        return digest.hexdigest()
+        """Digest of what is measured on."""
+        return self.data.sha256
 
-    def embed(
-        self, model: Any, *, image_transform: Any, tokenizer: Any, num_workers: int, **options: Any
-    ) -> dict[str, Tensor]:
-        """Raw features: `image` of every image, `text` of every prompt."""
-        images = embed_images(
-            model, self.data.reader, image_transform=image_transform, num_workers=num_workers, **options
-        )
-        return {"image": images, "text": embed_texts(model, self.data.prompts, tokenizer=tokenizer, **options)}
+    def embed(self, model: Any, **options: Any) -> dict[str, Tensor]:
+        """Raw features, see `ClassificationSet.embed`."""
+        return self.data.embed(model, **options)
 
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "prompts dim"]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """acc1, acc5 (with five classes or more), mean per-class recall, and the accuracy of a linear read-out.
+        """acc1, acc5 (with five classes or more), mean per-class recall, and read-outs; outcomes by image.
 
         The weights of a class are the normalised mean of its prompts' unit features. Ties count against the model.
+        Read-outs (`mcl_clip.eval.readout`) need five images or more. `ranks` are the classes ahead of the right one.
         """
-        for what, features in (("image", image_features), ("text", text_features)):
-            if broken := int((~torch.isfinite(features).all(dim=1)).sum()):
-                raise UserError(f"{broken} of {len(features)} {what} features are not finite; the model has diverged")
         labels = torch.from_numpy(self.data.labels)
-        images = F.normalize(image_features.double())
-        prompts = F.normalize(text_features.double()).view(len(self.data.classnames), len(self.data.templates), -1)
-        scores = (images @ F.normalize(prompts.mean(1)).T).float()  # summed in float64: equal classes get equal scores
-        own = scores.gather(1, labels[:, None])
-        ranks = ((scores >= own).sum(1) - 1).numpy()
-        right = ranks == 0
-        recalls = [right[self.data.labels == label].mean() for label in np.unique(self.data.labels)]
-        metrics = {"acc1": float(right.mean()), "mean_per_class_recall": float(np.mean(recalls))}
+        scores = class_scores(image_features, text_features, len(self.data.classnames))
+        ranks = ((scores >= scores.gather(1, labels[:, None])).sum(1) - 1).numpy()
+        outcomes: dict[str, np.ndarray] = {
+            "acc1": ranks == 0,
+            "mean_per_class_recall": (ranks == 0) * _recall_weights(self.data.labels),
+        }
         if len(self.data.classnames) >= 5:
-            metrics["acc5"] = float((ranks < 5).mean())
-        metrics["linear_acc1"] = linear_accuracy(images, labels, len(self.data.classnames))
-        return metrics, {"ranks": ranks.astype(np.int32)}
+            outcomes["acc5"] = ranks < 5
+        if len(labels) >= FOLDS:
+            outcomes |= self._read_out(F.normalize(image_features.double()), labels)
+        metrics = {name: float(np.mean(values, dtype=np.float64)) for name, values in outcomes.items()}
+        outcomes["mean_per_class_recall"] = outcomes["mean_per_class_recall"].astype(np.float32)
+        return metrics, {**outcomes, "ranks": ranks.astype(np.int32)}
+
+    def _read_out(
+        self, images: Float[Tensor, "images dim"], labels: Int64[Tensor, "images"]
+    ) -> dict[str, Bool[np.ndarray, "images"]]:
+        classes, width = len(self.data.classnames), self.readout_width
+        right = {
+            "linear_acc1": linear_predictions(images, labels, classes),
+            "knn_acc1": knn_predictions(images, labels, classes),
+        }
+        if 0 < width < images.shape[1]:
+            right[f"linear_acc1_width_{width}"] = linear_predictions(images, labels, classes, width=width)
+        return {name: values.numpy() for name, values in right.items()}
 
     def describe(self) -> dict[str, Any]:
         """What a record says of the task."""
-        return {
-            "key": f"classification/{self.name}",
-            "task": "zeroshot_classification",
-            "n_images": len(self.data.labels),
-            "n_texts": len(self.data.prompts),
-            "n_classes": len(self.data.classnames),
-        }
+        key = f"classification/{self.name.removeprefix('classification/')}"
+        return {"key": key, "task": "zeroshot_classification", **self.data.counts()}
 
 
-def linear_accuracy(
-    features: Float[Tensor, "images dim"], labels: Int64[Tensor, "images"], num_classes: int, *, folds: int = 5
-) -> float:
-    """Accuracy of a ridge regression to one-hot labels, each fold predicted from the others.
+def class_scores(
+    image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "prompts dim"], num_classes: int
+) -> Float32[Tensor, "images classes"]:
+    """Cosine of every image with every class, whose weights are the normalised mean of its prompts' unit features.
 
-    It says whether the information is in the features, not whether the text tower can name it. The penalty is a
-    thousandth of the mean eigenvalue of the covariance.
+    Raises:
+        UserError: if features are not finite.
     """
-    fold = torch.from_numpy(permutation(len(features), "folds", len(features))) % folds
-    targets = F.one_hot(labels, num_classes).to(features.dtype)
-    right = 0
-    for number in range(folds):
-        train = fold != number
-        x, y = features[train] - features[train].mean(0), targets[train] - targets[train].mean(0)
-        covariance = x.T @ x
-        penalty = (1e-3 * covariance.diagonal().mean()).clamp(min=1e-12)  # above 0 for features that are all equal
-        weights = torch.linalg.solve(covariance + penalty * torch.eye(len(covariance), dtype=features.dtype), x.T @ y)
-        scores = (features[~train] - features[train].mean(0)) @ weights + targets[train].mean(0)
-        right += int((scores.argmax(1) == labels[~train]).sum())
-    return right / len(features)
+    for what, features in (("image", image_features), ("text", text_features)):
+        if broken := int((~torch.isfinite(features).all(dim=1)).sum()):
+            raise UserError(f"{broken} of {len(features)} {what} features are not finite; the model has diverged")
+    prompts = text_features.view(num_classes, -1, text_features.shape[1])
+    weights = torch.cat(
+        [F.normalize(F.normalize(part.double(), dim=-1).mean(1)) for part in torch.split(prompts, AVERAGED_CLASSES)]
+    )
+    images = (F.normalize(part.double()) for part in torch.split(image_features, SCORED_IMAGES))
+    return torch.cat([(part @ weights.T).float() for part in images])  # summed in float64: equal classes score equally
+
+
+def _recall_weights(labels: Int64[np.ndarray, "images"]) -> Float[np.ndarray, "images"]:
+    """What each image counts for, so that the mean over images is the mean over the classes that there are."""
+    sizes = np.bincount(labels)
+    weights: np.ndarray = len(labels) / (np.count_nonzero(sizes) * sizes[labels])
+    return weights
 
 
 def normalized_mutual_information(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> float:

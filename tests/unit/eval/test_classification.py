@@ -2,23 +2,26 @@ import io
 from unittest.mock import create_autospec
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import balanced_accuracy_score, normalized_mutual_info_score
 from torch.nn import functional as F
 
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.writing import LabelledImage, write_classification_set
 from mcl_clip.errors import UserError
+from mcl_clip.eval.run import Encoder, run_task
 from mcl_clip.eval.suite import Task, result_record
 from mcl_clip.eval.tasks.classification import (
     ClassificationSet,
     ClassificationTask,
-    linear_accuracy,
     normalized_mutual_information,
 )
 from tests.unit.data.tars import picture, write_tar
+from tests.unit.eval.sets import CLASSES, Constant, Noise, encoder_of, make_tower, noise_png, write_classification
+from tests.unit.eval.sets import TEMPLATES as PROMPTS
 
 COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
 TEMPLATES = ("a {c} thing", "something {c}")
@@ -43,13 +46,12 @@ def root(tmp_path):
     return tmp_path / "set"
 
 
-def task_of(labels, *, classes, templates=2):
+def task_of(labels, *, classes, templates=2, **options):
     """A task with labels but without pictures."""
     reader = create_autospec(Reader, instance=True)
     names = tuple(f"class {number}" for number in range(classes))
-    return ClassificationTask(
-        "set", ClassificationSet(reader, np.asarray(labels, np.int64), names, ("{c}",) * templates)
-    )
+    data = ClassificationSet(reader, np.asarray(labels, np.int64), names, ("{c}",) * templates, "digest")
+    return ClassificationTask("set", data, **options)
 
 
 def random_features(images, classes, templates=2, dim=12, seed=0):
@@ -126,23 +128,94 @@ def test_features_that_are_not_finite_are_refused(value, side):
         task_of(labels, classes=6).score(images, texts)
 
 
-def test_a_linear_read_out_finds_what_is_there():
-    labels = torch.arange(200) % 4
-    images = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).double()
-    images[:, 5:9] += 20 * F.one_hot(labels, 4)
-    assert linear_accuracy(images, labels, 4) == 1
+@pytest.mark.parametrize("labels", [[0] * 9 + [3], list(range(7)) * 8, [0, 1, 1, 2, 2, 2, 2, 2, 5, 5, 5]])
+def test_metrics_are_means_of_their_outcomes(labels):
+    images, texts, _ = random_features(len(labels), 7)
+    images += texts.view(7, 2, -1).mean(1)[labels]
+    metrics, outcomes = task_of(labels, classes=7).score(images, texts)
+    assert list(metrics) == ["acc1", "mean_per_class_recall", "acc5", "linear_acc1", "knn_acc1"]
+    assert outcomes.keys() == {*metrics, "ranks"}
+    for name, value in metrics.items():
+        assert outcomes[name].dtype in (bool, np.float32)
+        assert outcomes[name].shape == (len(labels),)
+        assert outcomes[name].mean() == pytest.approx(value, abs=1e-7)
+    assert outcomes["ranks"].dtype == np.int32
 
 
-@pytest.mark.parametrize("dim", [4, 300])
-def test_a_linear_read_out_finds_nothing_in_noise(dim):
-    labels = torch.arange(400) % 4
-    images = torch.randn(400, dim, generator=torch.Generator().manual_seed(1)).double()
-    assert linear_accuracy(images, labels, 4) == pytest.approx(0.25, abs=0.1)  # predicted from other rows
+def test_the_read_out_at_the_width_of_one_stage():
+    images, texts, labels = random_features(60, 5, dim=12)
+    wide = torch.cat([images, images.flip(1)], 1)
+    at_width, _ = task_of(labels, classes=5, readout_width=12).score(wide, torch.cat([texts, texts], 1))
+    assert list(at_width)[-1] == "linear_acc1_width_12"
+    own, _ = task_of(labels, classes=5).score(images, texts)
+    assert at_width["linear_acc1_width_12"] == pytest.approx(own["linear_acc1"], abs=0.1)
+    for width in (0, 24, 99):  # nothing to compare
+        metrics, _ = task_of(labels, classes=5, readout_width=width).score(wide, torch.cat([texts, texts], 1))
+        assert not any("width" in name for name in metrics)
 
 
-def test_a_linear_read_out_of_equal_features_takes_the_most_frequent_class():
-    labels = torch.tensor([0] * 30 + [1] * 10)
-    assert linear_accuracy(torch.ones(40, 3).double(), labels, 2) == 0.75
+def test_sets_too_small_for_read_outs():
+    images, texts, _ = random_features(4, 2)
+    metrics, _ = task_of([0, 1, 1, 0], classes=2).score(images, texts)
+    assert list(metrics) == ["acc1", "mean_per_class_recall"]
+    images, texts, _ = random_features(5, 2)
+    metrics, _ = task_of([0, 1, 1, 0, 1], classes=2).score(images, texts)
+    assert 0 <= metrics["linear_acc1"] <= 1
+    assert 0 <= metrics["knn_acc1"] <= 1
+
+
+def test_blocks_change_no_score(monkeypatch):
+    images, texts, labels = random_features(60, 7)
+    whole, outcomes = task_of(labels, classes=7).score(images, texts)
+    monkeypatch.setattr("mcl_clip.eval.tasks.classification.SCORED_IMAGES", 7)
+    monkeypatch.setattr("mcl_clip.eval.tasks.classification.AVERAGED_CLASSES", 2)
+    parts, parts_outcomes = task_of(labels, classes=7).score(images, texts)
+    assert parts == whole
+    assert np.array_equal(parts_outcomes["ranks"], outcomes["ranks"])
+
+
+def test_figures_are_those_of_open_clip_torch_and_scikit_learn(tmp_path):
+    """The whole way from tar files to figures, against open_clip's classifier, topk and balanced accuracy."""
+    labels = np.random.default_rng(0).integers(0, 7, 60)
+    labels[labels == 4] = 3  # a class without images
+    task = ClassificationTask("set", ClassificationSet.open(write_classification(tmp_path / "set", labels)))
+    tower = make_tower()
+    with torch.no_grad():
+        weights = open_clip.build_zero_shot_classifier(
+            tower.model,
+            tower.tokenizer,
+            CLASSES,
+            [lambda c, template=template: template.format(c=c) for template in PROMPTS],
+        )
+        pictures = [Image.open(io.BytesIO(noise_png(number))) for number in range(60)]
+        pixels = torch.stack([tower.image_transform(picture) for picture in pictures])
+        logits = 100 * tower.model.eval().encode_image(pixels, normalize=True) @ weights
+    top = logits.topk(5).indices.numpy()
+    encoder = Encoder(
+        model=tower.model,
+        image_transform=tower.image_transform,
+        tokenizer=tower.tokenizer,
+        device=torch.device("cpu"),
+        batch_size=13,
+    )
+    metrics = dict(run_task(task, encoder))
+    assert metrics["acc1"] == (top[:, 0] == labels).mean()
+    assert metrics["acc5"] == (top == labels[:, None]).any(1).mean()
+    assert metrics["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, top[:, 0]))
+    assert 0 < metrics["acc1"] < metrics["acc5"] < 1
+
+
+def test_models_that_know_nothing_are_at_chance(tmp_path):
+    labels = np.arange(210) % 7
+    task = ClassificationTask("set", ClassificationSet.open(write_classification(tmp_path / "set", labels)))
+    constant = dict(run_task(task, encoder_of(Constant())))
+    assert (constant["acc1"], constant["acc5"], constant["mean_per_class_recall"]) == (0, 0, 0)
+    assert constant["linear_acc1"] <= 1 / 7
+    assert constant["knn_acc1"] <= 1 / 7
+    noise = dict(run_task(task, encoder_of(Noise())))
+    for name in ("acc1", "mean_per_class_recall", "linear_acc1", "knn_acc1"):
+        assert noise[name] == pytest.approx(1 / 7, abs=0.07)  # three standard deviations
+    assert noise["acc5"] == pytest.approx(5 / 7, abs=0.1)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -188,7 +261,7 @@ def test_a_set_is_read_embedded_and_scored(root):
     )
     assert (raw["image"].shape, raw["text"].shape) == ((30, 3), (6, 3))
     metrics, _ = task.score(raw["image"], raw["text"])
-    assert metrics == {"acc1": 1, "mean_per_class_recall": 1, "linear_acc1": 1}
+    assert metrics == {"acc1": 1, "mean_per_class_recall": 1, "linear_acc1": 1, "knn_acc1": 1}
 
 
 def test_the_record_says_what_was_measured(root):
