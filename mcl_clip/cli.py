@@ -2,27 +2,34 @@
 
 import logging
 import os
+import runpy
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from mcl_clip.artifacts import DONE, read_json, read_jsonl
-from mcl_clip.config import RunConfig, StageConfig
+from mcl_clip.artifacts import DONE, append_jsonl, atomic_path, read_json, read_jsonl
+from mcl_clip.config import ExperimentConfig, RunConfig, StageConfig, check_range
 from mcl_clip.console import run_program
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.distributed import is_main
+from mcl_clip.distributed import is_main, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import results_table
 from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels
 from mcl_clip.pipeline import run_pipeline
+from mcl_clip.tools.compare import compare_models, comparison_records, comparison_text, find_results
+from mcl_clip.tools.evaluate import evaluate
+from mcl_clip.tools.experiment import Plan, control_arms, run_arms, table
 from mcl_clip.tools.reshard import reshard
 
 PHASES = ("train", "embed", "cluster", "labels", "eval")
@@ -37,16 +44,22 @@ def main(recipe: RunConfig) -> None:
 def _run(recipe: RunConfig) -> None:
     config = parse(recipe, sys.argv[1:])
     accelerator = create_accelerator()
-    level = logging.INFO if is_main() else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("mcl_clip").setLevel(level)
-    try:
+    with _speaking_once():
         run_pipeline(config, accelerator)
+    accelerator.end_training()
+
+
+@contextmanager
+def _speaking_once() -> Iterator[None]:
+    """What all processes have to say is said by the main one."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("mcl_clip").setLevel(logging.INFO if is_main() else logging.ERROR)
+    try:
+        yield
     except UserError as error:
         if error.everywhere and not is_main():
-            sys.exit(2)  # the main process says it
+            sys.exit(2)
         raise
-    accelerator.end_training()
 
 
 def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
@@ -160,7 +173,158 @@ def reshard_run(run: Path, out: Path, /, *, stage: int, rows_per_shard: int = 10
     print(f"{len(made.shards)} shards, {len(made)} rows in {len(found.groups)} groups, in {out}")
 
 
+def evaluate_model(
+    model: str,
+    /,
+    *,
+    data: Path,
+    tasks: tuple[str, ...] = (),
+    out: Path | None = None,
+    each: bool = False,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    combine: Literal["concat", "mean_cosine"] | None = None,
+) -> None:
+    """Measure a model on evaluation sets, with intervals; the same command again continues where it stopped.
+
+    `accelerate launch -m mcl_clip eval ...` shares the images among processes; the figures stay the same.
+
+    Args:
+        model: a run directory (its combined model), RUN/stage-K, an exported folder, ARCHITECTURE/TAG of open_clip
+            such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME or local-dir:FOLDER.
+        data: a set, or a folder with sets up to two levels below it. Layouts: CLIP_benchmark's (retrieval,
+            classification, multilabel), a folder of images for each class, pairs.json.
+        tasks: names of the sets to use, as folders below DATA; all by default.
+        out: folder for results.jsonl and outcomes-*.npz; by default evaluations/ and the name of the model.
+        each: also measure every stage of a run.
+        batch_size: images, and texts, of a forward pass of one process.
+        workers: loader processes of each process; 0 for none.
+        device: such as cpu or cuda:1; by default a GPU where there is one. Only for a single process.
+        precision: bf16 runs the towers in bfloat16 autocast.
+        combine: how the stages of a multistage model are combined, in place of its own way.
+    """
+    check_range("batch-size", batch_size, 1)
+    check_range("workers", workers, 0)
+    accelerator = create_accelerator()
+    with _speaking_once():
+        found = evaluate(
+            model,
+            data=data,
+            tasks=tasks,
+            out=out,
+            each=each,
+            device=_device(device) if device else accelerator.device,
+            batch_size=batch_size,
+            num_workers=workers,
+            precision=precision,
+            combine=combine,
+        )
+        if is_main():
+            print(f"{results_table(found)}\nin {found}")
+    accelerator.end_training()
+
+
+def _device(name: str) -> torch.device:
+    if world_size() > 1:
+        raise UserError(
+            f"--device {name} cannot be shared by {world_size()} processes, which have one each; leave it out"
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def compare(a: str, b: str, /, *, resamples: int = 10_000, out: Path | None = None) -> None:
+    """Compare two models query by query, on the sets that both were evaluated on: A - B with 95 % intervals.
+
+    Intervals are from a paired bootstrap over queries, or over images (units) where several queries belong to one.
+    `only A/B` counts the queries that only A, or only B, gets right; p is McNemar's exact test of these, and Holm the
+    same, adjusted for the number of tests of the set.
+
+    Args:
+        a: a run directory (its combined model), RUN/stage-K (that stage alone), a folder that `mcl-clip eval` wrote, or
+            one of these with :LABEL for the model that the tables call LABEL, as in RUN:stages-0-1-concat.
+        b: the other model, named likewise.
+        resamples: bootstrap draws; 10,000 take about a second per metric of 25,000 images.
+        out: file for the same figures as JSON lines.
+    """
+    check_range("resamples", resamples, 100)
+    comparison = compare_models(find_results(a), find_results(b), resamples=resamples)
+    print(comparison_text(comparison))
+    if out:
+        with atomic_path(out) as path:
+            for record in comparison_records(comparison):
+                append_jsonl(path, record)
+
+
+def experiment(
+    recipe: Path,
+    /,
+    *,
+    out: Path,
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
+    arms: tuple[str, ...] = (),
+    arguments: str = "",
+    jobs: int = 1,
+    launcher: str = sys.executable,
+    resamples: int = 2000,
+) -> None:
+    """Run a recipe beside its controls over several seeds, and print one table with intervals.
+
+    Arms: `mcl` (the recipe), the controls of `--control`, and those that the recipe's EXPERIMENT adds. The same command
+    continues; with everything done it prints the table again.
+
+    Args:
+        recipe: a file with RECIPE and, for the columns of the table, EXPERIMENT.
+        out: folder for the runs, table.md and results.jsonl.
+        seeds: training seeds; the data stays the same.
+        arms: which arms to run; all by default.
+        arguments: further arguments of the recipe for every arm, in one string.
+        jobs: runs at the same time, which share the processor cores.
+        launcher: what starts a run, such as "accelerate launch --config_file recipes/accelerate/eight_gpus.yaml".
+        resamples: bootstrap draws.
+    """
+    check_range("jobs", jobs, 1)
+    check_range("resamples", resamples, 100)
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise UserError(f"--seeds {seeds} must be one or more different numbers")
+    settings = _experiment_of(recipe)
+    shared = shlex.split(arguments)
+    chosen = control_arms(arms, settings.arms)
+    plan = Plan(
+        recipe=recipe,
+        out=out,
+        seeds=seeds,
+        arms={name: (*own, *shared) for name, own in chosen.items()},
+        figures=settings.figures,
+        high=settings.high if settings.high in chosen and "single" in chosen else None,
+    )
+    run_arms(plan, launcher=shlex.split(launcher), jobs=jobs)
+    print(table(plan, resamples=resamples))
+
+
+def _experiment_of(recipe: Path) -> ExperimentConfig:
+    if not recipe.is_file():
+        raise UserError(f"there is no recipe {recipe}; give the path of a Python file with RECIPE and EXPERIMENT")
+    found: Any = runpy.run_path(str(recipe)).get("EXPERIMENT")
+    if not isinstance(found, ExperimentConfig):
+        raise UserError(f"{recipe} has no EXPERIMENT = ExperimentConfig(...), which says what the table shows")
+    return found
+
+
 def command() -> None:
     """The `mcl-clip` command."""
-    commands: dict[str, Callable[..., None]] = {"index": index, "status": status, "reshard": reshard_run}
+    commands: dict[str, Callable[..., None]] = {
+        "index": index,
+        "status": status,
+        "eval": evaluate_model,
+        "compare": compare,
+        "experiment": experiment,
+        "reshard": reshard_run,
+    }
     run_program(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mcl-clip", description=__doc__))

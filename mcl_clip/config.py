@@ -131,10 +131,16 @@ class TrainConfig:
     """Clip the gradient to this norm."""
     loss: Literal["clip", "siglip"] = "clip"
     """InfoNCE, or the sigmoid loss (the tower then needs `init_logit_bias`)."""
+    ifm_epsilon: float = 0.0
+    """Implicit feature modification (arXiv 2106.11230): the mean of the loss and of the loss with every cosine moved by
+    this much against the pair, such as 0.1; 0 is the plain loss."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the towers in bfloat16 autocast; weights and loss stay float32."""
     average_decay: float = 0.0
     """Decay of a running average of the weights, used in evaluation and export; 0 is none."""
+    groups: Literal["labels", "none", "random"] = "labels"
+    """Negatives come from the same clusters (`labels`), from everywhere (`none`), or from groups of the same sizes
+    drawn at random (`random`): the last two are controls."""
     min_group_size: int | None = None
     """Groups with fewer rows are merged; by default an eighth of the batch, at least 32."""
     min_negatives: int = 1
@@ -160,6 +166,7 @@ class TrainConfig:
             "window_shards": 0,
             "run_rows": 1,
             "average_decay": 0,
+            "ifm_epsilon": 0,
         }
         for name, smallest in least.items():
             largest = 0.999999 if name == "average_decay" else math.inf
@@ -205,6 +212,9 @@ class EvalConfig:
     """Retrieval sets in the layout of CLIP_benchmark: folders, or NAME=FOLDER."""
     classification: tuple[str, ...] = ()
     """Zero-shot classification sets in the layout of CLIP_benchmark: folders, or NAME=FOLDER."""
+    sets: tuple[str, ...] = ()
+    """Sets of any kind, told by their layout: retrieval, classification with one label or several, image folders,
+    pairs.json; folders, or NAME=FOLDER."""
     every_steps: int = 0
     """Also evaluate every n steps inside a stage; 0 is never."""
     batch_size: int = 64
@@ -264,6 +274,10 @@ class RunConfig:
     stages: tuple[StageConfig, ...]
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
+    control: Literal["none", "single", "ensemble", "no-groups", "random-groups", "ifm"] = "none"
+    """What to compare the stages with, from the same recipe: a single stage of equal compute (`single`), as many models
+    from other seeds (`ensemble`), the same stages without groups or with random ones, or `single` with implicit feature
+    modification (`ifm`)."""
     combine: Literal["concat", "mean_cosine", "best"] = "concat"
     """How the stages are combined; `best` takes the one with the lower loss on held-out rows."""
     seed: int = 0
@@ -279,3 +293,15 @@ class RunConfig:
                     f"--stages.{number}.train.steps is 0, which is meant for a pretrained stage 0; give steps above 0, "
                     f"or --tower.pretrained"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """What `mcl-clip experiment` runs beside a recipe, and shows of it."""
+
+    figures: Mapping[str, tuple[str, ...]]
+    """Columns of the table: name -> SET:METRIC terms, whose mean is shown."""
+    arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Arms of its own, beside the stages and the controls: name -> arguments of the recipe."""
+    high: str | None = None
+    """The arm that shows what could be had if nothing were suppressed; the gap runs from `single` to it."""

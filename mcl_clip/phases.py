@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, t
 from mcl_clip.model.towers import lock as lock_parameters
 from mcl_clip.multistage.cluster import Clustering, spherical_kmeans
 from mcl_clip.multistage.combine import fit_combination
+from mcl_clip.multistage.controls import shuffled_groups
 from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
 from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels, no_labels
 from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
@@ -131,7 +132,7 @@ def train(run: Run, s: int) -> None:
             objective=Objective(
                 groups=groups,
                 preprocess_cfg=tower.preprocess_cfg,
-                **only(settings, "loss", "precision", "min_negatives", "mask_duplicates"),
+                **only(settings, "loss", "ifm_epsilon", "precision", "min_negatives", "mask_duplicates"),
             ),
             optimizer=create_optimizer(
                 tower.model,
@@ -295,15 +296,18 @@ def score_stages(run: Run, out: Path, models: Iterable[tuple[str, Sequence[int],
     """Results of stages and combinations from the stored features: results.jsonl, and the outcome of each query."""
     records = []
     for label, stages, how in models:
-        for name, task in run.tasks.items():
-            started = time.perf_counter()
+        for name, found in run.tasks.items():
+            task, started = found, time.perf_counter()
             stored = [load_file(run.folder(s, "eval") / f"features-{name}.safetensors") for s in stages]
             combination = "concat" if how == SINGLE else how
             image, text = (combine_features([features[side] for features in stored], combination) for side in SIDES)
+            if len(stages) > 1 and isinstance(task, ClassificationTask):
+                task = replace(task, readout_width=stored[0]["image"].shape[1])
             metrics, outcomes = task.score(image, text)
             if how == SINGLE and isinstance(task, ClassificationTask):
                 metrics |= _cluster_agreement(run, stages[0], task, image)
-            with atomic_path(out / f"outcomes-{name}-{label}.npz") as path, path.open("wb") as file:
+            outcomes_file = f"outcomes-{name}-{label}.npz"
+            with atomic_path(out / outcomes_file) as path, path.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **outcomes)
             records.append(
                 result_record(
@@ -315,6 +319,8 @@ def score_stages(run: Run, out: Path, models: Iterable[tuple[str, Sequence[int],
                     combine=None if how == SINGLE else how,
                     dtype="fp32",
                     seconds=time.perf_counter() - started,
+                    outcomes=outcomes,
+                    outcomes_file=outcomes_file,
                 )
             )
     with atomic_path(out / "results.jsonl") as path:
@@ -337,10 +343,12 @@ def _cluster_agreement(
 def _batch_plan(run: Run, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"], Reader]:
     """The batches of a stage, the group of each row (-1 for held-out rows), and where the rows are read."""
     config, settings = run.config, run.config.stages[s].train
-    labels = run.labels(s)
+    labels = no_labels(len(run.index)) if settings.groups == "none" else run.labels(s)
     found = group_labels(labels, min_group_size=min_group_size(config.stages[s]))
     groups = found.group_of.copy()
     groups[run.held_out] = -1
+    if settings.groups == "random":
+        groups = shuffled_groups(groups, name=(config.seed, s, "random groups"))
     index, sources = run.index, run.sources
     if settings.resharded:
         index, groups, sources = _resharded(run, Path(settings.resharded), groups)
@@ -362,7 +370,12 @@ def _batch_plan(run: Run, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"],
         )  # fmt: skip
     statistics = plan.statistics(min_negatives=settings.min_negatives)  # on every process: plans on disk are collective
     if is_main():
-        record = {**found.record(), "held_out_rows": len(run.held_out), "epoch_0": asdict(statistics)}
+        record = {
+            **found.record(),
+            "assignment": settings.groups,
+            "held_out_rows": len(run.held_out),
+            "epoch_0": asdict(statistics),
+        }
         write_json(run.folder(s, "train") / "groups.json", record)
         logger.info(
             "stage %d: %d groups, smallest %d, median %g rows, %d rows relaxed; %d batches an epoch, %.0f %% of rows "

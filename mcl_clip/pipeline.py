@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,12 +30,16 @@ from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.shards import redacted as redacted_text
 from mcl_clip.distributed import barrier, check_same, on_main, world_size
 from mcl_clip.errors import UserError
+from mcl_clip.eval.catalogue import open_set
 from mcl_clip.eval.suite import Task
 from mcl_clip.eval.tasks.classification import ClassificationSet, ClassificationTask
 from mcl_clip.eval.tasks.retrieval import RetrievalSet, RetrievalTask
+from mcl_clip.multistage.controls import equal_compute_steps
 from mcl_clip.phases import ROW_MAP, Run, cluster, combine, embed, evaluate, label, min_group_size, only, train
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_IFM_EPSILON = 0.1
 
 
 def run_pipeline(config: RunConfig, accelerator: Accelerator) -> None:
@@ -49,6 +53,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator) -> None:
     _check_stages(config)
     with _locked(config.run_dir):
         index, sources = load_index(config)
+        config = with_control(config, rows=len(index))
         tasks = open_tasks(config)
         run = Run(config=config, accelerator=accelerator, index=index, sources=sources, tasks=tasks)
         _check_held_out(run)
@@ -65,6 +70,34 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator) -> None:
             barrier()
             on_main(phase.mark_done)
             logger.info("%s: done in %s", phase.name, _duration(time.perf_counter() - started))
+
+
+def with_control(config: RunConfig, *, rows: int) -> RunConfig:
+    """The recipe of the control that `config` asks for.
+
+    Every control has the compute of the stages: in as many stages without their groups, or in a single one.
+    """
+    stages = config.stages
+    trained = next(stage for stage in stages if stage.train.steps)
+    if config.control in ("single", "ifm"):
+        train = trained.train
+        steps = equal_compute_steps(
+            [(stage.train.steps, stage.train.global_batch_size) for stage in stages],
+            rows=rows,
+            global_batch_size=train.global_batch_size,
+        )
+        epsilon = (train.ifm_epsilon or DEFAULT_IFM_EPSILON) if config.control == "ifm" else train.ifm_epsilon
+        warmup_steps = round(train.warmup_steps * steps / train.steps)
+        train = replace(train, steps=steps, warmup_steps=warmup_steps, ifm_epsilon=epsilon)
+        return replace(config, stages=(replace(stages[0], train=train),))
+    if config.control == "none":
+        return config
+    groups: Literal["none", "random"] = "random" if config.control == "random-groups" else "none"
+    later = [replace(stage, train=replace(stage.train, groups=groups)) for stage in stages[1:]]
+    if config.control == "ensemble":
+        fresh: Literal["base", "scratch"] = "base" if config.tower.is_pretrained else "scratch"
+        later = [replace(stage, start=fresh) for stage in later]
+    return replace(config, stages=(stages[0], *later))
 
 
 def _unfinished(phases: Sequence[Phase]) -> list[str]:
@@ -246,6 +279,10 @@ def open_tasks(config: RunConfig) -> dict[str, Task]:
     tasks: dict[str, Task] = {name: RetrievalTask(name, RetrievalSet.open(root)) for name, root in retrieval.items()}
     for name, root in classification.items():
         tasks[name] = ClassificationTask(name, ClassificationSet.open(root))
+    for name, root in _named_folders(config.eval.sets).items():
+        if name in tasks:
+            raise UserError(f"two evaluation sets are both called {name}; write NAME=FOLDER")
+        tasks[name] = open_set(root, name)
     return tasks
 
 

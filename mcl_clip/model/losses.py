@@ -87,7 +87,12 @@ def find_negatives(
 
 
 def clip_loss(
-    image_features: Features, text_features: Features, logit_scale: Float[Tensor, ""], negatives: Negatives
+    image_features: Features,
+    text_features: Features,
+    logit_scale: Float[Tensor, ""],
+    negatives: Negatives,
+    *,
+    ifm_epsilon: float = 0.0,
 ) -> Float[Tensor, ""]:
     """InfoNCE in both directions (Radford et al., arXiv 2103.00020), this process's share.
 
@@ -98,11 +103,16 @@ def clip_loss(
         text_features: the same of the texts.
         logit_scale: the factor before the softmax (not its logarithm).
         negatives: what `find_negatives` gave for the same rows.
+        ifm_epsilon: above 0, the mean of this loss and of the one with cosines moved against the pair.
     """
     images, texts = _at_least_float32(image_features), _at_least_float32(text_features)
-    image_to_text = _cross_entropy(logit_scale * images @ gather_with_grad(texts).T, negatives)
-    text_to_image = _cross_entropy(logit_scale * texts @ gather_with_grad(images).T, negatives)
-    return _share((image_to_text + text_to_image) / 2, negatives)
+    all_images, all_texts = gather_with_grad(images), gather_with_grad(texts)
+    losses = []
+    for cosines in (images @ all_texts.T, texts @ all_images.T):
+        losses += [
+            _cross_entropy(logit_scale * each, negatives) for each in _with_moved(cosines, negatives, ifm_epsilon)
+        ]
+    return _share(torch.stack(losses).mean(0), negatives)
 
 
 def siglip_loss(
@@ -111,6 +121,8 @@ def siglip_loss(
     logit_scale: Float[Tensor, ""],
     logit_bias: Float[Tensor, ""],
     negatives: Negatives,
+    *,
+    ifm_epsilon: float = 0.0,
 ) -> Float[Tensor, ""]:
     """The pairwise sigmoid loss (Zhai et al., arXiv 2303.15343), this process's share.
 
@@ -118,11 +130,29 @@ def siglip_loss(
     and its negatives. Arguments as in `clip_loss`; `logit_bias` is added to the logits.
     """
     images, texts = _at_least_float32(image_features), _at_least_float32(text_features)
-    logits = logit_scale * images @ gather_with_grad(texts).T + logit_bias
-    sign = -torch.ones_like(logits)
-    sign.scatter_(1, negatives.own[:, None], 1)
-    terms = -F.logsigmoid(sign * logits).masked_fill(~negatives.keep, 0)
-    return _share(terms.sum(1), negatives)
+    cosines = images @ gather_with_grad(texts).T
+    sign = _pair_signs(cosines, negatives)
+    losses = [
+        -F.logsigmoid(sign * (logit_scale * each + logit_bias)).masked_fill(~negatives.keep, 0).sum(1)
+        for each in _with_moved(cosines, negatives, ifm_epsilon)
+    ]
+    return _share(torch.stack(losses).mean(0), negatives)
+
+
+def _with_moved(
+    cosines: Float[Tensor, "local global"], negatives: Negatives, epsilon: float
+) -> list[Float[Tensor, "local global"]]:
+    """The cosines and, with `epsilon` above 0, the same with the pair's own lower and all others higher by epsilon.
+
+    That is what the worst perturbation of the features by epsilon does (implicit feature modification, Robinson et al.,
+    arXiv 2106.11230, section 4): it takes away what the loss relies on most, so that other features are learned.
+    """
+    return [cosines, cosines - epsilon * _pair_signs(cosines, negatives)] if epsilon else [cosines]
+
+
+def _pair_signs(cosines: Float[Tensor, "local global"], negatives: Negatives) -> Float[Tensor, "local global"]:
+    """1 for a row's own column, -1 for all others."""
+    return (-torch.ones_like(cosines)).scatter_(1, negatives.own[:, None], 1)
 
 
 def _cross_entropy(logits: Float[Tensor, "local global"], negatives: Negatives) -> Float[Tensor, "local"]:

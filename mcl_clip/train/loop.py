@@ -41,6 +41,7 @@ class Objective:
         groups: group of every row of the index.
         preprocess_cfg: mean and std of the pixels.
         loss: `clip` or `siglip`.
+        ifm_epsilon: of implicit feature modification; 0 is none.
         precision: `fp32`, or `bf16` autocast for the towers.
         min_negatives: rows with fewer negatives get weight 0.
         mask_duplicates: leave other rows with an equal caption or image out of the negatives.
@@ -49,6 +50,7 @@ class Objective:
     groups: Int[np.ndarray, "rows"]
     preprocess_cfg: dict[str, object]
     loss: str = "clip"
+    ifm_epsilon: float = 0.0
     precision: str = "fp32"
     min_negatives: int = 1
     mask_duplicates: bool = True
@@ -70,9 +72,11 @@ class Objective:
         images = _in_place(out["image_features"], batch)
         texts = _in_place(out["text_features"], batch)
         if self.loss == "siglip":
-            loss = siglip_loss(images, texts, out["logit_scale"], out["logit_bias"], negatives)
+            loss = siglip_loss(
+                images, texts, out["logit_scale"], out["logit_bias"], negatives, ifm_epsilon=self.ifm_epsilon
+            )
         else:
-            loss = clip_loss(images, texts, out["logit_scale"], negatives)
+            loss = clip_loss(images, texts, out["logit_scale"], negatives, ifm_epsilon=self.ifm_epsilon)
         counts = {
             "loss": loss,
             "rows": (batch.rows >= 0).sum(),

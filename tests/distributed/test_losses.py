@@ -16,11 +16,13 @@ from mcl_clip.train.loop import Objective, clamp_logit_scale_
 
 BATCH, CHECKED_GRADIENTS = 8, 20
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.25)}
-CASES = [  # loss, mask_duplicates, min_negatives, steps
-    ("clip", True, 1, 200),
-    ("siglip", False, 1, 200),
-    ("clip", False, 3, 20),
-    ("siglip", True, 3, 20),
+CASES = [  # loss, mask_duplicates, min_negatives, ifm_epsilon, steps
+    ("clip", True, 1, 0.0, 200),
+    ("siglip", False, 1, 0.0, 200),
+    ("clip", False, 3, 0.0, 20),
+    ("siglip", True, 3, 0.0, 20),
+    ("clip", True, 1, 0.1, 20),
+    ("siglip", True, 1, 0.1, 20),
 ]
 
 
@@ -83,12 +85,19 @@ def gradients(model: Towers) -> dict[str, np.ndarray]:
     return {name: p.grad.double().numpy().copy() for name, p in model.named_parameters()}
 
 
-def train(loss: str, mask: bool, min_negatives: int, steps: int, dtype: torch.dtype) -> tuple[list, list, dict]:
+def train(
+    loss: str, mask: bool, min_negatives: int, epsilon: float, steps: int, dtype: torch.dtype
+) -> tuple[list, list, dict]:
     """Loss of each step, gradients of the first ones, the weights at the end."""
     data, (raw, optimizer) = Data(), make(loss, dtype)
     model = DistributedDataParallel(raw) if world_size() > 1 else raw
     objective = Objective(
-        groups=data.groups, preprocess_cfg=CFG, loss=loss, min_negatives=min_negatives, mask_duplicates=mask
+        groups=data.groups,
+        preprocess_cfg=CFG,
+        loss=loss,
+        ifm_epsilon=epsilon,
+        min_negatives=min_negatives,
+        mask_duplicates=mask,
     )
     losses, grads = [], []
     for step in range(steps):
@@ -102,11 +111,21 @@ def train(loss: str, mask: bool, min_negatives: int, steps: int, dtype: torch.dt
     return losses, grads, {name: p.detach().numpy() for name, p in raw.named_parameters()}
 
 
-def reference_loss(model: Towers, data: Data, rows: list[int], loss: str, mask: bool, min_negatives: int) -> Tensor:
+def reference_loss(
+    model: Towers, data: Data, rows: list[int], loss: str, mask: bool, min_negatives: int, epsilon: float
+) -> Tensor:
     """The published losses, row by row, over the rows that are left when fillers are dropped."""
+    if epsilon:  # implicit feature modification: half the loss, half the loss of moved cosines
+        plain, moved = (
+            reference_loss(_Moved(model, step), data, rows, loss, mask, min_negatives, 0) for step in (0, epsilon)
+        )
+        return (plain + moved) / 2
     mean, std = torch.tensor(CFG["mean"]).view(3, 1, 1), torch.tensor(CFG["std"]).view(3, 1, 1)
     out = model((data.images[rows].float() / 255 - mean) / std, data.tokens[rows])
-    logits, losses = out["logit_scale"] * out["image_features"] @ out["text_features"].T, []
+    cosines = out["image_features"] @ out["text_features"].T
+    shift = out.get("shift", 0)
+    cosines = cosines + shift - 2 * shift * torch.eye(len(rows), dtype=cosines.dtype)
+    logits, losses = out["logit_scale"] * cosines, []
     for i, row in enumerate(rows):
         others = [j for j, other in enumerate(rows) if j != i and data.groups[row] == data.groups[other]]
         alike = [j for j in others for ids in (data.text_ids, data.image_ids) if ids[row] == ids[rows[j]]]
@@ -122,12 +141,24 @@ def reference_loss(model: Towers, data: Data, rows: list[int], loss: str, mask: 
     return torch.stack(losses).mean() if losses else sum((0 * p).sum() for p in model.parameters())
 
 
+class _Moved(nn.Module):
+    """A model whose cosines are lower by `shift` for pairs and higher for all others."""
+
+    def __init__(self, model: Towers, shift: float) -> None:
+        super().__init__()
+        self.model, self.shift = model, shift
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor | float | None]:
+        return {**self.model(*inputs), "shift": self.shift}
+
+
 @cache
-def reference(loss: str, mask: bool, min_negatives: int, steps: int) -> tuple[list, list, dict]:
+def reference(loss: str, mask: bool, min_negatives: int, epsilon: float, steps: int) -> tuple[list, list, dict]:
     data, (model, optimizer) = Data(), make(loss, torch.float64)
     losses, grads = [], []
     for step in range(steps):
-        value = reference_loss(model, data, [r for r in data.rows[step].tolist() if r >= 0], loss, mask, min_negatives)
+        rows = [row for row in data.rows[step].tolist() if row >= 0]
+        value = reference_loss(model, data, rows, loss, mask, min_negatives, epsilon)
         value.backward()
         losses.append(float(value.detach()))
         grads += [gradients(model)] if step < CHECKED_GRADIENTS else []
@@ -146,11 +177,11 @@ def assert_close(found: tuple, expected: tuple, tolerance: float, steps: int) ->
             )
 
 
-@pytest.mark.parametrize(("loss", "mask", "min_negatives", "steps"), CASES)
+@pytest.mark.parametrize(("loss", "mask", "min_negatives", "epsilon", "steps"), CASES)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_training_equals_the_full_batch_reference(pool, size, loss, mask, min_negatives, steps):
-    expected = reference(loss, mask, min_negatives, steps)
-    doubles = pool.run(train, size, loss, mask, min_negatives, steps, torch.float64)
+def test_training_equals_the_full_batch_reference(pool, size, loss, mask, min_negatives, epsilon, steps):
+    expected = reference(loss, mask, min_negatives, epsilon, steps)
+    doubles = pool.run(train, size, loss, mask, min_negatives, epsilon, steps, torch.float64)
     for found in doubles:
         assert_close(found, expected, 1e-9, steps)
         for name, weight in expected[2].items():
@@ -160,8 +191,8 @@ def test_training_equals_the_full_batch_reference(pool, size, loss, mask, min_ne
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_first_steps_in_float32_equal_the_reference(pool, size, loss):
-    for found in pool.run(train, size, loss, True, 1, 20, torch.float32):
-        assert_close(found, reference(loss, True, 1, 20), 1e-5, 20)
+    for found in pool.run(train, size, loss, True, 1, 0.0, 20, torch.float32):
+        assert_close(found, reference(loss, True, 1, 0.0, 20), 1e-5, 20)
 
 
 def test_the_batches_are_of_every_kind():
@@ -174,9 +205,10 @@ def test_the_batches_are_of_every_kind():
     assert any(((rows[:-1] == FILLER) & (rows[1:] != FILLER)).any() for rows in data.rows)  # a bad row in the middle
     duplicates = [len(rows) - len({int(data.text_ids[row]) for row in rows}) for rows in kept]
     assert max(duplicates) >= 2
-    few, many = (reference("siglip", True, number, 20)[0] for number in (1, 3))
+    few, many = (reference("siglip", True, number, 0.0, 20)[0] for number in (1, 3))
     assert few != many  # min_negatives and masking matter here
-    assert reference("siglip", False, 1, 200)[0][:20] != few
+    assert reference("siglip", False, 1, 0.0, 200)[0][:20] != few
+    assert reference("siglip", True, 1, 0.1, 20)[0] != few
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])

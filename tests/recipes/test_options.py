@@ -13,7 +13,7 @@ from mcl_clip.config import AugmentConfig, ClusterConfig
 from mcl_clip.distributed import seed_of
 from mcl_clip.errors import UserError
 from mcl_clip.model.towers import create_tower
-from tests.recipes.runs import execute, records, with_stages, write_shards
+from tests.recipes.runs import execute, records, steps, with_stages, write_shards
 
 SHORT = {"steps": 4}
 
@@ -148,3 +148,27 @@ def test_two_sets_of_one_name_are_refused(recipe, path):
         execute(recipe, "--eval.classification", colours, colours)
     with pytest.raises(UserError, match="a retrieval and a classification set are both called retrieval"):
         execute(recipe, "--eval.classification", f"retrieval={colours}")
+
+
+def groups_of(run, stage):
+    return read_json(run / f"stage-{stage}/train/groups.json")
+
+
+def test_controls_differ_from_the_stages_in_one_thing(recipe, tmp_path):
+    def control(name):
+        return execute(replace(recipe, run_dir=tmp_path / name), "--control", name)
+
+    runs = {name: control(name) for name in ("none", "no-groups", "random-groups", "ensemble", "single", "ifm")}
+    for name in ("no-groups", "random-groups", "ensemble"):  # the same stage 0; other weights after it
+        assert not moved(trained(runs["none"]), trained(runs[name]))
+        assert moved(trained(runs["none"], 1), trained(runs[name], 1))
+    real, none, drawn = (groups_of(runs[name], 1) for name in ("none", "no-groups", "random-groups"))
+    assert real["num_groups"] > 1
+    assert (none["num_groups"], none["assignment"]) == (1, "none")
+    assert drawn["groups"] == real["groups"]
+    assert drawn["assignment"] == "random"
+    assert read_json(runs["ensemble"] / "config.json")["stages"][1]["start"] == "scratch"
+    for name in ("single", "ifm"):
+        assert not (runs[name] / "stage-1").exists()
+        assert steps(runs[name], 0)[-1] == 24  # 2 x 8 steps, and 2 x 200 rows forward: 16 + 400 / 3 / 16
+    assert moved(trained(runs["single"]), trained(runs["ifm"]))

@@ -1,0 +1,307 @@
+"""Measure any model on evaluation sets: a run, an exported folder, or a model of open_clip."""
+
+import hashlib
+import logging
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import open_clip
+import torch
+from torch import nn
+
+from mcl_clip.artifacts import append_jsonl, atomic_path, canonical_json, read_json, read_jsonl
+from mcl_clip.distributed import check_same, gather_objects, on_main
+from mcl_clip.errors import UserError
+from mcl_clip.eval.catalogue import discover
+from mcl_clip.eval.run import Encoder, run_task
+from mcl_clip.eval.suite import Task, result_record
+from mcl_clip.eval.tasks.classification import ClassificationTask
+from mcl_clip.model.multistage import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, MultistageCLIP
+from mcl_clip.model.towers import PUBLISHED, Tower, create_tower, load_tower
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.jsonl"
+SINGLE_STAGE = re.compile(r"stage-(\d+)")
+Loaded = MultistageCLIP | Tower
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model to measure, not loaded yet.
+
+    `model` and `pretrained` are what CLIP_benchmark calls its name and its weights, `label` tells it from others in
+    one folder of results, and `stage` is the last one in it.
+    """
+
+    model: str
+    pretrained: str
+    label: str
+    load: Callable[[], Loaded]
+    stage: int = 0
+
+
+def find_models(name: str, *, each: bool = False) -> list[Candidate]:
+    """What `name` means: the folder of a run, of one of its stages or of a model, or the name of a model of open_clip.
+
+    Args:
+        name: `RUN` (its combined model), `RUN/stage-K`, an exported folder, `ARCHITECTURE/TAG`, `hf-hub:ORG/NAME` or
+            `local-dir:FOLDER`.
+        each: all stages of a run, too.
+
+    Raises:
+        UserError: if it is none of these, or a run has no such model yet.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file() and any(folder.glob("stage-*")):
+        return _models_of_run(folder, each)
+    if each:
+        raise UserError(f"--each measures all stages of a run, and {name} is not a run directory; leave it out")
+    if SINGLE_STAGE.fullmatch(folder.name) and (folder.parent / "config.json").is_file():
+        return [_stage_of_run(folder.parent, int(folder.name.removeprefix("stage-")))]
+    if (folder / CONFIG_NAME).is_file():
+        return [_exported(folder, "multistage model", _name(folder))]
+    if (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        load = partial(load_tower, folder)
+        return [
+            Candidate(model="open_clip model", pretrained=_name(folder), label=_file_name(_name(folder)), load=load)
+        ]
+    if folder.is_dir():
+        raise UserError(
+            f"{folder} holds no model: it is not a run directory (config.json and stage-K), and has no {CONFIG_NAME} "
+            f"or {OPEN_CLIP_CONFIG_NAME}"
+        )
+    if name.startswith(PUBLISHED):
+        weights = name.partition(":")[2]
+        load = partial(create_tower, architecture=name)
+        return [Candidate(model=name, pretrained=weights, label=_file_name(weights), load=load)]
+    return [_known_to_open_clip(name)]
+
+
+def _models_of_run(run: Path, each: bool) -> list[Candidate]:
+    folder, num_stages = run / "combined" / "model", len(read_json(run / "config.json")["stages"])
+    stages = [_stage_of_run(run, stage) for stage in range(num_stages)] if each else []
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"{run} has no combined model yet; finish the run, or name one of its stages as {run}/stage-0")
+    combined = _exported(folder, _architecture(run), f"{_name(run)}/combined")
+    return [*stages, replace(combined, label=_file_name(_name(run)))]
+
+
+def _stage_of_run(run: Path, stage: int) -> Candidate:
+    folder = run / f"stage-{stage}" / "train" / "model"
+    if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        done = sorted(path.parts[-4] for path in run.glob(f"stage-*/train/model/{OPEN_CLIP_CONFIG_NAME}"))
+        raise UserError(f"{run} has no trained stage-{stage} yet; it has {', '.join(done) or 'none'}")
+    return Candidate(
+        model=_architecture(run),
+        pretrained=f"{_name(run)}/stage-{stage}",
+        label=f"{_file_name(_name(run))}-stage-{stage}",
+        load=partial(load_tower, folder),
+        stage=stage,
+    )
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _file_name(name: str) -> str:
+    """The name without what has a meaning in paths."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
+def _architecture(run: Path) -> str:
+    architecture: str = read_json(run / "config.json")["tower"]["architecture"] or "model given in the recipe"
+    return architecture
+
+
+def _exported(folder: Path, model: str, pretrained: str) -> Candidate:
+    return Candidate(
+        model=model,
+        pretrained=pretrained,
+        label=_file_name(pretrained),
+        load=partial(_load_multistage, folder),
+        stage=len(read_json(folder / CONFIG_NAME)["stages"]) - 1,
+    )
+
+
+def _load_multistage(folder: Path) -> MultistageCLIP:
+    try:
+        return MultistageCLIP.load(folder)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
+
+
+def _known_to_open_clip(name: str) -> Candidate:
+    architecture, _, tag = name.rpartition("/")
+    known = open_clip.list_models()
+    if name.replace("/", "-") in known:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))) or "none"
+        raise UserError(f"{name} names an architecture without weights; write {name}/TAG, with one of its tags: {tags}")
+    if architecture.replace("/", "-") not in known:
+        raise UserError(
+            f"there is no folder {name}, and open_clip has no architecture {architecture or name!r}; name a run "
+            f"directory, an exported folder, ARCHITECTURE/TAG such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME or "
+            f"local-dir:FOLDER"
+        )
+    load = partial(create_tower, architecture=architecture, pretrained=tag)
+    return Candidate(model=architecture.replace("/", "-"), pretrained=tag, label=_file_name(name), load=load)
+
+
+def evaluate(
+    name: str,
+    *,
+    data: Path,
+    tasks: Sequence[str] = (),
+    out: Path | None = None,
+    each: bool = False,
+    device: torch.device,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    combine: str | None = None,
+) -> Path:
+    """Measure a model on the sets below `data`, and return the folder with the results.
+
+    `results.jsonl` there has a record a set (what CLIP_benchmark and DataComp write, and more), and `outcomes-*.npz`
+    what each query came to. A set that was measured before, with the same data, model, precision and combination, is
+    left out, so that what was interrupted continues. All processes embed; the main process scores and writes.
+
+    Args:
+        name: see `find_models`.
+        data: a set, or a folder with sets, see `mcl_clip.eval.catalogue.find_sets`.
+        tasks: names of sets; all if empty.
+        out: the folder; by default `evaluations/` and the name of the model.
+        each: all stages of a run, too; `combine` is for the combined model then.
+        device: where to embed.
+        batch_size: images, and texts, of a forward pass of one process.
+        num_workers: loader processes of each process.
+        precision: `fp32`, or `bf16` for bfloat16 autocast of the towers; scores are of higher precision always.
+        combine: `concat` or `mean_cosine` in place of a multistage model's own.
+
+    Raises:
+        UserError: for everything that a user can mend.
+    """
+    models = _on_all(partial(find_models, name, each=each))
+    sets = _on_all(partial(discover, data, tasks))
+    check_same(",".join(task.sha256 for task in sets.values()), f"the data in {data}")
+    out = out or Path("evaluations") / models[-1].label
+    for candidate in models:
+        loaded = _on_all(candidate.load)
+        label = [candidate.label, *([] if precision == "fp32" else [precision])]
+        if isinstance(loaded, MultistageCLIP) and combine:
+            loaded.combine = combine
+            label.insert(1, combine)
+        elif combine and not each:
+            raise UserError(f"--combine {combine} has no meaning for {name}, which is a single stage; leave it out")
+        sha256, combined = _digest(loaded), loaded.combine if isinstance(loaded, MultistageCLIP) else None
+        check_same(sha256, f"the model {name}")
+        about = {"label": "-".join(label), "model_sha256": sha256, "dtype": precision, "combine": combined}
+        encoder = Encoder(
+            model=_model(loaded).to(device),
+            image_transform=loaded.image_transform,
+            tokenizer=loaded.tokenizer,
+            device=device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            precision=precision,
+        )
+        for task in sets.values():
+            _measure(_at_width(task, loaded), encoder, out, candidate, about)
+    return out
+
+
+def _on_all(make: Callable[[], T]) -> T:
+    """The result of `make()`, called by every process, if it works on all of them."""
+    failure, result = "", []
+    try:
+        result.append(make())
+    except UserError as error:
+        failure = str(error)
+    if failures := [other for other in gather_objects(failure) if other]:
+        raise UserError(failures[0]).on_every_process()
+    return result[0]
+
+
+def _model(loaded: Loaded) -> nn.Module:
+    return loaded if isinstance(loaded, MultistageCLIP) else loaded.model
+
+
+def _digest(loaded: Loaded) -> str:
+    """SHA-256 of the weights, and of the settings that decide what is computed with them."""
+    settings = [loaded.preprocess_cfg, loaded.model_cfgs if isinstance(loaded, MultistageCLIP) else loaded.model_cfg]
+    digest = hashlib.sha256(canonical_json(settings).encode())
+    for key, value in sorted(_model(loaded).state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _at_width(task: Task, loaded: Loaded) -> Task:
+    """The task, with a read-out of several stages at the width of one."""
+    if isinstance(loaded, MultistageCLIP) and len(loaded.stages) > 1 and isinstance(task, ClassificationTask):
+        return replace(task, readout_width=max(loaded.embed_dims))
+    return task
+
+
+def _measure(task: Task, encoder: Encoder, out: Path, candidate: Candidate, about: dict[str, Any]) -> None:
+    """Run a task and write its record and outcomes, unless that was done before."""
+    outcomes_file = f"outcomes-{task.name.replace('/', '--')}-{about['label']}.npz"
+    known = {"dataset": task.name, "data_sha256": task.sha256, "outcomes": outcomes_file, **about}
+    if on_main(partial(_is_measured, out, known)):
+        logger.info("%s, %s: measured before, in %s", about["label"], task.name, out)
+        return
+    started = time.perf_counter()
+    outcomes: dict[str, np.ndarray] = {}
+    metrics = dict(run_task(task, encoder, outcomes=outcomes))
+    seconds = time.perf_counter() - started
+
+    def write() -> None:
+        record = result_record(
+            task,
+            metrics,
+            model=candidate.model,
+            pretrained=candidate.pretrained,
+            stage=candidate.stage,
+            combine=about["combine"],
+            dtype=encoder.precision,
+            seconds=seconds,
+            outcomes=outcomes,
+            outcomes_file=outcomes_file,
+        )
+        _write(out, {**record, **known, "peak_memory_mb": _peak_memory_mb()}, outcomes)
+
+    on_main(write)
+    value = metrics[task.main_metric]
+    logger.info("%s, %s: %s %.4g in %.1f s", about["label"], task.name, task.main_metric, value, seconds)
+
+
+def _is_measured(out: Path, known: dict[str, Any]) -> bool:
+    is_there = (out / known["outcomes"]).is_file()
+    return is_there and any(known.items() <= record.items() for record in read_jsonl(out / RESULTS))
+
+
+def _write(out: Path, record: dict[str, Any], outcomes: dict[str, np.ndarray]) -> None:
+    """The outcomes, then the record, in place of an earlier one that had the same file of outcomes."""
+    with atomic_path(out / record["outcomes"]) as path, path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **outcomes)
+    others = [other for other in read_jsonl(out / RESULTS) if other.get("outcomes") != record["outcomes"]]
+    with atomic_path(out / RESULTS) as path:
+        for line in (*others, record):
+            append_jsonl(path, line)
+
+
+def _peak_memory_mb() -> int:
+    """The largest resident memory of the main process so far, in 10^6 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6

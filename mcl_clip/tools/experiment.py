@@ -1,0 +1,260 @@
+"""A recipe beside its controls over several seeds, and one table of what came out.
+
+Each run is a process of its own, `python RECIPE --run-dir OUT/seed-N/ARM --seed N ...`, and anybody can repeat it
+alone. A run that is done is not done again, so the same command continues an experiment. Controls that change only
+later stages start from a copy of the finished stage 0; the run checks its fingerprints.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from mcl_clip.artifacts import DONE, append_jsonl, atomic_path
+from mcl_clip.errors import UserError
+from mcl_clip.eval.suite import run_results
+from mcl_clip.statistics import Estimate, crossed_bootstrap
+
+STAGES = "mcl"
+CONTROLS = ("single", "ensemble", "no-groups", "random-groups", "ifm")
+SAME_FIRST_STAGE = ("ensemble", "no-groups", "random-groups")
+COMBINED = "combined"
+
+WIDTH = re.compile(r"_width_\d+$")
+PERCENT = 100
+
+Means = Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an experiment runs and reports.
+
+    Attributes:
+        recipe: the recipe's file.
+        out: folder of the runs.
+        seeds: training seeds.
+        arms: arguments of the recipe by the name of the arm.
+        figures: columns of the table: name -> SET:METRIC terms, of which the mean is shown.
+        low: the arm without what is looked for.
+        high: the arm that shows what could be had; none if there is no such arm.
+    """
+
+    recipe: Path
+    out: Path
+    seeds: Sequence[int]
+    arms: Mapping[str, Sequence[str]]
+    figures: Mapping[str, Sequence[str]]
+    low: str = "single"
+    high: str | None = None
+
+    def folder(self, seed: int, arm: str) -> Path:
+        """Run directory of an arm."""
+        return self.out / f"seed-{seed}" / arm
+
+    def command(self, seed: int, arm: str) -> list[str]:
+        """The command of a run, without the launcher."""
+        return [str(self.recipe), "--run-dir", str(self.folder(seed, arm)), "--seed", str(seed), *self.arms[arm]]
+
+
+def control_arms(names: Sequence[str], extra: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Arguments of the stages, of the controls, and of an experiment's own arms, by name.
+
+    Raises:
+        UserError: for a name that is none of them.
+    """
+    known = {STAGES: (), **{name: ("--control", name) for name in CONTROLS}, **extra}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"there is no arm {unknown[0]!r}; there are {', '.join(known)}")
+    return {name: tuple(known[name]) for name in names or known}
+
+
+def run_arms(plan: Plan, *, launcher: Sequence[str], jobs: int) -> None:
+    """Run what is not done yet, `jobs` runs at a time.
+
+    Raises:
+        UserError: when a run fails; the others are finished first, and nothing is lost.
+    """
+    todo = [(seed, arm) for seed in plan.seeds for arm in plan.arms if not is_done(plan.folder(seed, arm))]
+    children = _Children()
+    done: dict[tuple[int, str], Future[None]] = {}
+    with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar, ThreadPoolExecutor(jobs) as pool:
+
+        def run(seed: int, arm: str) -> None:
+            source = (seed, STAGES)
+            if arm in SAME_FIRST_STAGE and STAGES in plan.arms:
+                if source in done:
+                    done[source].result()  # submitted before, so it runs or has run
+                _copy_first_stage(plan.folder(*source), plan.folder(seed, arm))
+            started = time.monotonic()
+            children.call([*launcher, *plan.command(seed, arm)], plan.folder(seed, arm).with_suffix(".log"), jobs)
+            bar.update()
+            tqdm.write(f"seed {seed}, {arm}: done in {(time.monotonic() - started) / 60:.1f} min")
+
+        try:
+            for seed, arm in sorted(todo, key=lambda pair: (pair[0], pair[1] != STAGES, pair[1] in SAME_FIRST_STAGE)):
+                done[seed, arm] = pool.submit(run, seed, arm)
+            wait(done.values(), return_when=FIRST_EXCEPTION)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.stop()
+            raise
+    if failed := [str(error) for future in done.values() if (error := future.exception())]:
+        raise UserError(f"{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}; the same command continues")
+
+
+class _Children:
+    """Child processes, which are ended with this one."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+
+    def call(self, command: Sequence[str], log: Path, jobs: int) -> None:
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
+            )
+        with self._lock:
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        if code:
+            lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+            raise UserError(f"{' '.join(command)}: {lines[-1]} (all of it in {log})")
+
+    def stop(self) -> None:
+        with self._lock:
+            for process in self._running:
+                process.terminate()
+
+
+def is_done(run: Path) -> bool:
+    """Whether a run has its combined model and results."""
+    return (run / COMBINED / DONE).exists()
+
+
+def _copy_first_stage(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name in ("index", "stage-0"):
+        shutil.copytree(source / name, temporary / name)
+    temporary.rename(target)
+
+
+def table(plan: Plan, *, resamples: int = 2000) -> str:
+    """The figures of all arms with 95 % intervals, as Markdown, also written to `out`/table.md and results.jsonl.
+
+    Intervals are a paired bootstrap over seeds and items. With an arm `high`, each figure has the share of the gap
+    between `low` and `high` that an arm recovers.
+
+    Raises:
+        UserError: if a figure is not among the results.
+    """
+    rows = {
+        **{arm: (arm, COMBINED) for arm in plan.arms},
+        **{f"{STAGES}, stage {s} alone": (STAGES, f"stage-{s}") for s in range(_num_stages(plan))},
+    }
+    values = {row: _outcomes(plan, arm, label) for row, (arm, label) in rows.items()}
+    found = crossed_bootstrap(values, lambda means: _quantities(plan, means), resamples=resamples)
+    items = {name: next(iter(values.values()))[terms[0]].shape[1] for name, terms in plan.figures.items()}
+    _write(plan, found, items)
+    text = "\n\n".join(_sections(plan, list(rows), found, items))
+    with atomic_path(plan.out / "table.md") as path:
+        path.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _num_stages(plan: Plan) -> int:
+    return len(list(plan.folder(plan.seeds[0], STAGES).glob("stage-*"))) if STAGES in plan.arms else 0
+
+
+def _outcomes(plan: Plan, arm: str, label: str) -> dict[str, Float[np.ndarray, "seeds items"]]:
+    """Outcome of each item under each seed, by SET:METRIC."""
+    terms = dict.fromkeys(term for terms in plan.figures.values() for term in terms)
+    return {term: np.stack([_outcome(plan.folder(seed, arm), label, term) for seed in plan.seeds]) for term in terms}
+
+
+def _outcome(run: Path, label: str, term: str) -> Float[np.ndarray, "items"]:
+    dataset, _, metric = term.partition(":")
+    found = [r for r in run_results(run) if r["dataset"] == dataset and r["pretrained"].rsplit("/", 1)[-1] == label]
+    if not found:
+        raise UserError(f"{run} has no results of {label} on {dataset!r}; give the set to --eval, and a new --out")
+    folder = run / COMBINED if label == COMBINED else run / f"stage-{found[0]['stage']}" / "eval"
+    with np.load(folder / found[0]["outcomes"], allow_pickle=False) as outcomes:
+        # Features that are no wider than the width asked for have no figure at that width of their own.
+        name = metric if metric in outcomes else WIDTH.sub("", metric)
+        if name not in outcomes:
+            raise UserError(f"{run} has no metric {metric!r} for {dataset}; it has {', '.join(outcomes)}")
+        return np.asarray(outcomes[name], np.float64)
+
+
+def _quantities(plan: Plan, means: Means) -> dict[str, np.ndarray]:
+    """Figures by `ROW|FIGURE|what`: the mean, the difference to the stages, the share of the gap."""
+    found = {}
+    for row in means:
+        for name in plan.figures:
+            value, stages = _figure(plan, means, row, name), _figure(plan, means, STAGES, name)
+            found[f"{row}|{name}|mean"] = value
+            if row in plan.arms and row != STAGES and STAGES in means:
+                found[f"{row}|{name}|behind"] = stages - value
+            if plan.high:
+                low, high = (_figure(plan, means, arm, name) for arm in (plan.low, plan.high))
+                found[f"{row}|{name}|recovered"] = (value - low) / (high - low)
+                if row in plan.arms and row != STAGES:
+                    found[f"{row}|{name}|recovered behind"] = (stages - value) / (high - low)
+    return found
+
+
+def _figure(plan: Plan, means: Means, row: str, name: str) -> np.ndarray:
+    figure: np.ndarray = np.mean([means[row][term] for term in plan.figures[name]], axis=0)
+    return figure
+
+
+def _sections(
+    plan: Plan, rows: Sequence[str], found: Mapping[str, Estimate], items: Mapping[str, int]
+) -> Iterator[str]:
+    """The tables: figures, what of the gap is recovered, and how far the controls are behind the stages."""
+    seeds = f"{len(plan.seeds)} seeds ({', '.join(map(str, plan.seeds))})"
+    yield f"Percent, mean of {seeds} with 95 % intervals over seeds and items:"
+    yield _markdown(plan, rows, found, "mean")
+    if plan.high:
+        yield f"Share of the gap from `{plan.low}` to `{plan.high}` that is recovered, in percent:"
+        yield _markdown(plan, [row for row in rows if row not in (plan.low, plan.high)], found, "recovered")
+    if STAGES in plan.arms:
+        yield f"How far each arm is behind `{STAGES}`, in points, paired:"
+        yield _markdown(plan, [row for row in plan.arms if row != STAGES], found, "behind")
+    yield "Items: " + ", ".join(f"{name} {number}" for name, number in items.items())
+
+
+def _markdown(plan: Plan, rows: Sequence[str], found: Mapping[str, Estimate], what: str) -> str:
+    lines = [["", *plan.figures], ["---", *["--:"] * len(plan.figures)]]
+    lines += [[row, *(_cell(found[f"{row}|{name}|{what}"]) for name in plan.figures)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(estimate: Estimate) -> str:
+    return f"{PERCENT * estimate.value:.1f} [{PERCENT * estimate.low:.1f}, {PERCENT * estimate.high:.1f}]"
+
+
+def _write(plan: Plan, found: Mapping[str, Estimate], items: Mapping[str, int]) -> None:
+    with atomic_path(plan.out / "results.jsonl") as path:
+        for key, estimate in found.items():
+            row, figure, what = key.split("|")
+            record = {"row": row, "figure": figure, "what": what, **estimate._asdict()}
+            append_jsonl(path, {**record, "seeds": list(plan.seeds), "items": items[figure]})

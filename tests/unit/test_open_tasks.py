@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+
+from mcl_clip import RunConfig, StageConfig, TowerConfig, TrainConfig, UserError
+from mcl_clip.config import EvalConfig
+from mcl_clip.eval.tasks.classification import ClassificationTask
+from mcl_clip.eval.tasks.multilabel import MultilabelTask
+from mcl_clip.eval.tasks.retrieval import RetrievalTask
+from mcl_clip.pipeline import open_tasks
+from tests.unit.eval.sets import write_classification, write_image_folder, write_multilabel, write_retrieval
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_classification(tmp_path / "birds", [0, 1, 2])
+    write_multilabel(tmp_path / "voc", [[1, 0], [0, 1]], ("a", "b"))
+    write_retrieval(tmp_path / "photos", 4)
+    write_image_folder(tmp_path / "animals", {"owl": 2, "bee": 1})
+    return tmp_path
+
+
+def opened(**sets):
+    stage = StageConfig(train=TrainConfig(steps=1, global_batch_size=8, lr=1.0))
+    config = RunConfig(
+        run_dir=Path("run"), tower=TowerConfig(architecture="ViT-B-32"), stages=(stage,), eval=EvalConfig(**sets)
+    )
+    return {name: type(task) for name, task in open_tasks(config).items()}
+
+
+def test_sets_of_any_kind(root):
+    assert opened(
+        retrieval=(f"{root}/photos",),
+        classification=(f"{root}/birds",),
+        sets=(f"{root}/voc", f"{root}/animals", f"again={root}/photos"),
+    ) == {
+        "photos": RetrievalTask,
+        "birds": ClassificationTask,
+        "voc": MultilabelTask,
+        "animals": ClassificationTask,
+        "again": RetrievalTask,
+    }
+
+
+def test_mistakes(root):
+    with pytest.raises(UserError, match="two evaluation sets are both called photos; write NAME=FOLDER"):
+        opened(retrieval=(f"{root}/photos",), sets=(f"photos={root}/birds",))
+    with pytest.raises(UserError, match=r"two of .* have the same name; write NAME=FOLDER"):
+        opened(sets=(f"{root}/birds", f"birds={root}/voc"))
+    with pytest.raises(UserError, match=r"is not an evaluation set: it has no pairs.json, dataset_type.txt"):
+        opened(sets=(str(root),))
