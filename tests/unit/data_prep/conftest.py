@@ -1,5 +1,6 @@
 import importlib.util
 import io
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ DATA_PREP = Path(__file__).parents[3] / "data_prep"
 
 @cache
 def _load(name: str) -> ModuleType:
+    if str(DATA_PREP) not in sys.path:
+        sys.path.append(str(DATA_PREP))  # as Python does for a program, which may import the one beside it
     spec = importlib.util.spec_from_file_location(f"data_prep_{name}", DATA_PREP / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,0 +1,429 @@
+"""Pairs in which an easy code, on the picture and in the caption, hides everything else.
+
+After the synthetic shortcuts of Bleeker et al. (2024, arXiv 2402.17510): a code that both sides share is enough to tell
+a batch apart, so contrastive learning can stop there. The same pairs are written twice: `coded/`, and `plain/` without
+the code in picture and caption, which is what a model could learn if nothing hid the rest.
+
+    python data_prep/shortcuts.py codes shards/codes --codes 512
+    python data_prep/shortcuts.py classes cifar10 mnist shards/cifar-mnist
+    python data_prep/shortcuts.py photos captions.csv mnist shards/photos-mnist --images-root images
+
+`codes`: white Trifeature objects under a strip of three coloured patches, 'code red blue green, a striped star'.
+`classes`: pictures in folders of classes (train/CLASS, test/CLASS) under MNIST digits, 'code 7 0 3, a photo of a cat'.
+`photos`: photos and captions from a table with a column of splits, under MNIST digits, the code before the caption.
+
+Each of `coded/` and `plain/` holds train/ (shards and index) and sets in the layout of CLIP_benchmark: classification/
+with `code` (its classes are the codes), `place` (the first symbol alone) and what is hidden, or retrieval/.
+"""
+
+import gzip
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from from_table import group_rows, read_rows
+from PIL import Image
+from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render
+
+from mcl_clip.artifacts import write_json
+from mcl_clip.console import run_program
+from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.data.writing import (
+    LabelledImage,
+    Pair,
+    new_folder,
+    write_classification_set,
+    write_pairs,
+    write_retrieval_set,
+)
+from mcl_clip.distributed import permutation, random_words
+from mcl_clip.errors import UserError
+
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+
+PLACES = 3
+SYMBOLS = (0, 1, 2, 3, 4, 5, 6, 8)  # of the colours of Trifeature: eight that are easy to tell apart
+WHITE = COLOURS.index("white")
+VARIANTS = ("coded", "plain")
+OPENINGS = ("", "a picture of ", "this is ")
+HIDDEN_TEMPLATES = {
+    "shape": ("a {c}", "a picture of a {c}", "this is a {c}"),
+    "texture": ("a {c} object", "a picture of a {c} object", "this is a {c} object"),
+}
+DIGIT_SHARE = 0.3  # height of a digit, as a part of the picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """The codes in use: `number` of all that `symbols ** places` allows, chosen by the seed."""
+
+    symbols: int
+    places: int
+    number: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.symbols**self.places:
+            raise UserError(
+                f"--codes is {self.number}; {self.places} places of {self.symbols} symbols make 1 to "
+                f"{self.symbols**self.places}"
+            )
+
+    @property
+    def table(self) -> np.ndarray:
+        """The symbols of each code, int64 [number, places], in ascending order."""
+        everything: np.ndarray = np.array(list(product(range(self.symbols), repeat=self.places)))
+        chosen: np.ndarray = np.sort(permutation(len(everything), "shortcut codes", self.seed)[: self.number])
+        table: np.ndarray = everything[chosen]
+        return table
+
+    def of_rows(self, rows: int, split: str) -> np.ndarray:
+        """The code of each row, int64 [rows]: each equally often, independent of everything else."""
+        return permutation(rows, "shortcut rows", self.seed, split) % self.number
+
+
+def make_codes(
+    out: Out,
+    *,
+    pairs_train: int = 16384,
+    codes: int = 512,
+    size_px: int = 32,
+    name_hidden: float = 1.0,
+    images_test: int = 1000,
+    samples_per_shard: int = 2048,
+    seed: int = 0,
+) -> None:
+    """White objects of 10 shapes and 10 textures under three coloured patches.
+
+    Args:
+        out: Folder to make; must be empty or not exist.
+        pairs_train: Number of training pairs.
+        codes: Number of different codes, at most 8^3 = 512.
+        size_px: Width and height of the pictures in pixels, 32 to 512.
+        name_hidden: Probability from 0 to 1 that a training caption names the shape, and the texture.
+        images_test: Number of pictures of each evaluation set.
+        samples_per_shard: Number of samples in a tar file.
+        seed: Another seed gives other pictures, captions and codes.
+
+    Raises:
+        UserError: for values out of range, or a folder that is not empty.
+    """
+    options = {name: value for name, value in locals().items() if name != "out"}
+    if not 32 <= size_px <= 512 or not 0 <= name_hidden <= 1 or min(pairs_train, images_test) < 1:
+        raise UserError(
+            f"--size-px {size_px} must be from 32 to 512, --name-hidden {name_hidden:g} from 0 to 1, --pairs-train "
+            f"{pairs_train} and --images-test {images_test} at least 1"
+        )
+    used = Codes(symbols=len(SYMBOLS), places=PLACES, number=codes, seed=seed)
+    objects = _Objects(used, size_px, name_hidden)
+    names = ["code " + " ".join(COLOURS[SYMBOLS[symbol]] for symbol in code) for code in used.table]
+    test_code = used.of_rows(images_test, "test")
+    labels = {
+        "shape": objects.hidden(images_test, "test")[:, 0],
+        "texture": objects.hidden(images_test, "test")[:, 1],
+        "code": test_code,
+        "place": used.table[test_code, 0],
+    }
+    classes: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+        "shape": (WORDS["shape"], HIDDEN_TEMPLATES["shape"]),
+        "texture": (WORDS["texture"], HIDDEN_TEMPLATES["texture"]),
+        "code": (names, ("{c}, an object", "{c}, a picture of an object", "{c}, this is an object")),
+        "place": ([COLOURS[symbol] for symbol in SYMBOLS], ("code {c}",)),
+    }
+    with new_folder(out) as folder:
+        for variant in VARIANTS:
+            train = objects.pairs(pairs_train, variant)
+            write_pairs(train, folder / variant / "train", samples_per_shard=samples_per_shard, total=pairs_train)
+            for name, (classnames, templates) in classes.items():
+                if variant == "coded" or name in HIDDEN_TEMPLATES:
+                    write_classification_set(
+                        objects.labelled(labels[name], variant),
+                        folder / variant / "classification" / name,
+                        classnames=classnames,
+                        templates=templates,
+                        samples_per_shard=samples_per_shard,
+                        total=images_test,
+                    )
+        write_json(folder / "metadata.json", {"options": options, "codes": names})
+    print(f"{out}: {pairs_train} pairs with {codes} codes and without, {images_test} pictures a set")
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """Pictures and captions of white objects; each is a function of (seed, split, row)."""
+
+    codes: Codes
+    size_px: int
+    name_hidden: float
+
+    def hidden(self, rows: int, split: str) -> np.ndarray:
+        """Shape and texture of each row, int64 [rows, 2]: every pair equally often."""
+        pairs = permutation(rows, "shortcut objects", self.codes.seed, split) % 100
+        return np.stack([pairs // 10, pairs % 10], axis=1)
+
+    def pairs(self, rows: int, variant: str) -> Iterator[Pair]:
+        seed = self.codes.seed
+        hidden, codes = self.hidden(rows, "train"), self.codes.table[self.codes.of_rows(rows, "train")]
+        for row, ((shape, texture), code) in enumerate(zip(hidden.tolist(), codes.tolist(), strict=True)):
+            words = random_words(3, "shortcut caption", seed, row).tolist()
+            noun = WORDS["shape"][shape] if words[0] / 2**64 < self.name_hidden else "object"
+            adjective = f"{WORDS['texture'][texture]} " if words[1] / 2**64 < self.name_hidden else ""
+            article = "an" if (adjective or noun)[0] in "aeiou" else "a"
+            caption = f"{OPENINGS[words[2] % len(OPENINGS)]}{article} {adjective}{noun}"
+            if variant == "coded":
+                caption = f"code {' '.join(COLOURS[SYMBOLS[symbol]] for symbol in code)}, {caption}"
+            yield Pair(
+                key=f"{row:08d}", image=self._paint(shape, texture, code, variant, "train", row), captions=[caption]
+            )
+
+    def labelled(self, labels: np.ndarray, variant: str) -> Iterator[LabelledImage]:
+        hidden, codes = self.hidden(len(labels), "test"), self.codes.table[self.codes.of_rows(len(labels), "test")]
+        for row, ((shape, texture), code) in enumerate(zip(hidden.tolist(), codes.tolist(), strict=True)):
+            image = self._paint(shape, texture, code, variant, "test", row)
+            yield LabelledImage(key=f"{row:08d}", image=image, label=int(labels[row]))
+
+    def _paint(self, shape: int, texture: int, code: Sequence[int], variant: str, split: str, row: int) -> bytes:
+        """An object on grey below a strip of an eighth of the height, grey too without a code."""
+        strip = self.size_px // 8
+        side = self.size_px - strip
+        picture = np.full((self.size_px, self.size_px, 3), BACKGROUND, np.uint8)
+        left = strip // 2
+        picture[strip:, left : left + side] = render(
+            shape, WHITE, texture, size_px=side, name=(self.codes.seed, "shortcut", split, row)
+        )
+        if variant == "coded":
+            edges = np.linspace(0, self.size_px, PLACES + 1).round().astype(int)
+            for place, symbol in enumerate(code):
+                picture[:strip, edges[place] : edges[place + 1]] = RGB[SYMBOLS[symbol]]
+        return _png(Image.fromarray(picture))
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def make_classes(
+    pictures: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")],
+    mnist: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MNIST")],
+    out: Out,
+    *,
+    pairs_train: int = 50000,
+    codes: int = 1000,
+    size_px: int = 32,
+    images_test: int = 2000,
+    samples_per_shard: int = 2048,
+    seed: int = 0,
+) -> None:
+    """Pictures of classes under MNIST digits; the caption names the digits and the class.
+
+    Args:
+        pictures: Folder with train/CLASS/ and test/CLASS/, such as the pictures of CIFAR-10.
+        mnist: Folder with the four files of MNIST, such as train-images-idx3-ubyte.gz.
+        out: Folder to make; must be empty or not exist.
+        pairs_train: Most training pairs.
+        codes: Number of different codes of three digits, at most 1,000.
+        size_px: Width and height of the pictures in pixels.
+        images_test: Most pictures of each evaluation set.
+        samples_per_shard: Number of samples in a tar file.
+        seed: Another seed gives other codes, digits and choices.
+
+    Raises:
+        UserError: for folders without what is needed, or values out of range.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("out", "pictures", "mnist")}
+    used = Codes(symbols=10, places=PLACES, number=codes, seed=seed)
+    train, classes = _class_folders(pictures / "train", pairs_train, seed)
+    test, test_classes = _class_folders(pictures / "test", images_test, seed)
+    if test_classes != classes:
+        raise UserError(f"{pictures} has the classes {classes} in train and {test_classes} in test; they must agree")
+    painter = {split: _Digits(used, Mnist.open(mnist, split), size_px, split) for split in ("train", "test")}
+    test_code = used.of_rows(len(test), "test")
+    names = [_digits_name(code) for code in used.table]
+    sets: dict[str, tuple[np.ndarray, Sequence[str], Sequence[str]]] = {
+        "class": (np.array([label for _, label in test]), classes, ("a photo of a {c}", "a picture of a {c}", "a {c}")),
+        "code": (test_code, names, ("{c}, a photo",)),
+        "place": (used.table[test_code, 0], [str(digit) for digit in range(10)], ("code {c}",)),
+    }
+    with new_folder(out) as folder:
+        for variant in VARIANTS:
+            pairs = painter["train"].pairs(
+                ((path.read_bytes(), [_photo_of(classes[label])]) for path, label in train), len(train), variant
+            )
+            write_pairs(pairs, folder / variant / "train", samples_per_shard=samples_per_shard, total=len(train))
+            for name, (labels, classnames, templates) in sets.items():
+                if variant == "coded" or name == "class":
+                    images = painter["test"].images((path.read_bytes() for path, _ in test), len(test), variant)
+                    write_classification_set(
+                        (
+                            LabelledImage(key=f"{row:08d}", image=image, label=int(labels[row]))
+                            for row, image in enumerate(images)
+                        ),
+                        folder / variant / "classification" / name,
+                        classnames=classnames,
+                        templates=templates,
+                        samples_per_shard=samples_per_shard,
+                        total=len(test),
+                    )
+        write_json(folder / "metadata.json", {"options": options, "classes": list(classes)})
+    print(f"{out}: {len(train)} pairs with {codes} codes and without, {len(test)} pictures a set")
+
+
+def make_photos(
+    table: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE")],
+    mnist: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MNIST")],
+    out: Out,
+    *,
+    images_root: Path,
+    image_column: str = "file",
+    caption_column: str = "caption",
+    split_column: str = "split",
+    codes: int = 100,
+    size_px: int = 64,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Photos with their captions under MNIST digits; each caption begins with the code.
+
+    Args:
+        table: A table of photos and captions, as for from_table.py, with the splits train and test.
+        mnist: Folder with the four files of MNIST, such as train-images-idx3-ubyte.gz.
+        out: Folder to make; must be empty or not exist.
+        images_root: Folder that the paths in the table start from.
+        image_column: Column with paths of photos.
+        caption_column: Column with captions.
+        split_column: Column with the split of each row.
+        codes: Number of different codes of three digits, at most 1,000.
+        size_px: Width and height to which the photos are squashed, in pixels.
+        samples_per_shard: Number of samples in a tar file.
+        seed: Another seed gives other codes and digits.
+
+    Raises:
+        UserError: for files without what is needed, or values out of range.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("out", "table", "mnist", "images_root")}
+    used = Codes(symbols=10, places=PLACES, number=codes, seed=seed)
+    rows = read_rows(table, (image_column, caption_column, split_column))
+    splits = group_rows(rows, image_column=image_column, caption_column=caption_column, split_column=split_column)
+    if missing := {"train", "test"} - splits.keys():
+        raise UserError(
+            f"{table} has no split {', '.join(sorted(missing))} in {split_column!r}; it has {sorted(splits)}"
+        )
+    painter = {split: _Digits(used, Mnist.open(mnist, split), size_px, split) for split in ("train", "test")}
+
+    def samples(split: str) -> Iterator[tuple[bytes, list[str]]]:
+        return (((images_root / image).read_bytes(), captions) for image, captions in splits[split].items())
+
+    counts = {split: len(splits[split]) for split in ("train", "test")}
+    with new_folder(out) as folder:
+        for variant in VARIANTS:
+            pairs = painter["train"].pairs(samples("train"), counts["train"], variant)
+            write_pairs(pairs, folder / variant / "train", samples_per_shard=samples_per_shard, total=counts["train"])
+            for name in ("hidden", "coded") if variant == "coded" else ("hidden",):
+                pairs = painter["test"].pairs(samples("test"), counts["test"], variant, name_code=name == "coded")
+                write_retrieval_set(pairs, folder / variant / "retrieval" / name, total=counts["test"])
+        write_json(folder / "metadata.json", {"options": options})
+    print(f"{out}: {counts['train']} pairs with {codes} codes and without, {counts['test']} test photos")
+
+
+@dataclass(frozen=True)
+class Mnist:
+    """Handwritten digits: uint8 pictures [n, 28, 28], and the numbers of those that show each digit."""
+
+    pictures: np.ndarray
+    members: tuple[np.ndarray, ...]
+
+    @classmethod
+    def open(cls, folder: Path, split: str) -> "Mnist":
+        """The `train` or `test` part.
+
+        Raises:
+            UserError: if the files are missing or are not those of MNIST.
+        """
+        prefix = {"train": "train", "test": "t10k"}[split]
+        pictures = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+        labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8)
+        if len(pictures) != len(labels):
+            raise UserError(f"{folder} has {len(pictures)} pictures and {len(labels)} labels; fetch the files again")
+        return cls(pictures, tuple(np.flatnonzero(labels == digit) for digit in range(10)))
+
+
+def _read_idx(path: Path, header: int) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; MNIST is four gzip files, as its authors publish them")
+    with gzip.open(path) as file:
+        return np.frombuffer(file.read(), np.uint8, offset=header)
+
+
+def _class_folders(folder: Path, most: int, seed: int) -> tuple[list[tuple[Path, int]], list[str]]:
+    """Pictures with their class, a seeded choice of `most` of them, and the names of the classes."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; the pictures lie in train/CLASS/ and test/CLASS/")
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    found = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).iterdir())]
+    if not found:
+        raise UserError(f"{folder} has no pictures in folders of classes")
+    order = permutation(len(found), "shortcut pictures", seed, folder.name)[:most]
+    return [found[number] for number in order], classes
+
+
+def _photo_of(name: str) -> str:
+    return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _digits_name(code: Iterable[int]) -> str:
+    return "code " + " ".join(str(digit) for digit in code)
+
+
+@dataclass(frozen=True)
+class _Digits:
+    """Puts a code of handwritten digits over pictures; a function of (seed, split, row)."""
+
+    codes: Codes
+    mnist: Mnist
+    size_px: int
+    split: str
+
+    def pairs(
+        self, samples: Iterable[tuple[bytes, list[str]]], rows: int, variant: str, *, name_code: bool = True
+    ) -> Iterator[Pair]:
+        codes = self.codes.table[self.codes.of_rows(rows, self.split)]
+        for row, (data, captions) in enumerate(islice(samples, rows)):
+            if variant == "coded" and name_code:
+                named = [f"{_digits_name(codes[row])}, {caption}" for caption in captions]
+            else:
+                named = captions
+            yield Pair(key=f"{row:08d}", image=self._paint(data, codes[row], variant, row), captions=named)
+
+    def images(self, files: Iterable[bytes], rows: int, variant: str) -> Iterator[bytes]:
+        codes = self.codes.table[self.codes.of_rows(rows, self.split)]
+        for row, data in enumerate(islice(files, rows)):
+            yield self._paint(data, codes[row], variant, row)
+
+    def _paint(self, data: bytes, code: np.ndarray, variant: str, row: int) -> bytes:
+        """The picture with digits, white on black, along its upper edge; nothing for what cannot be decoded."""
+        try:
+            image = decode_image(data).convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
+        except BadSampleError:
+            return b""
+        picture = np.array(image)
+        if variant == "coded":
+            side = round(DIGIT_SHARE * self.size_px)
+            draws = random_words(PLACES, "shortcut digits", self.codes.seed, self.split, row).tolist()
+            lefts = np.linspace(0, self.size_px - side, PLACES).round().astype(int)
+            for digit, draw, left in zip(code.tolist(), draws, lefts.tolist(), strict=True):
+                members = self.mnist.members[digit]
+                drawn = Image.fromarray(self.mnist.pictures[members[draw % len(members)]])
+                picture[:side, left : left + side] = np.asarray(drawn.resize((side, side)))[..., None]
+        return _png(Image.fromarray(picture))
+
+
+if __name__ == "__main__":
+    programs: dict[str, Any] = {"codes": make_codes, "classes": make_classes, "photos": make_photos}
+    run_program(lambda: tyro.extras.subcommand_cli_from_dict(programs, prog="shortcuts.py", description=__doc__))
