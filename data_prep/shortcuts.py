@@ -4,11 +4,11 @@ After the synthetic shortcuts of Bleeker et al. (2024, arXiv 2402.17510): a code
 a batch apart, so contrastive learning can stop there. The same pairs are written twice: `coded/`, and `plain/` without
 the code in picture and caption, which is what a model could learn if nothing hid the rest.
 
-    python data_prep/shortcuts.py codes shards/codes --codes 512
+    python data_prep/shortcuts.py codes shards/codes --codes 64
     python data_prep/shortcuts.py classes cifar10 mnist shards/cifar-mnist
     python data_prep/shortcuts.py photos captions.csv mnist shards/photos-mnist --images-root images
 
-`codes`: white Trifeature objects under a strip of three coloured patches, 'code red blue green, a striped star'.
+`codes`: white Trifeature objects under six coloured patches, 'code red blue pink red cyan blue, a striped star'.
 `classes`: pictures in folders of classes (train/CLASS, test/CLASS) under MNIST digits, 'code 7 0 3, a photo of a cat'.
 `photos`: photos and captions from a table with a column of splits, under MNIST digits, the code before the caption.
 
@@ -20,7 +20,7 @@ import gzip
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,15 +46,17 @@ from mcl_clip.errors import UserError
 
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 
-PLACES = 3
+PLACES = {"patches": 6, "digits": 3}
 SYMBOLS = (0, 1, 2, 3, 4, 5, 6, 8)  # of the colours of Trifeature: eight that are easy to tell apart
 WHITE = COLOURS.index("white")
 VARIANTS = ("coded", "plain")
-OPENINGS = ("", "a picture of ", "this is ")
 HIDDEN_TEMPLATES = {
-    "shape": ("a {c}", "a picture of a {c}", "this is a {c}"),
-    "texture": ("a {c} object", "a picture of a {c} object", "this is a {c} object"),
-}
+    "shape": tuple(f"a {texture} {{c}}" for texture in WORDS["texture"]),
+    "texture": tuple(f"a {{c}} {shape}" for shape in WORDS["shape"]),
+}  # as the captions are worded, with every value of the other attribute
+CODE_TEMPLATES = tuple(
+    f"{{c}}, a {texture} {shape}" for texture, shape in zip(WORDS["texture"], WORDS["shape"], strict=True)
+)
 DIGIT_SHARE = 0.3  # height of a digit, as a part of the picture
 
 
@@ -77,9 +79,9 @@ class Codes:
     @property
     def table(self) -> np.ndarray:
         """The symbols of each code, int64 [number, places], in ascending order."""
-        everything: np.ndarray = np.array(list(product(range(self.symbols), repeat=self.places)))
-        chosen: np.ndarray = np.sort(permutation(len(everything), "shortcut codes", self.seed)[: self.number])
-        table: np.ndarray = everything[chosen]
+        total = self.symbols**self.places
+        chosen: np.ndarray = np.sort(permutation(total, "shortcut codes", self.seed)[: self.number])
+        table: np.ndarray = np.stack(np.unravel_index(chosen, (self.symbols,) * self.places), axis=1)
         return table
 
     def of_rows(self, rows: int, split: str) -> np.ndarray:
@@ -91,19 +93,19 @@ def make_codes(
     out: Out,
     *,
     pairs_train: int = 16384,
-    codes: int = 512,
+    codes: int = 64,
     size_px: int = 32,
     name_hidden: float = 1.0,
     images_test: int = 1000,
     samples_per_shard: int = 2048,
     seed: int = 0,
 ) -> None:
-    """White objects of 10 shapes and 10 textures under three coloured patches.
+    """White objects of 10 shapes and 10 textures under six coloured patches.
 
     Args:
         out: Folder to make; must be empty or not exist.
         pairs_train: Number of training pairs.
-        codes: Number of different codes, at most 8^3 = 512.
+        codes: Number of different codes, at most 8^6 = 262,144.
         size_px: Width and height of the pictures in pixels, 32 to 512.
         name_hidden: Probability from 0 to 1 that a training caption names the shape, and the texture.
         images_test: Number of pictures of each evaluation set.
@@ -119,7 +121,7 @@ def make_codes(
             f"--size-px {size_px} must be from 32 to 512, --name-hidden {name_hidden:g} from 0 to 1, --pairs-train "
             f"{pairs_train} and --images-test {images_test} at least 1"
         )
-    used = Codes(symbols=len(SYMBOLS), places=PLACES, number=codes, seed=seed)
+    used = Codes(symbols=len(SYMBOLS), places=PLACES["patches"], number=codes, seed=seed)
     objects = _Objects(used, size_px, name_hidden)
     names = ["code " + " ".join(COLOURS[SYMBOLS[symbol]] for symbol in code) for code in used.table]
     test_code = used.of_rows(images_test, "test")
@@ -132,7 +134,7 @@ def make_codes(
     classes: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         "shape": (WORDS["shape"], HIDDEN_TEMPLATES["shape"]),
         "texture": (WORDS["texture"], HIDDEN_TEMPLATES["texture"]),
-        "code": (names, ("{c}, an object", "{c}, a picture of an object", "{c}, this is an object")),
+        "code": (names, CODE_TEMPLATES),
         "place": ([COLOURS[symbol] for symbol in SYMBOLS], ("code {c}",)),
     }
     with new_folder(out) as folder:
@@ -170,11 +172,11 @@ class _Objects:
         seed = self.codes.seed
         hidden, codes = self.hidden(rows, "train"), self.codes.table[self.codes.of_rows(rows, "train")]
         for row, ((shape, texture), code) in enumerate(zip(hidden.tolist(), codes.tolist(), strict=True)):
-            words = random_words(3, "shortcut caption", seed, row).tolist()
+            words = random_words(2, "shortcut caption", seed, row).tolist()
             noun = WORDS["shape"][shape] if words[0] / 2**64 < self.name_hidden else "object"
             adjective = f"{WORDS['texture'][texture]} " if words[1] / 2**64 < self.name_hidden else ""
             article = "an" if (adjective or noun)[0] in "aeiou" else "a"
-            caption = f"{OPENINGS[words[2] % len(OPENINGS)]}{article} {adjective}{noun}"
+            caption = f"{article} {adjective}{noun}"
             if variant == "coded":
                 caption = f"code {' '.join(COLOURS[SYMBOLS[symbol]] for symbol in code)}, {caption}"
             yield Pair(
@@ -197,7 +199,7 @@ class _Objects:
             shape, WHITE, texture, size_px=side, name=(self.codes.seed, "shortcut", split, row)
         )
         if variant == "coded":
-            edges = np.linspace(0, self.size_px, PLACES + 1).round().astype(int)
+            edges = np.linspace(0, self.size_px, len(code) + 1).round().astype(int)
             for place, symbol in enumerate(code):
                 picture[:strip, edges[place] : edges[place + 1]] = RGB[SYMBOLS[symbol]]
         return _png(Image.fromarray(picture))
@@ -238,7 +240,7 @@ def make_classes(
         UserError: for folders without what is needed, or values out of range.
     """
     options = {name: value for name, value in locals().items() if name not in ("out", "pictures", "mnist")}
-    used = Codes(symbols=10, places=PLACES, number=codes, seed=seed)
+    used = Codes(symbols=10, places=PLACES["digits"], number=codes, seed=seed)
     train, classes = _class_folders(pictures / "train", pairs_train, seed)
     test, test_classes = _class_folders(pictures / "test", images_test, seed)
     if test_classes != classes:
@@ -308,7 +310,7 @@ def make_photos(
         UserError: for files without what is needed, or values out of range.
     """
     options = {name: value for name, value in locals().items() if name not in ("out", "table", "mnist", "images_root")}
-    used = Codes(symbols=10, places=PLACES, number=codes, seed=seed)
+    used = Codes(symbols=10, places=PLACES["digits"], number=codes, seed=seed)
     rows = read_rows(table, (image_column, caption_column, split_column))
     splits = group_rows(rows, image_column=image_column, caption_column=caption_column, split_column=split_column)
     if missing := {"train", "test"} - splits.keys():
@@ -415,8 +417,8 @@ class _Digits:
         picture = np.array(image)
         if variant == "coded":
             side = round(DIGIT_SHARE * self.size_px)
-            draws = random_words(PLACES, "shortcut digits", self.codes.seed, self.split, row).tolist()
-            lefts = np.linspace(0, self.size_px - side, PLACES).round().astype(int)
+            draws = random_words(len(code), "shortcut digits", self.codes.seed, self.split, row).tolist()
+            lefts = np.linspace(0, self.size_px - side, len(code)).round().astype(int)
             for digit, draw, left in zip(code.tolist(), draws, lefts.tolist(), strict=True):
                 members = self.mnist.members[digit]
                 drawn = Image.fromarray(self.mnist.pictures[members[draw % len(members)]])

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float16, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mcl_clip.artifacts import append_jsonl, atomic_dir, atomic_path, read_json, write_json
 from mcl_clip.config import RunConfig, StageConfig
@@ -31,7 +32,7 @@ from mcl_clip.eval.tasks.classification import ClassificationTask, normalized_mu
 from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
 from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, trainable_summary
 from mcl_clip.model.towers import lock as lock_parameters
-from mcl_clip.multistage.cluster import Clustering, spherical_kmeans
+from mcl_clip.multistage.cluster import Clustering, Rows, Whitening, fit_whitening, spherical_kmeans
 from mcl_clip.multistage.combine import fit_combination
 from mcl_clip.multistage.controls import shuffled_groups
 from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
@@ -213,10 +214,16 @@ def cluster(run: Run, s: int) -> None:
     settings, out = run.config.stages[s].cluster, run.folder(s, "cluster")
     sides = SIDES if settings.on == "product" else (settings.on,)
     results: dict[str, Clustering] = {}
+    stored: dict[str, np.ndarray] = {}
+    table = run.embeddings(s)
     for side in sides:
-        table = run.embeddings(s)
+        rows: Rows = partial(table.rows, side=side)
+        if settings.whiten:
+            whitening = fit_whitening(rows, len(table))
+            stored |= {f"{side}.mean": whitening.mean, f"{side}.whitening": whitening.matrix}
+            rows = partial(_whitened, rows, whitening)
         results[side] = spherical_kmeans(
-            partial(table.rows, side=side),
+            rows,
             num_rows=len(table),
             num_clusters=settings.text_clusters or settings.num_clusters if side == "text" else settings.num_clusters,
             name=(run.config.seed, s, "cluster", side),
@@ -225,12 +232,17 @@ def cluster(run: Run, s: int) -> None:
             device=run.accelerator.device,
         )
     if is_main():
+        stored |= {side: result.centroids for side, result in results.items()}
         with atomic_path(out / "centroids.safetensors") as path:
-            save_file({side: torch.from_numpy(result.centroids) for side, result in results.items()}, path)
+            save_file({name: torch.from_numpy(array) for name, array in stored.items()}, path)
         for side, result in results.items():
             with atomic_path(out / f"assignments-{side}.npy") as path, path.open("wb") as file:
                 np.save(file, result.assignments.astype(np.int32))
         write_json(out / "trace.json", {side: result.trace for side, result in results.items()})
+
+
+def _whitened(rows: Rows, whitening: Whitening, start: int, stop: int) -> Float16[np.ndarray, "rows dim"]:
+    return whitening(rows(start, stop))
 
 
 def label(run: Run, s: int) -> None:
@@ -333,10 +345,14 @@ def _cluster_agreement(
     run: Run, s: int, task: ClassificationTask, image_features: Float[Tensor, "images dim"]
 ) -> dict[str, float]:
     """How well the clusters of a stage tell the classes of a set apart; nothing if pictures were not clustered."""
-    centroids = load_file(run.folder(s, "cluster") / "centroids.safetensors").get("image")
-    if centroids is None:
+    stored = load_file(run.folder(s, "cluster") / "centroids.safetensors")
+    if "image" not in stored:
         return {}
-    clusters = (image_features @ centroids.T).argmax(1).numpy()
+    features = F.normalize(image_features)
+    if "image.whitening" in stored:
+        whitening = Whitening(mean=stored["image.mean"].numpy(), matrix=stored["image.whitening"].numpy())
+        features = torch.from_numpy(whitening(features.numpy())).float()
+    clusters = (features @ stored["image"].T).argmax(1).numpy()
     return {"cluster_nmi": normalized_mutual_information(clusters, task.data.labels)}
 
 

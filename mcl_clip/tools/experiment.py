@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from tqdm import tqdm
 
 from mcl_clip.artifacts import DONE, append_jsonl, atomic_path
 from mcl_clip.errors import UserError
-from mcl_clip.eval.suite import run_results
-from mcl_clip.statistics import Estimate, crossed_bootstrap
+from mcl_clip.eval.suite import label_of, run_results
+from mcl_clip.model.multistage import COMBINATIONS
+from mcl_clip.statistics import Estimate, Means, crossed_bootstrap
 
 STAGES = "mcl"
 CONTROLS = ("single", "ensemble", "no-groups", "random-groups", "ifm")
@@ -33,7 +35,7 @@ COMBINED = "combined"
 WIDTH = re.compile(r"_width_\d+$")
 PERCENT = 100
 
-Means = Mapping[str, Mapping[str, np.ndarray]]
+Values = Mapping[str, Mapping[str, Float[np.ndarray, "_seeds _items"]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +170,10 @@ def table(plan: Plan, *, resamples: int = 2000) -> str:
     """
     rows = {
         **{arm: (arm, COMBINED) for arm in plan.arms},
-        **{f"{STAGES}, stage {s} alone": (STAGES, f"stage-{s}") for s in range(_num_stages(plan))},
+        **_rows_of_stages(plan),
     }
-    values = {row: _outcomes(plan, arm, label) for row, (arm, label) in rows.items()}
-    found = crossed_bootstrap(values, lambda means: _quantities(plan, means), resamples=resamples)
+    values = _outcomes(plan, rows)
+    found = crossed_bootstrap(values, partial(_quantities, plan), resamples=resamples)
     items = {name: next(iter(values.values()))[terms[0]].shape[1] for name, terms in plan.figures.items()}
     _write(plan, found, items)
     text = "\n\n".join(_sections(plan, list(rows), found, items))
@@ -180,21 +182,42 @@ def table(plan: Plan, *, resamples: int = 2000) -> str:
     return text
 
 
-def _num_stages(plan: Plan) -> int:
-    return len(list(plan.folder(plan.seeds[0], STAGES).glob("stage-*"))) if STAGES in plan.arms else 0
+def _rows_of_stages(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Each stage alone, and the combinations of all stages."""
+    if STAGES not in plan.arms:
+        return {}
+    last = len(list(plan.folder(plan.seeds[0], STAGES).glob("stage-*"))) - 1
+    alone = {f"{STAGES}, stage {s} alone": (STAGES, f"stage-{s}") for s in range(last + 1)}
+    together = {f"{STAGES}, {how}": (STAGES, f"stages-0-{last}-{how}") for how in COMBINATIONS if last}
+    return alone | together
 
 
-def _outcomes(plan: Plan, arm: str, label: str) -> dict[str, Float[np.ndarray, "seeds items"]]:
-    """Outcome of each item under each seed, by SET:METRIC."""
-    terms = dict.fromkeys(term for terms in plan.figures.values() for term in terms)
-    return {term: np.stack([_outcome(plan.folder(seed, arm), label, term) for seed in plan.seeds]) for term in terms}
+def _outcomes(plan: Plan, rows: Mapping[str, tuple[str, str]]) -> Values:
+    """Outcomes [seeds, items] by row and SET:METRIC; NaN where an arm is not measured on a set."""
+    values: dict[str, dict[str, np.ndarray]] = {row: {} for row in rows}
+    for term in dict.fromkeys(term for terms in plan.figures.values() for term in terms):
+        found = {
+            row: [_outcome(plan.folder(seed, arm), label, term) for seed in plan.seeds]
+            for row, (arm, label) in rows.items()
+        }
+        known = next((one for of_row in found.values() for one in of_row if one is not None), None)
+        if known is None:
+            raise UserError(f"no run in {plan.out} has results for {term}; name its set to --eval, or use a new --out")
+        for row, of_row in found.items():
+            values[row][term] = np.stack([np.full_like(known, np.nan) if one is None else one for one in of_row])
+    return values
 
 
-def _outcome(run: Path, label: str, term: str) -> Float[np.ndarray, "items"]:
+def _outcome(run: Path, label: str, term: str) -> Float[np.ndarray, "items"] | None:
+    """The outcome of each item for one model of a run; nothing if it has no results on the set.
+
+    Raises:
+        UserError: if there are results, but not of the metric.
+    """
     dataset, _, metric = term.partition(":")
-    found = [r for r in run_results(run) if r["dataset"] == dataset and r["pretrained"].rsplit("/", 1)[-1] == label]
+    found = [record for record in run_results(run) if record["dataset"] == dataset and label_of(record) == label]
     if not found:
-        raise UserError(f"{run} has no results of {label} on {dataset!r}; give the set to --eval, and a new --out")
+        return None
     folder = run / COMBINED if label == COMBINED else run / f"stage-{found[0]['stage']}" / "eval"
     with np.load(folder / found[0]["outcomes"], allow_pickle=False) as outcomes:
         # Features that are no wider than the width asked for have no figure at that width of their own.
@@ -209,15 +232,12 @@ def _quantities(plan: Plan, means: Means) -> dict[str, np.ndarray]:
     found = {}
     for row in means:
         for name in plan.figures:
-            value, stages = _figure(plan, means, row, name), _figure(plan, means, STAGES, name)
-            found[f"{row}|{name}|mean"] = value
-            if row in plan.arms and row != STAGES and STAGES in means:
-                found[f"{row}|{name}|behind"] = stages - value
+            value = found[f"{row}|{name}|mean"] = _figure(plan, means, row, name)
+            if STAGES in means and row in plan.arms and row != STAGES:
+                found[f"{row}|{name}|behind"] = _figure(plan, means, STAGES, name) - value
             if plan.high:
                 low, high = (_figure(plan, means, arm, name) for arm in (plan.low, plan.high))
                 found[f"{row}|{name}|recovered"] = (value - low) / (high - low)
-                if row in plan.arms and row != STAGES:
-                    found[f"{row}|{name}|recovered behind"] = (stages - value) / (high - low)
     return found
 
 
@@ -249,6 +269,8 @@ def _markdown(plan: Plan, rows: Sequence[str], found: Mapping[str, Estimate], wh
 
 
 def _cell(estimate: Estimate) -> str:
+    if not np.isfinite(estimate.value):
+        return "-"
     return f"{PERCENT * estimate.value:.1f} [{PERCENT * estimate.low:.1f}, {PERCENT * estimate.high:.1f}]"
 
 

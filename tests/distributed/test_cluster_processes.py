@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mcl_clip.multistage import cluster
-from mcl_clip.multistage.cluster import Clustering, spherical_kmeans
+from mcl_clip.multistage.cluster import Clustering, fit_whitening, spherical_kmeans
 
 CHUNK = 128  # 8 chunks: two for each of four processes
 
@@ -23,7 +23,9 @@ def planted(noise: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
     return features.astype(np.float16), truth
 
 
-def fit(noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int = 1) -> Clustering:
+def fit(
+    noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int = 1, whiten: bool = False
+) -> Clustering:
     features, _ = planted(noise)
     start = cluster._fit_sample
 
@@ -36,6 +38,8 @@ def fit(noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int
     torch.set_num_threads(threads)
     try:
         with patch.object(cluster, "CHUNK_ROWS", CHUNK), patch.object(cluster, "_fit_sample", with_empty_clusters):
+            if whiten:
+                features = fit_whitening(lambda first, last: features[first:last], 1000)(features)
             return spherical_kmeans(
                 lambda first, last: features[first:last], num_rows=1000, num_clusters=clusters, name=(0, "test")
             )
@@ -44,7 +48,13 @@ def fit(noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int
 
 
 @pytest.mark.parametrize(
-    "make", [partial(fit, 0.05), partial(fit, 1.0, clusters=9), partial(fit, 0.05, far_centroids=2)]
+    "make",
+    [
+        partial(fit, 0.05),
+        partial(fit, 1.0, clusters=9),
+        partial(fit, 0.05, far_centroids=2),
+        partial(fit, 1.0, clusters=9, whiten=True),
+    ],
 )
 def test_clusters_are_bit_equal_at_any_number_of_processes(pool, make):
     one = pool.run(call, 1, make)[0]

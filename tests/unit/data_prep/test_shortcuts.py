@@ -50,7 +50,7 @@ def test_the_plain_pairs_are_the_coded_ones_without_the_code(train):
 def test_the_patches_and_the_caption_say_the_same_code(shortcuts, train):
     for sample in train["coded"]:
         words = code_of(sample).split()[1:]
-        patches = [tuple(pixels(sample)[1, x].tolist()) for x in (3, 16, 28)]
+        patches = [tuple(pixels(sample)[1, x].tolist()) for x in (2, 8, 13, 18, 24, 29)]
         assert patches == [tuple(int(v) for v in shortcuts.RGB[shortcuts.COLOURS.index(word)]) for word in words]
 
 
@@ -82,7 +82,7 @@ def test_labels_of_codes_are_those_of_the_patches(shortcuts, codes, read_tars):
     for code, place in zip(read_tars(root / "code/test"), read_tars(root / "place/test"), strict=True):
         words = names[int(code["cls"])].split()[1:]
         assert firsts[int(place["cls"])] == words[0]
-        assert tuple(pixels(code)[1, 28].tolist()) == tuple(shortcuts.RGB[shortcuts.COLOURS.index(words[2])])
+        assert tuple(pixels(code)[1, 29].tolist()) == tuple(shortcuts.RGB[shortcuts.COLOURS.index(words[5])])
 
 
 def test_the_same_seed_gives_the_same_bytes(shortcuts, codes, tmp_path):
@@ -154,8 +154,8 @@ def test_digits_over_photos(shortcuts, mnist, picture, read_tars, tmp_path):
 
 
 def test_mistakes_are_named(shortcuts, mnist, tmp_path):
-    with pytest.raises(UserError, match=r"--codes is 513; 3 places of 8 symbols make 1 to 512"):
-        shortcuts.make_codes(tmp_path / "out", codes=513)
+    with pytest.raises(UserError, match=r"--codes is 262145; 6 places of 8 symbols make 1 to 262144"):
+        shortcuts.make_codes(tmp_path / "out", codes=262145)
     with pytest.raises(UserError, match="--size-px 16"):
         shortcuts.make_codes(tmp_path / "out", size_px=16)
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte.gz is missing"):

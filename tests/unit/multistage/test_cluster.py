@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
 
 from mcl_clip.errors import UserError
 from mcl_clip.multistage import cluster
-from mcl_clip.multistage.cluster import Clustering, spherical_kmeans
+from mcl_clip.multistage.cluster import Clustering, fit_whitening, spherical_kmeans
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -114,3 +115,49 @@ def test_too_few_distinct_rows_are_refused():
             fit(np.repeat(features, repeats, axis=0), 4)
     with pytest.raises(UserError, match="there are 0"):
         fit(np.zeros((10, 4), np.float16), 1)
+
+
+def anisotropic(num_rows=4000, dim=12):
+    """Unit float16 features in which one direction varies far more than the others; row 5 is bad."""
+    draw = np.random.default_rng(0)
+    features = draw.normal(size=(num_rows, dim)) * np.r_[6.0, np.ones(dim - 1)] + 1.0
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+    features[5] = 0
+    return features
+
+
+def test_whitened_features_have_mean_zero_and_equal_variance():
+    features = anisotropic()
+    whitening = fit_whitening(lambda start, stop: features[start:stop], len(features))
+    good = np.delete(features.astype(np.float64), 5, axis=0)
+    moved = (good - whitening.mean) @ whitening.matrix
+    assert np.abs(moved.mean(0)).max() < 1e-3
+    assert np.allclose(np.cov(moved.T), np.eye(12), atol=0.01)
+    whitened = whitening(features)
+    assert whitened.dtype == np.float16
+    assert not whitened[5].any()
+    assert np.allclose(np.linalg.norm(np.delete(whitened, 5, 0).astype(np.float64), axis=1), 1, atol=2e-3)
+
+
+def test_directions_of_noise_are_not_raised():
+    features = anisotropic()
+    features[:, -1] = (np.random.default_rng(1).normal(size=len(features)) * 1e-3).astype(np.float16)
+    whitening = fit_whitening(lambda start, stop: features[start:stop], len(features))
+    moved = (np.delete(features.astype(np.float64), 5, axis=0) - whitening.mean) @ whitening.matrix
+    assert moved[:, -1].var() < 0.1
+
+
+def test_whitening_keeps_what_plain_clusters_mix():
+    """Two codes: one in a direction of large variance, one in eight small ones; the second is found only whitened."""
+    draw = np.random.default_rng(0)
+    hidden = draw.integers(0, 4, 3000)
+    centres = draw.normal(size=(4, 8))
+    features = np.concatenate([6 * draw.normal(size=(3000, 2)), centres[hidden] + 0.1 * draw.normal(size=(3000, 8))], 1)
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+
+    def agreement(of):
+        found = spherical_kmeans(lambda a, b: of[a:b], num_rows=3000, num_clusters=8, name=("w",), num_starts=2)
+        return normalized_mutual_info_score(found.assignments, hidden)
+
+    whitened = fit_whitening(lambda a, b: features[a:b], 3000)(features)
+    assert agreement(whitened) > agreement(features) + 0.2
