@@ -1,0 +1,85 @@
+"""CIFAR-MNIST: pictures of ten classes under three digits; the caption names the digits and the class.
+
+    python data_prep/shortcuts.py classes cifar10 mnist shards/cifar-mnist --pairs-train 20000 --codes 64
+    mcl-clip experiment recipes/experiments/cifar_mnist.py --out runs/cifar-mnist --seeds 1 2 3 4 5 --jobs 2
+
+`cifar10` is a folder with train/CLASS/ and test/CLASS/, `mnist` one with its four gzip files. The `oracle` is a single
+stage on the same pictures without digits, in picture and caption.
+"""
+
+from pathlib import Path
+
+from mcl_clip import (
+    AugmentConfig,
+    ClusterConfig,
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    MachineConfig,
+    RunConfig,
+    StageConfig,
+    TowerConfig,
+    TrainConfig,
+    main,
+)
+
+DATA = Path("shards/cifar-mnist")
+TOWER = TowerConfig(
+    model={
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+)
+WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off digits
+
+
+def stage(steps: int, num_clusters: int) -> StageConfig:
+    """A stage from new weights, on whitened clusters."""
+    train = TrainConfig(
+        steps=steps,
+        global_batch_size=64,
+        lr=3e-3,
+        warmup_steps=steps // 10,
+        weight_decay=0.05,
+        min_group_size=16,
+        augment=WHOLE,
+    )
+    cluster = ClusterConfig(num_clusters=num_clusters, whiten=True, num_starts=2)
+    return StageConfig(train=train, cluster=cluster, start="scratch")
+
+
+def sets(variant: str, *names: str) -> tuple[str, ...]:
+    """Evaluation sets with the digits, or without them."""
+    return tuple(str(DATA / variant / "classification" / name) for name in names)
+
+
+RECIPE = RunConfig(
+    run_dir=Path("runs/cifar-mnist-once"),
+    data=DataConfig(train=(str(DATA / "coded" / "train"),), holdout_rows=512),
+    tower=TOWER,
+    stages=(stage(300, 128), stage(600, 16)),
+    eval=EvalConfig(classification=sets("coded", "class", "place"), batch_size=256),
+    combine="mean_cosine",
+    machine=MachineConfig(workers=0, log_steps=100),
+)
+EXPERIMENT = ExperimentConfig(
+    figures={
+        "class, read-out": ("class:linear_acc1",),
+        "class, read-out at 64": ("class:linear_acc1_width_64",),
+        "class, zero-shot": ("class:acc1",),
+        "digit, read-out": ("place:linear_acc1",),
+    },
+    arms={
+        "oracle": (
+            "--control=single",
+            f"--data.train={DATA / 'plain' / 'train'}",
+            "--eval.classification",
+            *sets("plain", "class"),
+        )
+    },
+    high="oracle",
+)
+
+if __name__ == "__main__":
+    main(RECIPE)
