@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcl_clip.artifacts import append_jsonl, atomic_dir, atomic_path, read_json, write_json
+from mcl_clip.artifacts import append_jsonl, atomic_dir, atomic_path, read_json, read_jsonl, write_json
 from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.data.batches import CaptionedBatch, TrainingLoader, captioned_batches
 from mcl_clip.data.index import ShardIndex
@@ -27,7 +27,7 @@ from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.transforms import evaluation_transform, train_transform
 from mcl_clip.distributed import barrier, is_main, on_main, permutation, seed_of, world_size
 from mcl_clip.errors import UserError
-from mcl_clip.eval.suite import Task, result_record, results_table
+from mcl_clip.eval.suite import Task, label_of, result_record, results_table
 from mcl_clip.eval.tasks.classification import ClassificationTask, normalized_mutual_information
 from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
 from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, trainable_summary
@@ -37,6 +37,7 @@ from mcl_clip.multistage.combine import fit_combination
 from mcl_clip.multistage.controls import shuffled_groups
 from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
 from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels, no_labels
+from mcl_clip.multistage.suppression import diagnose
 from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
 from mcl_clip.train.metrics import BadSamples
 from mcl_clip.train.optim import create_optimizer
@@ -276,6 +277,27 @@ def evaluate(run: Run, s: int) -> None:
     so_far = [(f"stages-0-{s}-{how}", range(s + 1), how) for how in COMBINATIONS] if s else []
     on_main(partial(score_stages, run, out, [(f"stage-{s}", [s], SINGLE), *so_far]))
     logger.info("after stage %d\n%s", s, results_table(run.config.run_dir))
+    if is_main() and (said := _diagnosis(run, s)):
+        logger.info("stage %d: %s", s, said)
+
+
+def _diagnosis(run: Run, s: int) -> str:
+    """Whether anything seems to be suppressed in a stage; nothing for one that was not trained."""
+    steps = [r for r in read_jsonl(run.folder(s, "train") / "metrics.jsonl") if "negatives_per_row" in r]
+    if not steps:
+        return ""
+    last = steps[-max(1, len(steps) // 10) :]
+    return diagnose(
+        loss=float(np.mean([record["loss"] for record in last])),
+        negatives=float(np.mean([record["negatives_per_row"] for record in last])),
+        scores={
+            record["dataset"]: record["metrics"]["main_metric"]
+            for record in read_jsonl(run.folder(s, "eval") / "results.jsonl")
+            if label_of(record) == f"stage-{s}"
+        },
+        rows=len(run.index),
+        global_batch_size=run.config.stages[s].train.global_batch_size,
+    )
 
 
 def combine(run: Run) -> None:

@@ -276,7 +276,7 @@ def _cell(estimate: Estimate) -> str:
 
 def _write(plan: Plan, found: Mapping[str, Estimate], items: Mapping[str, int]) -> None:
     with atomic_path(plan.out / "results.jsonl") as path:
-        for key, estimate in found.items():
+        for key, estimate in ((key, estimate) for key, estimate in found.items() if np.isfinite(estimate.value)):
             row, figure, what = key.split("|")
             record = {"row": row, "figure": figure, "what": what, **estimate._asdict()}
             append_jsonl(path, {**record, "seeds": list(plan.seeds), "items": items[figure]})

@@ -1,0 +1,137 @@
+"""Arms are run by a stand-in that writes what a run leaves behind."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mcl_clip.errors import UserError
+from mcl_clip.tools.experiment import CONTROLS, Plan, control_arms, is_done, run_arms, table
+
+STAND_IN = """
+import argparse, json, sys
+from pathlib import Path
+import numpy as np
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--run-dir", type=Path)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--control", default="none")
+parser.add_argument("--fail", action="store_true")
+parser.add_argument("--plain", action="store_true")
+options = parser.parse_args()
+run = options.run_dir
+(run / "index").mkdir(parents=True, exist_ok=True)
+with (run / "starts.txt").open("a") as file:
+    file.write("copied\\n" if (run / "stage-0" / "eval").exists() else "fresh\\n")
+if options.fail:
+    sys.exit("error: the disk is full")
+
+def write(folder, label, stage, share):
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = {"acc1": np.arange(100) < share}
+    outcomes["linear_acc1"] = np.arange(100) < share + 1
+    if label == "combined" and options.control == "none" and not options.plain:
+        outcomes["linear_acc1_width_8"] = np.arange(100) < share - 1
+    np.savez(folder / f"outcomes-{label}.npz", **outcomes)
+    record = {"dataset": "hidden", "pretrained": f"run/{label}", "stage": stage, "outcomes": f"outcomes-{label}.npz"}
+    record |= {"key": "k", "task": "t", "metrics": {}}
+    code = {**record, "dataset": "code"}
+    lines = [record] if options.plain else [record, code]
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+
+level = 90 if options.plain else {"none": 70, "single": 50}.get(options.control, 60)
+write(run / "stage-0" / "eval", "stage-0", 0, 40)
+write(run / "combined", "combined", 0, level + options.seed)
+(run / "combined" / "DONE.json").write_text("{}")
+"""
+FIGURES = {
+    "read-out": ("hidden:linear_acc1",),
+    "at 8": ("hidden:linear_acc1_width_8",),
+    "both": ("hidden:acc1", "hidden:linear_acc1"),
+    "code": ("code:acc1",),
+}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(STAND_IN)
+    arms = control_arms((), {"oracle": ("--control", "single", "--plain")})
+    return Plan(
+        recipe=recipe, out=tmp_path / "out", seeds=(1, 2), arms=arms, figures=FIGURES, low="single", high="oracle"
+    )
+
+
+def starts(plan, arm, seed=1):
+    return (plan.folder(seed, arm) / "starts.txt").read_text().split()
+
+
+def rows(text, title):
+    """The rows of the table under a title: name -> cells."""
+    lines = text.split(title)[1].split("\n\n")[1].splitlines()
+    return {name: cells for name, *cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])}
+
+
+def test_all_arms_are_run_once_and_later_ones_share_the_first_stage(plan):
+    run_arms(plan, launcher=[sys.executable], jobs=2)
+    assert all(is_done(plan.folder(seed, arm)) for seed in (1, 2) for arm in ("mcl", *CONTROLS, "oracle"))
+    assert starts(plan, "mcl") == starts(plan, "single") == starts(plan, "oracle") == ["fresh"]
+    for arm in ("ensemble", "no-groups", "random-groups"):
+        assert starts(plan, arm, 2) == ["copied"]
+    run_arms(plan, launcher=[sys.executable], jobs=1)
+    assert starts(plan, "mcl") == ["fresh"]
+
+
+def test_the_table_has_means_gaps_and_differences(plan):
+    run_arms(plan, launcher=[sys.executable], jobs=2)
+    text = table(plan, resamples=200)
+    means = rows(text, "Percent, mean of 2 seeds")
+    assert means["single"][0].startswith("52.5 [")  # linear_acc1: share + 1, of seeds 1 and 2
+    assert means["mcl"][1].startswith("70.5 [")  # narrower than the features: the figure at that width
+    assert means["single"][1].startswith("52.5 [")  # not wider than that: the read-out itself
+    assert means["mcl"][2].startswith("72.0 [")
+    assert means["oracle"][3] == "-"  # without the code there is no such set
+    assert means["mcl, stage 0 alone"][0].startswith("41.0 [")
+    recovered = rows(text, "Share of the gap")
+    assert recovered["mcl"][0].startswith("50.0 [")
+    assert recovered["ensemble"][0].startswith("25.0 [")
+    assert "single" not in recovered
+    behind = rows(text, "How far each arm is behind")
+    assert behind["single"][0].startswith("20.0 [")
+    assert behind["oracle"][0].startswith("-20.0 [")
+    assert (plan.out / "table.md").read_text().strip() == text
+    records = [json.loads(line) for line in (plan.out / "results.jsonl").read_text().splitlines()]
+    found = next(r for r in records if (r["row"], r["figure"], r["what"]) == ("mcl", "both", "mean"))
+    assert (found["value"], found["seeds"], found["items"]) == (pytest.approx(0.72), [1, 2], 100)
+    assert found["low"] < 0.72 < found["high"]
+
+
+def test_a_run_that_fails_is_named_with_its_last_words_and_the_rest_is_kept(plan):
+    broken = replace(plan, arms={"single": plan.arms["single"], "broken": ("--fail",)})
+    with pytest.raises(UserError, match=r"2 of 4 runs failed.*error: the disk is full \(all of it in .*broken\.log\)"):
+        run_arms(broken, launcher=[sys.executable], jobs=1)
+    assert is_done(plan.folder(1, "single"))
+    assert is_done(plan.folder(2, "single"))
+
+
+def test_arms_and_figures_that_are_not_there(plan):
+    with pytest.raises(UserError, match="there is no arm 'twin'; there are mcl, single, ensemble"):
+        control_arms(("mcl", "twin"), {})
+    assert tuple(control_arms(("ifm", "mcl"), {})) == ("ifm", "mcl")
+    run_arms(plan, launcher=[sys.executable], jobs=2)
+    with pytest.raises(UserError, match="has no metric 'acc5' for hidden; it has acc1, linear_acc1"):
+        table(replace(plan, figures={"wrong": ("hidden:acc5",)}))
+    with pytest.raises(UserError, match="has results for nothing:acc1"):
+        table(replace(plan, figures={"wrong": ("nothing:acc1",)}))
+
+
+def test_a_recipe_without_the_stages_has_no_differences(plan):
+    alone = replace(plan, arms={"single": plan.arms["single"]}, high=None)
+    run_arms(alone, launcher=[sys.executable], jobs=1)
+    text = table(alone, resamples=100)
+    assert "behind" not in text
+    assert "gap" not in text
+    assert np.isclose(float(rows(text, "Percent")["single"][0].split()[0]), 52.5)
