@@ -37,7 +37,7 @@ WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off
 
 
 def stage(steps: int, num_clusters: int) -> StageConfig:
-    """A stage from new weights; whitened clusters, twice as many as there are codes, hold about one code each."""
+    """A stage from new weights; whitened clusters, four times as many as there are codes, hold about one code each."""
     train = TrainConfig(
         steps=steps,
         global_batch_size=64,
@@ -60,7 +60,7 @@ RECIPE = RunConfig(
     run_dir=Path("runs/codes-once"),
     data=DataConfig(train=(str(DATA / "coded" / "train"),), holdout_rows=512),
     tower=TOWER,
-    stages=(stage(500, 128), stage(1300, 16)),
+    stages=(stage(500, 256), stage(1300, 16)),
     eval=EvalConfig(classification=sets("coded", "shape", "texture", "code", "place"), batch_size=256),
     combine="mean_cosine",
     machine=MachineConfig(workers=0, log_steps=100),
