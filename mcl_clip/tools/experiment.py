@@ -16,12 +16,13 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from mcl_clip.artifacts import DONE, append_jsonl, atomic_path
+from mcl_clip.artifacts import DONE, append_jsonl, atomic_path, file_digest, read_json, write_json
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import label_of, run_results
 from mcl_clip.model.multistage import COMBINATIONS
@@ -85,8 +86,9 @@ def run_arms(plan: Plan, *, launcher: Sequence[str], jobs: int) -> None:
     """Run what is not done yet, `jobs` runs at a time.
 
     Raises:
-        UserError: when a run fails; the others are finished first, and nothing is lost.
+        UserError: when a run fails (the others are finished first, and nothing is lost), or `out` is of another recipe.
     """
+    _check_recipe(plan)
     todo = [(seed, arm) for seed in plan.seeds for arm in plan.arms if not is_done(plan.folder(seed, arm))]
     children = _Children()
     done: dict[tuple[int, str], Future[None]] = {}
@@ -113,6 +115,19 @@ def run_arms(plan: Plan, *, launcher: Sequence[str], jobs: int) -> None:
             raise
     if failed := [str(error) for future in done.values() if (error := future.exception())]:
         raise UserError(f"{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}; the same command continues")
+
+
+def _check_recipe(plan: Plan) -> None:
+    """Runs that are done are not started again, so what they were made from is checked here."""
+    path = plan.out / "experiment.json"
+    arms = {name: list(arguments) for name, arguments in plan.arms.items()}
+    before: dict[str, Any] = read_json(path) if path.exists() else {"recipe": file_digest(plan.recipe), "arms": {}}
+    changed = [name for name in arms if before["arms"].get(name, arms[name]) != arms[name]]
+    if before["recipe"] != file_digest(plan.recipe) or changed:
+        what = f"the arguments of {', '.join(changed)} differ" if changed else f"{plan.recipe} has changed"
+        raise UserError(f"{plan.out} was made from another experiment: {what}; use another --out")
+    plan.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**before, "arms": {**before["arms"], **arms}})
 
 
 class _Children:

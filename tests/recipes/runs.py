@@ -109,12 +109,12 @@ def write_project(folder: Path) -> Path:
     return folder / "recipe.py"
 
 
-def load_recipe(path: Path) -> RunConfig:
-    """`RECIPE` of a recipe file."""
+def load_recipe(path: Path, name: str = "RECIPE") -> Any:
+    """`RECIPE`, or `EXPERIMENT`, of a recipe file."""
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.RECIPE
+    return getattr(module, name)
 
 
 def execute(recipe: RunConfig, *arguments: str) -> Path:

@@ -19,12 +19,14 @@ from mcl_clip.model.towers import create_tower, lock, trainable_summary
 from tests.recipes.runs import REPOSITORY, load_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.py"))
+EXPERIMENTS = sorted((REPOSITORY / "recipes/experiments").glob("*.py"))
 LAUNCHES = sorted((REPOSITORY / "recipes/accelerate").glob("*.yaml"))
 PROCESSES = {"one_gpu": (1, 1), "two_cpu_processes": (2, 1), "eight_gpus": (8, 1), "two_nodes": (16, 2)}
 PARAMETERS = {"ViT-L-14": (427.6e6, 768, 224), "ViT-B-32": (151.3e6, 512, 224)}
 MEASURED = re.compile(r"\d[\d.,]* ?(%|s\b|min\b|minutes\b|hours\b|h\b)")
 
-every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+every_recipe = pytest.mark.parametrize("path", [*RECIPES, *EXPERIMENTS], ids=lambda path: path.stem)
+every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 
 
 def model_on_meta(architecture):
@@ -40,7 +42,7 @@ def test_there_are_four_recipes():
 @every_recipe
 def test_the_docstring_has_the_command_and_numbers_or_says_that_there_are_none(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
-    assert f"recipes/{path.name}" in text
+    assert path.relative_to(REPOSITORY).as_posix() in text
     is_measured = MEASURED.search(text) is not None
     assert is_measured or re.search("not yet run|not measured", text, re.IGNORECASE), text
     assert path.name in (REPOSITORY / "recipes/README.md").read_text()
@@ -83,7 +85,7 @@ def test_help_lists_the_settings_with_their_meaning():
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in RECIPES if load_recipe(path).tower.model], ids=lambda path: path.stem
+    "path", [path for path in [*RECIPES, *EXPERIMENTS] if load_recipe(path).tower.model], ids=lambda path: path.stem
 )
 def test_inline_towers_make_features(path):
     tower = load_recipe(path).tower
@@ -141,7 +143,20 @@ def test_launch_configurations_start_the_processes_of_their_names(path):
 
 def test_files_that_the_readme_and_slurm_script_name_exist():
     assert {path.stem for path in LAUNCHES} == PROCESSES.keys()
-    for source in ("recipes/README.md", "recipes/accelerate/slurm.sh", *(f"recipes/{path.name}" for path in RECIPES)):
-        text = (REPOSITORY / source).read_text()
+    named = (REPOSITORY / "recipes/README.md", REPOSITORY / "recipes/accelerate/slurm.sh", *RECIPES, *EXPERIMENTS)
+    for source in named:
+        text = source.read_text()
         for name in re.findall(r"recipes/[\w/]+\.(?:py|yaml|sh)|data_prep/\w+\.py", text):
             assert Path(REPOSITORY / name).exists() or "NAME" in name, f"{source} names {name}"
+
+
+@every_experiment
+def test_an_experiment_measures_sets_of_its_recipe_in_arms_that_parse(path):
+    recipe, experiment = load_recipe(path), load_recipe(path, "EXPERIMENT")
+    sets = [*recipe.eval.retrieval, *recipe.eval.classification, *recipe.eval.sets]
+    names = {name.split("=")[0] if "=" in name else Path(name).name for name in sets}
+    terms = [term for terms in experiment.figures.values() for term in terms]
+    assert {term.split(":")[0] for term in terms} <= names
+    for arguments in experiment.arms.values():
+        assert parse(recipe, list(arguments)) != recipe
+    assert experiment.high in {None, *experiment.arms}

@@ -65,6 +65,23 @@ def test_results_are_there_for_each_stage_and_combination(finished):
                      ("stage-0", "stage-1", "stages-0-1-concat", "stages-0-1-mean_cosine", "combined")]  # fmt: skip
 
 
+def test_every_figure_has_an_interval_and_the_outcomes_that_it_is_the_mean_of(finished):
+    for folder in ("stage-0/eval", "stage-1/eval", "combined"):
+        for record in records(finished / folder / "results.jsonl"):
+            with np.load(finished / folder / record["outcomes"]) as outcomes:
+                for metric, (low, high) in record["ci95"].items():
+                    assert outcomes[metric].mean() == pytest.approx(record["metrics"][metric], abs=1e-6)
+                    assert low <= record["metrics"][metric] <= high
+            assert record["main_metric"] in record["ci95"]
+
+
+def test_several_stages_are_also_read_out_at_the_width_of_one(finished):
+    found = {r["pretrained"].split("/")[1]: r["metrics"] for folder in ("stage-1/eval", "combined")
+             for r in records(finished / folder / "results.jsonl") if r["dataset"] == "colours"}  # fmt: skip
+    assert "linear_acc1_width_16" not in found["stage-1"]
+    assert 0 <= found["combined"]["linear_acc1_width_16"] <= 1
+
+
 def test_the_model_loads_and_gives_the_stored_features(finished):
     model = MultistageCLIP.load(finished / "combined/model")
     assert model.combine == "concat"

@@ -65,7 +65,7 @@ def test_the_library_does_not_import_its_users(path):
 
 
 def test_recipes_use_public_names_only():
-    for path in (REPOSITORY / "recipes").glob("*.py"):
+    for path in (REPOSITORY / "recipes").rglob("*.py"):
         assert {name for name in imports(path) if name.startswith("mcl_clip")} <= {
             "mcl_clip", *(f"mcl_clip.{name}" for name in public_names())
         }  # fmt: skip

@@ -135,3 +135,14 @@ def test_a_recipe_without_the_stages_has_no_differences(plan):
     assert "behind" not in text
     assert "gap" not in text
     assert np.isclose(float(rows(text, "Percent")["single"][0].split()[0]), 52.5)
+
+
+def test_a_changed_recipe_or_arm_is_refused(plan):
+    alone = replace(plan, arms={"single": plan.arms["single"]}, high=None)
+    run_arms(alone, launcher=[sys.executable], jobs=1)
+    run_arms(replace(alone, arms={"mcl": ()}), launcher=[sys.executable], jobs=1)  # more arms are welcome
+    with pytest.raises(UserError, match="the arguments of single differ; use another --out"):
+        run_arms(replace(alone, arms={"single": ("--control", "ifm")}), launcher=[sys.executable], jobs=1)
+    plan.recipe.write_text(STAND_IN + "# another one")
+    with pytest.raises(UserError, match=r"recipe\.py has changed; use another --out"):
+        run_arms(alone, launcher=[sys.executable], jobs=1)
