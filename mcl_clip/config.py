@@ -281,8 +281,9 @@ class RunConfig:
     """What to compare the stages with, from the same recipe: a single stage of equal compute (`single`), as many models
     from other seeds (`ensemble`), the same stages without groups or with random ones, or `single` with implicit feature
     modification (`ifm`)."""
-    combine: Literal["concat", "mean_cosine", "best"] = "concat"
-    """How the stages are combined; `best` takes the one with the lower loss on held-out rows."""
+    combine: Literal["mean_cosine", "concat", "best"] = "mean_cosine"
+    """How the stages are combined: the mean of their cosines, or the un-normalised features side by side as in the MCL
+    paper (`concat`); `best` takes the one with the lower loss on held-out rows."""
     seed: int = 0
     """Seed of every draw."""
     machine: MachineConfig = MachineConfig()

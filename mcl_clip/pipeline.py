@@ -78,9 +78,11 @@ def with_control(config: RunConfig, *, rows: int) -> RunConfig:
     Every control has the compute of the stages: in as many stages without their groups, or in a single one.
     """
     stages = config.stages
-    trained = next(stage for stage in stages if stage.train.steps)
+    trained = [stage.train for stage in stages if stage.train.steps]
+    if config.control == "none" or not trained:
+        return config
     if config.control in ("single", "ifm"):
-        train = trained.train
+        train = trained[0]
         steps = equal_compute_steps(
             [(stage.train.steps, stage.train.global_batch_size) for stage in stages],
             rows=rows,
@@ -90,8 +92,6 @@ def with_control(config: RunConfig, *, rows: int) -> RunConfig:
         warmup_steps = round(train.warmup_steps * steps / train.steps)
         train = replace(train, steps=steps, warmup_steps=warmup_steps, ifm_epsilon=epsilon)
         return replace(config, stages=(replace(stages[0], train=train),))
-    if config.control == "none":
-        return config
     groups: Literal["none", "random"] = "random" if config.control == "random-groups" else "none"
     later = [replace(stage, train=replace(stage.train, groups=groups)) for stage in stages[1:]]
     if config.control == "ensemble":

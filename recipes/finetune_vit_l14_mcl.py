@@ -45,6 +45,7 @@ RECIPE = RunConfig(
     tower=TowerConfig(architecture="ViT-L-14", pretrained="openai"),
     stages=(StageConfig(train=UNTOUCHED, cluster=CLUSTER), STAGE, STAGE, STAGE),
     eval=EvalConfig(every_steps=1_000, batch_size=256),
+    combine="concat",
     machine=MachineConfig(workers=8, log_steps=50, save_steps=1_000),
 )
 

@@ -60,7 +60,6 @@ RECIPE = RunConfig(
     tower=TOWER,
     stages=(stage(300, 128), stage(600, 16)),
     eval=EvalConfig(classification=sets("coded", "class", "place"), batch_size=256),
-    combine="mean_cosine",
     machine=MachineConfig(workers=0, log_steps=100),
 )
 EXPERIMENT = ExperimentConfig(

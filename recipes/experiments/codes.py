@@ -62,7 +62,6 @@ RECIPE = RunConfig(
     tower=TOWER,
     stages=(stage(500, 256), stage(1300, 16)),
     eval=EvalConfig(classification=sets("coded", "shape", "texture", "code", "place"), batch_size=256),
-    combine="mean_cosine",
     machine=MachineConfig(workers=0, log_steps=100),
 )
 EXPERIMENT = ExperimentConfig(

@@ -49,7 +49,6 @@ RECIPE = RunConfig(
     tower=TOWER,
     stages=(STAGE, STAGE),
     eval=EvalConfig(retrieval=(f"photos={DATA / 'test'}",), batch_size=256),
-    combine="mean_cosine",
     machine=MachineConfig(workers=0, log_steps=50),
 )
 EXPERIMENT = ExperimentConfig(

@@ -44,7 +44,6 @@ RECIPE = RunConfig(
         classification=tuple(str(DATA / "classification" / name) for name in ("colour", "shape", "texture")),
         batch_size=256,
     ),
-    combine="mean_cosine",
     machine=MachineConfig(workers=0, log_steps=100),
 )
 EXPERIMENT = ExperimentConfig(

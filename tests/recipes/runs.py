@@ -56,6 +56,7 @@ RECIPE = RunConfig(
     tower=TowerConfig(model=MODEL),
     stages=(STAGE, STAGE),
     eval=EvalConfig(retrieval=(str(HERE / "retrieval"),), classification=(str(HERE / "colours"),)),
+    combine="concat",
     machine=MachineConfig(workers=0, threads=1, log_steps=1, save_steps=3, progress=False),
 )
 

@@ -131,6 +131,7 @@ def test_the_setting_of_the_paper_trains_the_last_six_groups_of_the_image_tower(
     assert not [name for name in trained if not name.startswith(("visual.", "logit_scale"))]
     assert recipe.stages[0].train.steps == 0
     assert [stage.start for stage in recipe.stages[1:]] == ["base"] * 3
+    assert recipe.combine == "concat"
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
