@@ -18,6 +18,7 @@ with `code` (its classes are the codes), `place` (the first symbol alone) and wh
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +34,7 @@ from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render
 from mcl_clip.artifacts import write_json
 from mcl_clip.console import run_program
 from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.data.samples import IMAGE_FORMATS
 from mcl_clip.data.writing import (
     LabelledImage,
     Pair,
@@ -57,6 +59,7 @@ HIDDEN_TEMPLATES = {
 CODE_TEMPLATES = tuple(
     f"{{c}}, a {texture} {shape}" for texture, shape in zip(WORDS["texture"], WORDS["shape"], strict=True)
 )
+MIN_DIGITS_PX = 24
 DIGIT_SHARE = 0.3  # height of a digit, as a part of the picture
 
 
@@ -240,6 +243,7 @@ def make_classes(
         UserError: for folders without what is needed, or values out of range.
     """
     options = {name: value for name, value in locals().items() if name not in ("out", "pictures", "mnist")}
+    _check_at_least(size_px=size_px, pairs_train=pairs_train, images_test=images_test)
     used = Codes(symbols=10, places=PLACES["digits"], number=codes, seed=seed)
     train, classes = _class_folders(pictures / "train", pairs_train, seed)
     test, test_classes = _class_folders(pictures / "test", images_test, seed)
@@ -310,6 +314,7 @@ def make_photos(
         UserError: for files without what is needed, or values out of range.
     """
     options = {name: value for name, value in locals().items() if name not in ("out", "table", "mnist", "images_root")}
+    _check_at_least(size_px=size_px)
     used = Codes(symbols=10, places=PLACES["digits"], number=codes, seed=seed)
     rows = read_rows(table, (image_column, caption_column, split_column))
     splits = group_rows(rows, image_column=image_column, caption_column=caption_column, split_column=split_column)
@@ -334,6 +339,13 @@ def make_photos(
     print(f"{out}: {counts['train']} pairs with {codes} codes and without, {counts['test']} test photos")
 
 
+def _check_at_least(**values: int) -> None:
+    for name, value in values.items():
+        least = MIN_DIGITS_PX if name == "size_px" else 1
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+
+
 @dataclass(frozen=True)
 class Mnist:
     """Handwritten digits: uint8 pictures [n, 28, 28], and the numbers of those that show each digit."""
@@ -349,18 +361,24 @@ class Mnist:
             UserError: if the files are missing or are not those of MNIST.
         """
         prefix = {"train": "train", "test": "t10k"}[split]
-        pictures = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+        pixels = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16)
         labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8)
-        if len(pictures) != len(labels):
-            raise UserError(f"{folder} has {len(pictures)} pictures and {len(labels)} labels; fetch the files again")
+        if len(pixels) != 28 * 28 * len(labels):
+            raise UserError(
+                f"{folder} has {len(pixels)} pixels for {len(labels)} labels, not 784 each; fetch the files again"
+            )
+        pictures = pixels.reshape(-1, 28, 28)
         return cls(pictures, tuple(np.flatnonzero(labels == digit) for digit in range(10)))
 
 
 def _read_idx(path: Path, header: int) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path} is missing; MNIST is four gzip files, as its authors publish them")
-    with gzip.open(path) as file:
-        return np.frombuffer(file.read(), np.uint8, offset=header)
+    try:
+        with gzip.open(path) as file:
+            return np.frombuffer(file.read(), np.uint8, offset=header)
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file of MNIST ({error}); fetch it again") from error
 
 
 def _class_folders(folder: Path, most: int, seed: int) -> tuple[list[tuple[Path, int]], list[str]]:
@@ -368,11 +386,15 @@ def _class_folders(folder: Path, most: int, seed: int) -> tuple[list[tuple[Path,
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; the pictures lie in train/CLASS/ and test/CLASS/")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    found = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).iterdir())]
+    found = [(path, label) for label, name in enumerate(classes) for path in _pictures(folder / name)]
     if not found:
         raise UserError(f"{folder} has no pictures in folders of classes")
     order = permutation(len(found), "shortcut pictures", seed, folder.name)[:most]
     return [found[number] for number in order], classes
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix[1:].lower() in IMAGE_FORMATS)
 
 
 def _photo_of(name: str) -> str:

@@ -26,7 +26,7 @@ from mcl_clip.distributed import is_main, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import results_table
 from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels
-from mcl_clip.pipeline import run_pipeline
+from mcl_clip.pipeline import run_pipeline, with_control
 from mcl_clip.tools.compare import compare_models, comparison_records, comparison_text, find_results
 from mcl_clip.tools.evaluate import evaluate
 from mcl_clip.tools.experiment import Plan, control_arms, run_arms, table
@@ -293,14 +293,18 @@ def experiment(
     check_range("resamples", resamples, 100)
     if len(set(seeds)) < len(seeds) or not seeds:
         raise UserError(f"--seeds {seeds} must be one or more different numbers")
-    settings = _experiment_of(recipe)
+    config, settings = _experiment_of(recipe)
     shared = shlex.split(arguments)
     chosen = control_arms(arms, settings.arms)
+    twins = [with_control(replace(config, control=name), rows=0).stages for name in ("ensemble", "no-groups")]
+    if not arms and twins[0] == twins[1]:
+        print("no-groups is left out: stages from scratch without groups are the ensemble")
+        del chosen["no-groups"]
     plan = Plan(
         recipe=recipe,
         out=out,
         seeds=seeds,
-        arms={name: (*own, *shared) for name, own in chosen.items()},
+        arms={name: (*shared, *own) for name, own in chosen.items()},  # what makes an arm comes last and holds
         figures=settings.figures,
         high=settings.high if settings.high in chosen and "single" in chosen else None,
     )
@@ -308,13 +312,17 @@ def experiment(
     print(table(plan, resamples=resamples))
 
 
-def _experiment_of(recipe: Path) -> ExperimentConfig:
+def _experiment_of(recipe: Path) -> tuple[RunConfig, ExperimentConfig]:
     if not recipe.is_file():
         raise UserError(f"there is no recipe {recipe}; give the path of a Python file with RECIPE and EXPERIMENT")
-    found: Any = runpy.run_path(str(recipe)).get("EXPERIMENT")
-    if not isinstance(found, ExperimentConfig):
-        raise UserError(f"{recipe} has no EXPERIMENT = ExperimentConfig(...), which says what the table shows")
-    return found
+    names: dict[str, Any] = runpy.run_path(str(recipe))
+    config, settings = names.get("RECIPE"), names.get("EXPERIMENT")
+    if not isinstance(config, RunConfig) or not isinstance(settings, ExperimentConfig):
+        raise UserError(
+            f"{recipe} has no RECIPE = RunConfig(...) with EXPERIMENT = ExperimentConfig(...), which says what the "
+            f"table shows"
+        )
+    return config, settings
 
 
 def command() -> None:

@@ -282,7 +282,10 @@ def evaluate(run: Run, s: int) -> None:
 
 
 def _diagnosis(run: Run, s: int) -> str:
-    """Whether anything seems to be suppressed in a stage; nothing for one that was not trained."""
+    """Whether anything seems to be suppressed in a stage; nothing for one that was not trained, or by another loss."""
+    settings = run.config.stages[s].train
+    if settings.loss != "clip" or settings.ifm_epsilon:
+        return ""
     steps = [r for r in read_jsonl(run.folder(s, "train") / "metrics.jsonl") if "negatives_per_row" in r]
     if not steps:
         return ""
@@ -296,7 +299,7 @@ def _diagnosis(run: Run, s: int) -> str:
             if label_of(record) == f"stage-{s}"
         },
         rows=len(run.index),
-        global_batch_size=run.config.stages[s].train.global_batch_size,
+        global_batch_size=settings.global_batch_size,
     )
 
 

@@ -93,7 +93,9 @@ def with_control(config: RunConfig, *, rows: int) -> RunConfig:
         train = replace(train, steps=steps, warmup_steps=warmup_steps, ifm_epsilon=epsilon)
         return replace(config, stages=(replace(stages[0], train=train),))
     groups: Literal["none", "random"] = "random" if config.control == "random-groups" else "none"
-    later = [replace(stage, train=replace(stage.train, groups=groups)) for stage in stages[1:]]
+    later = [  # resharded neighbours are of one group, so rows are read where they came from
+        replace(stage, train=replace(stage.train, groups=groups, resharded="", run_rows=1)) for stage in stages[1:]
+    ]
     if config.control == "ensemble":
         fresh: Literal["base", "scratch"] = "base" if config.tower.is_pretrained else "scratch"
         later = [replace(stage, start=fresh) for stage in later]

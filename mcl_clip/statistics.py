@@ -166,9 +166,10 @@ def crossed_bootstrap(
 ) -> dict[str, Estimate]:
     """Quantities of an experiment with several training seeds, with intervals over both seeds and items.
 
-    In each resample the seeds are drawn, and for each metric by itself its items, with replacement (Owen 2007, Annals
-    of Applied Statistics 1, on crossed factors; Efron 1979). All arms see the same draws, so differences between arms
-    are paired. Few seeds give intervals that are too narrow: drawing from S seeds has (S - 1) / S of their variance.
+    In each resample the seeds and the items are drawn with replacement (Owen 2007, Annals of Applied Statistics 1, on
+    crossed factors; Efron 1979). Metrics over equally many items see the same draw, for they may be of the same items.
+    All arms see the same draws, so differences between arms are paired. Few seeds give intervals that are too narrow:
+    drawing from S seeds has (S - 1) / S of their variance.
 
     Args:
         values: `values[arm][metric]` holds the outcome of each item under each seed: the same items for all arms and
@@ -193,7 +194,7 @@ def crossed_bootstrap(
     means: dict[str, dict[str, np.ndarray]] = {arm: {} for arm in values}
     for metric, (_, num_items) in shapes.items():
         outcomes = np.concatenate([of_arm[metric] for of_arm in values.values()]).T.astype(np.float64)
-        counts = _counts_with_first(num_items, resamples, seed, f"items of {metric}")
+        counts = _counts_with_first(num_items, resamples, seed, f"{num_items} items")
         by_seed = np.concatenate([some @ outcomes for some in counts]).reshape(-1, len(values), num_seeds)
         of_arms = (by_seed * seed_counts[:, None]).sum(2) / (num_items * num_seeds)
         for arm, mean in zip(values, of_arms.T, strict=True):

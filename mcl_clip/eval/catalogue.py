@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mcl_clip.errors import UserError
-from mcl_clip.eval.image_folder import class_folders, open_image_folder
+from mcl_clip.eval.image_folder import WORDNET_ID, class_folders, open_image_folder
 from mcl_clip.eval.suite import Task
 from mcl_clip.eval.tasks.classification import CLASSNAMES, ClassificationSet, ClassificationTask
 from mcl_clip.eval.tasks.multilabel import MultilabelTask, open_multilabel
@@ -67,7 +67,8 @@ def _layout_of_shards(root: Path) -> str:
 def find_sets(root: Path) -> dict[str, Path]:
     """Folders of sets by name: `root` itself, or every set up to two levels below it, named relative to `root`.
 
-    Below `root`, tar files alone do not make a set: they may be anything, shards to train on too.
+    Below `root`, tar files alone do not make a set, for they may be anything, shards to train on too; nor do folders of
+    pictures, unless classnames.txt or WordNet ids name the classes.
 
     Raises:
         UserError: if there is no folder `root`, or no set.
@@ -85,11 +86,18 @@ def find_sets(root: Path) -> dict[str, Path]:
     )
 
 
+def _names_its_classes(root: Path) -> bool:
+    return (root / CLASSNAMES).is_file() or all(WORDNET_ID.fullmatch(folder.name) for folder in class_folders(root))
+
+
 def _sets_below(root: Path, levels: int) -> Iterator[Path]:
     if not levels:
         return
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        if layout_of(folder):
+        layout = layout_of(folder)
+        if layout == "image folder" and not _names_its_classes(folder):
+            layout = ""  # folders of pictures may be anything; as ROOT itself they are taken at their word
+        if layout:
             yield folder
         else:
             yield from _sets_below(folder, levels - 1)

@@ -45,13 +45,6 @@ def linear_predictions(
     return right
 
 
-def linear_accuracy(
-    features: Float[Tensor, "images dim"], labels: Int64[Tensor, "images"], num_classes: int, *, folds: int = FOLDS
-) -> float:
-    """The share of images that `linear_predictions` gets right."""
-    return float(linear_predictions(features, labels, num_classes, folds=folds).double().mean())
-
-
 def _ridge(
     features: Float[Tensor, "train dim"],
     labels: Int64[Tensor, "train"],

@@ -1,7 +1,7 @@
-"""What the stages are compared with: training that differs from them in one thing.
+"""What the stages are compared with.
 
-A multistage model has more compute, more dimensions, and warm restarts of the learning rate beside its groups; each
-control keeps all but one of these.
+A multistage model has more compute, more dimensions, and warm restarts of the learning rate beside its groups. All
+controls have its compute; those in several stages also have its dimensions and restarts.
 """
 
 from collections.abc import Sequence

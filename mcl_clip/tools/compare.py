@@ -209,11 +209,16 @@ def _compare_metric(
 
 def _with_holm(metrics: Sequence[MetricComparison]) -> list[MetricComparison]:
     """With adjusted p-values where the set has more than one."""
-    p_values = {metric.metric: metric.p_value for metric in metrics if metric.p_value is not None}
-    if len(p_values) < 2:
+    tests = {_test_of(metric): metric.p_value for metric in metrics if metric.p_value is not None}
+    if len(tests) < 2:
         return list(metrics)
-    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return [replace(metric, p_holm=adjusted.get(metric.metric)) for metric in metrics]
+    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
+    return [replace(metric, p_holm=adjusted.get(_test_of(metric))) for metric in metrics]
+
+
+def _test_of(metric: MetricComparison) -> tuple[Any, ...]:
+    """What tells two tests apart: metrics with the same figures and counts are one test under several names."""
+    return (metric.a, metric.b, metric.n, metric.only_a, metric.only_b, metric.p_value)
 
 
 def _row(metric: MetricComparison) -> list[str]:

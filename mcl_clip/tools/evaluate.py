@@ -287,8 +287,18 @@ def _measure(task: Task, encoder: Encoder, out: Path, candidate: Candidate, abou
 
 
 def _is_measured(out: Path, known: dict[str, Any]) -> bool:
-    is_there = (out / known["outcomes"]).is_file()
-    return is_there and any(known.items() <= record.items() for record in read_jsonl(out / RESULTS))
+    """Whether the same was measured before.
+
+    Raises:
+        UserError: if there are results of another model under the same name.
+    """
+    before = [record for record in read_jsonl(out / RESULTS) if record.get("outcomes") == known["outcomes"]]
+    if other := next((r for r in before if r.get("model_sha256") != known["model_sha256"]), None):
+        raise UserError(
+            f"{out} has results of another model called {known['label']} ({other['pretrained']}, other weights); give "
+            f"--out another folder"
+        )
+    return (out / known["outcomes"]).is_file() and any(known.items() <= record.items() for record in before)
 
 
 def _write(out: Path, record: dict[str, Any], outcomes: dict[str, np.ndarray]) -> None:

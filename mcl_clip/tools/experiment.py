@@ -5,14 +5,17 @@ alone. A run that is done is not done again, so the same command continues an ex
 later stages start from a copy of the finished stage 0; the run checks its fingerprints.
 """
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,31 +93,46 @@ def run_arms(plan: Plan, *, launcher: Sequence[str], jobs: int) -> None:
     """
     _check_recipe(plan)
     todo = [(seed, arm) for seed in plan.seeds for arm in plan.arms if not is_done(plan.folder(seed, arm))]
+    todo.sort(key=lambda pair: (pair[0], pair[1] != STAGES, pair[1] in SAME_FIRST_STAGE))
     children = _Children()
     done: dict[tuple[int, str], Future[None]] = {}
-    with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar, ThreadPoolExecutor(jobs) as pool:
 
-        def run(seed: int, arm: str) -> None:
-            source = (seed, STAGES)
-            if arm in SAME_FIRST_STAGE and STAGES in plan.arms:
-                if source in done:
-                    done[source].result()  # submitted before, so it runs or has run
-                _copy_first_stage(plan.folder(*source), plan.folder(seed, arm))
-            started = time.monotonic()
-            children.call([*launcher, *plan.command(seed, arm)], plan.folder(seed, arm).with_suffix(".log"), jobs)
-            bar.update()
-            tqdm.write(f"seed {seed}, {arm}: done in {(time.monotonic() - started) / 60:.1f} min")
+    def run(seed: int, arm: str) -> None:
+        source = (seed, STAGES)
+        if arm in SAME_FIRST_STAGE and STAGES in plan.arms:
+            if source in done:
+                done[source].result()  # submitted before, so it runs or has run
+            _copy_first_stage(plan.folder(*source), plan.folder(seed, arm))
+        started = time.monotonic()
+        children.call([*launcher, *plan.command(seed, arm)], plan.folder(seed, f"{arm}.log"), jobs)
+        bar.update()
+        tqdm.write(f"seed {seed}, {arm}: done in {(time.monotonic() - started) / 60:.1f} min")
 
+    with _interrupted_by_sigterm(), tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
+        pool = ThreadPoolExecutor(jobs)
         try:
-            for seed, arm in sorted(todo, key=lambda pair: (pair[0], pair[1] != STAGES, pair[1] in SAME_FIRST_STAGE)):
-                done[seed, arm] = pool.submit(run, seed, arm)
-            wait(done.values(), return_when=FIRST_EXCEPTION)
-        except KeyboardInterrupt:
+            for pair in todo:
+                done[pair] = pool.submit(run, *pair)
+            wait(done.values())
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
             children.stop()
-            raise
     if failed := [str(error) for future in done.values() if (error := future.exception())]:
         raise UserError(f"{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}; the same command continues")
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that no run is left behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_recipe(plan: Plan) -> None:
@@ -208,52 +226,81 @@ def _rows_of_stages(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 def _outcomes(plan: Plan, rows: Mapping[str, tuple[str, str]]) -> Values:
-    """Outcomes [seeds, items] by row and SET:METRIC; NaN where an arm is not measured on a set."""
+    """Outcomes [seeds, items] by row and SET:METRIC; NaN where an arm is not measured on a set.
+
+    Raises:
+        UserError: if the runs of an arm were measured on different sets of one name, or none has a figure.
+    """
     values: dict[str, dict[str, np.ndarray]] = {row: {} for row in rows}
     for term in dict.fromkeys(term for terms in plan.figures.values() for term in terms):
-        found = {
-            row: [_outcome(plan.folder(seed, arm), label, term) for seed in plan.seeds]
-            for row, (arm, label) in rows.items()
-        }
-        known = next((one for of_row in found.values() for one in of_row if one is not None), None)
+        found = {row: _of_seeds(plan, arm, label, term) for row, (arm, label) in rows.items()}
+        known = next((of_row for of_row in found.values() if of_row is not None), None)
         if known is None:
             raise UserError(f"no run in {plan.out} has results for {term}; name its set to --eval, or use a new --out")
         for row, of_row in found.items():
-            values[row][term] = np.stack([np.full_like(known, np.nan) if one is None else one for one in of_row])
+            values[row][term] = np.full_like(known, np.nan) if of_row is None else of_row
     return values
 
 
-def _outcome(run: Path, label: str, term: str) -> Float[np.ndarray, "items"] | None:
-    """The outcome of each item for one model of a run; nothing if it has no results on the set.
+def _of_seeds(plan: Plan, arm: str, label: str, term: str) -> Float[np.ndarray, "seeds items"] | None:
+    """The outcome of each item under each seed; nothing if no seed has results on the set."""
+    dataset, _, metric = term.partition(":")
+    records = [_record(plan.folder(seed, arm), label, dataset) for seed in plan.seeds]
+    present = [record for record in records if record is not None]
+    if len({record["data_sha256"] for record in present}) > 1 or 0 < len(present) < len(records):
+        raise UserError(
+            f"the runs of {arm} were not all measured on the same {dataset}; it was made anew meanwhile, or is missing "
+            f"in some: use a new --out"
+        )
+    runs = (plan.folder(seed, arm) for seed in plan.seeds)
+    return (
+        np.stack([_outcome(run, record, metric) for run, record in zip(runs, present, strict=True)])
+        if present
+        else None
+    )
+
+
+def _record(run: Path, label: str, dataset: str) -> dict[str, Any] | None:
+    found = (record for record in run_results(run) if record["dataset"] == dataset and label_of(record) == label)
+    return next(found, None)
+
+
+def _outcome(run: Path, record: Mapping[str, Any], metric: str) -> Float[np.ndarray, "items"]:
+    """The outcome of each item, or of each unit where several items share one.
 
     Raises:
-        UserError: if there are results, but not of the metric.
+        UserError: if the results do not have the metric.
     """
-    dataset, _, metric = term.partition(":")
-    found = [record for record in run_results(run) if record["dataset"] == dataset and label_of(record) == label]
-    if not found:
-        return None
-    folder = run / COMBINED if label == COMBINED else run / f"stage-{found[0]['stage']}" / "eval"
-    with np.load(folder / found[0]["outcomes"], allow_pickle=False) as outcomes:
-        # Features that are no wider than the width asked for have no figure at that width of their own.
-        name = metric if metric in outcomes else WIDTH.sub("", metric)
+    folder = run / COMBINED if label_of(record) == COMBINED else run / f"stage-{record['stage']}" / "eval"
+    with np.load(folder / record["outcomes"], allow_pickle=False) as outcomes:
+        name = metric
+        if metric not in outcomes and not any(WIDTH.search(other) for other in outcomes):
+            name = WIDTH.sub("", metric)  # features of one stage, which have no narrower figure of their own
         if name not in outcomes:
-            raise UserError(f"{run} has no metric {metric!r} for {dataset}; it has {', '.join(outcomes)}")
-        return np.asarray(outcomes[name], np.float64)
+            raise UserError(f"{run} has no metric {metric!r} for {record['dataset']}; it has {', '.join(outcomes)}")
+        values = np.asarray(outcomes[name], np.float64)
+        if f"unit:{name}" not in outcomes:
+            return values
+        units, of_unit = np.unique(outcomes[f"unit:{name}"], return_inverse=True)
+        return np.bincount(of_unit, weights=values) * len(units) / len(values)
 
 
 def _quantities(plan: Plan, means: Means) -> dict[str, np.ndarray]:
-    """Figures by `ROW|FIGURE|what`: the mean, the difference to the stages, the share of the gap."""
+    """Quantities by name, as `_key` makes it: the mean, the difference to the stages, the share of the gap."""
     found = {}
     for row in means:
         for name in plan.figures:
-            value = found[f"{row}|{name}|mean"] = _figure(plan, means, row, name)
+            value = found[_key(row, name, "mean")] = _figure(plan, means, row, name)
             if STAGES in means and row in plan.arms and row != STAGES:
-                found[f"{row}|{name}|behind"] = _figure(plan, means, STAGES, name) - value
+                found[_key(row, name, "behind")] = _figure(plan, means, STAGES, name) - value
             if plan.high:
                 low, high = (_figure(plan, means, arm, name) for arm in (plan.low, plan.high))
-                found[f"{row}|{name}|recovered"] = (value - low) / (high - low)
+                found[_key(row, name, "recovered")] = (value - low) / (high - low)
     return found
+
+
+def _key(row: str, figure: str, what: str) -> str:
+    return json.dumps([row, figure, what])
 
 
 def _figure(plan: Plan, means: Means, row: str, name: str) -> np.ndarray:
@@ -279,7 +326,7 @@ def _sections(
 
 def _markdown(plan: Plan, rows: Sequence[str], found: Mapping[str, Estimate], what: str) -> str:
     lines = [["", *plan.figures], ["---", *["--:"] * len(plan.figures)]]
-    lines += [[row, *(_cell(found[f"{row}|{name}|{what}"]) for name in plan.figures)] for row in rows]
+    lines += [[row, *(_cell(found[_key(row, name, what)]) for name in plan.figures)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -292,6 +339,6 @@ def _cell(estimate: Estimate) -> str:
 def _write(plan: Plan, found: Mapping[str, Estimate], items: Mapping[str, int]) -> None:
     with atomic_path(plan.out / "results.jsonl") as path:
         for key, estimate in ((key, estimate) for key, estimate in found.items() if np.isfinite(estimate.value)):
-            row, figure, what = key.split("|")
+            row, figure, what = json.loads(key)
             record = {"row": row, "figure": figure, "what": what, **estimate._asdict()}
             append_jsonl(path, {**record, "seeds": list(plan.seeds), "items": items[figure]})

@@ -10,6 +10,7 @@ from mcl_clip.artifacts import read_jsonl
 from mcl_clip.tools.evaluate import evaluate
 from tests.unit.eval.sets import (
     make_multistage,
+    name_classes,
     write_classification,
     write_image_folder,
     write_multilabel,
@@ -24,7 +25,7 @@ VARYING = ("seconds", "peak_memory_mb")
 def root(tmp_path_factory) -> Path:
     """Sets of each kind, and a model of two stages."""
     root = tmp_path_factory.mktemp("evaluation")
-    write_image_folder(root / "sets/animals", {"owl": 5, "bee": 6})
+    name_classes(write_image_folder(root / "sets/animals", {"owl": 5, "bee": 6}))
     write_classification(root / "sets/birds", np.arange(35) % 7)
     write_retrieval(root / "sets/photos", 13)
     write_pairs(root / "sets/two")

@@ -229,7 +229,7 @@ def test_crossed_bootstrap_is_a_loop_over_the_same_draws():
     values = experiment()
     found = crossed_bootstrap(values, gains, seed=5, resamples=60, level=0.8)
     seed_counts = counts_of(3, 60, 5, "seeds").astype(int)
-    item_counts = {metric: counts_of(size, 60, 5, f"items of {metric}").astype(int)
+    item_counts = {metric: counts_of(size, 60, 5, f"{size} items").astype(int)
                    for metric, size in (("recall", 40), ("accuracy", 25))}  # fmt: skip
     draws = []
     for r in range(60):

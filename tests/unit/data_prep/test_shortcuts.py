@@ -160,4 +160,13 @@ def test_mistakes_are_named(shortcuts, mnist, tmp_path):
         shortcuts.make_codes(tmp_path / "out", size_px=16)
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte.gz is missing"):
         shortcuts.Mnist.open(tmp_path, "train")
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        whole = (mnist / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte.gz is not a whole gzip file of MNIST"):
+        shortcuts.Mnist.open(tmp_path, "train")
+    with pytest.raises(UserError, match="--images-test is -1; it must be at least 1"):
+        shortcuts.make_classes(mnist, mnist, tmp_path / "out", images_test=-1)
+    with pytest.raises(UserError, match="--size-px is 0; it must be at least 24"):
+        shortcuts.make_photos(mnist / "t.csv", mnist, tmp_path / "out", images_root=mnist, size_px=0)
     assert not (tmp_path / "out").exists()

@@ -91,6 +91,12 @@ def write_image_folder(root: Path, classes: dict[str, int]) -> Path:
     return root
 
 
+def name_classes(root: Path) -> Path:
+    """An image folder with classnames.txt, which is what makes it a set where it is not asked for by name."""
+    (root / "classnames.txt").write_text("".join(f"{path.name}\n" for path in sorted(root.iterdir())))
+    return root
+
+
 def make_tower(seed: int = 0) -> Tower:
     return create_tower(model_cfg=MODEL, seed=seed)
 

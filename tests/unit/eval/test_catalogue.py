@@ -10,6 +10,7 @@ from mcl_clip.eval.tasks.pairs import PairTask
 from mcl_clip.eval.tasks.retrieval import RetrievalTask
 from tests.unit.data.tars import picture, write_tar
 from tests.unit.eval.sets import (
+    name_classes,
     noise_png,
     write_classification,
     write_image_folder,
@@ -30,7 +31,7 @@ def root(tmp_path):
     write_classification(tmp_path / "sets/wds/colours", [0, 1, 2])
     write_multilabel(tmp_path / "sets/wds/voc", [[1, 0, 1], [0, 1, 0]], ("a", "b", "c"))
     write_retrieval(tmp_path / "sets/photos", 4)
-    write_image_folder(tmp_path / "sets/animals", {"owl": 2, "bee": 1})
+    name_classes(write_image_folder(tmp_path / "sets/animals", {"owl": 2, "bee": 1}))
     write_pairs(tmp_path / "sets/two")
     write_bare_shards(tmp_path / "sets/train")
     (tmp_path / "sets/.cache/x").mkdir(parents=True)
@@ -97,6 +98,15 @@ def test_layouts_with_class_names(tmp_path):
     bare = write_bare_shards(tmp_path / "bare")
     (bare / "classnames.txt").write_text("x\n")
     assert layout_of(bare) == "classification"
+
+
+def test_folders_of_pictures_are_no_set_unless_asked_for(tmp_path):
+    folder = write_image_folder(tmp_path / "raw/photos", {"originals": 2, "annotated": 2})
+    with pytest.raises(UserError, match="no evaluation set"):
+        find_sets(tmp_path)
+    assert find_sets(folder) == {"photos": folder}
+    write_image_folder(tmp_path / "raw/imagenet", {"n01440764": 1, "n01443537": 1})
+    assert list(find_sets(tmp_path)) == ["raw/imagenet"]
 
 
 def test_three_levels_are_too_deep(root, tmp_path):

@@ -20,6 +20,7 @@ from mcl_clip.tools import evaluate as module
 from mcl_clip.tools.evaluate import evaluate, find_models
 from tests.unit.eval.sets import (
     make_multistage,
+    name_classes,
     noise_png,
     write_classification,
     write_image_folder,
@@ -37,7 +38,7 @@ SETS = ["animals", "birds", "photos", "two", "voc"]
 def originals(tmp_path_factory):
     """A set of each kind, a model, and a multistage model of two of them."""
     root = tmp_path_factory.mktemp("originals")
-    write_image_folder(root / "sets/animals", {"owl": 4, "bee": 3})
+    name_classes(write_image_folder(root / "sets/animals", {"owl": 4, "bee": 3}))
     write_classification(root / "sets/birds", np.arange(28) % 7)
     write_retrieval(root / "sets/photos", 8)
     write_pairs(root / "sets/two")
@@ -167,11 +168,13 @@ def test_other_data_models_and_precisions_are_measured(here, monkeypatch):
     assert len(read_jsonl(out / "results.jsonl")) == 2
     shutil.rmtree(here / "tower")
     write_tower(here / "tower", 5)
-    measure("tower", here, tasks=("animals", "birds"))
-    assert names == ["animals", "animals", "birds"]
-    assert len(read_jsonl(out / "results.jsonl")) == 2
+    with pytest.raises(UserError, match=r"has results of another model called tower .*give --out another folder"):
+        measure("tower", here, tasks=("animals", "birds"))
+    assert records(out)["birds"] == before["birds"]
+    out = measure("tower", here, tasks=("birds",), out=here / "other")
+    assert names == ["animals", "birds"]
     assert records(out)["birds"]["model_sha256"] != before["birds"]["model_sha256"]
-    measure("tower", here, tasks=("birds",), precision="bf16")
+    measure("tower", here, tasks=("birds",), precision="bf16", out=out)
     both = [record for record in read_jsonl(out / "results.jsonl") if record["dataset"] == "birds"]
     assert [record["dtype"] for record in both] == ["fp32", "bf16"]
     assert [record["label"] for record in both] == ["tower", "tower-bf16"]

@@ -21,6 +21,8 @@ parser.add_argument("--seed", type=int)
 parser.add_argument("--control", default="none")
 parser.add_argument("--fail", action="store_true")
 parser.add_argument("--plain", action="store_true")
+parser.add_argument("--sha256", default="one")
+parser.add_argument("--units", action="store_true")
 options = parser.parse_args()
 run = options.run_dir
 (run / "index").mkdir(parents=True, exist_ok=True)
@@ -35,9 +37,11 @@ def write(folder, label, stage, share):
     outcomes["linear_acc1"] = np.arange(100) < share + 1
     if label == "combined" and options.control == "none" and not options.plain:
         outcomes["linear_acc1_width_8"] = np.arange(100) < share - 1
+    if options.units:  # five captions an image, all right or all wrong
+        outcomes["acc1"], outcomes["unit:acc1"] = np.arange(100) // 5 * 5 < share // 5 * 5, np.arange(100) // 5
     np.savez(folder / f"outcomes-{label}.npz", **outcomes)
     record = {"dataset": "hidden", "pretrained": f"run/{label}", "stage": stage, "outcomes": f"outcomes-{label}.npz"}
-    record |= {"key": "k", "task": "t", "metrics": {}}
+    record |= {"key": "k", "task": "t", "metrics": {}, "data_sha256": options.sha256}
     code = {**record, "dataset": "code"}
     lines = [record] if options.plain else [record, code]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
@@ -146,3 +150,35 @@ def test_a_changed_recipe_or_arm_is_refused(plan):
     plan.recipe.write_text(STAND_IN + "# another one")
     with pytest.raises(UserError, match=r"recipe\.py has changed; use another --out"):
         run_arms(alone, launcher=[sys.executable], jobs=1)
+
+
+def test_captions_of_one_image_are_one_item(plan):
+    apart = replace(plan, figures={"right": ("hidden:acc1",)}, arms={"single": plan.arms["single"]}, high=None)
+    together = replace(apart, out=plan.out.with_name("units"), arms={"single": (*plan.arms["single"], "--units")})
+    widths = []
+    for one in (apart, together):
+        run_arms(one, launcher=[sys.executable], jobs=1)
+        table(one, resamples=1000)
+        (record,) = (json.loads(line) for line in (one.out / "results.jsonl").read_text().splitlines())
+        assert record["items"] == (20 if one is together else 100)
+        assert record["value"] == pytest.approx(0.5 if one is together else 0.515)
+        widths.append(record["high"] - record["low"])
+    assert widths[1] > 1.8 * widths[0]  # the square root of five, but for chance
+
+
+def test_a_set_that_was_made_anew_between_seeds_is_refused(plan):
+    alone = replace(plan, arms={"single": plan.arms["single"]}, high=None, seeds=(1,))
+    run_arms(alone, launcher=[sys.executable], jobs=1)
+    again = plan.folder(2, "single")
+    run_arms(
+        replace(alone, out=plan.out / "x", arms={"single": ("--sha256", "two")}), launcher=[sys.executable], jobs=1
+    )
+    (plan.out / "x/seed-1/single").rename(again.parent.mkdir(parents=True) or again)
+    with pytest.raises(UserError, match="the runs of single were not all measured on the same hidden"):
+        table(replace(alone, seeds=(1, 2)))
+
+
+def test_the_figure_of_another_width_does_not_stand_in(plan):
+    run_arms(plan, launcher=[sys.executable], jobs=2)
+    with pytest.raises(UserError, match="has no metric 'linear_acc1_width_9' for hidden"):
+        table(replace(plan, figures={"at 9": ("hidden:linear_acc1_width_9",)}))
