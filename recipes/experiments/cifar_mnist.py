@@ -4,7 +4,7 @@
     mcl-clip experiment recipes/experiments/cifar_mnist.py --out runs/cifar-mnist --seeds 1 2 3 4 5 --jobs 2
 
 `cifar10` is a folder with train/CLASS/ and test/CLASS/, `mnist` one with its four gzip files. The `oracle` is a single
-stage on the same pictures without digits, in picture and caption.
+stage on the same pictures without digits, in picture and caption. Not yet run over several seeds.
 """
 
 from pathlib import Path

@@ -7,6 +7,10 @@ The code tells a batch of 64 nearly apart, so a single stage learns it and littl
 the same single stage on the same objects without the code, in picture and caption. Figures: shape and texture averaged,
 by a linear read-out (five folds), by the same on the leading 64 dimensions, and zero-shot; the code itself by the
 read-out of its first patch and zero-shot among all codes.
+
+Hardware: two CPU cores, about 50 min for five seeds. Measured: of the gap from the single stage (55.1 % in the
+read-out, 51.2 % zero-shot) to the oracle (98.4 and 99.6 %), two stages recover 67.5 and 44.4 %, IFM 35.1 and 36.6 %, an
+ensemble 17.5 and 0.5 %, random groups 13.4 and -2.0 %. The README has the table.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
         --split-column split --images-root images --retrieval-splits test --max-side-px 64
     mcl-clip experiment recipes/experiments/photos_controls.py --out runs/photos-experiment --seeds 1 2 3 4 5 --jobs 2
 
-A few thousand photos and minutes of training: the question is only which arm is ahead.
+A few thousand photos and minutes of training: the question is only which arm is ahead. Not yet run over several seeds.
 """
 
 from pathlib import Path

@@ -5,6 +5,7 @@
 
 With `--correlate shape:texture=0.7` the first command makes the correlated attributes of Hermann & Lampinen (2020).
 There is no oracle: the question is only what the stages add to plain training of equal compute.
+Not yet run over several seeds.
 """
 
 from pathlib import Path
