@@ -275,11 +275,14 @@ def test_arms_are_paired():
     assert found["m"].high - found["m"].low > 1
 
 
-def test_metrics_have_their_own_items():
-    values = {"a": {"m": uniform((1, 100), 0), "copy": uniform((1, 100), 0)}}
-    found = crossed_bootstrap(values, lambda m: {"gap": m["a"]["m"] - m["a"]["copy"]})["gap"]
-    assert found.value == 0
-    assert found.low < -0.03 < 0.03 < found.high
+def test_metrics_of_the_same_items_share_their_draws():
+    values = {"a": {"m": uniform((1, 100), 0), "copy": uniform((1, 100), 0), "longer": uniform((1, 101), 0)}}
+    found = crossed_bootstrap(
+        values, lambda m: {name: m["a"]["m"] - m["a"][name] for name in ("copy", "longer")} | {"m": m["a"]["m"]}
+    )
+    assert found["copy"] == (0, 0, 0)
+    width = found["m"].high - found["m"].low
+    assert found["longer"].high - found["longer"].low > 1.2 * width  # two draws of their own: the square root of two
 
 
 def test_ratios_to_zero_are_left_out():
