@@ -7,9 +7,10 @@
 textures; the captions always name the colour, shape and texture half of the time each. Colour is the easy feature:
 stage 0 finds it first, and its clusters become the groups within which the next stages must look at something else.
 
-Hardware: two CPU cores, 3 min 41 s. Measured with seed 0: a linear read-out of the texture gets 31.7 % right after
-stage 0 and 57.9 % from all stages, of the shape 46.2 and 56.6 %. A single stage of equal compute gets 71.8 and 63.8 %:
-this set is a tour of the parts, not a case for the method. The README has the whole table.
+Hardware: two CPU cores, 3 min 41 s. Measured with seed 0: a linear read-out of the texture gets 33.6 % right after
+stage 0 and 58.6 % from all stages, of the shape 45.8 and 55.5 %. A single stage of equal compute (`--control single`)
+gets 74.1 and 67.3 %: this set is a tour of the parts, not a case for the method. The README has the whole table, and
+`recipes/experiments/codes.py` a case.
 """
 
 from pathlib import Path
