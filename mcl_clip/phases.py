@@ -4,7 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Float16, Int64
+from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,11 +29,22 @@ from mcl_clip.data.transforms import evaluation_transform, train_transform
 from mcl_clip.distributed import barrier, is_main, on_main, permutation, seed_of, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import Task, label_of, result_record, results_table
-from mcl_clip.eval.tasks.classification import ClassificationTask, normalized_mutual_information
+from mcl_clip.eval.tasks.classification import (
+    ClassificationTask,
+    at_width_of_one_stage,
+    normalized_mutual_information,
+)
 from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
 from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, trainable_summary
 from mcl_clip.model.towers import lock as lock_parameters
-from mcl_clip.multistage.cluster import Clustering, Rows, Whitening, fit_whitening, spherical_kmeans
+from mcl_clip.multistage.cluster import (
+    Clustering,
+    Rows,
+    Whitening,
+    fit_whitening,
+    spherical_kmeans,
+    whitened_rows,
+)
 from mcl_clip.multistage.combine import fit_combination
 from mcl_clip.multistage.controls import shuffled_groups
 from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
@@ -218,20 +230,23 @@ def cluster(run: Run, s: int) -> None:
     stored: dict[str, np.ndarray] = {}
     table = run.embeddings(s)
     for side in sides:
-        rows: Rows = partial(table.rows, side=side)
-        if settings.whiten:
-            whitening = fit_whitening(rows, len(table))
-            stored |= {f"{side}.mean": whitening.mean, f"{side}.whitening": whitening.matrix}
-            rows = partial(_whitened, rows, whitening)
-        results[side] = spherical_kmeans(
-            rows,
-            num_rows=len(table),
-            num_clusters=settings.text_clusters or settings.num_clusters if side == "text" else settings.num_clusters,
-            name=(run.config.seed, s, "cluster", side),
-            num_starts=settings.num_starts,
-            max_passes=settings.max_passes,
-            device=run.accelerator.device,
-        )
+        with ExitStack() as stack:
+            rows: Rows = partial(table.rows, side=side)
+            if settings.whiten:
+                whitening = fit_whitening(rows, len(table))
+                stored |= {f"{side}.mean": whitening.mean, f"{side}.whitening": whitening.matrix}
+                rows = stack.enter_context(whitened_rows(rows, len(table), whitening, out / f"whitened-{side}.tmp"))
+            results[side] = spherical_kmeans(
+                rows,
+                num_rows=len(table),
+                num_clusters=settings.text_clusters or settings.num_clusters
+                if side == "text"
+                else settings.num_clusters,
+                name=(run.config.seed, s, "cluster", side),
+                num_starts=settings.num_starts,
+                max_passes=settings.max_passes,
+                device=run.accelerator.device,
+            )
     if is_main():
         stored |= {side: result.centroids for side, result in results.items()}
         with atomic_path(out / "centroids.safetensors") as path:
@@ -240,10 +255,6 @@ def cluster(run: Run, s: int) -> None:
             with atomic_path(out / f"assignments-{side}.npy") as path, path.open("wb") as file:
                 np.save(file, result.assignments.astype(np.int32))
         write_json(out / "trace.json", {side: result.trace for side, result in results.items()})
-
-
-def _whitened(rows: Rows, whitening: Whitening, start: int, stop: int) -> Float16[np.ndarray, "rows dim"]:
-    return whitening(rows(start, stop))
 
 
 def label(run: Run, s: int) -> None:
@@ -334,12 +345,11 @@ def score_stages(run: Run, out: Path, models: Iterable[tuple[str, Sequence[int],
     records = []
     for label, stages, how in models:
         for name, found in run.tasks.items():
-            task, started = found, time.perf_counter()
+            started = time.perf_counter()
             stored = [load_file(run.folder(s, "eval") / f"features-{name}.safetensors") for s in stages]
             combination = "concat" if how == SINGLE else how
             image, text = (combine_features([features[side] for features in stored], combination) for side in SIDES)
-            if len(stages) > 1 and isinstance(task, ClassificationTask):
-                task = replace(task, readout_width=stored[0]["image"].shape[1])
+            task = at_width_of_one_stage(found, [features["image"].shape[1] for features in stored])
             metrics, outcomes = task.score(image, text)
             if how == SINGLE and isinstance(task, ClassificationTask):
                 metrics |= _cluster_agreement(run, stages[0], task, image)

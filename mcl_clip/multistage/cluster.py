@@ -7,7 +7,9 @@ processes add the sums as integers.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor
 from mcl_clip.distributed import (
     Name,
     all_reduce_sum,
+    barrier,
     gather_objects,
+    is_main,
     on_main,
     permutation,
     rank,
@@ -107,6 +111,30 @@ def fit_whitening(rows: Rows, num_rows: int) -> Whitening:
         return Whitening(mean=mean.astype(np.float32), matrix=matrix.astype(np.float32))
 
     return on_main(fit)
+
+
+@contextmanager
+def whitened_rows(rows: Rows, num_rows: int, whitening: Whitening, path: Path) -> Iterator[Rows]:
+    """The whitened rows, from a file at `path` that exists meanwhile and that every process must see.
+
+    Whitening a row costs more than a pass over it, so it is done once.
+    """
+
+    def write() -> None:
+        shape = (num_rows, len(whitening.mean))
+        memory = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        for _, start, stop in _all_chunks(num_rows):
+            memory[start:stop] = whitening(rows(start, stop))
+        memory.flush()
+
+    try:
+        on_main(write)
+        memory = np.load(path, mmap_mode="c", allow_pickle=False)
+        barrier()
+        yield lambda start, stop: memory[start:stop]
+    finally:
+        if is_main():
+            path.unlink(missing_ok=True)
 
 
 def spherical_kmeans(

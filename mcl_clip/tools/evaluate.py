@@ -23,7 +23,7 @@ from mcl_clip.errors import UserError
 from mcl_clip.eval.catalogue import discover
 from mcl_clip.eval.run import Encoder, run_task
 from mcl_clip.eval.suite import Task, result_record
-from mcl_clip.eval.tasks.classification import ClassificationTask
+from mcl_clip.eval.tasks.classification import at_width_of_one_stage
 from mcl_clip.model.multistage import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, MultistageCLIP
 from mcl_clip.model.towers import PUBLISHED, Tower, create_tower, load_tower
 
@@ -215,8 +215,9 @@ def evaluate(
             num_workers=num_workers,
             precision=precision,
         )
+        dims = loaded.embed_dims if isinstance(loaded, MultistageCLIP) else []
         for task in sets.values():
-            _measure(_at_width(task, loaded), encoder, out, candidate, about)
+            _measure(at_width_of_one_stage(task, dims), encoder, out, candidate, about)
     return out
 
 
@@ -245,13 +246,6 @@ def _digest(loaded: Loaded) -> str:
         digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _at_width(task: Task, loaded: Loaded) -> Task:
-    """The task, with a read-out of several stages at the width of one."""
-    if isinstance(loaded, MultistageCLIP) and len(loaded.stages) > 1 and isinstance(task, ClassificationTask):
-        return replace(task, readout_width=max(loaded.embed_dims))
-    return task
 
 
 def _measure(task: Task, encoder: Encoder, out: Path, candidate: Candidate, about: dict[str, Any]) -> None:

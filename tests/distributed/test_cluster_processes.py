@@ -1,6 +1,8 @@
 """For given features, clusters do not depend on the number of processes."""
 
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from mcl_clip.multistage import cluster
-from mcl_clip.multistage.cluster import Clustering, fit_whitening, spherical_kmeans
+from mcl_clip.multistage.cluster import Clustering, fit_whitening, spherical_kmeans, whitened_rows
 
 CHUNK = 128  # 8 chunks: two for each of four processes
 
@@ -24,7 +26,7 @@ def planted(noise: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit(
-    noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int = 1, whiten: bool = False
+    noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int = 1, whiten: Path | None = None
 ) -> Clustering:
     features, _ = planted(noise)
     start = cluster._fit_sample
@@ -38,11 +40,14 @@ def fit(
     torch.set_num_threads(threads)
     try:
         with patch.object(cluster, "CHUNK_ROWS", CHUNK), patch.object(cluster, "_fit_sample", with_empty_clusters):
-            if whiten:
-                features = fit_whitening(lambda first, last: features[first:last], 1000)(features)
-            return spherical_kmeans(
-                lambda first, last: features[first:last], num_rows=1000, num_clusters=clusters, name=(0, "test")
-            )
+            plain: cluster.Rows = lambda first, last: features[first:last]  # noqa: E731
+            with ExitStack() as stack:
+                rows = (
+                    stack.enter_context(whitened_rows(plain, 1000, fit_whitening(plain, 1000), whiten))
+                    if whiten
+                    else plain
+                )
+                return spherical_kmeans(rows, num_rows=1000, num_clusters=clusters, name=(0, "test"))
     finally:
         torch.set_num_threads(1)
 
@@ -53,10 +58,12 @@ def fit(
         partial(fit, 0.05),
         partial(fit, 1.0, clusters=9),
         partial(fit, 0.05, far_centroids=2),
-        partial(fit, 1.0, clusters=9, whiten=True),
+        partial(fit, 1.0, clusters=9, whiten=Path("whitened.tmp")),
     ],
 )
-def test_clusters_are_bit_equal_at_any_number_of_processes(pool, make):
+def test_clusters_are_bit_equal_at_any_number_of_processes(pool, make, tmp_path):
+    if whiten := make.keywords.get("whiten"):
+        make = partial(make, whiten=tmp_path / whiten)
     one = pool.run(call, 1, make)[0]
     for size in (2, 4):
         for found in pool.run(call, size, make):

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.errors import UserError
 from mcl_clip.eval.embed import ImageSource, embed_images, embed_texts, find_shards
 from mcl_clip.eval.readout import FOLDS, knn_predictions, linear_predictions
+from mcl_clip.eval.suite import Task
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -175,6 +176,13 @@ class ClassificationTask:
         """What a record says of the task."""
         key = f"classification/{self.name.removeprefix('classification/')}"
         return {"key": key, "task": "zeroshot_classification", **self.data.counts()}
+
+
+def at_width_of_one_stage(task: Task, stage_dims: Sequence[int]) -> Task:
+    """The task with a read-out of several stages at the width of one; other tasks, and single stages, as they are."""
+    if len(stage_dims) > 1 and isinstance(task, ClassificationTask):
+        return replace(task, readout_width=max(stage_dims))
+    return task
 
 
 def class_scores(

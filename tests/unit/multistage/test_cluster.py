@@ -8,7 +8,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from mcl_clip.errors import UserError
 from mcl_clip.multistage import cluster
-from mcl_clip.multistage.cluster import Clustering, fit_whitening, spherical_kmeans
+from mcl_clip.multistage.cluster import Clustering, fit_whitening, spherical_kmeans, whitened_rows
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -161,3 +161,19 @@ def test_whitening_keeps_what_plain_clusters_mix():
 
     whitened = fit_whitening(lambda a, b: features[a:b], 3000)(features)
     assert agreement(whitened) > agreement(features) + 0.2
+
+
+def test_whitened_rows_are_computed_once_and_leave_no_file(tmp_path):
+    features, asked = anisotropic(), []
+
+    def rows(start, stop):
+        asked.append((start, stop))
+        return features[start:stop]
+
+    whitening = fit_whitening(rows, len(features))
+    asked.clear()
+    with whitened_rows(rows, len(features), whitening, tmp_path / "whitened.tmp") as whitened:
+        for _ in range(3):
+            assert np.array_equal(whitened(100, 900), whitening(features[100:900]))
+        assert asked == [(0, len(features))]
+    assert not list(tmp_path.iterdir())
