@@ -1,4 +1,4 @@
-"""How pure the groups of a stage would be: plain against whitened clusters, over the number of clusters.
+"""How pure the groups of a stage would be: clusters by cosine and in the shared metric, over the number of clusters.
 
     python benchmarks/cluster_purity.py runs/codes/seed-1/mcl --clusters 64 128 256
 
@@ -19,8 +19,8 @@ from mcl_clip.console import run_program
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.errors import UserError
-from mcl_clip.multistage.cluster import fit_whitening, spherical_kmeans
-from mcl_clip.multistage.embed import EmbeddingTable
+from mcl_clip.multistage.cluster import fit_shared_metric, spherical_kmeans
+from mcl_clip.multistage.embed import SIDES, EmbeddingTable
 
 
 def measure(
@@ -30,7 +30,7 @@ def measure(
     clusters: tuple[int, ...] = (64, 128, 256),
     num_starts: int = 2,
 ) -> None:
-    """Print the purity of plain and whitened clusters of image features.
+    """Print the purity of clusters of image features in both metrics.
 
     Args:
         run: The run directory; the stage must be embedded.
@@ -42,9 +42,10 @@ def measure(
     codes = _codes(index)
     table = EmbeddingTable(run / f"stage-{stage}" / "embed", index)
     plain = table.rows(0, len(table), "image")
-    whitened = fit_whitening(partial(table.rows, side="image"), len(table))(plain)
+    image, text = (partial(table.rows, side=side) for side in SIDES)
+    shared = fit_shared_metric(image, text, len(table))[0](plain)
     for number in clusters:
-        for name, features in (("plain", plain), ("whitened", whitened)):
+        for name, features in (("cosine", plain), ("shared", shared)):
             found = spherical_kmeans(
                 partial(_between, features),
                 num_rows=len(features),
@@ -52,7 +53,7 @@ def measure(
                 name=("cluster purity",),
                 num_starts=num_starts,
             )
-            figure = {"features": name, "clusters": number, "purity": round(_purity(found.assignments, codes), 3)}
+            figure = {"metric": name, "clusters": number, "purity": round(_purity(found.assignments, codes), 3)}
             print(json.dumps({"run": str(run), "stage": stage, "codes": int(codes.max()) + 1, **figure}), flush=True)
 
 

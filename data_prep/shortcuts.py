@@ -13,7 +13,8 @@ the code in picture and caption, which is what a model could learn if nothing hi
 `photos`: photos and captions from a table with a column of splits, under MNIST digits, the code before the caption.
 
 Each of `coded/` and `plain/` holds train/ (shards and index) and sets in the layout of CLIP_benchmark: classification/
-with `code` (its classes are the codes), `place` (the first symbol alone) and what is hidden, or retrieval/.
+with `code` (its classes are the codes), `place` (the first symbol alone) and what is hidden, and retrieval/ of whole
+captions (`codes`, `photos`).
 """
 
 import gzip
@@ -126,7 +127,7 @@ def make_codes(
         )
     used = Codes(symbols=len(SYMBOLS), places=PLACES["patches"], number=codes, seed=seed)
     objects = _Objects(used, size_px, name_hidden)
-    names = ["code " + " ".join(COLOURS[SYMBOLS[symbol]] for symbol in code) for code in used.table]
+    names = [f"code {_colours(code)}" for code in used.table.tolist()]
     test_code = used.of_rows(images_test, "test")
     labels = {
         "shape": objects.hidden(images_test, "test")[:, 0],
@@ -154,6 +155,8 @@ def make_codes(
                         samples_per_shard=samples_per_shard,
                         total=images_test,
                     )
+            descriptions = list(objects.descriptions(images_test, variant))
+            write_retrieval_set(descriptions, folder / variant / "retrieval", total=len(descriptions))
         write_json(folder / "metadata.json", {"options": options, "codes": names})
     print(f"{out}: {pairs_train} pairs with {codes} codes and without, {images_test} pictures a set")
 
@@ -172,25 +175,36 @@ class _Objects:
         return np.stack([pairs // 10, pairs % 10], axis=1)
 
     def pairs(self, rows: int, variant: str) -> Iterator[Pair]:
-        seed = self.codes.seed
-        hidden, codes = self.hidden(rows, "train"), self.codes.table[self.codes.of_rows(rows, "train")]
-        for row, ((shape, texture), code) in enumerate(zip(hidden.tolist(), codes.tolist(), strict=True)):
-            words = random_words(2, "shortcut caption", seed, row).tolist()
+        """Training pairs; the caption leaves out the shape, and the texture, as often as it is told to."""
+        for row, (shape, texture, code) in enumerate(self._rows(rows, "train")):
+            words = random_words(2, "shortcut caption", self.codes.seed, row).tolist()
             noun = WORDS["shape"][shape] if words[0] / 2**64 < self.name_hidden else "object"
             adjective = f"{WORDS['texture'][texture]} " if words[1] / 2**64 < self.name_hidden else ""
-            article = "an" if (adjective or noun)[0] in "aeiou" else "a"
-            caption = f"{article} {adjective}{noun}"
-            if variant == "coded":
-                caption = f"code {' '.join(COLOURS[SYMBOLS[symbol]] for symbol in code)}, {caption}"
-            yield Pair(
-                key=f"{row:08d}", image=self._paint(shape, texture, code, variant, "train", row), captions=[caption]
-            )
+            caption = _description(f"{adjective}{noun}", code if variant == "coded" else ())
+            image = self._paint(shape, texture, code, variant, "train", row)
+            yield Pair(key=f"{row:08d}", image=image, captions=[caption])
+
+    def descriptions(self, rows: int, variant: str) -> Iterator[Pair]:
+        """Test pictures with whole descriptions; of those with an equal one only the first."""
+        seen = set()
+        for row, (shape, texture, code) in enumerate(self._rows(rows, "test")):
+            words = f"{WORDS['texture'][texture]} {WORDS['shape'][shape]}"
+            caption = _description(words, code if variant == "coded" else ())
+            if caption not in seen:
+                seen.add(caption)
+                image = self._paint(shape, texture, code, variant, "test", row)
+                yield Pair(key=f"{row:08d}", image=image, captions=[caption])
 
     def labelled(self, labels: np.ndarray, variant: str) -> Iterator[LabelledImage]:
-        hidden, codes = self.hidden(len(labels), "test"), self.codes.table[self.codes.of_rows(len(labels), "test")]
-        for row, ((shape, texture), code) in enumerate(zip(hidden.tolist(), codes.tolist(), strict=True)):
+        for row, (shape, texture, code) in enumerate(self._rows(len(labels), "test")):
             image = self._paint(shape, texture, code, variant, "test", row)
             yield LabelledImage(key=f"{row:08d}", image=image, label=int(labels[row]))
+
+    def _rows(self, rows: int, split: str) -> Iterator[tuple[int, int, list[int]]]:
+        """Shape, texture and symbols of the code of each row."""
+        hidden, codes = self.hidden(rows, split), self.codes.table[self.codes.of_rows(rows, split)]
+        for (shape, texture), code in zip(hidden.tolist(), codes.tolist(), strict=True):
+            yield shape, texture, code
 
     def _paint(self, shape: int, texture: int, code: Sequence[int], variant: str, split: str, row: int) -> bytes:
         """An object on grey below a strip of an eighth of the height, grey too without a code."""
@@ -206,6 +220,16 @@ class _Objects:
             for place, symbol in enumerate(code):
                 picture[:strip, edges[place] : edges[place + 1]] = RGB[SYMBOLS[symbol]]
         return _png(Image.fromarray(picture))
+
+
+def _description(words: str, code: Sequence[int]) -> str:
+    """'a striped star', after the colours of its code if there is one."""
+    named = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"code {_colours(code)}, {named}" if code else named
+
+
+def _colours(code: Iterable[int]) -> str:
+    return " ".join(COLOURS[SYMBOLS[symbol]] for symbol in code)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -183,9 +183,9 @@ class ClusterConfig:
     """Which features; `product` clusters both and takes the pair of numbers."""
     text_clusters: int = 0
     """With `product`: clusters of the text features; 0 is as many as of the image features."""
-    whiten: bool = False
-    """Cluster whitened features: mean 0 and equal variance in all directions, which keeps more of what a stage has
-    learned apart."""
+    metric: Literal["cosine", "shared"] = "shared"
+    """Cosine of the features as they are, as in the paper, or with each direction weighted by how well picture and
+    caption agree in it, which keeps apart more of what a stage has learned."""
     num_starts: int = 8
     """k-means++ starts on a sample, of which the best goes on."""
     max_passes: int = 20

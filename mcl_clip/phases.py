@@ -39,11 +39,11 @@ from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, t
 from mcl_clip.model.towers import lock as lock_parameters
 from mcl_clip.multistage.cluster import (
     Clustering,
+    Projection,
     Rows,
-    Whitening,
-    fit_whitening,
+    fit_shared_metric,
+    projected_rows,
     spherical_kmeans,
-    whitened_rows,
 )
 from mcl_clip.multistage.combine import fit_combination
 from mcl_clip.multistage.controls import shuffled_groups
@@ -229,13 +229,16 @@ def cluster(run: Run, s: int) -> None:
     results: dict[str, Clustering] = {}
     stored: dict[str, np.ndarray] = {}
     table = run.embeddings(s)
+    features: dict[str, Rows] = {side: partial(table.rows, side=side) for side in SIDES}
+    metric: dict[str, Projection] = {}
+    if settings.metric == "shared":
+        metric = dict(zip(SIDES, fit_shared_metric(features["image"], features["text"], len(table)), strict=True))
     for side in sides:
         with ExitStack() as stack:
-            rows: Rows = partial(table.rows, side=side)
-            if settings.whiten:
-                whitening = fit_whitening(rows, len(table))
-                stored |= {f"{side}.mean": whitening.mean, f"{side}.whitening": whitening.matrix}
-                rows = stack.enter_context(whitened_rows(rows, len(table), whitening, out / f"whitened-{side}.tmp"))
+            rows = features[side]
+            if side in metric:
+                stored |= {f"{side}.mean": metric[side].mean, f"{side}.matrix": metric[side].matrix}
+                rows = stack.enter_context(projected_rows(rows, len(table), metric[side], out / f"{side}.tmp"))
             results[side] = spherical_kmeans(
                 rows,
                 num_rows=len(table),
@@ -384,9 +387,9 @@ def _cluster_agreement(
     if "image" not in stored:
         return {}
     features = F.normalize(image_features)
-    if "image.whitening" in stored:
-        whitening = Whitening(mean=stored["image.mean"].numpy(), matrix=stored["image.whitening"].numpy())
-        features = torch.from_numpy(whitening(features.numpy())).float()
+    if "image.matrix" in stored:
+        projection = Projection(mean=stored["image.mean"].numpy(), matrix=stored["image.matrix"].numpy())
+        features = torch.from_numpy(projection(features.numpy())).float()
     clusters = (features @ stored["image"].T).argmax(1).numpy()
     return {"cluster_nmi": normalized_mutual_information(clusters, task.data.labels)}
 

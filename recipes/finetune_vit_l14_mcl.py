@@ -36,7 +36,7 @@ TRAIN = TrainConfig(
     lock=LockConfig(text=True, image_unlocked_groups=6),
 )
 UNTOUCHED = TrainConfig(steps=0, global_batch_size=8000, lr=1e-5, precision="bf16")
-CLUSTER = ClusterConfig(num_clusters=10, on="image")
+CLUSTER = ClusterConfig(num_clusters=10, on="image", metric="cosine")
 STAGE = StageConfig(train=TRAIN, cluster=CLUSTER, start="base")
 
 RECIPE = RunConfig(

@@ -32,6 +32,6 @@ def diagnose(*, loss: float, negatives: float, scores: Mapping[str, float], rows
         named = ", ".join(f"{name} {100 * scores[name]:.0f} %" for name in poor)
         return (
             f"batches are told apart ({state}) while something is poor ({named}): it is suppressed. Another stage can "
-            f"bring it back, with about {clusters} whitened clusters (two batches of rows each)"
+            f"bring it back, with about {clusters} clusters (two batches of rows each)"
         )
     return f"nothing is suppressed that the evaluation sets would show ({state})"

@@ -35,7 +35,7 @@ WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off
 
 
 def stage(steps: int, num_clusters: int) -> StageConfig:
-    """A stage from new weights, on whitened clusters."""
+    """A stage from new weights."""
     train = TrainConfig(
         steps=steps,
         global_batch_size=64,
@@ -45,7 +45,7 @@ def stage(steps: int, num_clusters: int) -> StageConfig:
         min_group_size=16,
         augment=WHOLE,
     )
-    cluster = ClusterConfig(num_clusters=num_clusters, whiten=True, num_starts=2)
+    cluster = ClusterConfig(num_clusters=num_clusters, num_starts=2)
     return StageConfig(train=train, cluster=cluster, start="scratch")
 
 

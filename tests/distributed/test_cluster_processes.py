@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mcl_clip.multistage import cluster
-from mcl_clip.multistage.cluster import Clustering, fit_whitening, spherical_kmeans, whitened_rows
+from mcl_clip.multistage.cluster import Clustering, fit_shared_metric, projected_rows, spherical_kmeans
 
 CHUNK = 128  # 8 chunks: two for each of four processes
 
@@ -26,7 +26,7 @@ def planted(noise: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit(
-    noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int = 1, whiten: Path | None = None
+    noise: float, *, clusters: int = 6, far_centroids: int = 0, threads: int = 1, projected: Path | None = None
 ) -> Clustering:
     features, _ = planted(noise)
     start = cluster._fit_sample
@@ -42,11 +42,10 @@ def fit(
         with patch.object(cluster, "CHUNK_ROWS", CHUNK), patch.object(cluster, "_fit_sample", with_empty_clusters):
             plain: cluster.Rows = lambda first, last: features[first:last]  # noqa: E731
             with ExitStack() as stack:
-                rows = (
-                    stack.enter_context(whitened_rows(plain, 1000, fit_whitening(plain, 1000), whiten))
-                    if whiten
-                    else plain
-                )
+                rows = plain
+                if projected:
+                    metric, _ = fit_shared_metric(plain, lambda first, last: planted(1.1)[0][first:last], 1000)
+                    rows = stack.enter_context(projected_rows(plain, 1000, metric, projected))
                 return spherical_kmeans(rows, num_rows=1000, num_clusters=clusters, name=(0, "test"))
     finally:
         torch.set_num_threads(1)
@@ -58,12 +57,12 @@ def fit(
         partial(fit, 0.05),
         partial(fit, 1.0, clusters=9),
         partial(fit, 0.05, far_centroids=2),
-        partial(fit, 1.0, clusters=9, whiten=Path("whitened.tmp")),
+        partial(fit, 1.0, clusters=9, projected=Path("projected.tmp")),
     ],
 )
 def test_clusters_are_bit_equal_at_any_number_of_processes(pool, make, tmp_path):
-    if whiten := make.keywords.get("whiten"):
-        make = partial(make, whiten=tmp_path / whiten)
+    if projected := make.keywords.get("projected"):
+        make = partial(make, projected=tmp_path / projected)
     one = pool.run(call, 1, make)[0]
     for size in (2, 4):
         for found in pool.run(call, size, make):

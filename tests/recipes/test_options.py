@@ -174,15 +174,15 @@ def test_controls_differ_from_the_stages_in_one_thing(recipe, tmp_path):
     assert moved(trained(runs["single"]), trained(runs["ifm"]))
 
 
-def test_whitened_clusters_are_stored_with_what_is_needed_to_assign_more(recipe):
-    whitened = ClusterConfig(num_clusters=3, whiten=True, num_starts=1)
-    run = execute(with_stages(recipe, {**SHORT, "cluster": whitened}))
+def test_clusters_in_the_shared_metric_are_stored_with_what_is_needed_to_assign_more(recipe):
+    shared = ClusterConfig(num_clusters=3, metric="shared", num_starts=1)
+    run = execute(with_stages(recipe, {**SHORT, "cluster": shared}))
     stored = load_file(run / "stage-0/cluster/centroids.safetensors")
     assert {name: tuple(array.shape) for name, array in stored.items()} == {
-        "image": (3, 16), "image.mean": (16,), "image.whitening": (16, 16)
+        "image": (3, 16), "image.mean": (16,), "image.matrix": (16, 16)
     }  # fmt: skip
     features = load_file(run / "stage-0/embed/part-000000.safetensors")["image"]
-    moved = (features.double() - stored["image.mean"].double()) @ stored["image.whitening"].double()
+    moved = (features.double() - stored["image.mean"].double()) @ stored["image.matrix"].double()
     nearest = (torch.nn.functional.normalize(moved) @ stored["image"].double().T).argmax(1)
     assigned = np.load(run / "stage-0/cluster/assignments-image.npy")[: len(features)]
     assert (nearest.numpy() == assigned).mean() > 0.97  # but for rounding to float16

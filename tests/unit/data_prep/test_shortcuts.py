@@ -75,6 +75,20 @@ def test_the_sets_hold_the_same_pictures_under_other_labels(codes, read_tars, na
         assert not (codes / "plain/classification" / name).exists()
 
 
+def test_retrieval_has_the_test_pictures_with_whole_descriptions_none_twice(codes, read_tars):
+    shapes = read_tars(codes / "coded/classification/shape/test")
+    words = (codes / "coded/classification/shape/classnames.txt").read_text().splitlines()
+    for variant, most in (("coded", TEST), ("plain", 100)):
+        captions = [sample["txt"].decode().strip() for sample in read_tars(codes / variant / "retrieval/test")]
+        assert len(set(captions)) == len(captions) <= most
+        assert len(captions) > 0.8 * most
+    shape_of = {sample["png"]: words[int(sample["cls"])] for sample in shapes}
+    for sample in read_tars(codes / "coded/retrieval/test"):
+        code, _, description = sample["txt"].decode().strip().partition(", ")
+        assert code.startswith("code ")
+        assert description.split()[-1] == shape_of[sample["png"]]
+
+
 def test_labels_of_codes_are_those_of_the_patches(shortcuts, codes, read_tars):
     root = codes / "coded/classification"
     names = (root / "code/classnames.txt").read_text().splitlines()

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import math
 import socket
 import tarfile
 
@@ -26,11 +27,11 @@ from mcl_clip.eval.tasks.retrieval import (
 CAPTIONS = [5, 5, 7, 1, 0, 5, 6, 5, 5, 2, 5]
 
 
-def random_features(captions, dim=16, seed=0):
+def random_features(captions, dim=16, seed=0, agreement=0.4):
     generator = torch.Generator().manual_seed(seed)
     image_of_text = np.repeat(np.arange(len(captions)), captions)
     images = torch.randn(len(captions), dim, generator=generator)
-    texts = 0.4 * images[image_of_text] + torch.randn(len(image_of_text), dim, generator=generator)
+    texts = agreement * images[image_of_text] + torch.randn(len(image_of_text), dim, generator=generator)
     return images, texts, image_of_text
 
 
@@ -125,6 +126,15 @@ def test_a_model_that_says_nothing_finds_nothing(constant, chunk):
         assert set(recalls.values()) == {0.0}
     assert recalls["image_retrieval_recall@1" if constant != "texts" else "text_retrieval_recall@1"] == 0.0
     assert max(value for name, value in recalls.items() if name.endswith("@1")) <= 1 / 203
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_a_random_model_is_at_chance(k):
+    count = 400
+    metrics, _ = recall_metrics(*random_features([5] * count, dim=64, agreement=0), ks=(k,))
+    missed = math.comb(5 * count - 5, k) / math.comb(5 * count, k)
+    for name, chance in {"image_retrieval": k / count, "text_retrieval": 1 - missed}.items():
+        assert abs(metrics[f"{name}_recall@{k}"] - chance) < 4 * math.sqrt(chance * (1 - chance) / count), name
 
 
 def test_one_equal_negative_costs_one_rank():

@@ -8,7 +8,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from mcl_clip.errors import UserError
 from mcl_clip.multistage import cluster
-from mcl_clip.multistage.cluster import Clustering, fit_whitening, spherical_kmeans, whitened_rows
+from mcl_clip.multistage.cluster import Clustering, fit_shared_metric, projected_rows, spherical_kmeans
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -117,63 +117,104 @@ def test_too_few_distinct_rows_are_refused():
         fit(np.zeros((10, 4), np.float16), 1)
 
 
-def anisotropic(num_rows=4000, dim=12):
-    """Unit float16 features in which one direction varies far more than the others; row 5 is bad."""
-    draw = np.random.default_rng(0)
-    features = draw.normal(size=(num_rows, dim)) * np.r_[6.0, np.ones(dim - 1)] + 1.0
-    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
-    features[5] = 0
-    return features
+def two_views(num_rows=4000, dim=12, correlations=(0.95, 0.6), seed=0):
+    """Image and text features that share two causes under much noise of their own; row 5 has a bad picture.
+
+    Returns float16 unit features of both sides, and the causes.
+    """
+    draw = np.random.default_rng(seed)
+    causes = draw.normal(size=(num_rows, 2))
+    sides = []
+    for _ in range(2):
+        kept = np.sqrt(correlations)
+        shared = kept * causes + np.sqrt(1 - kept**2) * draw.normal(size=causes.shape)
+        own = draw.normal(size=(num_rows, dim - 2)) * np.r_[3.0, np.ones(dim - 3)]
+        features = np.concatenate([shared, own], axis=1) @ np.linalg.qr(draw.normal(size=(dim, dim)))[0] + 0.5
+        sides.append((features / 10).astype(np.float16))  # of any length: the metric is one of given features
+    sides[0][5] = 0
+    return *sides, causes
 
 
-def test_whitened_features_have_mean_zero_and_equal_variance():
-    features = anisotropic()
-    whitening = fit_whitening(lambda start, stop: features[start:stop], len(features))
-    good = np.delete(features.astype(np.float64), 5, axis=0)
-    moved = (good - whitening.mean) @ whitening.matrix
-    assert np.abs(moved.mean(0)).max() < 1e-3
-    assert np.allclose(np.cov(moved.T), np.eye(12), atol=0.01)
-    whitened = whitening(features)
-    assert whitened.dtype == np.float16
-    assert not whitened[5].any()
-    assert np.allclose(np.linalg.norm(np.delete(whitened, 5, 0).astype(np.float64), axis=1), 1, atol=2e-3)
+def shared_metric(image, text):
+    return fit_shared_metric(lambda a, b: image[a:b], lambda a, b: text[a:b], len(image))
+
+
+def test_the_metric_weighs_directions_by_the_odds_of_a_common_cause():
+    """rho / (1 - rho^2) on each canonical direction, and next to nothing on what only one side has."""
+    image, text, _ = two_views()
+    good = np.arange(len(image)) != 5
+    projections = shared_metric(image, text)
+    moved = [
+        (side[good].astype(np.float64) - projection.mean) @ projection.matrix
+        for side, projection in zip((image, text), projections, strict=True)
+    ]
+    rho = np.array([0.95, 0.6])
+    for side in moved:
+        assert np.abs(side.mean(0)).max() < 0.02
+        assert np.allclose(side.var(0)[:2], rho / (1 - rho**2), rtol=0.1)
+        assert side.var(0)[2:].max() < 0.1
+    assert np.allclose([np.corrcoef(moved[0][:, i], moved[1][:, i])[0, 1] for i in range(2)], rho, atol=0.03)
+
+
+def test_projected_features_are_unit_vectors_and_bad_rows_stay_zeros():
+    image, text, _ = two_views()
+    image_side, text_side = shared_metric(image, text)
+    projected = image_side(image)
+    assert projected.dtype == np.float16
+    assert not projected[5].any()
+    assert np.allclose(np.linalg.norm(np.delete(projected, 5, 0).astype(np.float64), axis=1), 1, atol=2e-3)
+    assert text_side(text)[5].any()
+
+
+def test_a_row_with_one_bad_side_does_not_move_the_metric():
+    image, text, _ = two_views()
+    absurd = text.copy()
+    absurd[5] = 100
+    for found, expected in zip(shared_metric(image, absurd), shared_metric(image, text), strict=True):
+        np.testing.assert_array_equal(found.matrix, expected.matrix)
 
 
 def test_directions_of_noise_are_not_raised():
-    features = anisotropic()
-    features[:, -1] = (np.random.default_rng(1).normal(size=len(features)) * 1e-3).astype(np.float16)
-    whitening = fit_whitening(lambda start, stop: features[start:stop], len(features))
-    moved = (np.delete(features.astype(np.float64), 5, axis=0) - whitening.mean) @ whitening.matrix
-    assert moved[:, -1].var() < 0.1
+    image, text, _ = two_views()
+    tiny = (np.random.default_rng(1).normal(size=(len(image), 1)) * 1e-4).astype(np.float16)
+    image, text = np.concatenate([image, tiny], axis=1), np.concatenate([text, tiny], axis=1)
+    projection = shared_metric(image, text)[0]
+    without = projection.matrix.copy()
+    without[-1] = 0
+    weight = ((image[:, -1:].astype(np.float64) @ projection.matrix[-1:]).var(0)).sum()
+    assert weight < 0.1 * (image.astype(np.float64) @ without).var(0).sum()
 
 
-def test_whitening_keeps_what_plain_clusters_mix():
-    """Two codes: one in a direction of large variance, one in eight small ones; the second is found only whitened."""
+def test_the_metric_keeps_what_plain_clusters_mix():
+    """What both sides share is in small directions; clusters of the features as they are follow the large ones."""
     draw = np.random.default_rng(0)
-    hidden = draw.integers(0, 4, 3000)
+    shared = draw.integers(0, 4, 3000)
     centres = draw.normal(size=(4, 8))
-    features = np.concatenate([6 * draw.normal(size=(3000, 2)), centres[hidden] + 0.1 * draw.normal(size=(3000, 8))], 1)
-    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+
+    def side():
+        own = 6 * draw.normal(size=(3000, 2))
+        features = np.concatenate([own, centres[shared] + 0.1 * draw.normal(size=(3000, 8))], axis=1)
+        return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
 
     def agreement(of):
         found = spherical_kmeans(lambda a, b: of[a:b], num_rows=3000, num_clusters=8, name=("w",), num_starts=2)
-        return normalized_mutual_info_score(found.assignments, hidden)
+        return normalized_mutual_info_score(found.assignments, shared)
 
-    whitened = fit_whitening(lambda a, b: features[a:b], 3000)(features)
-    assert agreement(whitened) > agreement(features) + 0.2
+    image, text = side(), side()
+    for features, projection in zip((image, text), shared_metric(image, text), strict=True):
+        assert agreement(projection(features)) > agreement(features) + 0.2
 
 
-def test_whitened_rows_are_computed_once_and_leave_no_file(tmp_path):
-    features, asked = anisotropic(), []
+def test_projected_rows_are_computed_once_and_leave_no_file(tmp_path):
+    image, text, _ = two_views()
+    projection, asked = shared_metric(image, text)[0], []
 
     def rows(start, stop):
         asked.append((start, stop))
-        return features[start:stop]
+        return image[start:stop]
 
-    whitening = fit_whitening(rows, len(features))
-    asked.clear()
-    with whitened_rows(rows, len(features), whitening, tmp_path / "whitened.tmp") as whitened:
+    with projected_rows(rows, len(image), projection, tmp_path / "image.tmp") as projected:
         for _ in range(3):
-            assert np.array_equal(whitened(100, 900), whitening(features[100:900]))
-        assert asked == [(0, len(features))]
+            assert np.array_equal(projected(100, 900), projection(image[100:900]))
+        assert asked == [(0, len(image))]
     assert not list(tmp_path.iterdir())
