@@ -33,15 +33,16 @@ TOWER = TowerConfig(
 )
 STAGE = StageConfig(
     train=TrainConfig(
-        steps=300,
+        steps=250,
         global_batch_size=64,
         lr=2e-3,
-        warmup_steps=30,
+        warmup_steps=25,
         weight_decay=0.1,
         max_grad_norm=1.0,
         augment=AugmentConfig(scale=(0.5, 1.0), horizontal_flip=0.5),
     ),
     cluster=ClusterConfig(num_clusters=4, num_starts=2),
+    start="scratch",
 )
 RECIPE = RunConfig(
     run_dir=Path("runs/photos-once"),
