@@ -1,0 +1,127 @@
+"""A stage of training on a few drawn pairs, that can be stopped: the real loader, loop and Accelerator."""
+
+import contextlib
+import io
+import math
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from torch import nn
+
+from mcl_clip.cli import create_accelerator
+from mcl_clip.data.batches import TrainingLoader
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.plan import BatchPlan
+from mcl_clip.data.reader import Reader
+from mcl_clip.data.shards import expand_shards
+from mcl_clip.data.transforms import train_transform
+from mcl_clip.data.writing import Pair, write_pairs
+from mcl_clip.distributed import random_words, rank, world_size
+from mcl_clip.model.towers import create_tower
+from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
+from mcl_clip.train.optim import create_optimizer
+
+ROWS, BATCH, STEPS, SAVE = 52, 8, 30, 4  # 52 rows: the last batch of an epoch of 7 has fillers
+COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange", "purple")
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+class StoppedError(Exception):
+    """The job was taken away."""
+
+
+class StoppingLoader(TrainingLoader):
+    """Notes the rows of each step and, asked for one more than it may give, stops."""
+
+    def __init__(self, *args, most_steps, **options):
+        super().__init__(*args, **options)
+        self.most_steps, self.rows = most_steps, []
+
+    def steps(self, start_step, stop_step):
+        for batch in super().steps(start_step, stop_step):
+            if len(self.rows) >= self.most_steps:
+                raise StoppedError
+            self.rows.append(batch.rows.tolist())
+            yield batch
+
+
+def write_shards(out: Path) -> Path:
+    """Pairs of noise and a caption of their own."""
+
+    def pairs():
+        for row in range(ROWS):
+            file = io.BytesIO()
+            pixels = random_words(32 * 32 * 3, "drawn pair", row).astype(np.uint8).reshape(32, 32, 3)
+            Image.fromarray(pixels).save(file, "PNG")
+            caption = f"number {row} on {COLOURS[row % len(COLOURS)]}"
+            yield Pair(key=f"{row:04d}", image=file.getvalue(), captions=[caption])
+
+    write_pairs(pairs(), out, samples_per_shard=20, total=ROWS)
+    return out
+
+
+def train(
+    shards: Path,
+    out: Path,
+    *,
+    most_steps: float = math.inf,
+    patch_dropout: float = 0.0,
+    crop: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+):
+    """Train up to the end or until stopped; the local rows of each step that was done, and the weights."""
+    vision = MODEL["vision_cfg"] | {"patch_dropout": patch_dropout}
+    tower = create_tower(model_cfg=MODEL | {"vision_cfg": vision}, seed=1)
+    tower.model.to(dtype).visual.register_forward_pre_hook(_cast)
+    index = ShardIndex.build(expand_shards(str(shards)))
+    groups = np.arange(len(index)) % 3
+    plan = BatchPlan(shard_of=index.shard_of, groups=groups, global_batch_size=BATCH, seed=0, stage=1)
+    transform = train_transform(tower.preprocess_cfg, scale=(crop, 1.0), ratio=(1.0, 1.0))
+    loader = StoppingLoader(plan, Reader(index), transform=transform, tokenizer=tower.tokenizer, most_steps=most_steps)
+    optimizer = create_optimizer(
+        tower.model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, lr_multipliers={}, weight_decays={}
+    )
+    out.mkdir(exist_ok=True)
+    with contextlib.suppress(StoppedError):
+        train_stage(
+            accelerator(),
+            tower.model,
+            loader=loader,
+            objective=Objective(groups=groups, preprocess_cfg=tower.preprocess_cfg),
+            optimizer=optimizer,
+            schedule=Schedule(total_steps=STEPS, lr=1e-3, warmup_steps=3, max_grad_norm=1.0),
+            intervals=Intervals(log_steps=1, save_steps=SAVE),
+            out=out,
+            seed=(0, 1),
+            average_decay=0.9,
+            show_progress=False,
+        )
+    return loader.rows, {name: tensor.numpy().tobytes() for name, tensor in tower.model.state_dict().items()}
+
+
+def _cast(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Pixels in the type of the weights."""
+    return tuple(given.to(next(module.parameters()).dtype) for given in inputs)
+
+
+def accelerator() -> Accelerator:
+    """Accelerate on the process group of the pool, which knows nothing of the jobs before."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    if world_size() == 1:
+        return create_accelerator()
+    numbers = {"RANK": rank(), "LOCAL_RANK": rank(), "WORLD_SIZE": world_size(), "LOCAL_WORLD_SIZE": world_size()}
+    with patch.dict(os.environ, {name: str(number) for name, number in numbers.items()}, OMP_NUM_THREADS="1"):
+        made = create_accelerator()
+    assert made.num_processes == world_size()
+    return made
