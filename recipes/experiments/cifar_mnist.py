@@ -58,7 +58,7 @@ RECIPE = RunConfig(
     run_dir=Path("runs/cifar-mnist-once"),
     data=DataConfig(train=(str(DATA / "coded" / "train"),), holdout_rows=512),
     tower=TOWER,
-    stages=(stage(300, 312), stage(600, 16)),
+    stages=(stage(250, 312), stage(500, 16)),
     eval=EvalConfig(classification=sets("coded", "class", "place"), batch_size=256),
     machine=MachineConfig(workers=0, log_steps=100),
 )

@@ -33,10 +33,10 @@ TOWER = TowerConfig(
 )
 STAGE = StageConfig(
     train=TrainConfig(
-        steps=250,
+        steps=200,
         global_batch_size=64,
         lr=2e-3,
-        warmup_steps=25,
+        warmup_steps=20,
         weight_decay=0.1,
         max_grad_norm=1.0,
         augment=AugmentConfig(scale=(0.5, 1.0), horizontal_flip=0.5),

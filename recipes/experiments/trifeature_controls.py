@@ -32,7 +32,7 @@ TOWER = TowerConfig(
     }
 )
 STAGE = StageConfig(
-    train=TrainConfig(steps=250, global_batch_size=64, lr=3e-3, warmup_steps=25, weight_decay=0.05),
+    train=TrainConfig(steps=200, global_batch_size=64, lr=3e-3, warmup_steps=20, weight_decay=0.05),
     cluster=ClusterConfig(num_clusters=10, num_starts=2),
     start="scratch",
 )
