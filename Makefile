@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DATA := shards/trifeature
+DATA := shards/codes
 
 .PHONY: quickstart test test-all check format clean
 
@@ -13,11 +13,13 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(DATA)/metadata.json: | $(VENV)/installed
-	$(BIN)/python data_prep/trifeature.py $(DATA) --pairs-train 12000 --size-px 32
+	$(BIN)/python data_prep/shortcuts.py codes $(DATA) --codes 64 --pairs-train 32768 --seed 2
 
-# Three stages on rendered pictures, on the CPU, then the table of what each stage learned.
+# Two stages beside one of equal compute, where a shortcut hides the rest, on the CPU: the phases, and the table.
 quickstart: $(VENV)/installed $(DATA)/metadata.json
-	$(BIN)/python recipes/quickstart.py
+	$(BIN)/mcl-clip experiment recipes/experiments/codes.py --out runs/quickstart --seeds 0 --arms mcl single --jobs 2 \
+		--arguments "--stages.0.train.steps 500 --stages.1.train.steps 1000"
+	$(BIN)/mcl-clip status runs/quickstart/seed-0/mcl
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'not slow'

@@ -8,8 +8,11 @@ the same single stage on the same objects without the code, in picture and capti
 by a linear read-out (five folds), by the same on the leading 64 dimensions, and zero-shot; the code itself by the
 read-out of its first patch and zero-shot among all codes; R@1 of whole descriptions.
 
-Settings were chosen on training seeds 1 to 3 and data of seed 1.
-Hardware: two CPU cores. Not yet run with these settings over several seeds.
+Settings were chosen on training seeds 1 to 3 and data of seed 1. `make quickstart` is a short form, with seed 0.
+
+Hardware: two CPU cores, 75 min for five seeds. Measured: of the gap from the single stage (57.6 % in the read-out,
+56.5 % zero-shot) to the oracle (99.7 and 99.8 %), two stages recover 87.6 and 55.2 %, IFM 52.1 and 55.7 %, an ensemble
+17.1 and -1.7 %, random groups 14.0 and -4.1 %. The README has the table.
 """
 
 from pathlib import Path

@@ -35,8 +35,8 @@ def model_on_meta(architecture):
         return open_clip.CLIP(**open_clip.get_model_config(architecture), output_dict=True)
 
 
-def test_there_are_four_recipes():
-    assert [path.stem for path in RECIPES] == ["cc12m_vit_b32", "finetune_vit_l14_mcl", "photos", "quickstart"]
+def test_there_are_three_recipes():
+    assert [path.stem for path in RECIPES] == ["cc12m_vit_b32", "finetune_vit_l14_mcl", "photos"]
 
 
 @every_recipe
