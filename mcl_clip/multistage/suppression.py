@@ -28,10 +28,10 @@ def diagnose(*, loss: float, negatives: float, scores: Mapping[str, float], rows
     if share >= STILL_LEARNING:
         return f"still learning ({state}): more steps may gain more than another stage"
     if share < TOLD_APART and poor:
-        clusters = max(2, round(rows / (2 * global_batch_size)))
+        clusters = max(2, round(rows / global_batch_size))
         named = ", ".join(f"{name} {100 * scores[name]:.0f} %" for name in poor)
         return (
             f"batches are told apart ({state}) while something is poor ({named}): it is suppressed. Another stage can "
-            f"bring it back, with about {clusters} clusters (two batches of rows each)"
+            f"bring it back, with about {clusters} clusters (a batch of rows each)"
         )
     return f"nothing is suppressed that the evaluation sets would show ({state})"

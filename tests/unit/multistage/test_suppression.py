@@ -9,7 +9,7 @@ def test_a_batch_that_is_told_apart_by_something_else():
     said = diagnose(loss=0.018, scores={"shape": 0.27, "texture": 0.81}, **STAGE)
     assert said == (
         "batches are told apart (loss 0.018, 0.4 % of guessing among 63 negatives) while something is poor (shape 27 "
-        "%): it is suppressed. Another stage can bring it back, with about 128 clusters (two batches of rows "
+        "%): it is suppressed. Another stage can bring it back, with about 256 clusters (a batch of rows "
         "each)"
     )
 
@@ -29,4 +29,4 @@ def test_the_loss_is_judged_against_the_negatives_of_a_row():
     many = diagnose(loss=0.3, scores={"shape": 0.1}, negatives=8000.0, rows=100, global_batch_size=4)
     assert few.startswith("still learning")
     assert "it is suppressed" in many
-    assert "about 12 clusters" in many
+    assert "about 25 clusters" in many
