@@ -18,7 +18,7 @@ $(DATA)/metadata.json: | $(VENV)/installed
 # Two stages beside one of equal compute, where a shortcut hides the rest, on the CPU: the phases, and the table.
 quickstart: $(VENV)/installed $(DATA)/metadata.json
 	$(BIN)/mcl-clip experiment recipes/experiments/codes.py --out runs/quickstart --seeds 0 --arms mcl single --jobs 2 \
-		--arguments "--stages.0.train.steps 500 --stages.1.train.steps 1000"
+		--arguments="--stages.0.train.steps 500 --stages.1.train.steps 1000"
 	$(BIN)/mcl-clip status runs/quickstart/seed-0/mcl
 
 test: $(VENV)/installed
