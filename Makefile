@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := shards/codes
 
-.PHONY: quickstart test test-all check format clean
+.PHONY: quickstart test test-all faults check format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,11 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# A hundred kills at random moments, and ten thousand broken inputs.
+faults: $(VENV)/installed
+	$(BIN)/python -m tests.faults.kills --kills 100
+	$(BIN)/python -m tests.faults.fuzz --cases 10000
 
 # Lint and types.
 check: $(VENV)/installed

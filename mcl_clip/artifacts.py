@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,10 @@ from mcl_clip.errors import UserError
 DONE = "DONE.json"
 STARTED = "STARTED.json"
 SECONDS_TO_WRITE_LOCK = 10.0
+HEARTBEAT_S = 30.0
+SILENT_S = 600.0  # without a heartbeat, a job on another host counts as dead
+
+logger = logging.getLogger(__name__)
 
 
 class StaleArtifactError(UserError):
@@ -92,7 +98,8 @@ def _umask() -> int:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, as JSON spells it
 
 
 def read_json(path: Path) -> Any:
@@ -103,22 +110,60 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers without end
         raise UserError(f"{path} is not valid JSON ({error}); restore it or delete it to make it anew") from error
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a character, as JSON spells it
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; none if there is no file. A last line without its end is left out."""
+    """The records of a JSON-lines file; none if there is no file. A last line without its end is left out.
+
+    Raises:
+        UserError: if a line is not a JSON object.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]  # splitlines() would also cut at U+2028 in a string
+    records: list[dict[str, Any]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+        for line in text.split("\n")[:-1]:  # splitlines() would also cut at U+2028 in a string
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"an object is needed, not {type(record).__name__}")
+            records.append(record)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"line {len(records) + 1} of {path} is not a JSON object ({error}); restore the file or delete it to make "
+            f"it anew"
+        ) from error
+    return records
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved recipe of a run, as its config.json holds it.
+
+    Raises:
+        UserError: if the folder is not a run directory, or the file is not a recipe.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise UserError(f"{run_dir} is not a run directory: it has no config.json")
+    config = read_json(path)
+    try:
+        steps = [stage.get("train", {}).get("steps", 0) for stage in config["stages"]]
+        is_whole = bool(steps) and all(type(number) is int for number in (config.get("seed", 0), *steps))
+        is_whole &= isinstance(config.get("tower", {}).get("architecture", ""), str)
+    except (LookupError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is not the configuration of a run; run the recipe again to write it anew")
+    found: dict[str, Any] = config
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +209,7 @@ class Phase:
 
     def difference(self, marker: str = DONE) -> str:
         """What differs between the finished, or begun, phase and the one asked for; empty if nothing."""
-        record = read_json(self.folder / marker)
+        record = self._record(marker)
         if record["fingerprint"] == self.fingerprint:
             changed = [name for name, size in record.get("outputs", {}).items() if self._size(name) != size]
             return f"its output {changed[0]} is missing or has another size" if changed else ""
@@ -218,7 +263,24 @@ class Phase:
         write_json(self.folder / DONE, {**record, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
     def _has_grown(self, marker: str = DONE) -> bool:
-        return self.grows and _contains(self._made_from, read_json(self.folder / marker)["made_from"])
+        return self.grows and _contains(self._made_from, self._record(marker)["made_from"])
+
+    def _record(self, marker: str) -> dict[str, Any]:
+        """What a marker file says."""
+        record = read_json(self.folder / marker)
+        try:
+            parts = (record["made_from"], *(record["made_from"][name] for name in ("settings", "inputs")))
+            is_whole = all(isinstance(part, dict) for part in (*parts, record.get("outputs", {})))
+            is_whole &= isinstance(record["fingerprint"], str)
+        except (LookupError, TypeError):
+            is_whole = False
+        if not is_whole:
+            raise UserError(
+                f"{self.folder / marker} does not say what this phase was made from; restore it, or delete "
+                f"{self.folder} to make the phase anew"
+            )
+        found: dict[str, Any] = record
+        return found
 
     def _size(self, name: str) -> int:
         path = self.folder / name
@@ -248,19 +310,41 @@ def _differences(before: Any, now: Any, path: str) -> list[str]:
 def lock(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for this job.
 
+    The lock of a dead process on this host is taken over. What a process on another host does cannot be seen: its lock
+    is touched every half minute, and taken over when that has not happened for ten.
+
     Raises:
-        UserError: if a living job holds it. The lock of a dead process on this host is taken over.
+        UserError: if a living job holds it.
     """
     path = run_dir / "lock"
-    _take(path)
+    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "process": _start_time(os.getpid())})
+    _take(path, mine)
+    released = threading.Event()
+    threading.Thread(target=_touch, args=(path, mine, released), daemon=True).start()
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        released.set()
+        if _holds(path, mine):
+            path.unlink(missing_ok=True)
 
 
-def _take(path: Path) -> None:
-    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "process": _start_time(os.getpid())})
+def _touch(path: Path, mine: str, released: threading.Event) -> None:
+    while not released.wait(HEARTBEAT_S):
+        if _holds(path, mine):
+            with suppress(OSError):  # a file system that is away for a moment
+                os.utime(path)
+
+
+def _holds(path: Path, mine: str) -> bool:
+    """Whether the lock is still ours: a job that slept for long may have lost it."""
+    try:
+        return path.read_text(errors="replace") == mine
+    except OSError:
+        return False
+
+
+def _take(path: Path, mine: str) -> None:
     for _ in range(3):
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -276,22 +360,37 @@ def _take(path: Path) -> None:
 def _remove_if_dead(path: Path) -> None:
     try:
         age_s = time.time() - path.stat().st_mtime
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except FileNotFoundError:
         return
-    try:
-        owner = json.loads(text)
-    except json.JSONDecodeError as error:
-        if age_s < SECONDS_TO_WRITE_LOCK:
-            raise UserError(f"{path.parent} is being taken by another job; give this one another --run-dir") from error
-        owner = None  # its owner died between making the file and writing to it
+    owner = _owner(text)
+    if owner is None and age_s < SECONDS_TO_WRITE_LOCK:  # else its owner died between making the file and writing to it
+        raise UserError(f"{path.parent} is being taken by another job; give this one another --run-dir")
     if owner is None or (owner["host"] == socket.gethostname() and _start_time(owner["pid"]) != owner["process"]):
+        path.unlink(missing_ok=True)
+        return
+    if owner["host"] != socket.gethostname() and age_s > SILENT_S:
+        logger.warning(
+            "%s was held by process %d on %s, which has given no sign of life for %d minutes; it is taken over",
+            *(path.parent, owner["pid"], owner["host"], age_s // 60),
+        )
         path.unlink(missing_ok=True)
         return
     raise UserError(
         f"{path.parent} is in use by process {owner['pid']} on {owner['host']}; wait for it, or give this job another "
         f"--run-dir (if that process is surely dead, delete {path})"
     )
+
+
+def _owner(text: str) -> dict[str, Any] | None:
+    """The process that a lock names, if it is written completely."""
+    try:
+        owner = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"host": str, "pid": int, "process": str}
+    is_whole = isinstance(owner, dict) and all(type(owner.get(name)) is kind for name, kind in kinds.items())
+    return owner if is_whole else None
 
 
 def _start_time(pid: int) -> str:

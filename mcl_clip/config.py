@@ -136,6 +136,12 @@ class TrainConfig:
     this much against the pair, such as 0.1; 0 is the plain loss."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the towers in bfloat16 autocast; weights and loss stay float32."""
+    grad_cache_rows: int = 0
+    """Rows of one process that go through the towers at a time, for batches larger than memory; the gradients stay
+    exact (GradCache, arXiv 2101.06983), and the towers run forward twice. 0 is off."""
+    loss_chunk_rows: int = 0
+    """Rows of one process that go through the loss at a time, with the same result, so that its memory does not grow
+    with the square of the batch, such as 256. 0 is all at once."""
     average_decay: float = 0.0
     """Decay of a running average of the weights, used in evaluation and export; 0 is none."""
     groups: Literal["labels", "none", "random"] = "labels"
@@ -167,6 +173,8 @@ class TrainConfig:
             "run_rows": 1,
             "average_decay": 0,
             "ifm_epsilon": 0,
+            "grad_cache_rows": 0,
+            "loss_chunk_rows": 0,
         }
         for name, smallest in least.items():
             largest = 0.999999 if name == "average_decay" else math.inf
@@ -253,8 +261,16 @@ class MachineConfig:
     """Folder of that cache, and of plans too large for memory."""
     cache_gb: float = 100.0
     """Largest size of the cache, in 10^9 bytes."""
+    preempt_exit_code: int = 0
+    """Exit code after SIGTERM or SIGUSR1 has stopped the job in good order; schedulers may start by it anew."""
 
     def __post_init__(self) -> None:
+        if self.preempt_exit_code in (1, 2):
+            raise UserError(
+                f"--machine.preempt-exit-code {self.preempt_exit_code} says that a job has failed; use another, such "
+                f"as 85"
+            )
+        check_range("machine.preempt-exit-code", self.preempt_exit_code, 0, 255)
         least = {
             "workers": 0,
             "prefetch_batches": 1,

@@ -1,6 +1,8 @@
 """Errors that a user can act on."""
 
 import errno
+import os
+import re
 
 
 class UserError(ValueError):
@@ -18,10 +20,17 @@ class UserError(ValueError):
         return self
 
 
+def os_error_in(error: Exception) -> OSError | None:
+    """What the operating system refused, where a library says so in words alone: `... (os error 28)`, as Rust does."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
 def explain_os_error(error: OSError) -> str:
     """One sentence with the file, what went wrong, and the way out."""
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    is_short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))  # as numpy says it
+    if is_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}no space left to write; free some space or choose a folder on another disk"
     if isinstance(error, PermissionError):
         return f"{where}permission denied; change the permissions or choose another path"

@@ -3,9 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int64
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcl_clip.artifacts import append_jsonl, atomic_dir, atomic_path, read_json, read_jsonl, write_json
+from mcl_clip.artifacts import append_jsonl, atomic_dir, atomic_path, read_jsonl, write_json
 from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.data.batches import CaptionedBatch, TrainingLoader, captioned_batches
+from mcl_clip.data.files import load_numbers, load_tensors
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.plan import BatchPlan, Source
 from mcl_clip.data.reader import Reader
@@ -48,8 +49,9 @@ from mcl_clip.multistage.cluster import (
 from mcl_clip.multistage.combine import fit_combination
 from mcl_clip.multistage.controls import shuffled_groups
 from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
-from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels, no_labels
+from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels, no_labels, read_labels
 from mcl_clip.multistage.suppression import diagnose
+from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
 from mcl_clip.train.metrics import BadSamples
 from mcl_clip.train.optim import create_optimizer
@@ -70,6 +72,7 @@ class Run:
     index: ShardIndex
     sources: tuple[Source, ...]
     tasks: dict[str, Task]
+    interrupt: Interrupt = field(default_factory=Interrupt)
 
     def folder(self, stage: int, phase: str) -> Path:
         """Where a phase of a stage writes."""
@@ -100,9 +103,7 @@ class Run:
         """Labels from the clusters of the first `stages` stages."""
         if stages == 0:
             return no_labels(len(self.index))
-        folder = self.folder(stages - 1, "labels")
-        radix = read_json(folder / "labels.json")["radix"]
-        return PseudoLabels(values=np.load(folder / "labels.npy", allow_pickle=False), radix=tuple(radix))
+        return read_labels(self.folder(stages - 1, "labels"), len(self.index))
 
     def batch_options(self, tower: Tower) -> dict[str, Any]:
         """What the loaders need."""
@@ -131,6 +132,7 @@ def train(run: Run, s: int) -> None:
             patterns=settings.lock.patterns,
         )
         logger.info("stage %d: %s", s, trainable_summary(tower.model))
+        _check_grad_cache(tower.model, s, settings.grad_cache_rows)
         tower.model = _synchronise_batch_norm(tower.model.to(run.accelerator.device))
         plan, groups, reader = _batch_plan(run, s)
         loader = TrainingLoader(
@@ -147,6 +149,7 @@ def train(run: Run, s: int) -> None:
                 groups=groups,
                 preprocess_cfg=tower.preprocess_cfg,
                 **only(settings, "loss", "ifm_epsilon", "precision", "min_negatives", "mask_duplicates"),
+                **only(settings, "grad_cache_rows", "loss_chunk_rows"),
             ),
             optimizer=create_optimizer(
                 tower.model,
@@ -169,6 +172,7 @@ def train(run: Run, s: int) -> None:
             max_bad_fraction=config.data.max_bad_fraction,
             evaluate=partial(_metrics, run, tower),
             show_progress=config.machine.progress,
+            interrupt=run.interrupt,
         )
         run.accelerator.free_memory()
     if is_main():
@@ -194,18 +198,21 @@ def embed(run: Run, s: int) -> None:
     def batches(grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
         return captioned_batches(run.reader(run.index), grid, transform=transform, **run.batch_options(tower))
 
-    embed_shards(
-        tower.model,
-        run.index,
-        batches=batches,
-        preprocess_cfg=tower.preprocess_cfg,
-        dim=tower.model_cfg["embed_dim"],
-        out=out,
-        device=run.accelerator.device,
-        batch_size=run.config.eval.batch_size,
-        precision=run.config.stages[s].train.precision,
-        show_progress=run.config.machine.progress,
-    )
+    with run.interrupt.deferred():
+        embed_shards(
+            tower.model,
+            run.index,
+            batches=batches,
+            preprocess_cfg=tower.preprocess_cfg,
+            dim=tower.model_cfg["embed_dim"],
+            out=out,
+            device=run.accelerator.device,
+            batch_size=run.config.eval.batch_size,
+            precision=run.config.stages[s].train.precision,
+            show_progress=run.config.machine.progress,
+            is_stopping=run.interrupt.noticed,
+        )
+    run.interrupt.check()
     barrier()
     bad = BadSamples(
         out / "bad_samples.jsonl", max_fraction=run.config.data.max_bad_fraction, rows=len(run.index), step=-1
@@ -265,8 +272,8 @@ def label(run: Run, s: int) -> None:
     labels, out = run.labels(s), run.folder(s, "labels")
     for path in sorted(run.folder(s, "cluster").glob("assignments-*.npy")):
         side = path.stem.removeprefix("assignments-")
-        num_clusters = len(load_file(run.folder(s, "cluster") / "centroids.safetensors")[side])
-        labels = labels.refine(np.load(path, allow_pickle=False).astype(np.int64), num_clusters)
+        num_clusters = len(load_tensors(run.folder(s, "cluster") / "centroids.safetensors", side)[side])
+        labels = labels.refine(load_numbers(path, len(run.index)).astype(np.int64), num_clusters)
     with atomic_path(out / "labels.npy") as path, path.open("wb") as file:
         np.save(file, labels.values)
     summary = labels.summary()
@@ -282,6 +289,7 @@ def evaluate(run: Run, s: int) -> None:
     """The tasks by this stage alone and by all stages so far."""
     tower, out = run.tower(s), run.folder(s, "eval")
     for name, task in run.tasks.items():
+        run.interrupt.check()
         path = out / f"features-{name}.safetensors"
         if not path.exists():
             raw = task.embed(tower.model, **_embedding_options(run, tower))
@@ -291,16 +299,24 @@ def evaluate(run: Run, s: int) -> None:
     so_far = [(f"stages-0-{s}-{how}", range(s + 1), how) for how in COMBINATIONS] if s else []
     on_main(partial(score_stages, run, out, [(f"stage-{s}", [s], SINGLE), *so_far]))
     logger.info("after stage %d\n%s", s, results_table(run.config.run_dir))
-    if is_main() and (said := _diagnosis(run, s)):
+    settings = asdict(run.config.stages[s].train)
+    if is_main() and (said := diagnosis(run.config.run_dir, s, settings=settings, rows=len(run.index))):
         logger.info("stage %d: %s", s, said)
 
 
-def _diagnosis(run: Run, s: int) -> str:
-    """Whether anything seems to be suppressed in a stage; nothing for one that was not trained, or by another loss."""
-    settings = run.config.stages[s].train
-    if settings.loss != "clip" or settings.ifm_epsilon:
+def diagnosis(run_dir: Path, s: int, *, settings: Mapping[str, Any], rows: int) -> str:
+    """Whether anything seems to be suppressed in a stage; nothing for one that was not trained, or by another loss.
+
+    Args:
+        run_dir: the run directory.
+        s: the stage.
+        settings: of its training, as in config.json.
+        rows: rows of the data.
+    """
+    if settings.get("loss") != "clip" or settings.get("ifm_epsilon"):
         return ""
-    steps = [r for r in read_jsonl(run.folder(s, "train") / "metrics.jsonl") if "negatives_per_row" in r]
+    folder = run_dir / f"stage-{s}"
+    steps = [r for r in read_jsonl(folder / "train" / "metrics.jsonl") if "negatives_per_row" in r]
     if not steps:
         return ""
     last = steps[-max(1, len(steps) // 10) :]
@@ -309,11 +325,11 @@ def _diagnosis(run: Run, s: int) -> str:
         negatives=float(np.mean([record["negatives_per_row"] for record in last])),
         scores={
             record["dataset"]: record["metrics"]["main_metric"]
-            for record in read_jsonl(run.folder(s, "eval") / "results.jsonl")
+            for record in read_jsonl(folder / "eval" / "results.jsonl")
             if label_of(record) == f"stage-{s}"
         },
-        rows=len(run.index),
-        global_batch_size=settings.global_batch_size,
+        rows=rows,
+        global_batch_size=settings["global_batch_size"],
     )
 
 
@@ -349,7 +365,7 @@ def score_stages(run: Run, out: Path, models: Iterable[tuple[str, Sequence[int],
     for label, stages, how in models:
         for name, found in run.tasks.items():
             started = time.perf_counter()
-            stored = [load_file(run.folder(s, "eval") / f"features-{name}.safetensors") for s in stages]
+            stored = [load_tensors(run.folder(s, "eval") / f"features-{name}.safetensors", *SIDES) for s in stages]
             combination = "concat" if how == SINGLE else how
             image, text = (combine_features([features[side] for features in stored], combination) for side in SIDES)
             task = at_width_of_one_stage(found, [features["image"].shape[1] for features in stored])
@@ -383,7 +399,7 @@ def _cluster_agreement(
     run: Run, s: int, task: ClassificationTask, image_features: Float[Tensor, "images dim"]
 ) -> dict[str, float]:
     """How well the clusters of a stage tell the classes of a set apart; nothing if pictures were not clustered."""
-    stored = load_file(run.folder(s, "cluster") / "centroids.safetensors")
+    stored = load_tensors(run.folder(s, "cluster") / "centroids.safetensors")
     if "image" not in stored:
         return {}
     features = F.normalize(image_features)
@@ -446,9 +462,9 @@ def _resharded(
     """The same rows in the order of other shards, with their groups."""
     if any(source.weight != 1 for source in run.sources):
         raise UserError(f"--data.weights {run.config.data.weights} cannot be used with resharded shards in {folder}")
-    row_map = np.load(folder / ROW_MAP, allow_pickle=False)
     index = ShardIndex.build(expand_shards(folder))
-    if len(index) != len(run.index) or len(row_map) != len(index):
+    row_map = load_numbers(folder / ROW_MAP, len(index))
+    if len(index) != len(run.index) or row_map.min() < 0 or row_map.max() >= len(index):
         raise UserError(f"{folder} has {len(index)} rows and this run {len(run.index)}; reshard from this run again")
     if not all(np.array_equal(getattr(index, name), getattr(run.index, name)[row_map]) for name in SIZES):
         raise UserError(f"{folder} holds other samples than this run; reshard from this run again")
@@ -482,14 +498,27 @@ def _fit_bias(model: nn.Module, loss: str) -> None:
         ).on_every_process()
 
 
+def _has_batch_norm(model: nn.Module) -> bool:
+    """Whether features of a row depend on the other rows; not in layers that are locked."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _check_grad_cache(model: nn.Module, s: int, rows: int) -> None:
+    if rows and _has_batch_norm(model):
+        raise UserError(
+            f"--stages.{s}.train.grad-cache-rows {rows} cannot be used with BatchNorm, whose statistics of {rows} rows "
+            f"are not those of the batch; use 0, lock the layers with BatchNorm "
+            f"(--stages.{s}.train.lock.image-unlocked-groups), or use a tower with LayerNorm"
+        ).on_every_process()
+
+
 def _synchronise_batch_norm(model: nn.Module) -> nn.Module:
     """The model with batch statistics over the global batch.
 
     Raises:
         UserError: where that is not possible.
     """
-    trains = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if not trains or world_size() == 1:
+    if not _has_batch_norm(model) or world_size() == 1:
         return model
     if not torch.cuda.is_available():
         raise UserError(

@@ -36,27 +36,32 @@ from mcl_clip.eval.tasks.classification import ClassificationSet, Classification
 from mcl_clip.eval.tasks.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.multistage.controls import equal_compute_steps
 from mcl_clip.phases import ROW_MAP, Run, cluster, combine, embed, evaluate, label, min_group_size, only, train
+from mcl_clip.train.interrupt import Interrupt
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_IFM_EPSILON = 0.1
 
 
-def run_pipeline(config: RunConfig, accelerator: Accelerator) -> None:
+def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interrupt | None = None) -> None:
     """Run every phase that is not done yet.
 
     Raises:
+        PlannedStop: when `interrupt` was asked to stop.
         UserError: for everything that a user can mend; nothing that was finished is lost.
     """
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
-    _check_stages(config)
+    check_stages(config)
     with _locked(config.run_dir):
         index, sources = load_index(config)
         config = with_control(config, rows=len(index))
         tasks = open_tasks(config)
-        run = Run(config=config, accelerator=accelerator, index=index, sources=sources, tasks=tasks)
-        _check_held_out(run)
+        interrupt = interrupt or Interrupt()
+        run = Run(
+            config=config, accelerator=accelerator, index=index, sources=sources, tasks=tasks, interrupt=interrupt
+        )
+        check_held_out(run)
         phases = plan_phases(run)
         todo = on_main(partial(_unfinished, phases))
         on_main(partial(_write_launch, config, accelerator))
@@ -64,6 +69,8 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator) -> None:
             if phase.name not in todo:
                 logger.info("%s: done before", phase.name)
                 continue
+            interrupt.check()
+            interrupt.phase = phase.name
             started = time.perf_counter()
             on_main(phase.begin)
             phase.run()
@@ -208,8 +215,12 @@ def _tower_settings(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def _check_held_out(run: Run) -> None:
-    """There must be rows to fit the combination's temperature; better to say so before the training."""
+def check_held_out(run: Run) -> None:
+    """Refuse data without rows to fit the combination's temperature; better to say so before the training.
+
+    Raises:
+        UserError: with the number of rows that it takes.
+    """
     if len(run.held_out) < 2:
         raise UserError(
             f"--data.holdout-rows {run.config.data.holdout_rows} of {len(run.index)} rows are {len(run.held_out)} "
@@ -218,17 +229,23 @@ def _check_held_out(run: Run) -> None:
         ).on_every_process()
 
 
-def _check_stages(config: RunConfig) -> None:
+def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
+    """Refuse starts and batches that cannot be with so many processes, by default those that there are.
+
+    Raises:
+        UserError: naming the stage and the way out.
+    """
+    processes = processes or world_size()
     for s, stage in enumerate(config.stages):
         if stage.start == "scratch" and config.tower.is_pretrained:
             raise UserError(
                 f"--stages.{s}.start scratch is a new random draw, and the towers of this recipe are pretrained; use "
                 f"base or previous"
             ).on_every_process()
-        if stage.train.global_batch_size % world_size():
+        if stage.train.global_batch_size % processes:
             raise UserError(
                 f"--stages.{s}.train.global-batch-size {stage.train.global_batch_size} does not divide by "
-                f"{world_size()} processes; use a multiple of {world_size()}"
+                f"{processes} processes; use a multiple of {processes}"
             ).on_every_process()
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mcl_clip.console import leave_signals_to_parent
 from mcl_clip.data.decode import BadSampleError, decode_captions, decode_image
 from mcl_clip.data.plan import FILLER, BatchPlan
 from mcl_clip.data.reader import Reader
@@ -299,9 +300,10 @@ def _loader_options(num_workers: int, prefetch_batches: int, pin_memory: bool) -
     # A loader draws a seed for its workers, here not from the global generator. Nothing in them uses it.
     options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory, "generator": torch.Generator()}
     if num_workers:
-        options |= {"prefetch_factor": max(1, prefetch_batches), "worker_init_fn": _one_thread}
+        options |= {"prefetch_factor": max(1, prefetch_batches), "worker_init_fn": _start_worker}
     return options
 
 
-def _one_thread(worker: int) -> None:  # noqa: ARG001
+def _start_worker(worker: int) -> None:  # noqa: ARG001
     torch.set_num_threads(1)
+    leave_signals_to_parent()

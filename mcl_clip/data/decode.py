@@ -7,7 +7,12 @@ from PIL import Image, UnidentifiedImageError
 
 from mcl_clip.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 
+MAX_ASPECT_RATIO = 100  # the evaluation transform scales the shorter side to the tower's size, whatever the longer is
+MAX_JPEG_SCANS = 64  # progressive files have about ten; each costs time in proportion to all pixels
+MAX_CAPTION_CHARS = 4000  # beyond the context of any tower; byte-pair encoding of a long word takes quadratic time
+
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_START_OF_SCAN = b"\xff\xda"
 
 
 class BadSampleError(ValueError):
@@ -32,10 +37,12 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
         max_pixels: Larger pictures are refused before their pixels are unpacked.
 
     Raises:
-        BadSampleError: `oversize_image`, `not_an_image`, `too_many_pixels` or `broken_image`.
+        BadSampleError: `oversize_image`, `not_an_image`, `too_many_pixels`, `too_narrow` or `broken_image`.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise BadSampleError("oversize_image", f"{len(data)} bytes, at most {MAX_IMAGE_BYTES} are read")
+    if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+        raise BadSampleError("broken_image", f"a JPEG of more than {MAX_JPEG_SCANS} scans")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
@@ -46,9 +53,7 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
         raise
     except Exception as error:  # the plugins raise a dozen types on damaged headers
         raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadSampleError("too_many_pixels", f"{width} x {height}, at most {max_pixels} pixels are unpacked")
+    _check_size(*image.size, max_pixels)
     try:
         image.load()
         return _to_rgb(image)
@@ -59,7 +64,7 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
 
 
 def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption") -> list[str]:
-    """The captions in a text member, stripped, at least one.
+    """The captions in a text member, stripped, at least one; of a long one the first 4000 characters.
 
     Args:
         data: UTF-8 text. `txt`: one caption a line, blank lines dropped. `json`: an object with a string or a list of
@@ -68,8 +73,8 @@ def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption")
         json_key: Where a JSON object holds the captions.
 
     Raises:
-        BadSampleError: `oversize_text`, `not_utf8`, `bad_json`, `no_caption_key`, `bad_caption_type` or
-            `empty_caption`.
+        BadSampleError: `oversize_text`, `not_utf8`, `not_text` (a NUL, as in UTF-16), `bad_json`, `no_caption_key`,
+            `bad_caption_type` or `empty_caption`.
     """
     limit = MAX_JSON_BYTES if text_format == "json" else MAX_TXT_BYTES
     if len(data) > limit:
@@ -79,10 +84,24 @@ def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption")
     except UnicodeDecodeError as error:
         raise BadSampleError("not_utf8", str(error)) from error
     captions = _json_captions(text, json_key) if text_format == "json" else text.splitlines()
-    captions = [caption.strip() for caption in captions if caption.strip()]
+    captions = [caption.strip()[:MAX_CAPTION_CHARS] for caption in captions if caption.strip()]
     if not captions:
         raise BadSampleError("empty_caption")
+    if any("\0" in caption for caption in captions):
+        raise BadSampleError("not_text", "it holds a NUL character")
+    if sum(map(len, captions)) > MAX_TXT_BYTES:
+        raise BadSampleError("oversize_text", f"captions of more than {MAX_TXT_BYTES} characters")
     return captions
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse a picture by what its header says."""
+    if not width or not height:
+        raise BadSampleError("broken_image", f"{width} x {height} pixels")
+    if width * height > max_pixels:
+        raise BadSampleError("too_many_pixels", f"{width} x {height}, at most {max_pixels} pixels are unpacked")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise BadSampleError("too_narrow", f"{width} x {height}, sides may be as 1 to {MAX_ASPECT_RATIO}")
 
 
 def _json_captions(text: str, json_key: str) -> list[str]:

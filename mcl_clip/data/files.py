@@ -3,13 +3,19 @@
 import functools
 import logging
 import os
+import stat as file_type
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 import fsspec
+import numpy as np
+from jaxtyping import Integer
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mcl_clip.data.shards import is_remote, redacted
 from mcl_clip.errors import UserError
@@ -24,6 +30,7 @@ _NETWORK_PACKAGES = (
     *("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "requests", "urllib3", "huggingface_hub"),
     *("httpx", "httpx2", "httpcore", "httpcore2"),  # what huggingface_hub uses, by version
 )
+_NPY_MAGIC = b"\x93NUMPY"
 _PASSING_STATUS = (408, 425, 429)
 
 
@@ -98,6 +105,46 @@ def read_range(location: str, start: int, end: int, patience: Patience) -> bytes
     return patience.run(read, location)
 
 
+def load_numbers(path: Path, rows: int) -> Integer[np.ndarray, "rows"]:
+    """The whole numbers in a .npy file, one for each of `rows` rows; no pickles, and no archives.
+
+    Raises:
+        UserError: if it is not such a file.
+    """
+    try:
+        with path.open("rb") as file:
+            if not file.read(len(_NPY_MAGIC)) == _NPY_MAGIC:
+                raise ValueError("no numpy file")
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # reserves nothing for what a header promises
+        if mapped.dtype.kind not in "iu" or mapped.shape != (rows,):
+            raise ValueError(f"it holds {mapped.dtype} of the shape {mapped.shape}")
+        numbers: np.ndarray = np.array(mapped)
+    except Exception as error:  # damaged headers fail in many ways
+        raise UserError(
+            f"{path} does not hold a whole number for each of {rows} rows ({error}); restore it, or delete its folder "
+            f"and run the recipe again"
+        ) from error
+    return numbers
+
+
+def load_tensors(path: Path, *names: str) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, among them `names`.
+
+    Raises:
+        UserError: if it is not such a file, or a name is missing.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # damaged files raise errors of several kinds
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); restore it, or delete its folder and run the "
+            f"recipe again"
+        ) from error
+    if missing := [name for name in names if name not in tensors]:
+        raise UserError(f"{path} has no {missing[0]}; delete its folder and run the recipe again")
+    return tensors
+
+
 def filesystem(location: str, timeout_s: float) -> Any:
     """The fsspec file system for a URL, one per process.
 
@@ -127,6 +174,8 @@ def _filesystem(protocol: str, is_encoded: bool, timeout_s: float, process: int)
 def _stat(location: str, timeout_s: float) -> tuple[int, str]:
     if not is_remote(location):
         local = os.stat(location)
+        if not file_type.S_ISREG(local.st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"{location} is not a regular file; name a tar file, or a folder that holds tar files")
         return local.st_size, f"mtime:{local.st_mtime_ns}"
     files = filesystem(location, timeout_s)
     files.invalidate_cache()

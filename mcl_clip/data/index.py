@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from mcl_clip.artifacts import atomic_path
 from mcl_clip.data.files import Patience, stat
-from mcl_clip.data.samples import TEXT_FORMATS, Row, scan_shard
+from mcl_clip.data.samples import IMAGE_FORMATS, TEXT_FORMATS, Row, scan_shard
 from mcl_clip.data.shards import check_location, is_remote, redacted
+from mcl_clip.data.tar import BLOCK
 from mcl_clip.distributed import is_main
 from mcl_clip.errors import UserError
 
@@ -112,7 +113,7 @@ class ShardIndex:
         """The WebDataset key of a row; unique within its shard only."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of an index with {len(self)} rows")
-        return bytes(self._key_bytes[self._key_ends[row] : self._key_ends[row + 1]]).decode()
+        return bytes(self._key_bytes[self._key_ends[row] : self._key_ends[row + 1]]).decode(errors="backslashreplace")
 
     def key_numbers(self) -> Int32[np.ndarray, "rows"]:
         """A number for each row, equal where keys are."""
@@ -202,27 +203,39 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex":
-        """An index from its file, memory-mapped: quick at any size, and shared by the processes of a machine.
+        """An index from its file, memory-mapped, so that the processes of a machine share it. All rows are checked.
 
         Raises:
-            UserError: if there is no such file, or it is damaged or of another version.
+            UserError: if there is no such file, it is damaged or of another version, or its rows are not within shards.
         """
-        path = Path(path).absolute()
+        index = cls._read(Path(path).absolute())
+        try:
+            _check_rows(index)
+        except ValueError as error:
+            raise UserError(f"the index {path} is damaged ({error}); delete it and build it again") from error
+        return index
+
+    @classmethod
+    def _read(cls, path: Path) -> "ShardIndex":
+        """The index in a file, its rows not yet looked at."""
         try:
             status = path.stat()
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             metadata = json.loads(table.schema.metadata[_METADATA])
             if metadata["version"] != _VERSION:
-                raise UserError(f"{path} is an index of version {metadata['version']}, not {_VERSION}; build it again")
-            shards = [Shard(**shard) for shard in metadata["shards"]]
+                raise UserError(
+                    f"{path} is an index of version {metadata['version']!r}, not {_VERSION}; build it again"
+                )
             if not table.schema.equals(_SCHEMA):
                 raise KeyError("columns")
+            shards = [_stored_shard(shard, path.parent) for shard in metadata["shards"]]
+            index = cls(shards, table, text_first=metadata["text_first"])
         except FileNotFoundError as error:
             raise UserError(f"there is no index {path}; build it with `mcl-clip index`") from error
-        except (pa.ArrowInvalid, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file fails in many ways
             raise UserError(f"{path} is not a whole index file ({error}); delete it and build it again") from error
-        shards = [replace(shard, url=_absolute(shard.url, path.parent)) for shard in shards]
-        index = cls(shards, table, text_first=metadata["text_first"])
         index._file = _File(str(path), status.st_size, status.st_mtime_ns)
         return index
 
@@ -395,12 +408,52 @@ def _relative(url: str, folder: Path) -> str:
     return str(Path(url).relative_to(folder)) if is_below else url
 
 
+def _stored_shard(values: Any, folder: Path) -> Shard:
+    """A shard as an index file describes it.
+
+    Raises:
+        ValueError: if the description is not one.
+        UserError: if its location may not be opened.
+    """
+    url, stamp, skipped = (values[name] for name in ("url", "stamp", "skipped"))
+    if not isinstance(url, str) or not isinstance(stamp, str) or "\0" in url:
+        raise ValueError("a shard without a name")
+    numbers = (values["size"], values["rows"], *skipped.values())
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError("a shard without a size")
+    check_location(url)
+    return replace(Shard(**values), url=_absolute(url, folder))
+
+
+def _check_rows(index: ShardIndex) -> None:
+    """Nothing, if every row lies in its shard and all columns hold values that `build` writes.
+
+    Raises:
+        ValueError: if not.
+    """
+    rows, ends = len(index), index._key_ends
+    if index.text_first not in (*TEXT_FORMATS, "mixed"):
+        raise ValueError(f"text_first is {index.text_first!r}")
+    if len(ends) != rows + 1 or ends[0] < 0 or ends[-1] > len(index._key_bytes) or (ends[1:] <= ends[:-1]).any():
+        raise ValueError("keys")
+    if not np.array_equal(index.shard_of, np.repeat(np.arange(len(index.shards)), [s.rows for s in index.shards])):
+        raise ValueError("shards of rows")
+    if (index.image_format >= len(IMAGE_FORMATS)).any() or (index.text_format >= len(TEXT_FORMATS)).any():
+        raise ValueError("formats")
+    sizes = np.array([shard.size for shard in index.shards], np.int64)[index.shard_of]
+    start, end = index.sample_offset, index.sample_offset + index.sample_size
+    for offset, size in ((index.image_offset, index.image_size), (index.text_offset, index.text_size)):
+        inside = (size > 0) & (start + BLOCK <= offset) & (offset <= sizes) & (offset + size <= end)
+        if not (inside & (start >= 0) & (index.sample_size <= sizes) & (end <= sizes)).all():
+            raise ValueError("places of members")
+
+
 def _absolute(url: str, folder: Path) -> str:
     return url if is_remote(url) else os.path.join(folder, url)
 
 
 def _reload(file: _File) -> ShardIndex:
-    index = ShardIndex.load(Path(file.path))
+    index = ShardIndex._read(Path(file.path))
     if index._file != file:
         raise UserError(f"{file.path} was written anew while it was in use; start again")
     return index

@@ -168,6 +168,16 @@ class Reader:
         if not same:
             raise self._changed(int(self.index.shard_of[row]), f"row {row} (key {key!r}) is not where it was")
 
+    def _check_file(self, number: int, now: os.stat_result) -> None:
+        """Stop if a local shard is not the file that the index saw, even where all headers stand as they did."""
+        shard = self.index.shards[number]
+        if now.st_size != shard.size or (
+            shard.stamp.startswith("mtime:") and shard.stamp != f"mtime:{now.st_mtime_ns}"
+        ):
+            raise self._changed(
+                number, f"it had {shard.size} bytes ({shard.stamp}), now {now.st_size} (mtime:{now.st_mtime_ns})"
+            )
+
     def _changed(self, shard: int, what: str) -> UserError:
         return UserError(
             f"shard {redacted(self.index.shards[shard].url)} changed since its index was made: {what}; "
@@ -224,7 +234,8 @@ class Reader:
             descriptor = os.open(self.index.shards[number].url, os.O_RDONLY)
         try:
             parts = self._read_spans(descriptor, spans)
-        except OSError:
+            self._check_file(number, os.fstat(descriptor))
+        except (OSError, UserError):
             os.close(descriptor)  # a stale handle would fail for ever
             raise
         self._files[number] = descriptor

@@ -26,6 +26,7 @@ _CAPS = {
     "npy": MAX_NPY_BYTES,
 }
 _MEMBER_FORMATS = {name.encode(): name for name in _CAPS}
+_FOLDER_ENDS = tuple(b".%s/" % name for name in _MEMBER_FORMATS)
 _LOCAL_WINDOW = 8 << 10  # from the end of one image over its caption to the next image
 _REMOTE_WINDOW = 4 << 20
 
@@ -121,7 +122,7 @@ def group_samples(members: Iterable[Member], *, text_first: str) -> Samples:
     rows: list[Row] = []
     skipped: Counter[str] = Counter()
     seen: set[bytes] = set()
-    for sample in _samples(members):
+    for sample in _samples(_visible(members, skipped)):
         image = next((name for name in IMAGE_FORMATS if name in sample.found), None)
         text = next((name for name in order if name in sample.found), None)
         if sample.key in seen:
@@ -137,14 +138,29 @@ def group_samples(members: Iterable[Member], *, text_first: str) -> Samples:
     return Samples(keys, rows, skipped)
 
 
+def _visible(members: Iterable[Member], skipped: Counter[str]) -> Iterator[Member]:
+    """The members with a key and an extension. Other files are counted, but for what macOS writes (`._NAME`)."""
+    last = b""
+    for found in members:
+        is_in_place_of_a_file = found.name.lower().endswith(_FOLDER_ENDS)
+        member = found._replace(name=found.name[:-1]) if is_in_place_of_a_file else found
+        stem = member.name.rpartition(b".")[0]
+        base = member.name[member.name.rfind(b"/") + 1 :]
+        if member.problem == "oversize_header" or (not base.startswith(b".") and b"." in base):
+            yield member
+        elif member.kind == b"0" and not base.startswith(b"."):
+            skipped["no_extension"] += 1
+        elif member.kind == b"0" and not base.startswith(b"._") and stem != last:
+            skipped["hidden_name"] += 1
+            last = stem
+
+
 def _samples(members: Iterable[Member]) -> Iterator[_Sample]:
     sample: _Sample | None = None
     for member in members:
         key, extension = _split(member.name)
         if member.problem == "oversize_header":  # its name is not known, perhaps the start of it
             key, extension = member.name, str(member.start).encode()
-        if not key:
-            continue
         if sample is None or key != sample.key or extension in sample.extensions:
             if sample is not None:
                 yield sample
@@ -155,10 +171,9 @@ def _samples(members: Iterable[Member]) -> Iterator[_Sample]:
 
 
 def _split(name: bytes) -> tuple[bytes, bytes]:
-    """Key and lower-case extension; an empty key for folders, hidden files and names without a dot."""
-    base = name.rfind(b"/") + 1
-    dot = name.find(b".", base)
-    return (name[:dot], name[dot + 1 :].lower()) if dot > base else (b"", b"")
+    """Key and lower-case extension."""
+    dot = name.find(b".", name.rfind(b"/") + 1)
+    return name[:dot], name[dot + 1 :].lower()
 
 
 def _row(sample: _Sample, image: str, text: str) -> Row:

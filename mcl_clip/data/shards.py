@@ -5,6 +5,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -12,9 +14,16 @@ from braceexpand import braceexpand
 
 from mcl_clip.errors import UserError
 
+MAX_SHARDS = 1_000_000
 REMOTE_PROTOCOLS = ("http", "https", "s3", "gs", "hf")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?=\.\.|\})")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^\s'\"<>]*)")
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)(\S*)")
+_USER = re.compile(r"^(?:[^/]*|[^/:@]*:(?!\d+/).*)@")  # a password may hold a slash, a port not
+_SETTING = re.compile(
+    r"(?i)\b((?:x-amz-\w[\w-]*|sig|signature|(?:[\w-]*[_-])?(?:token|secret|password)|[\w-]*(?:access|api|secret)[_-]?key)=)[^\s&'\"]+"
+)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
@@ -64,8 +73,13 @@ def is_remote(location: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """`text` with user names, passwords, queries and fragments taken out of every URL in it: fit to be printed."""
-    return _URL.sub(lambda match: match[1] + re.split(r"[?#]", re.sub(r"^[^/]*@", "", match[2]))[0], text)
+    """`text` without secrets: fit to be printed.
+
+    User names, passwords, queries and fragments are taken out of every URL in it, and elsewhere tokens of the Hugging
+    Face Hub and the values of what is called token, key, password, secret or signature.
+    """
+    text = _URL.sub(lambda match: match[1] + re.split(r"[?#]", _USER.sub("", match[2]))[0], text)
+    return _TOKEN.sub("***", _SETTING.sub(r"\1***", text))
 
 
 def _expand_item(item: str) -> Iterator[str]:
@@ -75,12 +89,15 @@ def _expand_item(item: str) -> Iterator[str]:
         yield from _expand_local(item, item)
         return
     check_location(item)
+    is_long = any(abs(Decimal(last) - Decimal(first)) > MAX_SHARDS for first, last in _RANGE.findall(item))
     try:
-        names = list(braceexpand(item, escape=False))
+        names = [] if is_long else list(islice(braceexpand(item, escape=False), MAX_SHARDS + 1))
     except ValueError as error:  # unbalanced braces
         raise UserError(
             f"the braces of {redacted(item)} do not match ({error}); write them like {{000..007}}"
         ) from error
+    if is_long or len(names) > MAX_SHARDS:
+        raise UserError(f"{redacted(item)} stands for more than {MAX_SHARDS} shards; correct its braces")
     for name in names:
         check_location(name)
         if not is_remote(name):
@@ -112,5 +129,5 @@ def _path_of_file_url(url: str) -> str:
         return unquote(rest)
     host, slash, path = rest[2:].partition("/")
     if host not in ("", "localhost") or not path:
-        raise UserError(f"{url} is not the URL of a file on this machine; write file:///folder/name.tar")
+        raise UserError(f"{redacted(url)} is not the URL of a file on this machine; write file:///folder/name.tar")
     return unquote(slash + path)

@@ -9,11 +9,13 @@ from mcl_clip.errors import UserError
 
 BLOCK = 512
 MAX_EXTENDED_HEADER_BYTES = 64 << 10
+MAX_EXTENDED_HEADERS = 8  # of one member: tar programs write at most three
+MAX_TAIL_BYTES = 1 << 20  # zeros after the end-of-archive mark; more are what a broken download leaves
 
 _ZEROS = bytes(BLOCK)
 _NO_PAYLOAD = b"123456"  # links, devices, folders, pipes: `tarfile` ignores their size too
 _RECORD = 20 * BLOCK  # the unit in which tar programs write
-_CHECKED_TAIL_BYTES = 64 << 10
+_TAIL_WINDOW = 64 << 10
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 ReadAt = Callable[[int, int], bytes]
@@ -96,7 +98,7 @@ def read_members(read_at: ReadAt, size: int, location: str, *, window: int) -> I
 
 def _next_member(view: "_Window", start: int) -> tuple[Member | None, int]:
     """The member whose headers start at `start` (none at the end of the archive), and where the next one starts."""
-    position, problem = start, ""
+    position, problem, count, has_link = start, "", 0, False
     records: dict[bytes, bytes] = {}
     while True:
         block = view.get(position, BLOCK)
@@ -108,14 +110,21 @@ def _next_member(view: "_Window", start: int) -> tuple[Member | None, int]:
         header = parse_header(block)
         if header.kind not in (b"x", b"g", b"L", b"K"):
             break
+        count += 1
+        if count > MAX_EXTENDED_HEADERS:
+            raise ValueError(f"more than {MAX_EXTENDED_HEADERS} extended headers stand in a row")
         position += BLOCK
-        if header.kind in b"xL" and header.size <= MAX_EXTENDED_HEADER_BYTES:
-            records |= _records(header.kind, view.get(position, header.size))
-        elif header.kind in b"xL":
+        if header.size <= MAX_EXTENDED_HEADER_BYTES:
+            found = _records(header.kind, view.get(position, header.size))
+            records |= found if header.kind in b"xL" else {}
+        else:
             problem = "oversize_header"
         position = view.skip(position, header.size)
         if header.kind == b"g" and not records and not problem:
-            start = position  # holds for the whole archive, not for the next member
+            start, count = position, 0  # holds for the whole archive, not for the next member
+        has_link |= header.kind == b"K"
+    if has_link and header.kind not in b"12":
+        raise ValueError("the long name of a link is followed by no link")
     size = int(records.get(b"size", header.size))
     offset = position + BLOCK
     end = view.skip(offset, 0 if header.kind in _NO_PAYLOAD else size)
@@ -162,8 +171,12 @@ class _Window:
         if self.get(position + BLOCK, BLOCK) != _ZEROS:
             raise ValueError("a single block of zeros stands inside the archive")
         start = position + 2 * BLOCK
-        if self.get(start, min(self.size - start, _CHECKED_TAIL_BYTES)).strip(b"\0"):
-            raise ValueError("data follow the end-of-archive mark (joined tar files?)")
+        if self.size - start > MAX_TAIL_BYTES:
+            self.position = start
+            raise ValueError(f"{self.size - start} bytes follow the end-of-archive mark (a broken download?)")
+        for place in range(start, self.size, _TAIL_WINDOW):
+            if self.get(place, min(self.size - place, _TAIL_WINDOW)).strip(b"\0"):
+                raise ValueError("data follow the end-of-archive mark (joined tar files?)")
 
 
 def _check_uncompressed(start: bytes, location: str) -> None:
@@ -184,16 +197,17 @@ def _number(data: bytes) -> int:
 
 def _records(kind: bytes, data: bytes) -> dict[bytes, bytes]:
     """The records of a PAX header, or the path in a GNU long name."""
-    if kind == b"L":
+    if kind in b"LK":
         return {b"path": data.split(b"\0", 1)[0]}
-    records = {}
-    while data.strip(b"\0"):
-        digits, _, _ = data[:20].partition(b" ")
-        if not digits.isdigit() or not len(digits) + 2 < int(digits) <= len(data) or data[int(digits) - 1] != ord("\n"):
+    records, start, end = {}, 0, len(data.rstrip(b"\0"))
+    while start < end:
+        digits, _, _ = data[start : start + 20].partition(b" ")
+        stop = start + int(digits) if digits.isdigit() else 0
+        if not start + len(digits) + 2 < stop <= len(data) or data[stop - 1] != ord("\n"):
             raise ValueError("a PAX header is malformed")
-        name, _, value = data[len(digits) + 1 : int(digits) - 1].partition(b"=")
+        name, _, value = data[start + len(digits) + 1 : stop - 1].partition(b"=")
         records[name] = value
-        data = data[int(digits) :]
+        start = stop
     if not records.get(b"size", b"0").isdigit():
         raise ValueError("the size in a PAX header is malformed")
     return records

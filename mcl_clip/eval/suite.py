@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mcl_clip.artifacts import read_jsonl
+from mcl_clip.errors import UserError
 from mcl_clip.statistics import bootstrap_interval
 
 SCHEMA = 1
@@ -147,7 +148,37 @@ def _intervals(metrics: Iterable[str], outcomes: Mapping[str, np.ndarray]) -> di
 
 def run_results(run_dir: Path) -> list[dict[str, Any]]:
     """The records of all stages and of the combined model, in order; or those of any folder with a results.jsonl."""
-    return [record for folder in result_folders(run_dir) for record in read_jsonl(folder / "results.jsonl")]
+    return [record for folder in result_folders(run_dir) for record in read_results(folder)]
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The records in a folder's results.jsonl; none if there is no file.
+
+    Raises:
+        UserError: if a record is not one that `result_record` makes.
+    """
+    records = read_jsonl(folder / "results.jsonl")
+    for number, record in enumerate(records, 1):
+        if not _is_result(record):
+            raise UserError(
+                f"record {number} of {folder / 'results.jsonl'} is not a result; restore the file, or delete it and "
+                f"evaluate again"
+            )
+    return records
+
+
+def _is_result(record: Mapping[str, Any]) -> bool:
+    texts, counts = ("key", "task", "pretrained"), ("n_images", "n_texts")
+    is_named = all(isinstance(record.get(name), str) for name in texts) and isinstance(record.get("label", ""), str)
+    is_counted = all(type(record.get(name)) is int for name in counts) and isinstance(record.get("stage"), int | None)
+    metrics, intervals = record.get("metrics"), record.get("ci95", {})
+    if not (is_named and is_counted and isinstance(metrics, dict) and isinstance(intervals, dict)):
+        return False
+    numbers = [*metrics.values(), *(end for ends in intervals.values() if isinstance(ends, list) for end in ends)]
+    is_measured = all(type(number) in (int, float, type(None)) for number in numbers)
+    main, outcomes = record.get("main_metric"), record.get("outcomes")
+    is_told = all(value is None or isinstance(value, str) for value in (main, outcomes))
+    return is_measured and is_told and all(isinstance(ends, list) and len(ends) == 2 for ends in intervals.values())
 
 
 def result_folders(folder: Path) -> list[Path]:

@@ -8,9 +8,14 @@ global batch:
 
 A column is a negative of a row when both have the same group (Multistage Contrastive Learning, arXiv 2402.11816, and
 CLIP-MoE, arXiv 2409.19291, equation 1), so the loss is the published one whatever a batch is made of.
+
+Masks and logits have a number for each pair of a row and a column. With `chunk_rows` they are made for so many rows at
+a time, with the gradients of these rows' losses, so that memory grows with the batch and not with its square.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +33,32 @@ class Negatives:
     """Which columns a row is contrasted with, and what each row weighs.
 
     Attributes:
-        keep: the row's own column and its negatives.
+        ids: row number, group, hash of the tokens and hash of the image of each of this process's rows.
+        columns: the same of the rows of all processes.
         own: column of the row itself.
+        mask_duplicates: whether other rows with an equal caption or image are left out.
+        chunk_rows: rows of the loss at a time; 0 is all.
         weight: 1 for rows that count, 0 for fillers and rows with fewer than `min_negatives` negatives.
         total_weight: sum of the weights over all processes, at least 1.
         num_negatives: negatives of each row.
         duplicates: pairs of different places in this process's rows with an equal caption or image, masked or not.
     """
 
-    keep: Bool[Tensor, "local global"]
+    ids: Int64[Tensor, "local 4"]
+    columns: Int64[Tensor, "global 4"]
     own: Int64[Tensor, "local"]
+    mask_duplicates: bool
+    chunk_rows: int
     weight: Float[Tensor, "local"]
     total_weight: Float[Tensor, ""]
     num_negatives: Int64[Tensor, "local"]
     duplicates: Int64[Tensor, ""]
+
+    def keep(self, rows: slice) -> Bool[Tensor, "rows global"]:
+        """The own column and the negatives of some of this process's rows."""
+        ids, own = self.ids[rows], self.own[rows]
+        negatives, _ = _compare(ids, self.columns, own, mask_duplicates=self.mask_duplicates)
+        return negatives.scatter_(1, own[:, None], True)
 
 
 def find_negatives(
@@ -52,6 +69,7 @@ def find_negatives(
     image_ids: Ids,
     min_negatives: int = 1,
     mask_duplicates: bool = True,
+    chunk_rows: int = 0,
 ) -> Negatives:
     """The negatives of this process's rows among the rows of all processes.
 
@@ -63,27 +81,51 @@ def find_negatives(
         min_negatives: rows with fewer negatives get weight 0.
         mask_duplicates: whether other rows with an equal caption or an equal image are left out of the negatives. The
             same row twice in a batch, possible in a weighted mixture, is always left out.
+        chunk_rows: rows to compare with all others at a time, here and in the loss; 0 is all.
     """
-    local = len(rows)
-    ids = gather(torch.stack([rows, groups, text_ids, image_ids], dim=1))
-    all_rows, all_groups, all_texts, all_images = ids.unbind(1)
-    own = rank() * local + torch.arange(local, device=rows.device)
-    is_row, is_column = rows >= 0, all_rows >= 0
-    is_other = own[:, None] != torch.arange(len(ids), device=rows.device)
-    candidates = is_other & is_row[:, None] & is_column & (groups[:, None] == all_groups)
-    same_row = rows[:, None] == all_rows
-    alike = candidates & ((text_ids[:, None] == all_texts) | (image_ids[:, None] == all_images) | same_row)
-    negatives = candidates & ~(alike if mask_duplicates else same_row)
-    num_negatives = negatives.sum(1)
-    weight = (is_row & (num_negatives >= min_negatives)).float()
+    ids = torch.stack([rows, groups, text_ids, image_ids], dim=1)
+    columns = gather(ids)
+    own = rank() * len(ids) + torch.arange(len(ids), device=rows.device)
+    num_negatives, num_alike = [], []
+    for some in _chunks(len(ids), chunk_rows):
+        negatives, alike = _compare(ids[some], columns, own[some], mask_duplicates=mask_duplicates)
+        num_negatives.append(negatives.sum(1))
+        num_alike.append(alike.sum())
+    negatives_of_row = torch.cat(num_negatives)
+    weight = ((rows >= 0) & (negatives_of_row >= min_negatives)).float()
     return Negatives(
-        keep=negatives | ~is_other,
+        ids=ids,
+        columns=columns,
         own=own,
+        mask_duplicates=mask_duplicates,
+        chunk_rows=chunk_rows,
         weight=weight,
         total_weight=all_reduce_sum(weight.sum()).clamp(min=1),
-        num_negatives=num_negatives,
-        duplicates=alike.sum(),
+        num_negatives=negatives_of_row,
+        duplicates=torch.stack(num_alike).sum(),
     )
+
+
+def _compare(
+    ids: Int64[Tensor, "rows 4"],
+    columns: Int64[Tensor, "global 4"],
+    own: Int64[Tensor, "rows"],
+    *,
+    mask_duplicates: bool,
+) -> tuple[Bool[Tensor, "rows global"], Bool[Tensor, "rows global"]]:
+    """The negatives of some rows, and what could be one but has an equal caption, image or row number."""
+    same_row, same_group, same_text, same_image = (
+        mine[:, None] == others for mine, others in zip(ids.unbind(1), columns.unbind(1), strict=True)
+    )
+    candidates = same_group & (ids[:, :1] >= 0) & (columns[:, 0] >= 0)
+    candidates.scatter_(1, own[:, None], False)
+    alike = candidates & (same_text | same_image | same_row)
+    return candidates & ~(alike if mask_duplicates else same_row), alike
+
+
+def _chunks(rows: int, chunk_rows: int) -> list[slice]:
+    size = chunk_rows or rows
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def clip_loss(
@@ -105,14 +147,19 @@ def clip_loss(
         negatives: what `find_negatives` gave for the same rows.
         ifm_epsilon: above 0, the mean of this loss and of the one with cosines moved against the pair.
     """
-    images, texts = _at_least_float32(image_features), _at_least_float32(text_features)
-    all_images, all_texts = gather_with_grad(images), gather_with_grad(texts)
-    losses = []
-    for cosines in (images @ all_texts.T, texts @ all_images.T):
-        losses += [
-            _cross_entropy(logit_scale * each, negatives) for each in _with_moved(cosines, negatives, ifm_epsilon)
-        ]
-    return _share(torch.stack(losses).mean(0), negatives)
+    all_images, all_texts = (gather_with_grad(_at_least_float32(side)) for side in (image_features, text_features))
+    first = rank() * len(image_features)
+
+    def of_rows(some: slice, all_images: Tensor, all_texts: Tensor, logit_scale: Tensor) -> Tensor:
+        keep, own = negatives.keep(some), negatives.own[some]
+        mine = slice(first + some.start, first + some.stop)
+        losses = []
+        for cosines in (all_images[mine] @ all_texts.T, all_texts[mine] @ all_images.T):
+            for each in _with_moved(cosines, own, ifm_epsilon):
+                losses.append(_cross_entropy(logit_scale * each, keep, own))
+        return torch.stack(losses).mean(0)
+
+    return _share(of_rows, negatives, all_images, all_texts, logit_scale)
 
 
 def siglip_loss(
@@ -130,37 +177,74 @@ def siglip_loss(
     and its negatives. Arguments as in `clip_loss`; `logit_bias` is added to the logits.
     """
     images, texts = _at_least_float32(image_features), _at_least_float32(text_features)
-    cosines = images @ gather_with_grad(texts).T
-    sign = _pair_signs(cosines, negatives)
-    losses = [
-        -F.logsigmoid(sign * (logit_scale * each + logit_bias)).masked_fill(~negatives.keep, 0).sum(1)
-        for each in _with_moved(cosines, negatives, ifm_epsilon)
-    ]
-    return _share(torch.stack(losses).mean(0), negatives)
+
+    def of_rows(some: slice, images: Tensor, all_texts: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        keep, own = negatives.keep(some), negatives.own[some]
+        cosines = images[some] @ all_texts.T
+        sign = _pair_signs(cosines, own)
+        losses = [
+            -F.logsigmoid(sign * (logit_scale * each + logit_bias)).masked_fill(~keep, 0).sum(1)
+            for each in _with_moved(cosines, own, ifm_epsilon)
+        ]
+        return torch.stack(losses).mean(0)
+
+    return _share(of_rows, negatives, images, gather_with_grad(texts), logit_scale, logit_bias)
 
 
 def _with_moved(
-    cosines: Float[Tensor, "local global"], negatives: Negatives, epsilon: float
-) -> list[Float[Tensor, "local global"]]:
+    cosines: Float[Tensor, "rows global"], own: Int64[Tensor, "rows"], epsilon: float
+) -> list[Float[Tensor, "rows global"]]:
     """The cosines and, with `epsilon` above 0, the same with the pair's own lower and all others higher by epsilon.
 
     That is what the worst perturbation of the features by epsilon does (implicit feature modification, Robinson et al.,
     arXiv 2106.11230, section 4): it takes away what the loss relies on most, so that other features are learned.
     """
-    return [cosines, cosines - epsilon * _pair_signs(cosines, negatives)] if epsilon else [cosines]
+    return [cosines, cosines - epsilon * _pair_signs(cosines, own)] if epsilon else [cosines]
 
 
-def _pair_signs(cosines: Float[Tensor, "local global"], negatives: Negatives) -> Float[Tensor, "local global"]:
+def _pair_signs(cosines: Float[Tensor, "rows global"], own: Int64[Tensor, "rows"]) -> Float[Tensor, "rows global"]:
     """1 for a row's own column, -1 for all others."""
-    return (-torch.ones_like(cosines)).scatter_(1, negatives.own[:, None], 1)
+    return (-torch.ones_like(cosines)).scatter_(1, own[:, None], 1)
 
 
-def _cross_entropy(logits: Float[Tensor, "local global"], negatives: Negatives) -> Float[Tensor, "local"]:
-    return F.cross_entropy(logits.masked_fill(~negatives.keep, -torch.inf), negatives.own, reduction="none")
+def _cross_entropy(
+    logits: Float[Tensor, "rows global"], keep: Bool[Tensor, "rows global"], own: Int64[Tensor, "rows"]
+) -> Float[Tensor, "rows"]:
+    return F.cross_entropy(logits.masked_fill(~keep, -torch.inf), own, reduction="none")
 
 
-def _share(losses: Float[Tensor, "local"], negatives: Negatives) -> Float[Tensor, ""]:
-    return (losses * negatives.weight).sum() * world_size() / negatives.total_weight
+def _share(of_rows: Callable[..., Tensor], negatives: Negatives, *tensors: Tensor) -> Float[Tensor, ""]:
+    """This process's share of the loss; `of_rows` gives the losses of some of its rows, a function of `tensors`."""
+    chunks = _chunks(len(negatives.own), negatives.chunk_rows)
+
+    def weighted(some: slice, *tensors: Tensor) -> Tensor:
+        return (of_rows(some, *tensors) * negatives.weight[some]).sum()
+
+    total: Tensor
+    total = _SumOfChunks.apply(weighted, chunks, *tensors) if len(chunks) > 1 else weighted(chunks[0], *tensors)
+    return total * world_size() / negatives.total_weight
+
+
+class _SumOfChunks(torch.autograd.Function):
+    """The sum of a function over chunks. Goes backward from each before the next, and keeps the gradients alone."""
+
+    @staticmethod
+    def forward(ctx: Any, of_chunk: Callable[..., Tensor], chunks: list[slice], *tensors: Tensor) -> Tensor:
+        needed = ctx.needs_input_grad[2:]
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
+        total = leaves[0].new_zeros(())
+        for chunk in chunks:
+            with torch.enable_grad():
+                part = of_chunk(chunk, *leaves)
+            if part.requires_grad:
+                torch.autograd.backward(part)
+            total += part.detach()
+        ctx.save_for_backward(*(leaf.grad for leaf in leaves))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if saved is None else grads[0] * saved for saved in ctx.saved_tensors)
 
 
 def _at_least_float32(features: Features) -> Features:

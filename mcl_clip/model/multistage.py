@@ -4,6 +4,10 @@ This file is shipped inside exported models: it needs torch, open_clip and safet
 """
 
 import json
+import logging
+import pickle
+import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,127 @@ CONFIG_NAME = "mcl_clip_config.json"
 FORMAT_VERSION = 1
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 DEFAULT_CONTEXT_LENGTH = 77
 NOT_TEXT = ("visual.", "logit_scale", "logit_bias")
+
+
+# What a model may ask of its tokenizer; `trust_remote_code`, above all, is not among it.
+TOKENIZER_OPTIONS = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
+TOKENIZER_CONFIG_NAMES = ("tokenizer_config.json", "config.json")
+UNSAFE_WEIGHTS = "{} holds more than tensors and plain values, and loading it could run code; save only its state_dict"
+LARGEST = {"layers": 512, "context_length": 1 << 20, "image_size": 1 << 14, "vocab_size": 1 << 24}  # of a setting
+LARGEST_WIDTH = 1 << 17  # of any other
+
+
+def check_model_cfg(model_cfg: Any) -> None:
+    """Nothing, for settings of a model that nobody could be harmed by: no code to fetch, no absurd sizes.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    parts = [model_cfg, *(model_cfg.get(name) for name in ("vision_cfg", "text_cfg"))] if _is_dict(model_cfg) else []
+    if not parts or not all(map(_is_dict, parts)):
+        raise ValueError("model_cfg is not an object with vision_cfg and text_cfg")
+    if type(model_cfg.get("embed_dim")) is not int:
+        raise ValueError(f"embed_dim is {model_cfg.get('embed_dim')!r}, not a number of dimensions")
+    options = model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
+    if not _is_dict(options) or not set(options) <= set(TOKENIZER_OPTIONS):
+        raise ValueError(f"tokenizer_kwargs is {options!r}; it may set {', '.join(TOKENIZER_OPTIONS)}")
+    nested = [part for outer in parts for part in (outer, *filter(_is_dict, outer.values()))]
+    for name, value in (pair for part in nested for pair in part.items()):
+        _check_sizes(name, value)
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _check_sizes(name: str, value: Any) -> None:
+    limit = LARGEST.get(name, LARGEST_WIDTH)
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not abs(number) <= limit:
+            raise ValueError(f"{name} is {number!r}; it may be at most {limit}")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Nothing, for an open_clip folder whose files may be loaded.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or it has no config.
+        ValueError: if its settings are refused, its tokenizer brings code, or its model is larger than its weights.
+    """
+    config = _read_object(folder / OPEN_CLIP_CONFIG_NAME)
+    check_model_cfg(config.get("model_cfg"))
+    if not _is_dict(config.get("preprocess_cfg", {})):
+        raise ValueError("preprocess_cfg is not an object")
+    for name in TOKENIZER_CONFIG_NAMES:
+        if (folder / name).is_file() and "auto_map" in _read_object(folder / name):
+            raise ValueError(f"{name} asks to run code that comes with the model (auto_map), which is not done")
+    weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+    for path in weights:
+        check_weights(path)
+    sizes = [path.stat().st_size for path in weights]
+    if sizes and (parameters := _count_parameters(folder)) > max(sizes):
+        raise ValueError(f"its settings make a model of {parameters} parameters, its weights have {max(sizes)} bytes")
+
+
+def check_weights(path: Path) -> None:
+    """Nothing, for a file of weights that does not unpack to more than its size.
+
+    Raises:
+        ValueError: if it does; `torch.save` never compresses.
+    """
+    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError(f"{path.name} is a compressed archive, which torch.save does not write")
+
+
+def _count_parameters(folder: Path) -> int:
+    """The size of a model, which is not held in memory for it."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # that it has no weights
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = open_clip.create_model(
+                f"local-dir:{folder}", device="meta", load_weights=False, pretrained_text=False
+            )
+    finally:
+        logging.disable(disabled)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of the multistage model in `folder`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, or was written in a newer format.
+    """
+    config = _read_object(folder / CONFIG_NAME)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {config.get('format_version')!r}, this code reads {FORMAT_VERSION}; use the "
+            f"code that came with the model"
+        )
+    names = config.get("stages")
+    if not isinstance(names, list) or not names or not all(re.fullmatch(r"[\w-]+", str(name)) for name in names):
+        raise ValueError(f"stages is {names!r}; it must be a list of folder names")
+    scale, bias = config.get("logit_scale"), config.get("logit_bias")
+    if not isinstance(scale, float) or not isinstance(bias, float | None) or config.get("combine") not in COMBINATIONS:
+        raise ValueError(f"combine, logit_scale or logit_bias of {CONFIG_NAME} is missing or has another type")
+    return config
 
 
 def normalized(features: Tensor) -> Tensor:
@@ -126,13 +249,18 @@ def read_open_clip_folder(folder: Path) -> tuple[nn.Module, dict[str, Any], dict
 
     Raises:
         FileNotFoundError: if the folder or its config is missing.
+        ValueError: if its settings are refused, see `check_model_folder`.
         RuntimeError: if it has no weights or they do not fit.
     """
-    config = json.loads((folder / OPEN_CLIP_CONFIG_NAME).read_text(encoding="utf-8"))
-    with torch.random.fork_rng(devices=[]):  # the model is filled with random numbers before its weights
-        model = open_clip.create_model(
-            f"local-dir:{folder}", precision="fp32", output_dict=True, require_pretrained=True, weights_only=True
-        )
+    check_model_folder(folder)
+    config = _read_object(folder / OPEN_CLIP_CONFIG_NAME)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the model is filled with random numbers before its weights
+            model = open_clip.create_model(
+                f"local-dir:{folder}", precision="fp32", output_dict=True, require_pretrained=True, weights_only=True
+            )
+    except pickle.UnpicklingError as error:  # torch's advice would be to load them all the same
+        raise ValueError(UNSAFE_WEIGHTS.format(folder)) from error
     return model, config["model_cfg"], config["preprocess_cfg"]
 
 
@@ -296,21 +424,16 @@ class MultistageCLIP(nn.Module):
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if the folder was written in a newer format.
+            ValueError: if the folder is damaged, asks to run code, or was written in a newer format.
         """
         folder = Path(folder)
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        if config["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has format version {config['format_version']}, this code reads {FORMAT_VERSION}; "
-                f"use the code that came with the model"
-            )
+        config = read_config(folder)
         stages = [read_open_clip_folder(folder / name) for name in config["stages"]]
         model = cls(
             [model for model, _, _ in stages],
             combine=config["combine"],
             logit_scale=config["logit_scale"],
-            logit_bias=config["logit_bias"],
+            logit_bias=config.get("logit_bias"),
             preprocess_cfg=stages[0][2],
             model_cfgs=[model_cfg for _, model_cfg, _ in stages],
             tokenizer=open_clip.get_tokenizer(f"local-dir:{folder / config['stages'][0]}"),

@@ -26,6 +26,11 @@ from mcl_clip.model.multistage import (
     NOT_TEXT,
     OPEN_CLIP_CONFIG_NAME,
     OPEN_CLIP_WEIGHTS_NAME,
+    UNSAFE_WEIGHTS,
+    WEIGHT_SUFFIXES,
+    check_model_cfg,
+    check_model_folder,
+    check_weights,
     make_image_transform,
     make_tokenizer,
     write_open_clip_folder,
@@ -39,7 +44,6 @@ RESNET_GROUPS = (
     *((f"layer{n}",) for n in (1, 2, 3, 4)),
     ("attnpool",),
 )
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_NAMES = (OPEN_CLIP_WEIGHTS_NAME, "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 TEMPERATURE_NAMES = ("logit_scale", "logit_bias")
 
@@ -157,13 +161,21 @@ def _weights_file(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> P
         )
     beside = path.with_name(OPEN_CLIP_CONFIG_NAME)
     if beside.is_file():
-        trained_with = bool(read_json(beside).get("model_cfg", {}).get("quick_gelu"))
+        trained_with = _trained_with_quick_gelu(beside)
         if trained_with != bool(model_cfg.get("quick_gelu")):
             raise UserError(
                 f"{path} was trained with quick_gelu={trained_with}, {name or 'model_cfg'} has "
                 f"quick_gelu={not trained_with}; load it as architecture='local-dir:{path.parent}'"
             )
     return path
+
+
+def _trained_with_quick_gelu(config_path: Path) -> bool:
+    config = read_json(config_path)
+    try:
+        return bool(config.get("model_cfg", {}).get("quick_gelu"))
+    except AttributeError as error:
+        raise UserError(f"{config_path} is not a config of open_clip; restore it, or move the weights away") from error
 
 
 def _set_image_size(cfg: dict[str, Any], preprocess: Mapping[str, Any]) -> None:
@@ -181,6 +193,7 @@ def _published_tower(architecture: str, pretrained: str, preprocess: Mapping[str
             raise UserError(f"{folder} is not an open_clip folder: it has no {OPEN_CLIP_CONFIG_NAME}")
         if not any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
             raise UserError(f"{folder} has no weights: {OPEN_CLIP_WEIGHTS_NAME} is missing; save the model again")
+    _check_published(architecture)
     model = _create(
         architecture, require_pretrained=True, preprocess=preprocess, force_image_size=preprocess.get("size")
     )
@@ -189,9 +202,20 @@ def _published_tower(architecture: str, pretrained: str, preprocess: Mapping[str
     _set_image_size(cfg, preprocess)
     try:
         tokenizer = open_clip.get_tokenizer(architecture)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # damaged files raise errors of many kinds
         raise UserError(f"the tokenizer of {architecture} cannot be loaded: {_short(error)}") from error
     return _tower(model, cfg, tokenizer, is_pretrained=True)
+
+
+def _check_published(architecture: str) -> None:
+    """Nothing, for a published model whose settings and files may be loaded."""
+    try:
+        if architecture.startswith("local-dir:"):
+            check_model_folder(Path(architecture.removeprefix("local-dir:")))
+        else:
+            check_model_cfg(open_clip.get_model_config(architecture))
+    except Exception as error:  # damaged settings raise errors of many kinds
+        raise UserError(f"{architecture} is not loaded: {_short(error)}; correct it, or use another model") from error
 
 
 def _random_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any], seed: int, what: str) -> nn.Module:
@@ -228,8 +252,10 @@ def _create(name: str, *, preprocess: Mapping[str, Any], seed: int = 0, what: st
                 force_preprocess_cfg=dict(preprocess),
                 **options,
             )
-    except (RuntimeError, ValueError, TypeError, OSError, AssertionError) as error:
+    except Exception as error:  # wrong settings and damaged weights raise errors of many kinds
         wanted = f"{what or name} {options.get('pretrained', '')}".strip()
+        if isinstance(error, pickle.UnpicklingError):  # torch's advice would be to load it all the same
+            raise UserError(UNSAFE_WEIGHTS.format(wanted)) from error
         offline = "" if what else "; without a network, give a downloaded file as pretrained= or a folder as local-dir:"
         raise UserError(f"open_clip cannot make {wanted}: {_short(error)}{offline}") from error
     return model
@@ -298,11 +324,10 @@ def load_weights(model: nn.Module, source: str) -> None:
     if path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(f"{path} is not one of {', '.join(WEIGHT_SUFFIXES)}; convert it with open_clip first")
     try:
+        check_weights(path)
         open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors and plain values, and loading it could run code; save only its state_dict"
-        ) from error
+        raise UserError(UNSAFE_WEIGHTS.format(path)) from error
     except Exception as error:  # broken files raise errors of many kinds
         raise UserError(f"the weights in {path} do not fit this model: {_short(error)}") from error
 

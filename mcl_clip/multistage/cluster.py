@@ -142,12 +142,13 @@ def projected_rows(rows: Rows, num_rows: int, projection: Projection, path: Path
     Projecting a row costs more than a pass over it, so it is done once.
     """
 
-    def write() -> None:
+    def write() -> None:  # not into a map of the file: on a full disk that is a bus error
         shape = (num_rows, projection.matrix.shape[1])
-        memory = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        for _, start, stop in _all_chunks(num_rows):
-            memory[start:stop] = projection(rows(start, stop))
-        memory.flush()
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for _, start, stop in _all_chunks(num_rows):
+                file.write(projection(rows(start, stop)).tobytes())
 
     try:
         on_main(write)

@@ -23,6 +23,12 @@ from mcl_clip.errors import UserError
 from mcl_clip.model.encode import autocast, to_floats
 
 SIDES = ("image", "text")
+_COLUMNS = {  # of a part: data type and dimensions
+    **dict.fromkeys(("image", "text"), ("<f2", 2)),
+    **dict.fromkeys(("image_norm", "text_norm"), ("<f4", 1)),
+    **dict.fromkeys(("image_id", "text_id"), ("<i8", 1)),
+    "ok": ("|b1", 1),
+}
 Batches = Callable[[list[np.ndarray]], Iterator[CaptionedBatch]]
 
 
@@ -111,11 +117,21 @@ def read_part(path: Path, rows: int) -> EmbeddingPart:
     """One shard's features.
 
     Raises:
-        UserError: if the file is missing or has another number of rows.
+        UserError: if the file is missing, damaged, or has another number of rows.
     """
     if not path.exists():
         raise UserError(f"{path} is missing; run the recipe again to embed this shard")
-    part = EmbeddingPart(**load_file(path))
+    try:
+        columns = load_file(path)
+        kinds = {name: (columns[name].dtype.str, columns[name].ndim) for name in _COLUMNS}
+        sizes = {len(columns[name]) for name in _COLUMNS}
+        if kinds != _COLUMNS or len(sizes) > 1 or columns["image"].shape != columns["text"].shape:
+            raise ValueError(f"its columns are {kinds}")
+        if not all(np.isfinite(columns[name]).all() for name in ("image", "text", "image_norm", "text_norm")):
+            raise ValueError("a feature is not a finite number")
+    except Exception as error:  # damaged files raise errors of several kinds
+        raise UserError(f"{path} is not a whole part ({error}); delete it and run the recipe again") from error
+    part = EmbeddingPart(**{name: columns[name] for name in _COLUMNS})
     if len(part.ok) != rows:
         raise UserError(f"{path} has {len(part.ok)} rows and the index {rows}; delete it and run the recipe again")
     return part
@@ -134,6 +150,7 @@ def embed_shards(
     batch_size: int,
     precision: str = "fp32",
     show_progress: bool = True,
+    is_stopping: Callable[[], bool] | None = None,
 ) -> None:
     """Write the features of all shards that are not there yet, shard i by process i mod world size.
 
@@ -148,6 +165,7 @@ def embed_shards(
         batch_size: rows of a forward pass, on a fixed grid from the start of each shard.
         precision: `fp32` or `bf16`.
         show_progress: show a bar on the main process.
+        is_stopping: asked after each shard; if so, the others are left for later.
     """
     model.eval()
     missing = [n for n, shard in enumerate(index.shards) if shard.rows and not (out / part_name(n)).exists()]
@@ -173,6 +191,8 @@ def embed_shards(
             counts = {"bad_samples": bad, "full_captions": full}  # under one key: safetensors keeps no order of several
             with atomic_path(out / part_name(number)) as temporary:
                 save_file(columns, temporary, metadata={"counts": json.dumps(counts)})
+            if is_stopping is not None and is_stopping():
+                return
 
 
 def bad_samples(folder: Path, index: ShardIndex) -> list[BadSample]:
@@ -188,7 +208,19 @@ def full_captions(folder: Path, index: ShardIndex) -> int:
 def _counts(folder: Path, index: ShardIndex) -> Iterator[dict[str, Any]]:
     for number in (n for n, shard in enumerate(index.shards) if shard.rows):
         with safe_open(folder / part_name(number), framework="numpy") as part:
-            yield json.loads(part.metadata()["counts"])
+            yield _parsed_counts((part.metadata() or {}).get("counts", ""), folder / part_name(number))
+
+
+def _parsed_counts(text: str, path: Path) -> dict[str, Any]:
+    try:
+        counts = json.loads(text)
+        kinds = [tuple(type(value) for value in bad) for bad in counts["bad_samples"]]
+        if type(counts["full_captions"]) is not int or any(kind != (int, str, str) for kind in kinds):
+            raise ValueError("bad_samples")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} has no counts of bad samples; delete it and run the recipe again") from error
+    found: dict[str, Any] = counts
+    return found
 
 
 def _embed_batch(

@@ -8,11 +8,14 @@ none is too small to make batches.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
+from mcl_clip.artifacts import read_json
+from mcl_clip.data.files import load_numbers
 from mcl_clip.errors import UserError
 
 Prefix = tuple[int, ...]
@@ -71,6 +74,25 @@ class PseudoLabels:
 def no_labels(num_rows: int) -> PseudoLabels:
     """The labels before stage 0: all rows are alike."""
     return PseudoLabels(values=np.zeros(num_rows, np.int64), radix=())
+
+
+def read_labels(folder: Path, num_rows: int) -> PseudoLabels:
+    """The labels in `labels.npy` and `labels.json` of a folder.
+
+    Raises:
+        UserError: if the files are damaged, do not fit together, or hold another number of rows.
+    """
+    values = load_numbers(folder / "labels.npy", num_rows)
+    summary = read_json(folder / "labels.json")
+    radix = summary.get("radix") if isinstance(summary, dict) else None
+    if not isinstance(radix, list) or not all(type(clusters) is int and clusters > 0 for clusters in radix):
+        raise UserError(f"{folder / 'labels.json'} has no list of clusters ('radix'); delete {folder} and run again")
+    if len(values) and not 0 <= values.min() <= values.max() < math.prod(radix) < 2**63:
+        raise UserError(
+            f"{folder / 'labels.npy'} holds labels from {values.min()} to {values.max()}, with {radix} clusters; "
+            f"delete {folder} and run the recipe again"
+        )
+    return PseudoLabels(values=values.astype(np.int64), radix=tuple(radix))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """Two models on the sets that both were evaluated on, query by query."""
 
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mcl_clip.artifacts import read_jsonl
 from mcl_clip.errors import UserError
-from mcl_clip.eval.suite import aligned, label_of, result_folders, size_text
+from mcl_clip.eval.suite import aligned, label_of, read_results, result_folders, size_text
 from mcl_clip.statistics import compare_paired, holm
 
 RESULTS = "results.jsonl"
@@ -71,7 +69,7 @@ def find_results(name: str) -> ModelResults:
         UserError: if there are no such results.
     """
     folder, label = _split(name)
-    found = [(record, path) for path in result_folders(folder) for record in read_jsonl(path / RESULTS)]
+    found = [(record, path) for path in result_folders(folder) for record in read_results(path)]
     if not found:
         raise UserError(
             f"there are no results in {folder}, as no {RESULTS} there has a record; name a run that was evaluated, "
@@ -125,7 +123,7 @@ def comparison_records(comparison: ModelComparison) -> Iterator[dict[str, Any]]:
     """The same as JSON: an object for each metric of a set, and one for each set that is left out."""
     models = {"model_a": comparison.a.name, "model_b": comparison.b.name}
     for metric in comparison.metrics:
-        sha256 = comparison.a.records[metric.key]["data_sha256"]
+        sha256 = comparison.a.records[metric.key].get("data_sha256")
         yield {**asdict(metric), **models, "data_sha256": sha256}
     for key, reason in comparison.left_out.items():
         yield {"key": key, "left_out": reason, **models}
@@ -161,7 +159,7 @@ def _compare_set(a: ModelResults, b: ModelResults, key: str, resamples: int) -> 
         if key not in model.records:
             raise _CannotCompareError(f"only {other.name} has it")
     one, two = a.records[key], b.records[key]
-    digests = [record["data_sha256"] for record in (one, two)]
+    digests = [str(record.get("data_sha256")) for record in (one, two)]
     if digests[0] != digests[1]:
         raise _CannotCompareError(f"the data differ (sha256 {digests[0][:8]}... and {digests[1][:8]}...)")
     outcomes = [_outcomes(model, key) for model in (a, b)]
@@ -182,7 +180,7 @@ def _outcomes(model: ModelResults, key: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return dict(stored)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged archives raise errors of many kinds
         raise _CannotCompareError(f"{path} cannot be read ({error}); evaluate it again") from error
 
 

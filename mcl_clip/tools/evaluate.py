@@ -17,14 +17,14 @@ import open_clip
 import torch
 from torch import nn
 
-from mcl_clip.artifacts import append_jsonl, atomic_path, canonical_json, read_json, read_jsonl
+from mcl_clip.artifacts import append_jsonl, atomic_path, canonical_json, read_jsonl, read_run_config
 from mcl_clip.distributed import check_same, gather_objects, on_main
 from mcl_clip.errors import UserError
 from mcl_clip.eval.catalogue import discover
 from mcl_clip.eval.run import Encoder, run_task
 from mcl_clip.eval.suite import Task, result_record
 from mcl_clip.eval.tasks.classification import at_width_of_one_stage
-from mcl_clip.model.multistage import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, MultistageCLIP
+from mcl_clip.model.multistage import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, MultistageCLIP, read_config
 from mcl_clip.model.towers import PUBLISHED, Tower, create_tower, load_tower
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
 
 
 def _models_of_run(run: Path, each: bool) -> list[Candidate]:
-    folder, num_stages = run / "combined" / "model", len(read_json(run / "config.json")["stages"])
+    folder, num_stages = run / "combined" / "model", len(read_run_config(run)["stages"])
     stages = [_stage_of_run(run, stage) for stage in range(num_stages)] if each else []
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{run} has no combined model yet; finish the run, or name one of its stages as {run}/stage-0")
@@ -120,7 +120,7 @@ def _file_name(name: str) -> str:
 
 
 def _architecture(run: Path) -> str:
-    architecture: str = read_json(run / "config.json")["tower"]["architecture"] or "model given in the recipe"
+    architecture: str = read_run_config(run).get("tower", {}).get("architecture") or "model given in the recipe"
     return architecture
 
 
@@ -130,14 +130,21 @@ def _exported(folder: Path, model: str, pretrained: str) -> Candidate:
         pretrained=pretrained,
         label=_file_name(pretrained),
         load=partial(_load_multistage, folder),
-        stage=len(read_json(folder / CONFIG_NAME)["stages"]) - 1,
+        stage=len(_config_of(folder)["stages"]) - 1,
     )
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    try:
+        return read_config(folder)
+    except ValueError as error:
+        raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
 
 
 def _load_multistage(folder: Path) -> MultistageCLIP:
     try:
         return MultistageCLIP.load(folder)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # damaged weights and settings raise errors of many kinds
         raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
 
 

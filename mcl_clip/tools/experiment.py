@@ -105,6 +105,8 @@ def run_arms(plan: Plan, *, launcher: Sequence[str], jobs: int) -> None:
             _copy_first_stage(plan.folder(*source), plan.folder(seed, arm))
         started = time.monotonic()
         children.call([*launcher, *plan.command(seed, arm)], plan.folder(seed, f"{arm}.log"), jobs)
+        if not is_done(plan.folder(seed, arm)):  # a planned stop is no failure of the run
+            raise UserError(f"{plan.folder(seed, arm)} was stopped before its end")
         bar.update()
         tqdm.write(f"seed {seed}, {arm}: done in {(time.monotonic() - started) / 60:.1f} min")
 

@@ -1,9 +1,11 @@
 """Checkpoints: safetensors and JSON, nothing that can run; the newest complete one counts."""
 
+import math
 import shutil
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -74,13 +76,22 @@ def load_newest(
             saved = load_file(path / "average.safetensors")
             for name, tensor in average.average.items():
                 tensor.copy_(saved[name])
-        return TrainState(**read_json(path / "state.json"))
-    except (RuntimeError, KeyError, FileNotFoundError, TypeError, SafetensorError) as error:
+        return _train_state(read_json(path / "state.json"))
+    except (RuntimeError, KeyError, OSError, TypeError, ValueError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 300)  # torch names every tensor on a line of its own
         raise UserError(
             f"{path} does not fit this model ({reason}); use the recipe it was made with, or delete it to continue "
             f"from the one before"
         ) from error
+
+
+def _train_state(values: Any) -> TrainState:
+    step, samples_seen, seconds = (values[name] for name in ("step", "samples_seen", "seconds"))
+    if not all(type(number) is int and number >= 0 for number in (step, samples_seen)):
+        raise ValueError(f"state.json holds the step {step!r} and {samples_seen!r} samples")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"state.json holds {seconds!r} seconds")
+    return TrainState(**{**values, "seconds": float(seconds)})
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,11 +114,23 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str
         states.setdefault(name, {})[slot] = tensor
     for name, state in states.items():
         parameter = named[name]
+        _check_state(name, parameter, state)
         optimizer.state[parameter] = {
             # Adam's step counter stays on the CPU, as torch keeps it, unless the fused kernel wants it on the device.
             slot: tensor if slot == "step" and not _is_fused(optimizer) else tensor.to(parameter.device)
             for slot, tensor in state.items()
         }
+
+
+def _check_state(name: str, parameter: Tensor, state: dict[str, Tensor]) -> None:
+    if set(state) != {"step", "exp_avg", "exp_avg_sq"} or state["step"].numel() != 1:
+        raise ValueError(f"the state of the optimizer for {name} has {', '.join(sorted(state))}")
+    if state["step"].dtype != torch.float32 or any(
+        (tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype)
+        for slot, tensor in state.items()
+        if slot != "step"
+    ):
+        raise ValueError(f"the state of the optimizer for {name} has another shape or type")
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mcl_clip.data.batches import PairBatch, TrainingLoader
-from mcl_clip.distributed import check_same, is_main, rank, seed_of, world_size
+from mcl_clip.distributed import barrier, check_same, is_main, rank, seed_of, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.model.encode import autocast, to_floats
+from mcl_clip.model.grad_cache import Outputs, add_gradients
 from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
+from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.metrics import BadSamples, Meter, StepLog
 from mcl_clip.train.optim import ExponentialAverage, lr_at, set_lr
 
@@ -45,6 +48,8 @@ class Objective:
         precision: `fp32`, or `bf16` autocast for the towers.
         min_negatives: rows with fewer negatives get weight 0.
         mask_duplicates: leave other rows with an equal caption or image out of the negatives.
+        grad_cache_rows: rows of this process that go through the towers at a time; 0 is all.
+        loss_chunk_rows: rows of this process that go through the loss at a time; 0 is all.
     """
 
     groups: Int[np.ndarray, "rows"]
@@ -54,13 +59,43 @@ class Objective:
     precision: str = "fp32"
     min_negatives: int = 1
     mask_duplicates: bool = True
+    grad_cache_rows: int = 0
+    loss_chunk_rows: int = 0
 
-    def __call__(self, model: nn.Module, batch: PairBatch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process's share of the loss, and its counts, named in `COUNTS`."""
+    def add_gradients(
+        self,
+        model: nn.Module,
+        batch: PairBatch,
+        device: torch.device,
+        *,
+        seed: tuple[str | int, ...],
+        backward: Callable[[Tensor], object] = Tensor.backward,
+    ) -> dict[str, Tensor]:
+        """Add the gradients of a batch; this process's share of the loss, and its counts, named in `COUNTS`.
+
+        `seed` names the draws of dropout in this step and process.
+        """
         groups = torch.from_numpy(self.groups[batch.rows.numpy()].astype(np.int64)).to(device)
         batch = batch.to(device)
-        with autocast(self.precision, device):
-            out = model(to_floats(batch.images, self.preprocess_cfg), batch.tokens)
+
+        def encode(model: nn.Module, rows: slice) -> Outputs:
+            with autocast(self.precision, device):
+                out = model(to_floats(batch.images[rows], self.preprocess_cfg), batch.tokens[rows])
+            return {name: tensor for name, tensor in out.items() if tensor is not None}
+
+        return add_gradients(
+            model,
+            encode,
+            partial(self._loss, batch, groups),
+            rows=len(batch.images),
+            # Decided by what is the same on all processes: their numbers of decoded rows are not.
+            chunk_rows=self.grad_cache_rows if self.grad_cache_rows < len(batch.rows) else 0,
+            seed_chunk=lambda chunk: torch.manual_seed(seed_of(*seed, chunk)),  # dropout has no generator of its own
+            backward=backward,
+        )
+
+    def _loss(self, batch: PairBatch, groups: Tensor, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """This process's share of the loss, and its counts, from the features of the decoded rows."""
         negatives = find_negatives(
             rows=batch.rows,
             groups=groups,
@@ -68,6 +103,7 @@ class Objective:
             image_ids=batch.image_ids,
             min_negatives=self.min_negatives,
             mask_duplicates=self.mask_duplicates,
+            chunk_rows=self.loss_chunk_rows,
         )
         images = _in_place(out["image_features"], batch)
         texts = _in_place(out["text_features"], batch)
@@ -128,12 +164,14 @@ def train_stage(
     max_bad_fraction: float = 0.01,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     show_progress: bool = True,
+    interrupt: Interrupt | None = None,
 ) -> TrainState:
     """Train `model` in place, from the newest checkpoint in `out` if there is one.
 
     With `average_decay` above 0 the model ends up with the running average of its weights.
 
     Raises:
+        PlannedStop: when `interrupt` was asked to stop; the step that was in work is saved.
         TrainingDivergedError: if the loss or the gradient is not finite.
         UserError: if too many samples are bad, or processes disagree on the plan.
     """
@@ -144,16 +182,19 @@ def train_stage(
     check_same(str(state.step), "the step of the newest checkpoint")
     model, optimizer = accelerator.prepare(model, optimizer)  # never the loader, never a scheduler
     log = StepLog(out / "metrics.jsonl")
-    log.rewind(state.step)
+    evaluated = [record["step"] for record in log.rewind(state.step) if "loss" not in record]
     bad = BadSamples(
         out / "bad_samples.jsonl", max_fraction=max_bad_fraction, rows=loader.plan.rows_per_epoch, step=state.step
     )
     meter = Meter(COUNTS, device)
     due = _Due(intervals, schedule.total_steps)
+    interrupt, stopping = interrupt or Interrupt(), False
     model.train()
 
-    batches = loader.steps(state.step, schedule.total_steps)
-    for batch in _progress(batches, state, schedule.total_steps, meter, show_progress):
+    batches = partial(loader.steps, state.step, schedule.total_steps)
+    for batch in _progress(batches, state, schedule.total_steps, meter, show_progress, interrupt):
+        if evaluate is not None and due.evaluate(state.step) and state.step not in evaluated:
+            log.add({"step": state.step, **_evaluate(raw, average, evaluate)})
         lr = schedule.lr * lr_at(
             state.step,
             total_steps=schedule.total_steps,
@@ -161,10 +202,9 @@ def train_stage(
             schedule=schedule.shape,
         )
         set_lr(raw_optimizer, lr)
-        torch.manual_seed(seed_of(*seed, "dropout", state.step, rank()))  # dropout has no generator of its own
 
-        loss, counts = objective(model, batch, device)
-        accelerator.backward(loss)
+        drawn = (*seed, "dropout", state.step, rank())
+        counts = objective.add_gradients(model, batch, device, seed=drawn, backward=accelerator.backward)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -175,15 +215,14 @@ def train_stage(
             average.update(raw, state.step)
         meter.add(counts)
         bad.add(batch.bad)
+        stopping = interrupt.asked(device)
 
-        if due.log(state.step):
+        if due.log(state.step) or stopping:
             record = _record(raw, meter, state, lr, grad_norm, loader)  # the only wait for the device
             _stop_if_diverged(record, out)
             bad.flush(state.step, loader.plan.rows_per_epoch * state.step // loader.plan.batches_per_epoch)
             log.add({**record, "bad_samples": bad.count})
-        if evaluate is not None and due.evaluate(state.step):
-            log.add({"step": state.step, **_evaluate(raw, average, evaluate)})
-        if due.save(state.step) and is_main() and math.isfinite(float(grad_norm)):
+        if (due.save(state.step) or stopping) and is_main() and math.isfinite(float(grad_norm)):
             save_checkpoint(
                 out / "checkpoints",
                 model=raw,
@@ -193,7 +232,12 @@ def train_stage(
                 keep=intervals.keep_checkpoints,
             )
             due.saved()
+        if stopping:
+            break
 
+    if stopping:
+        barrier()  # no process leaves before the checkpoint is whole
+        raise interrupt.stop(f"step {state.step} of {schedule.total_steps} is saved in {out / 'checkpoints'}")
     if average is not None:
         average.swap(raw)
     return state
@@ -226,7 +270,8 @@ class _Due:
         return is_multiple or step == self._total
 
     def evaluate(self, step: int) -> bool:
-        return self._is_multiple(step, self._at.evaluate_steps) and step < self._total
+        """When the step is done, saved if it was due, and another follows."""
+        return self._is_multiple(step, self._at.evaluate_steps) and 0 < step < self._total
 
     def save(self, step: int) -> bool:
         """By steps, by minutes of this process's clock, and at the end."""
@@ -240,11 +285,21 @@ class _Due:
 
 
 def _progress(
-    batches: Iterator[PairBatch], state: TrainState, total_steps: int, meter: Meter, show: bool
+    make_batches: Callable[[], Iterator[PairBatch]],
+    state: TrainState,
+    total_steps: int,
+    meter: Meter,
+    show: bool,
+    interrupt: Interrupt,
 ) -> Iterator[PairBatch]:
-    """The batches, with a bar on the main process and the time that was spent waiting for them."""
+    """The batches, with a bar on the main process and the time that was spent waiting for them.
+
+    Signals wait for the end of a step meanwhile.
+    """
     disable = None if show and is_main() else True
-    with tqdm(total=total_steps, initial=state.step, unit="step", disable=disable, desc="train", leave=False) as bar:
+    bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=disable, desc="train", leave=False)
+    with interrupt.deferred(), bar:
+        batches = make_batches()
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)

@@ -50,7 +50,10 @@ class StepLog:
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drop the records after `step`; the ones that stay."""
-        records = [record for record in read_jsonl(self.path) if record["step"] <= step]
+        records = read_jsonl(self.path)
+        if not all(type(record.get("step")) is int for record in records):
+            raise UserError(f"{self.path} has a record without a step; restore the file or delete it")
+        records = [record for record in records if record["step"] <= step]
         if is_main() and self.path.exists():
             with atomic_path(self.path) as temporary:
                 temporary.touch()
@@ -78,9 +81,12 @@ class BadSamples:
         """
         self._log = StepLog(path)
         self.max_fraction, self.rows = max_fraction, rows
-        self._found: dict[int, tuple[str, str]] = {
-            record["row"]: (record["shard"], record["reason"]) for record in self._log.rewind(step)
-        }
+        self._found: dict[int, tuple[str, str]] = {}
+        for record in self._log.rewind(step):
+            row, shard, reason = (record.get(name) for name in ("row", "shard", "reason"))
+            if type(row) is not int or not isinstance(shard, str) or not isinstance(reason, str):
+                raise UserError(f"{path} has a record without row, shard and reason; restore the file or delete it")
+            self._found[row] = (shard, reason)
         self._pending: list[tuple[int, str, str]] = []
 
     @property

@@ -16,6 +16,7 @@ from mcl_clip.train.loop import Objective, clamp_logit_scale_
 
 BATCH, CHECKED_GRADIENTS = 8, 20
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.25)}
+CPU = torch.device("cpu")
 CASES = [  # loss, mask_duplicates, min_negatives, ifm_epsilon, steps
     ("clip", True, 1, 0.0, 200),
     ("siglip", False, 1, 0.0, 200),
@@ -86,9 +87,9 @@ def gradients(model: Towers) -> dict[str, np.ndarray]:
 
 
 def train(
-    loss: str, mask: bool, min_negatives: int, epsilon: float, steps: int, dtype: torch.dtype
+    loss: str, mask: bool, min_negatives: int, epsilon: float, steps: int, dtype: torch.dtype, chunks: tuple = (0, 0)
 ) -> tuple[list, list, dict]:
-    """Loss of each step, gradients of the first ones, the weights at the end."""
+    """Loss of each step, gradients of the first ones, the weights at the end; `chunks` of the towers and the loss."""
     data, (raw, optimizer) = Data(), make(loss, dtype)
     model = DistributedDataParallel(raw) if world_size() > 1 else raw
     objective = Objective(
@@ -98,12 +99,13 @@ def train(
         ifm_epsilon=epsilon,
         min_negatives=min_negatives,
         mask_duplicates=mask,
+        grad_cache_rows=chunks[0],
+        loss_chunk_rows=chunks[1],
     )
     losses, grads = [], []
     for step in range(steps):
-        share, _ = objective(model, data.batch(step), torch.device("cpu"))
-        share.backward()
-        losses.append(float(all_reduce_sum(share.detach().clone())) / world_size())
+        share = objective.add_gradients(model, data.batch(step), CPU, seed=())["loss"].detach()
+        losses.append(float(all_reduce_sum(share.clone())) / world_size())
         grads += [gradients(raw)] if step < CHECKED_GRADIENTS else []
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,6 +190,15 @@ def test_training_equals_the_full_batch_reference(pool, size, loss, mask, min_ne
             np.testing.assert_allclose(found[2][name], weight, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("chunks", [(1, 3), (3, 1)], ids="towers {0[0]}, loss {0[1]}".format)
+@pytest.mark.parametrize(("loss", "mask", "min_negatives", "epsilon", "steps"), CASES[2:])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_in_chunks_it_equals_the_reference_too(pool, size, loss, mask, min_negatives, epsilon, steps, chunks):
+    expected = reference(loss, mask, min_negatives, epsilon, steps)
+    for found in pool.run(train, size, loss, mask, min_negatives, epsilon, steps, torch.float64, chunks):
+        assert_close(found, expected, 1e-9, steps)
+
+
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_first_steps_in_float32_equal_the_reference(pool, size, loss):
@@ -212,14 +223,13 @@ def test_the_batches_are_of_every_kind():
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_a_batch_of_fillers_alone_has_a_loss_and_gradients_of_zero(loss):
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_batch_of_fillers_alone_has_a_loss_and_gradients_of_zero(loss, rows):
     data, (model, _) = Data(), make(loss, torch.float64)
     data.rows = torch.full((1, BATCH), FILLER)
-    value, counts = Objective(groups=data.groups, preprocess_cfg=CFG, loss=loss)(
-        model, data.batch(0), torch.device("cpu")
-    )
-    value.backward()
-    assert float(value.detach()) == 0
+    objective = Objective(groups=data.groups, preprocess_cfg=CFG, loss=loss, grad_cache_rows=rows, loss_chunk_rows=rows)
+    counts = objective.add_gradients(model, data.batch(0), CPU, seed=())
+    assert float(counts["loss"].detach()) == 0
     assert not counts["rows"]
     assert not counts["weight"]
     assert all(not gradient.any() for gradient in gradients(model).values())

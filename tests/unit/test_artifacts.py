@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mcl_clip import artifacts
 from mcl_clip.artifacts import (
     DONE,
     Phase,
@@ -253,6 +254,38 @@ def test_another_host_is_asked_about(tmp_path):
     assert names(tmp_path) == ["lock"]
 
 
+def test_a_silent_job_on_another_host_loses_the_lock(tmp_path, caplog):
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "process": "1"}))
+    os.utime(path, (0, time.time() - artifacts.SILENT_S + 60))
+    with pytest.raises(UserError, match="in use by process 7 on elsewhere"), lock(tmp_path):
+        pass
+    assert caplog.text == ""
+    os.utime(path, (0, time.time() - artifacts.SILENT_S - 60))
+    with lock(tmp_path):
+        assert read_json(path)["pid"] == os.getpid()
+    assert "was held by process 7 on elsewhere, which has given no sign of life for 11 minutes" in caplog.text
+
+
+def test_a_living_job_touches_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "HEARTBEAT_S", 0.02)
+    path = tmp_path / "lock"
+
+    def is_touched():
+        os.utime(path, (0, 0))
+        time.sleep(0.5)
+        return path.stat().st_mtime > 0
+
+    with lock(tmp_path):
+        mine = path.read_text()
+        assert is_touched()
+        path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "process": "1"}))  # taken over meanwhile
+        assert not is_touched()
+    assert path.exists()  # so it is not ours to free
+    path.write_text(mine)
+    assert not is_touched()
+
+
 def test_a_lock_that_is_being_written_is_respected(tmp_path):
     (tmp_path / "lock").touch()
     with pytest.raises(UserError, match="is being taken by another job"), lock(tmp_path):
@@ -268,23 +301,24 @@ def test_an_error_frees_the_lock(tmp_path):
     assert names(tmp_path) == []
 
 
-def take(folder: Path, wins) -> None:
+def take(folder: Path, wins, done) -> None:
     try:
         with lock(folder):
             wins.put(os.getpid())
-            time.sleep(0.5)
+            done.wait(60)
     except UserError:
-        pass
+        wins.put(0)
 
 
 def test_one_of_many_gets_the_lock(tmp_path):
     context = multiprocessing.get_context("fork")
-    wins = context.SimpleQueue()
-    processes = [context.Process(target=take, args=(tmp_path, wins)) for _ in range(6)]
+    wins, done = context.SimpleQueue(), context.Event()
+    processes = [context.Process(target=take, args=(tmp_path, wins, done)) for _ in range(6)]
     for process in processes:
         process.start()
+    found = [wins.get() for _ in processes]  # the owner holds it until all have tried
+    done.set()
     for process in processes:
         process.join()
-    assert not wins.empty()
-    wins.get()
-    assert wins.empty()
+    assert sorted(found)[:5] == [0] * 5
+    assert max(found) in [process.pid for process in processes]

@@ -101,6 +101,8 @@ def test_status_says_how_far_each_phase_is(run, monkeypatch, capsys):
         "stage 0: train done, embed missing, cluster missing, labels missing, eval missing (step 100 of 100)",
         "stage 1: train partial, embed missing, cluster missing, labels missing, eval missing (step 20 of 100)",
         "combined: missing",
+        "lost on the way:",
+        "  stage 1: steps 1 to 20 are not in a checkpoint; if training stops now, they are trained again",
     ]
 
 
@@ -144,6 +146,8 @@ def test_index_writes_an_index_beside_the_shards(tmp_path, monkeypatch, capsys):
         (["reshard", "/nowhere", "/nowhere/out", "--stage", "1"], 2, "error: --stage 1 needs the labels of stage 0"),
         (["reshard", "/nowhere", "/nowhere/out", "--stage", "0"], 2, "error: --stage 0 needs the labels of stage -1"),
         (["reshard", "/nowhere", "/nowhere/out"], 2, "--stage"),
+        (["doctor", "/nowhere/recipe.py", "--seed", "1"], 2, "error: there is no recipe /nowhere/recipe.py"),
+        (["doctor", "/nowhere"], 2, "error: there is no recipe /nowhere"),
         (["bake"], 2, "bake"),
         ([], 2, "index"),
     ],
@@ -157,12 +161,12 @@ def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, arguments, code, sen
 
 def test_help_lists_the_commands():
     shown = subprocess.run([sys.executable, "-m", "mcl_clip", "--help"], capture_output=True, text=True, check=True)
-    for name in ("index", "status", "reshard"):
+    for name in ("doctor", "index", "status", "reshard"):
         assert name in shown.stdout
 
 
 def run_failing(monkeypatch, recipe, error, *, is_main):
-    def failing(config, accelerator):
+    def failing(*_):
         raise error
 
     monkeypatch.setattr(cli, "run_pipeline", failing)

@@ -1,11 +1,14 @@
 import errno
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from mcl_clip.console import run_program
+from mcl_clip.console import PlannedStop, leave_signals_to_parent, run_program
 from mcl_clip.errors import UserError
 
 
@@ -21,6 +24,7 @@ def failing(error: BaseException):
     [
         (UserError("--size-px is 3; it must be\nat least 32"), 2, "error: --size-px is 3; it must be at least 32\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (PlannedStop("stopped by SIGTERM: all is kept", 85), 85, "stopped by SIGTERM: all is kept\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "error: /x/y: permission denied; change"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: no space left to write; free some space"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 2, "error: /x: there is no such file or folder"),
@@ -54,3 +58,25 @@ def test_a_reader_that_goes_away_is_no_error():
     ended = subprocess.run([sys.executable, "-c", code], stdout=write_end, stderr=subprocess.PIPE, check=False)
     os.close(write_end)
     assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def _child(ready):
+    leave_signals_to_parent()
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_child_process_heeds_no_signal_but_its_parents_sigterm():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=_child, args=(ready,), daemon=True)
+    child.start()
+    assert ready.wait(30)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(child.pid, number)
+    subprocess.run(["kill", "-TERM", str(child.pid)], check=True)  # of another process
+    child.join(0.5)
+    assert child.is_alive()
+    child.terminate()
+    child.join(30)
+    assert child.exitcode == 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mcl_clip.data import decode as decode_module
 from mcl_clip.data.decode import BadSampleError, decode_captions, decode_image
 from tests.unit.data.tars import noise, picture
 
@@ -95,6 +96,44 @@ def test_caps_hold_before_pixels_are_unpacked():
     assert decode_image(data, max_pixels=200).size == (20, 10)
 
 
+@pytest.mark.parametrize(("size", "is_bad"), [((1, 1_000_000), True), ((303, 3), True), ((1, 100), False)])
+def test_a_picture_that_would_be_blown_up_is_bad(size, is_bad):
+    data = encoded(Image.new("L", size), "PNG")
+    if is_bad:
+        with pytest.raises(BadSampleError, match=f"too_narrow: {size[0]} x {size[1]}, sides may be as 1 to 100"):
+            decode_image(data)
+    else:
+        assert decode_image(data).size == size
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0), (0, 0)])
+def test_a_picture_without_pixels_is_bad(width, height):
+    assert refusal(bomb(width, height)) in ("broken_image", "not_an_image")
+    with pytest.raises(BadSampleError, match=f"broken_image: {width} x {height} pixels"):
+        decode_module._check_size(width, height, 100)  # what Pillow lets through differs by version
+
+
+def test_a_jpeg_with_scans_without_end_is_not_decoded():
+    data = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
+    last_scan = data[data.rfind(b"\xff\xc4") : -2]
+    assert decode_image(data[:-2] + 20 * last_scan + data[-2:]).size == (64, 64)
+    with pytest.raises(BadSampleError, match="broken_image: a JPEG of more than 64 scans"):
+        decode_image(data[:-2] + 100_000 * last_scan + data[-2:])
+
+
+@pytest.mark.parametrize("data", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n(x) run\n"])
+def test_programs_that_draw_are_no_images(data):
+    with pytest.raises(BadSampleError, match="not_an_image: no JPEG, PNG, WEBP"):
+        decode_image(data)
+
+
+def test_a_text_chunk_that_unpacks_to_much_is_bad():
+    text = b"x\0\0" + zlib.compress(bytes(40 << 20))
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    whole = encoded(Image.new("RGB", (8, 8)), "PNG")
+    assert refusal(whole[:33] + chunk + whole[33:]) == "broken_image"
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_cut_image_is_broken(kind):
     data = encoded(Image.frombytes("RGB", (32, 32), noise("cut", 3072)), kind)
@@ -157,12 +196,21 @@ def test_json_holds_a_string_or_a_list():
         (b'{"caption": []}', "json", "empty_caption"),
         (b'{"caption": "\\ud800"}', "json", "not_utf8"),
         (b"\xff{}", "json", "not_utf8"),
+        ("two dogs".encode("utf-16-le"), "txt", "not_text"),
+        ("two dogs".encode("utf-16"), "txt", "not_utf8"),
+        (b'{"caption": "a\\u0000b"}', "json", "not_text"),
+        (json.dumps({"caption": ["x" * 3000] * 30}).encode(), "json", "oversize_text"),
     ],
 )
 def test_texts_that_are_refused(data, text_format, reason):
     with pytest.raises(BadSampleError) as caught:
         decode_captions(data, text_format)
     assert caught.value.reason == reason
+
+
+def test_control_characters_stay_and_long_captions_are_cut():
+    assert decode_captions(b"\x1b[31mred\x07", "txt") == ["\x1b[31mred\x07"]
+    assert decode_captions(b"x" * 60_000, "txt") == ["x" * 4000]
 
 
 def test_a_large_json_within_its_cap_is_read():

@@ -96,18 +96,39 @@ def test_few_files_stay_open(tmp_path):
 def test_any_header_that_differs_is_noticed(tmp_path):
     paths = write_shards(tmp_path)
     index = build(paths)
-    whole = paths[0].read_bytes()
+    whole, status = paths[0].read_bytes(), paths[0].stat()
+
+    def write(data: bytes) -> None:
+        paths[0].write_bytes(data)
+        os.utime(paths[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # as a careless copy would
+
     for header in (index.image_offset[2] - 512, index.text_offset[2] - 512):
         for place in (0, 3, 124, 134, 156, 150, 300):
             damaged = bytearray(whole)
             damaged[header + place] ^= 1
-            paths[0].write_bytes(damaged)
+            write(damaged)
             with pytest.raises(UserError, match=r"0\.tar changed since its index was made: row 2 \(key 's0_0002'\)"):
                 Reader(index).read(np.array([1, 2]))
             with pytest.raises(UserError, match="row 2"):
                 Reader(index).read_whole(np.array([2]))
-    paths[0].write_bytes(whole)
+    write(whole)
     check(Reader(index), [1, 2])
+
+
+def test_a_payload_that_changes_under_an_open_reader_is_noticed(tmp_path):
+    paths = write_shards(tmp_path)
+    index = build(paths)
+    reader = Reader(index)
+    check(reader, [1, 2])
+    with paths[0].open("r+b") as file:  # same size, all headers as before
+        file.seek(int(index.image_offset[5]))
+        file.write(b"other")
+    os.utime(paths[0], ns=(1, 1))
+    with pytest.raises(
+        UserError, match=r"0\.tar changed since its index was made: it had \d+ bytes \(mtime:\d+\), now"
+    ):
+        reader.read(np.array([2]))
+    check(reader, [ROWS_PER_SHARD])  # another shard
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,12 @@ def test_chained_urls_are_refused(location):
         expand_shards(location)
 
 
+@pytest.mark.parametrize("text", ["{0..999999999}.tar", "{0..99999999999999999999}.tar", "{0..99999}{0..99999}.tar"])
+def test_braces_without_end_are_refused(text):
+    with pytest.raises(UserError, match="stands for more than 1000000 shards; correct its braces"):
+        expand_shards(text)
+
+
 def test_reference_files_are_refused():
     with pytest.raises(UserError, match="is not opened"):
         expand_shards("reference://x")
@@ -131,6 +137,10 @@ def test_mistakes_in_the_list(folder):
         "https://host/x.tar?key=SECRET",
         "s3://b/x.tar#SECRET",
         "ftp://SECRET@h/x?SECRET",
+        "https://user:SECRET/SECRET@host/x.tar",
+        "https://user:it'sSECRET@host/x.tar",
+        "https://host/x.tar?X-Amz-Signature=a'SECRET&X-Amz-Date=1",
+        "https://host:8080/x.tar?sig=SECRET",
     ],
 )
 def test_secrets_are_taken_out_of_messages(location):
@@ -142,3 +152,20 @@ def test_secrets_are_taken_out_of_messages(location):
     with pytest.raises(UserError) as caught:
         expand_shards([location, location])
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--token=SECRET --seed=1", "--token=*** --seed=1"),
+        ("?sig=SECRET&x=1", "?sig=***&x=1"),
+        ("AWS_SECRET_ACCESS_KEY=SECRET", "AWS_SECRET_ACCESS_KEY=***"),
+        ("X-Amz-Signature=SECRET", "X-Amz-Signature=***"),
+        ("hf_SECRETSECRETSECRETSECRET", "***"),
+        ("--data.caption-key=alt", "--data.caption-key=alt"),
+        ("https://host:8080/a@b/x.tar", "https://host:8080/a@b/x.tar"),
+        ("shards/{000..007}.tar", "shards/{000..007}.tar"),
+    ],
+)
+def test_secrets_outside_of_urls_and_what_is_none(text, shown):
+    assert redacted(text) == shown

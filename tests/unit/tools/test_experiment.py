@@ -41,7 +41,7 @@ def write(folder, label, stage, share):
         outcomes["acc1"], outcomes["unit:acc1"] = np.arange(100) // 5 * 5 < share // 5 * 5, np.arange(100) // 5
     np.savez(folder / f"outcomes-{label}.npz", **outcomes)
     record = {"dataset": "hidden", "pretrained": f"run/{label}", "stage": stage, "outcomes": f"outcomes-{label}.npz"}
-    record |= {"key": "k", "task": "t", "metrics": {}, "data_sha256": options.sha256}
+    record |= {"key": "k", "task": "t", "metrics": {}, "data_sha256": options.sha256, "n_images": 100, "n_texts": 10}
     code = {**record, "dataset": "code"}
     lines = [record] if options.plain else [record, code]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))

@@ -1,0 +1,160 @@
+"""Planned stops: a signal asks, the next safe point ends the job, and the same command continues it.
+
+SIGTERM and SIGUSR1 are what schedulers send before they take a machine away; Ctrl-C is SIGINT.
+"""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int32
+from torch import Tensor
+
+from mcl_clip.console import PlannedStop
+from mcl_clip.distributed import gather_objects, is_main, world_size
+
+SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__)
+SAME_REQUEST_S = 2.0  # a launcher and a scheduler may both hand on one request
+LOST_PEER_S = 15.0
+STORE_KEY = "mcl_clip/stop"
+
+
+class Interrupt:
+    """What signals have asked of this job.
+
+    A process on its own stops at once, for whatever it does can be killed anywhere; inside `deferred` it stops where it
+    asks `asked` or `noticed` next, which saves the work since the last checkpoint. Several processes stop together, at
+    the next `asked` or `check`, whichever of them got the signal. A second request ends a process without delay.
+
+    Attributes:
+        exit_code: of the job after SIGTERM or SIGUSR1; after Ctrl-C it is 130.
+        phase: what is going on, for the message.
+    """
+
+    def __init__(self, exit_code: int = 0) -> None:
+        self.exit_code = exit_code
+        self.phase = ""
+        self._signal = 0
+        self._is_deferred = False
+        self._owner = os.getpid()
+        self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator["Interrupt"]:
+        """Answer the signals while the block runs. For the main thread."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
+        thread.start()
+        wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup and & ask
+        before = {number: signal.signal(number, self._note) for number in heeded}
+        try:
+            if hasattr(signal, "pthread_sigmask"):  # `mcl-clip launch` starts processes with the signals held back
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            os.write(write_end, b"\0")
+            thread.join()
+            os.close(write_end)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let signals wait until the block asks for them."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def asked(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop; the same answer on all of them. A collective call.
+
+        On GPUs the answer is that of the call before, so that the host waits for the last step and not for this one.
+        """
+        if world_size() == 1:
+            return self._signal > 0
+        flag = torch.full((1,), self._signal, dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        agreed = int(flag) if device.type == "cpu" else self._of_last_call(flag)
+        self._signal = max(self._signal, agreed)
+        return agreed > 0
+
+    def _of_last_call(self, flag: Int32[Tensor, "1"]) -> int:
+        before = self._arriving
+        host = torch.empty(1, dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._arriving = (host, event)
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return int(before[0])
+
+    def noticed(self) -> bool:
+        """Whether this process knows of a request. Not collective: processes may learn of it one after the other."""
+        if world_size() > 1:
+            store = dist.distributed_c10d._get_default_store()
+            if self._signal:
+                store.set(STORE_KEY, str(self._signal))
+            elif store.check([STORE_KEY]):
+                self._signal = int(store.get(STORE_KEY))
+        return self._signal > 0
+
+    def check(self) -> None:
+        """Stop here if any process was asked to. A collective call.
+
+        Raises:
+            PlannedStop: on all processes.
+        """
+        self._signal = max(gather_objects(self._signal))
+        if self._signal:
+            raise self.stop("what is finished is kept")
+
+    def stop(self, kept: str) -> PlannedStop:
+        """The end of the job, with what it leaves."""
+        name = "Ctrl-C" if self._signal == signal.SIGINT else signal.Signals(self._signal).name
+        code = 128 + signal.SIGINT if self._signal == signal.SIGINT else self.exit_code
+        where = f" in {self.phase}" if self.phase else ""
+        return PlannedStop(f"stopped by {name}{where}: {kept}; the same command continues", code)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if os.getpid() != self._owner or self._signal:  # a fork inherits the handler
+            return
+        self._signal = number
+        is_alone = world_size() == int(os.environ.get("WORLD_SIZE", "1")) == 1  # the group may not be there yet
+        if is_alone and not self._is_deferred:
+            raise self.stop("what is finished is kept")
+
+    def _watch(self, read_end: int) -> None:
+        """End the process on a second request, also where the main thread waits for others and handles nothing."""
+        first: float | None = None
+        while number := os.read(read_end, 1)[0]:
+            if number not in SIGNALS:
+                continue
+            now = time.monotonic()
+            first = now if first is None else first
+            if now - first > SAME_REQUEST_S:
+                os.write(2, f"stopped at once by {signal.Signals(number).name}\n".encode() if is_main() else b"")
+                os._exit(128 + number)
+        os.close(read_end)
+
+
+def wait_for_the_cause(error: Exception) -> None:
+    """Where processes fail because one of them is gone, let the one that failed first be heard first.
+
+    A launcher ends the others meanwhile.
+    """
+    of_a_peer = r"gloo|nccl|connection (closed|reset)|broken pipe|socket|the main process failed"
+    if world_size() > 1 and isinstance(error, RuntimeError) and re.search(of_a_peer, str(error), re.IGNORECASE):
+        time.sleep(LOST_PEER_S)

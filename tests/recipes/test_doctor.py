@@ -1,0 +1,278 @@
+"""`mcl-clip doctor`, and what `mcl-clip status` says was lost, on the tiny recipe."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from mcl_clip import cli
+from mcl_clip.artifacts import append_jsonl
+from mcl_clip.tools.doctor import needs
+from mcl_clip.tools.lost import what_was_lost
+from mcl_clip.train import loop
+from tests.recipes.runs import execute, files, load_recipe, records, write_shards
+
+
+@pytest.fixture
+def doctor(path, tmp_path, monkeypatch, capsys):
+    """Exit code and lines of `mcl-clip doctor` on the tiny recipe."""
+
+    def run(*arguments, before=()):
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["mcl-clip", "doctor", *before, str(path), "--run-dir", str(tmp_path / "run"), *map(str, arguments)],
+        )
+        code = 0
+        try:
+            cli.command()
+        except SystemExit as stopped:
+            code = stopped.code
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return code, printed.out.splitlines()
+
+    return run
+
+
+def lines(found, level, topic):
+    return [line for line in found if line.startswith(f"{level:<8}{topic:<10}")]
+
+
+def failures(found):
+    return [line for line in found if line.startswith("FAIL")]
+
+
+def test_a_healthy_recipe(doctor, tmp_path):
+    code, found = doctor()
+    assert (code, failures(found)) == (0, [])
+    topics = ("packages", "devices", "shards", "reading", "sets", "steps", "groups", "memory", "disk")
+    for topic in topics:
+        assert lines(found, "ok", topic), topic
+    assert "4 shards, 200 rows (4 of them indexed now, in memory)" in lines(found, "ok", "shards")[0]
+    assert "200 samples at " in lines(found, "ok", "reading")[0]
+    assert "can be opened: retrieval, colours" in lines(found, "ok", "sets")[0]
+    assert "16 steps in 2 stages: 8 of 16 rows (0.667 epochs)" in lines(found, "ok", "steps")[0]
+    assert "stage 1 66.67" in lines(found, "ok", "groups")[0]
+    assert found[-1].startswith("nothing will fail, ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimates_are_near_what_a_run_takes(recipe):
+    execute(recipe)
+    plans = cli._stage_plans(recipe, recipe.tower.model)
+    estimated = needs.disk_needs(plans, rows=200, keep_checkpoints=recipe.machine.keep_checkpoints)
+    for name, size in estimated.items():
+        folder = recipe.run_dir / name
+        taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        # One checkpoint is deleted when the next is whole, and the projected features when they are clustered.
+        kept = {"train": 0.66, "cluster": 0.1}.get(name.rpartition("/")[2], 1)
+        assert kept * size < taken + 1000, name
+        assert taken < 1.1 * size + 2_000_000, name  # vocabularies and small files
+
+
+def test_a_missing_shard(doctor, path):
+    code, found = doctor("--data.train", path.parent / "shards/{0000..0004}.tar")
+    assert code == 1
+    assert f"the shard {path.parent / 'shards/0004.tar'} does not exist" in failures(found)[0]
+    assert found[-1].startswith("1 will fail")
+
+
+def test_a_broken_tar(doctor, tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    broken = shards / "0002.tar"
+    broken.write_bytes(broken.read_bytes()[:20_000])
+    code, found = doctor("--data.train", shards)
+    assert code == 1
+    assert len(failures(found)) == 1
+    assert str(broken) in lines(found, "FAIL", "shards")[0]
+
+
+@pytest.mark.parametrize(("free", "code", "level"), [(10**3, 1, "FAIL"), (10**11, 0, "ok")])
+def test_too_little_disk(doctor, monkeypatch, free, code, level):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    ended, found = doctor()
+    assert ended == code
+    assert "/run needs about " in lines(found, level, "disk")[0]
+
+
+def test_too_many_clusters(doctor):
+    code, found = doctor("--stages.0.cluster.num-clusters", "500")
+    assert code == 1
+    assert "--stages.0.cluster.num-clusters 500 is more than the 200 rows" in lines(found, "FAIL", "groups")[0]
+    code, found = doctor("--stages.0.cluster.num-clusters", "20")
+    assert code == 0
+    assert (
+        "stage 1 has 10 rows a label: most are merged, into groups of at least 16 rows"
+        in (lines(found, "warning", "groups")[0])
+    )
+
+
+def test_a_missing_evaluation_set(doctor, path):
+    code, found = doctor("--eval.sets", "/nowhere", path.parent / "colours", "/nowhere/else")
+    assert code == 1
+    assert [line.split(";")[0].split()[2:] for line in lines(found, "FAIL", "sets")] == [
+        ["there", "is", "no", "folder", "/nowhere"],
+        ["there", "is", "no", "folder", "/nowhere/else"],
+    ]
+
+
+def test_two_sets_of_one_name(doctor, path):
+    code, found = doctor("--eval.sets", path.parent / "colours")
+    assert code == 1
+    assert "two evaluation sets are both called colours" in lines(found, "FAIL", "sets")[0]
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "code", "level", "sentence"),
+    [
+        ((17, 113), 0, "warning", "2 of 201 samples cannot be decoded: 2 broken_image; they are counted and left out"),
+        (range(0, 60, 2), 1, "FAIL", "30 of 201 samples cannot be decoded: 30 broken_image; the run stops above"),
+    ],
+)
+def test_corrupt_pictures(doctor, tmp_path, corrupt, code, level, sentence):
+    shards = write_shards(tmp_path / "shards", corrupt=corrupt, rows=201)
+    ended, found = doctor("--data.train", shards)
+    assert ended == code
+    assert sentence in lines(found, level, "reading")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--data.holdout-rows", "1"), "--data.holdout-rows 1 of 200 rows are 1 held-out rows"),
+        (("--stages.1.train.global-batch-size", "3"), "--stages.1.train.global-batch-size 3 does not divide by 2"),
+        (("--tower.pretrained", "/nowhere.pt"), "'/nowhere.pt' is neither a file nor a tag"),
+        (("--stages.1.train.lock.image-unlocked-groups", "9"), "image_unlocked_groups=9 is not between 0 and 4"),
+    ],
+)
+def test_other_things_that_will_fail(doctor, arguments, sentence):
+    code, found = doctor(*arguments, before=("--processes", "2"))
+    assert code == 1
+    assert any(sentence in line for line in failures(found)), found
+
+
+def test_controls_are_examined_as_they_will_run(doctor):
+    code, found = doctor("--control", "single")
+    assert code == 0
+    assert "in 1 stage: 24 of 16 rows" in lines(found, "ok", "steps")[0]
+
+
+def test_a_finished_run_stays_as_it_is(doctor, copy):
+    before = files(copy)
+    code, found = doctor()
+    assert (code, failures(found)) == (0, [])
+    ran = lines(found, "ok", "run")
+    assert "stage 0: train done, embed done, cluster done, labels done, eval done (step 8 of 8)" in ran[0]
+    assert "the recipe matches: 11 of 11 phases are done and stay" in ran[-1]
+    assert "needs no more" in lines(found, "ok", "disk")[0]
+    assert files(copy) == before
+
+
+def test_a_stale_run(doctor, copy):
+    before = files(copy)
+    code, found = doctor("--stages.0.train.lr", "0.5")
+    assert code == 1
+    assert (
+        f"{copy / 'stage-0/train'} is finished but does not match this recipe: train.lr was 0.001 and is now 0.5"
+        in (lines(found, "FAIL", "run")[0])
+    )
+    assert files(copy) == before
+
+
+def test_a_run_whose_shards_are_gone(doctor, copy):
+    code, found = doctor("--data.train", "/nowhere.tar")
+    assert code == 1
+    assert "stage 1: train done" in " ".join(lines(found, "ok", "run"))
+    assert "only when all shards and sets can be looked at" in lines(found, "warning", "run")[0]
+
+
+def test_what_a_finished_stage_says_of_the_next(doctor, copy):
+    _, found = doctor()
+    assert "stage 0: still learning (loss " in lines(found, "ok", "learned")[0]
+    last = {"step": 8, "loss": 0.001, "negatives_per_row": 15.0, "data_wait_share": 0.9}
+    append_jsonl(copy / "stage-0/train/metrics.jsonl", last)
+    for record in (results := records(copy / "stage-0/eval/results.jsonl")):
+        record["metrics"]["main_metric"] = 0.1
+    (copy / "stage-0/eval/results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in results))
+    _, found = doctor()
+    said = lines(found, "warning", "learned")[0]
+    assert "batches are told apart" in said
+    assert "--stages.0.cluster.num-clusters up to 12 (groups of one batch" in said  # 200 rows, batches of 16
+    assert "--stages.1.start scratch; the recipe has 3 clusters and starts from previous" in said
+    assert "stage 0 spent 90 % of its time waiting for data" in lines(found, "warning", "reading")[0]
+
+
+def test_a_recipe_that_is_none(monkeypatch, capsys, tmp_path):
+    (tmp_path / "x.py").write_text("RECIPE = 3\n")
+    for arguments, sentence in (
+        (["/nowhere.py"], "there is no recipe /nowhere.py"),
+        ([str(tmp_path / "x.py")], f"{tmp_path / 'x.py'} has no RECIPE = RunConfig(...)"),
+        (["--processes", "-1", "/nowhere.py"], "--processes must be at least 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["mcl-clip", "doctor", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.command()
+        assert stopped.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
+class StopError(Exception):
+    pass
+
+
+def test_what_was_lost_is_the_same_after_a_resume(recipe, tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "shards", corrupt=(17, 113), rows=201)
+    arguments = ("--data.train", str(shards), "--data.max-bad-fraction", "0.02", "--stages.1.train.steps", "14",
+                 "--stages.1.train.min-negatives", "6", "--stages.0.cluster.num-clusters", "12")  # fmt: skip
+    whole = execute(recipe, *arguments)
+    calls = iter(range(100))
+    clamp = loop.clamp_logit_scale_
+
+    def stop_at_step_20(model):
+        if next(calls) == 19:  # 8 of stage 0, and 12 of stage 1
+            raise StopError
+        clamp(model)
+
+    monkeypatch.setattr(loop, "clamp_logit_scale_", stop_at_step_20)
+    with pytest.raises(StopError):
+        execute(recipe, *arguments, "--run-dir", str(tmp_path / "resumed"))
+    begun = what_was_lost(tmp_path / "resumed")
+    assert "stage 1: steps 10 to 11 are not in a checkpoint; if training stops now, they are trained again" in begun
+    resumed = execute(recipe, *arguments, "--run-dir", str(tmp_path / "resumed"))
+    lost = what_was_lost(whole)
+    assert what_was_lost(resumed) == [*lost, "the run was started 2 times"]
+    assert f"stage 0: embedding: {shards / '0000.tar'}: broken_image 1" in lost
+    assert f"stage 1: training: {shards / '0002.tar'}: broken_image 1" in lost
+    for part in ("equal caption or picture was left out", "merged to have enough rows", "too few negatives"):
+        assert any(part in line for line in lost), part
+    (weightless,) = [line for line in lost if line.startswith("stage 1:") and "too few negatives" in line]
+    steps = records(whole / "stage-1/train/metrics.jsonl")
+    assert f"{int(sum(record.get('rows_without_weight', 0) for record in steps))} of 224 times" in weightless
+
+
+def test_status_and_the_end_of_a_run_say_what_was_lost(copy, path, monkeypatch, capsys):
+    expected = ["lost on the way:", *(f"  {line}" for line in what_was_lost(copy))]
+    monkeypatch.setattr(sys, "argv", ["mcl-clip", "status", str(copy)])
+    cli.command()
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == [
+        f"stage {stage}: train done, embed done, cluster done, labels done, eval done (step 8 of 8)" for stage in (0, 1)
+    ]
+    assert shown[3].startswith("stage 0: still learning (loss ")
+    assert shown[5 : 5 + len(expected)] == expected
+    monkeypatch.setattr(sys, "argv", [str(path), "--run-dir", str(copy)])
+    cli.main(load_recipe(path))
+    assert capsys.readouterr().out.splitlines()[-len(expected) - 1 :] == [*expected, "  the run was started 2 times"]
+
+
+def test_status_of_a_run_with_damaged_results(copy, monkeypatch, capsys):
+    path = copy / "stage-0/eval/results.jsonl"
+    path.write_text(path.read_text().replace('"main_metric": 0.', '"main_metric": null, "x": 0.'))
+    monkeypatch.setattr(sys, "argv", ["mcl-clip", "status", str(copy)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.command()
+    assert stopped.value.code == 2
+    assert f"metrics or results in {copy / 'stage-0'} are damaged" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""The losses in chunks of rows: the same numbers from a fraction of the memory."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from benchmarks.loss_memory import kept_for_backward
+from mcl_clip.distributed import random_words
+from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
+
+ROWS, DIM = 23, 6
+LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+
+
+def drawn(*name, size=ROWS, most=2**16):
+    return torch.from_numpy((random_words(size, "losses", *name) % np.uint64(most)).astype(np.int64))
+
+
+def drawn_negatives(rows=ROWS, **options):
+    """Three groups, equal captions and pictures, a row that is there twice, and fillers."""
+    numbers = torch.arange(rows)
+    numbers[5], numbers[[2, 11, rows - 1]] = numbers[9], -1
+    ids = {name: drawn(name, size=rows, most=most) for name, most in [("groups", 3), ("text_ids", 9), ("image_ids", 9)]}
+    return find_negatives(rows=numbers, **ids, **options)
+
+
+def inputs(rows=ROWS, dim=DIM, dtype=torch.float64):
+    """Features of both sides, the scale and the bias."""
+    sides = [drawn(side, size=rows * dim).reshape(rows, dim).to(dtype) - 2**15 for side in ("image", "text")]
+    return [normalize(side).requires_grad_() for side in sides] + [
+        torch.tensor(value, dtype=dtype, requires_grad=True) for value in (14.0, -5.0)
+    ]
+
+
+def loss_of(name, given, negatives, **options):
+    return LOSSES[name](*(given if name == "siglip" else given[:3]), negatives, **options)
+
+
+def loss_and_gradients(name, chunk_rows, epsilon, **options):
+    given = inputs()
+    loss = loss_of(name, given, drawn_negatives(chunk_rows=chunk_rows, **options), ifm_epsilon=epsilon)
+    loss.backward()
+    return [loss.detach()] + [tensor.grad for tensor in given if tensor.grad is not None]
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 22, 23, 100])
+@pytest.mark.parametrize("options", [{}, {"mask_duplicates": False}, {"min_negatives": 4}], ids=str)
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("name", LOSSES)
+def test_in_chunks_loss_and_gradients_are_the_same(name, epsilon, options, chunk_rows):
+    whole = loss_and_gradients(name, 0, epsilon, **options)
+    chunked = loss_and_gradients(name, chunk_rows, epsilon, **options)
+    assert len(whole) == (5 if name == "siglip" else 4)
+    for found, expected in zip(chunked, whole, strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_the_settings_matter_in_these_data():
+    """What the comparison above is worth."""
+    for name in LOSSES:
+        values = [
+            float(loss_and_gradients(name, 5, epsilon, **options)[0])
+            for epsilon, options in [(0, {}), (0.1, {}), (0, {"mask_duplicates": False}), (0, {"min_negatives": 4})]
+        ]
+        assert len(set(values)) == 4
+
+
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+@pytest.mark.parametrize("chunk_rows", [0, 1, 5, 100])
+def test_negatives_and_counts_are_those_of_every_pair_looked_at(chunk_rows, mask_duplicates):
+    found = drawn_negatives(chunk_rows=chunk_rows, mask_duplicates=mask_duplicates, min_negatives=4)
+    ids, keep, duplicates = found.ids.tolist(), torch.eye(ROWS, dtype=torch.bool), 0
+    for i, (row, group, text, image) in enumerate(ids):
+        for j, (other, its_group, its_text, its_image) in enumerate(ids):
+            if i == j or row < 0 or other < 0 or group != its_group:
+                continue
+            is_same, is_alike = row == other, row == other or text == its_text or image == its_image
+            duplicates += is_alike
+            keep[i, j] = not (is_alike if mask_duplicates else is_same)
+    assert torch.equal(found.keep(slice(None)), keep)
+    assert torch.equal(found.keep(slice(3, 8)), keep[3:8])
+    assert torch.equal(found.num_negatives, keep.sum(1) - 1)
+    assert int(found.duplicates) == duplicates > 4
+    has_weight = [row >= 0 and int(kept) - 1 >= 4 for (row, *_), kept in zip(ids, keep.sum(1), strict=True)]
+    assert found.weight.tolist() == has_weight
+    assert 0 < float(found.total_weight) == sum(has_weight) < ROWS - 3
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_in_chunks_what_is_kept_for_backward_grows_with_the_batch_and_not_with_its_square(name):
+    def kept_bytes(rows, chunk_rows):
+        given, negatives = inputs(rows), drawn_negatives(rows, chunk_rows=chunk_rows)
+        with kept_for_backward(given) as kept:
+            loss_of(name, given, negatives, ifm_epsilon=0.1).backward()
+        return max(kept)
+
+    whole, chunked = (partial(kept_bytes, chunk_rows=rows) for rows in (0, 8))
+    assert whole(512) > 3.9 * whole(256) > 8 * 256 * 256
+    assert chunked(512) < 2.1 * chunked(256) < whole(256) / 10
+
+
+def test_the_loss_of_features_of_low_precision_is_made_in_float32():
+    losses = [
+        loss_of("clip", inputs(dtype=dtype), drawn_negatives(chunk_rows=rows)).detach()
+        for dtype, rows in [(torch.bfloat16, 0), (torch.bfloat16, 5), (torch.float32, 0)]
+    ]
+    assert {loss.dtype for loss in losses} == {torch.float32}
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+    assert float(losses[0]) == pytest.approx(float(losses[2]), abs=0.1)

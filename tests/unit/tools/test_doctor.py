@@ -1,0 +1,613 @@
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import pytest
+import torch
+
+from mcl_clip.artifacts import DONE, Phase
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.errors import UserError
+from mcl_clip.multistage.suppression import diagnose
+from mcl_clip.tools.doctor import data, machine, needs, stages, weights
+from mcl_clip.tools.doctor.findings import Finding, as_bytes, as_duration, attempt, finding_text
+from tests.unit.data.tars import pairs, write_tar
+
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
+}
+TOWER = needs.TowerSize(parameters=1_000_000, trained=600_000, saved_bytes=10_000, pixels=3072, dim=16)
+PLAN = needs.StagePlan(
+    steps=100, global_batch_size=64, warmup_steps=10, groups="labels", min_group_size=32, min_negatives=1,
+    precision="fp32", grad_cache_rows=0, loss_chunk_rows=0, has_average=False, clusters=(10,), has_projection=False,
+    tower=TOWER,
+)  # fmt: skip
+
+
+def texts(findings, level):
+    return [finding.text for finding in findings if finding.level == level]
+
+
+def only(findings, level):
+    (text,) = texts(findings, level)
+    return text
+
+
+# --- findings
+
+
+def test_a_finding_is_one_plain_line():
+    line = finding_text(Finding("warning", "disk", "little is left"))
+    assert line == "warning disk       little is left"
+
+
+def test_on_a_terminal_a_finding_is_broken_and_coloured():
+    shown = finding_text(Finding("FAIL", "disk", "word " * 40), columns=60, has_colours=True)
+    lines = shown.replace("\033[31m", "").replace("\033[0m", "").splitlines()
+    assert shown.startswith("\033[31mFAIL")
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 60
+    assert all(line.startswith(" " * 19 + "word") for line in lines[1:])
+
+
+def test_an_attempt_names_what_is_wrong():
+    def fail(error):
+        raise error
+
+    assert attempt("x", lambda: 3) == (3, [])
+    assert attempt("x", lambda: fail(UserError("no"))) == (None, [Finding("FAIL", "x", "no")])
+    assert only(attempt("x", lambda: Path("/nowhere/x").read_text())[1], "FAIL").startswith(
+        "/nowhere/x: there is no such"
+    )
+    with pytest.raises(ZeroDivisionError):
+        attempt("x", lambda: 1 / 0)
+
+
+def test_numbers_for_people():
+    assert [as_bytes(n) for n in (900, 2e6, 1.71e9, 3e12)] == ["0.9 kB", "2 MB", "1.71 GB", "3 TB"]
+    assert [as_duration(n) for n in (0.25, 120, 7200)] == ["0.25 s", "2 min", "2 h"]
+
+
+# --- packages and devices
+
+
+@pytest.mark.parametrize(
+    ("installed", "sentence"),
+    [
+        ("", "torch is not installed; pip install 'torch<3,>=2.6'"),
+        ("2.5.1", "torch 2.5.1 does not meet torch<3,>=2.6"),
+        ("3.0", "torch 3.0 does not meet torch<3,>=2.6"),
+    ],
+)
+def test_packages_outside_their_limits(installed, sentence):
+    assert only(machine.check_versions({"torch": installed}, ["torch<3,>=2.6"]), "FAIL").startswith(sentence)
+
+
+@pytest.mark.parametrize("installed", ["2.6", "2.6.0+cu124", "2.10.1", "2.15.0.dev20260101"])
+def test_packages_within_their_limits(installed):
+    assert not texts(machine.check_versions({"torch": installed}, ["torch<3,>=2.6"]), "FAIL")
+
+
+@pytest.mark.parametrize(("hub", "warns"), [("1.9.0", False), ("2.0", True), ("2.4.0", True)])
+def test_a_bad_combination_is_a_warning(hub, warns):
+    found = list(machine.check_versions({"huggingface_hub": hub, "open_clip_torch": "3.3.0"}, []))
+    assert bool(texts(found, "warning")) == warns
+    if warns:
+        assert (
+            f"open_clip_torch 3.3.0 with huggingface_hub {hub}: the run is not affected" in texts(found, "warning")[0]
+        )
+
+
+def test_the_installed_packages_are_found():
+    requirements = machine.own_requirements()
+    installed = machine.installed_versions([*requirements, "no-such-package>=1"])
+    assert installed["torch"] == torch.__version__.split("+")[0] or installed["torch"] == torch.__version__
+    assert installed["no-such-package"] == ""
+    assert installed.keys() >= {"fsspec", *machine.SHOWN_PACKAGES}
+    assert not any("pytest" in requirement for requirement in requirements)
+
+
+OLD, NEW = machine.Gpu("V100", 32 * 10**9, False), machine.Gpu("H100", 80 * 10**9, True)
+
+
+def devices(gpus, **changes):
+    options = {"cores": 16, "processes": 1, "workers": 2, "precisions": ["fp32"], "trained": 1000} | changes
+    return list(machine.check_devices(gpus, **options))
+
+
+def test_devices_are_named():
+    assert only(devices([NEW, NEW], processes=2), "ok") == "16 processor cores, 2 x H100 (80 GB each); 2 processes"
+    assert only(devices([], cores=1), "ok") == "1 processor core, no GPU; 1 process"
+    assert "32 processes on 4 machines like this" in only(devices([NEW] * 8, processes=32), "ok")
+
+
+def test_bfloat16_without_support():
+    assert "V100 has no bfloat16" in only(devices([NEW, OLD], precisions=["fp32", "bf16"]), "warning")
+    assert not texts(devices([NEW], precisions=["bf16"]), "warning")
+    assert not texts(devices([OLD]), "warning")
+
+
+def test_a_large_tower_without_a_gpu():
+    assert "no GPU for 400M parameters" in only(devices([], trained=400_000_000), "warning")
+    assert not texts(devices([NEW], trained=400_000_000), "warning")
+
+
+def test_more_loaders_than_cores():
+    assert only(devices([NEW] * 2, processes=2, workers=9), "warning") == (
+        "18 loader workers share 16 cores; use --machine.workers 8"
+    )
+    assert not texts(devices([NEW] * 2, processes=8, workers=8), "warning")  # on four machines of 16 cores
+
+
+# --- sizes
+
+
+def test_the_size_of_a_tower_is_that_of_the_real_one():
+    size = needs.measure(MODEL, locked={"text": True})
+    real = open_clip.CLIP(**MODEL)
+    assert size.parameters == sum(parameter.numel() for parameter in real.parameters())
+    visual = sum(parameter.numel() for parameter in real.visual.parameters())
+    assert size.trained == visual + 1  # and the temperature
+    assert (size.pixels, size.dim) == (3 * 32 * 32, 16)
+
+
+def test_what_is_kept_for_backward_is_nearly_what_torch_keeps():
+    size, model = needs.measure(MODEL, locked={}), open_clip.CLIP(**MODEL)
+    own, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    counts = []
+    for samples in (2, 34):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model(torch.zeros(samples, 3, 32, 32), torch.zeros(samples, 12, dtype=torch.int64))
+        counts.append(sum(kept.values()))
+        del out
+    assert size.saved_bytes == pytest.approx((counts[1] - counts[0]) / 32, rel=0.3)
+    assert needs.measure(MODEL, locked={"text": True}).saved_bytes < size.saved_bytes
+
+
+def test_a_tower_that_cannot_be_made():
+    with pytest.raises(UserError, match=r"open_clip cannot make this tower .*depth"):
+        needs.measure({**MODEL, "vision_cfg": {"depth": 3}}, locked={})
+
+
+def test_memory():
+    parts = needs.memory_needs(PLAN, 2)
+    assert parts == {
+        "weights, gradients and Adam": 4 * (1_000_000 + 4 * 600_000),
+        "activations": 32 * 10_000,
+        "loss": 32 * 64 * needs.BYTES_OF_A_LOGIT,
+    }
+    assert needs.memory_needs(PLAN, 1)["weights, gradients and Adam"] == 4 * (1_000_000 + 3 * 600_000)
+    small = replace(PLAN, precision="bf16", grad_cache_rows=8, loss_chunk_rows=16, has_average=True)
+    assert needs.memory_needs(small, 1) == {
+        "weights, gradients and Adam": 4 * (2_000_000 + 3 * 600_000),
+        "activations": 8 * 10_000 // 2,
+        "loss": 16 * 64 * needs.BYTES_OF_A_LOGIT,
+    }
+    assert needs.memory_needs(replace(PLAN, steps=0), 1) == {}
+    assert needs.memory_needs(replace(PLAN, tower=None), 1) == {}
+
+
+@pytest.mark.parametrize(
+    ("memory", "level", "sentence"),
+    [
+        (10**9, "ok", "stage 0 takes about 12 MB of 1 GB of GPU memory for a process (rough): weights"),
+        (11_500_000, "warning", "it may not fit: use smaller batches, more processes, or bf16"),
+        (10**6, "FAIL", "the tower alone does not fit, use a smaller one"),
+    ],
+)
+def test_memory_against_a_device(memory, level, sentence):
+    options = {"processes": 1, "device": "of GPU memory", "host_memory": 10**12, "loader_batches": 8}
+    assert sentence in only(machine.check_memory([PLAN, replace(PLAN, steps=0)], memory=memory, **options), level)
+
+
+def test_memory_of_batches_that_wait():
+    found = machine.check_memory(
+        [PLAN], processes=1, memory=10**12, device="x", host_memory=3 * 10**6, loader_batches=8
+    )
+    assert "keep ready take up to 1.57 MB of 3 MB; use fewer --machine.workers" in only(found, "warning")
+
+
+def test_memory_of_an_unknown_tower():
+    options = {"processes": 1, "memory": 1, "device": "x", "host_memory": 1, "loader_batches": 1}
+    assert "the size of the tower is not known" in only(
+        machine.check_memory([replace(PLAN, tower=None)], **options), "warning"
+    )
+
+
+def test_free_memory_is_that_of_this_machine():
+    assert 2**26 < machine.free_memory() < 2**46
+
+
+def test_disk_needs():
+    product = replace(PLAN, steps=0, clusters=(10, 5), has_projection=True, has_average=True)
+    found = needs.disk_needs([PLAN, product], rows=1000, keep_checkpoints=2)
+    model, adam = 4_000_000, 8 * 600_000
+    assert found == {
+        "index": 75 * 1000,
+        "stage-0/train": model + 3 * (model + adam),
+        "stage-0/embed": 1000 * (2 * 2 * 16 + 2 * 4 + 2 * 8 + 1),
+        "stage-0/cluster": 1000 * 4,
+        "stage-0/labels": 8000,
+        "stage-1/train": model,
+        "stage-1/embed": 1000 * (2 * 2 * 16 + 2 * 4 + 2 * 8 + 1),
+        "stage-1/cluster": 1000 * (2 * 4 + 2 * 16),
+        "stage-1/labels": 8000,
+        "combined": 2 * model,
+    }
+    averaged = needs.disk_needs([replace(PLAN, has_average=True)], rows=0, keep_checkpoints=1)
+    assert averaged["stage-0/train"] == model + 2 * (2 * model + adam)
+    large = needs.disk_needs([PLAN], rows=60_000_000, keep_checkpoints=1)
+    assert large["index"] == 60_000_000 * (75 + 16)
+
+
+@pytest.mark.parametrize(
+    ("free", "level", "sentence"),
+    [
+        (10**9, "ok", "needs about 350 MB more (checkpoints and models 300 MB, embeddings 50 MB), 1 GB are free"),
+        (4 * 10**8, "warning", "400 MB are free: little is left; free some space"),
+        (3 * 10**8, "FAIL", "300 MB are free; free some space, keep fewer --machine.keep-checkpoints"),
+    ],
+)
+def test_disk_space(tmp_path, monkeypatch, free, level, sentence):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    needed = {"stage-0/train": 3 * 10**8, "stage-0/embed": 5 * 10**7}
+    assert sentence in only(machine.check_disk(tmp_path / "new/run", needed), level)
+
+
+def test_what_is_there_already_is_not_needed_again(tmp_path):
+    folder = tmp_path / "stage-0/train/model"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(1000))
+    assert "needs about 1 kB more" in only(machine.check_disk(tmp_path, {"stage-0/train": 2000}), "ok")
+    assert "needs no more" in only(machine.check_disk(tmp_path, {"stage-0/train": 500}), "ok")
+    (tmp_path / "stage-0/train" / DONE).write_text("{}")
+    assert "needs no more" in only(machine.check_disk(tmp_path, {"stage-0/train": 2000}), "ok")
+
+
+def test_a_run_directory_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert f"{tmp_path / 'file'} is a file" in only(machine.check_disk(tmp_path / "file/run", {}), "FAIL")
+
+
+# --- steps and groups
+
+
+def test_steps_and_epochs():
+    found = list(stages.check_steps([PLAN, replace(PLAN, steps=0)], rows=1000))
+    assert only(found, "ok") == "100 steps in 2 stages: 100 of 64 rows (6.25 epochs)"
+    assert len(found) == 1
+    many = replace(PLAN, steps=20_000)
+    assert "20,000 of 64 rows (1,250 epochs)" in only(stages.check_steps([many], rows=1000), "ok")
+    assert only(stages.check_steps([PLAN], rows=None), "ok") == "100 steps in 1 stage: 100 of 64 rows"
+
+
+def test_steps_that_go_badly():
+    found = list(stages.check_steps([PLAN, replace(PLAN, warmup_steps=100)], rows=50))
+    large, slow = texts(found, "warning")
+    assert large.startswith("--stages.0.train.global-batch-size 64 is more than the 50 rows of an epoch")
+    assert large.endswith("(also stage 1)")
+    assert slow.startswith("--stages.1.train.warmup-steps 100 of 100 steps")
+
+
+def test_expected_rows_of_a_label():
+    plans = [PLAN, replace(PLAN, clusters=(2, 5)), PLAN]
+    assert needs.rows_of_a_label(plans, 6000) == [6000, 600, 60]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (10, "stage 1 has 1 rows a label: rows with fewer than 1 negatives get no weight"),
+        (300, "stage 1 has 30 rows a label: most are merged, into groups of at least 32 rows"),
+        (630, "stage 1 has 63 rows a label: a batch of 64 holds several groups, with about 62 negatives a row"),
+    ],
+)
+def test_groups_that_are_too_small(rows, sentence):
+    assert only(stages.check_groups([PLAN, PLAN], rows), "warning").startswith(sentence)
+
+
+def test_groups_of_a_batch_are_enough():
+    found = list(stages.check_groups([PLAN, PLAN], 640))
+    assert [finding.level for finding in found] == ["ok"]
+    assert found[0].text.endswith("stage 1 64")
+
+
+def test_groups_do_not_matter_without_them():
+    without = replace(PLAN, groups="none")
+    assert not list(stages.check_groups([PLAN, without, replace(PLAN, steps=0)], 640))
+
+
+def test_clusters_that_cannot_be():
+    many = replace(PLAN, clusters=(3, 500))
+    assert "--stages.1.cluster.num-clusters 500 is more than the 400 rows" in only(
+        stages.check_groups([PLAN, many], 400), "FAIL"
+    )
+    huge = replace(PLAN, clusters=(10**6, 10**6), groups="none")
+    assert "over 2^63 labels" in only(stages.check_groups([huge, huge], 10**12), "FAIL")
+
+
+# --- shards
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Twelve shards of ten pairs."""
+    for number in range(12):
+        write_tar(tmp_path / f"shards/{number:02}.tar", pairs(10, prefix=f"s{number}_"))
+    return tmp_path / "shards"
+
+
+def look(*specs, run_index=Path("/nowhere/index.arrow")):
+    return data.look_at_shards([str(spec) for spec in specs], run_index)
+
+
+def test_shards_without_an_index_are_estimated_from_the_first(shards):
+    rows, found = look(shards / "{00..02}.tar", shards / "{03..11}.tar")
+    assert (rows.per_list, rows.total, rows.is_whole) == ((30, 90), 120, False)
+    assert len(rows.index) == 10 * data.SHARDS_WITHOUT_INDEX
+    assert "12 shards, about 120 rows: 8 shards were looked at, for the others there is no index" in only(
+        found, "warning"
+    )
+
+
+def test_a_stored_index_is_used_where_shards_are_as_it_says(shards):
+    ShardIndex.build([str(path) for path in sorted(shards.glob("*.tar"))]).write_beside()
+    rows, found = look(shards)
+    assert rows.is_whole
+    assert only(found, "ok") == "12 shards, 120 rows (from a stored index)"
+    write_tar(shards / "03.tar", pairs(7, prefix="new"))
+    rows, found = look(shards)
+    assert rows.total == 117
+    assert only(found, "ok") == "12 shards, 117 rows (1 of them indexed now, in memory)"
+
+
+def test_the_index_of_the_run_counts_first(shards, tmp_path):
+    made = ShardIndex.build([str(path) for path in sorted(shards.glob("*.tar"))])
+    made.save(tmp_path / "run/index.arrow")
+    rows, found = look(shards, run_index=tmp_path / "run/index.arrow")
+    assert (rows.is_whole, rows.index.digest) == (True, made.digest)
+    assert "from a stored index" in only(found, "ok")
+    (shards / "00.tar").touch()
+    assert not look(shards, run_index=tmp_path / "run/index.arrow")[0].is_whole
+
+
+def test_samples_that_are_not_pairs(tmp_path):
+    write_tar(tmp_path / "x.tar", [*pairs(5), ("alone.jpg", b"x")])
+    _, found = look(tmp_path / "x.tar")
+    assert only(found, "warning") == "samples that are not pairs are left out: 1 missing_text"
+
+
+def test_no_shards():
+    assert data.look_at_shards([], Path("x"))[0] is None
+    assert "--data.train names no shards" in only(data.look_at_shards([], Path("x"))[1], "FAIL")
+
+
+def test_remote_shards_that_do_not_answer(monkeypatch):
+    asked = []
+
+    def stat(url, patience):
+        asked.append(url)
+        if url.endswith(("/00.tar", "/99.tar")):
+            return 1, ""
+        raise UserError(f"{url} does not exist")
+
+    monkeypatch.setattr(data, "stat", stat)
+    monkeypatch.setattr(data.ShardIndex, "build", lambda *a, **k: pytest.fail("shards are known to be missing"))
+    rows, found = data.look_at_shards(["https://example.org/{00..99}.tar"], Path("x"))
+    assert rows is None
+    assert len(asked) == data.REMOTE_SHARDS_TRIED
+    assert {"https://example.org/00.tar", "https://example.org/99.tar"} <= set(asked)
+    assert len(texts(found, "FAIL")) == 3
+
+
+def test_rows_of_an_epoch(shards):
+    rows = data.Rows(index=ShardIndex.build([str(shards / "00.tar")]), per_list=(100, 300), is_whole=True)
+    assert rows.per_epoch((), 1000) == 400 - 20
+    assert rows.per_epoch((0.5, 2), 10) == 50 + 600 - 10
+
+
+def test_a_sample_says_only_so_much_about_bad_samples():
+    bad = Counter(broken_image=3, empty_caption=1)
+    few = data._bad_finding(bad, 256, 0.01, is_all=False)
+    assert few.level == "warning"
+    assert few.text.startswith("4 of 256 samples cannot be decoded: 3 broken_image, 1 empty_caption; they are counted")
+    assert data._bad_finding(bad, 256, 0.01, is_all=True).level == "FAIL"
+    assert data._bad_finding(Counter(broken_image=30), 256, 0.01, is_all=False).level == "FAIL"
+
+
+# --- evaluation sets and weights
+
+
+def test_every_set_that_cannot_be_opened_is_named():
+    def fail(text):
+        raise UserError(text)
+
+    tasks, found = data.open_sets(lambda: fail("first"), [lambda: fail("first"), dict, lambda: fail("third")])
+    assert tasks is None
+    assert texts(found, "FAIL") == ["first", "third"]
+    assert texts(data.open_sets(lambda: fail("same name"), [dict, dict])[1], "FAIL") == ["same name"]
+
+
+def test_no_sets():
+    assert "no evaluation set" in only(data.open_sets(dict, [])[1], "warning")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with nothing in the cache and some files on the server; tests fill both."""
+    state = SimpleNamespace(cached=set(), served={}, asked=[])
+
+    def metadata(url, timeout):
+        state.asked.append(url)
+        if url not in state.served:
+            raise ConnectionError("no route")
+        return SimpleNamespace(size=state.served[url])
+
+    monkeypatch.setattr(
+        weights.huggingface_hub,
+        "try_to_load_from_cache",
+        lambda repository, name: f"/cache/{name}" if (repository, name) in state.cached else None,
+    )
+    monkeypatch.setattr(weights.huggingface_hub, "hf_hub_url", lambda repository, name: f"{repository}/{name}")
+    monkeypatch.setattr(weights.huggingface_hub, "get_hf_file_metadata", metadata)
+    return state
+
+
+REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
+
+
+def test_weights_in_the_cache(hub):
+    hub.cached = {(REPOSITORY, "open_clip_model.safetensors")}
+    found = weights.check_weights("ViT-L-14", "openai")
+    assert only(found, "ok") == "the weights openai of ViT-L-14: in the cache of the Hub"
+    assert not hub.asked
+
+
+def test_weights_on_the_hub(hub):
+    hub.served = {f"{REPOSITORY}/open_clip_pytorch_model.bin": 1_710_000_000}
+    assert "to be fetched from the Hub, 1.71 GB" in only(weights.check_weights("ViT-L-14", "openai"), "ok")
+    assert len(hub.asked) == 2  # the safe file first
+
+
+def test_weights_out_of_reach(hub):
+    text = only(weights.check_weights("ViT-L-14", "openai"), "FAIL")
+    assert "are not on this machine and cannot be had from the Hub (ConnectionError: no route)" in text
+    assert "give the file as --tower.pretrained" in text
+    assert "FAIL" in [finding.level for finding in weights.check_weights("hf-hub:a/b", "")]
+
+
+def test_weights_on_this_machine(tmp_path, hub):
+    (tmp_path / "w.safetensors").write_bytes(bytes(2_000_000))
+    assert only(weights.check_weights("ViT-B-32", str(tmp_path / "w.safetensors")), "ok").endswith("2 MB")
+    assert only(weights.check_weights(f"local-dir:{tmp_path}", ""), "ok") == f"in {tmp_path}"
+    assert "has no weights" in only(weights.check_weights("local-dir:/nowhere", ""), "FAIL")
+    assert not list(weights.check_weights("ViT-B-32", ""))
+    assert "neither a file nor a tag of this model_cfg" in only(weights.check_weights("", "x.pt", model=MODEL), "FAIL")
+    assert "'openay' is neither a file nor a tag of ViT-B-32" in only(
+        weights.check_weights("ViT-B-32", "openay"), "FAIL"
+    )
+
+
+def test_tokenizers_of_the_hub(hub):
+    assert not list(weights.check_tokenizer(MODEL["text_cfg"]))
+    assert "the tokenizer org/words are not" in only(
+        weights.check_tokenizer({"hf_tokenizer_name": "org/words"}), "FAIL"
+    )
+    hub.cached = {("org/words", "tokenizer_config.json")}
+    assert only(weights.check_tokenizer({"hf_tokenizer_name": "org/words"}), "ok").endswith("in the cache of the Hub")
+
+
+def test_settings_of_a_tower(hub, tmp_path):
+    def config(**changes):
+        return weights.tower_config(**{"architecture": "", "model": {}, "preprocess": {}, **changes})
+
+    assert config(architecture="ViT-B-32")["embed_dim"] == 512
+    assert config(model=MODEL, preprocess={"size": 48})["vision_cfg"]["image_size"] == 48
+    assert MODEL["vision_cfg"]["image_size"] == 32
+    assert config(architecture="hf-hub:a/b") is None
+    with pytest.raises(UserError, match=r"open_clip has no architecture 'ViT-B-33' \(close: "):
+        config(architecture="ViT-B-33")
+    with pytest.raises(UserError, match="/nowhere is not an open_clip folder"):
+        config(architecture="local-dir:/nowhere")
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 16}}')
+    with pytest.raises(UserError, match=f"local-dir:{tmp_path} is not loaded: "):
+        config(architecture=f"local-dir:{tmp_path}")
+    assert not weights.is_measurable({"text_cfg": {"hf_model_name": "org/words"}})
+    assert weights.is_measurable(MODEL)
+
+
+# --- a run that exists
+
+
+def phase(folder, value, **options):
+    return Phase(name="stage-0/train", folder=folder / "train", settings={"lr": value}, run=lambda: None, **options)
+
+
+def test_phases_that_match(tmp_path):
+    done = phase(tmp_path, 1.0)
+    done.begin()
+    done.mark_done()
+    todo = Phase(name="next", folder=tmp_path / "next", settings={}, run=lambda: None)
+    assert only(stages.check_phases(lambda: [done, todo]), "ok") == (
+        "the recipe matches: 1 of 2 phases are done and stay"
+    )
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_phases_of_another_recipe(tmp_path, is_done):
+    before = phase(tmp_path, 1.0)
+    before.begin()
+    if is_done:
+        before.mark_done()
+    listed = sorted(tmp_path.rglob("*"))
+    found = list(stages.check_phases(lambda: [phase(tmp_path, 2.0)] * 2))
+    state = "finished" if is_done else "begun"
+    assert f"is {state} but does not match this recipe: lr was 1.0 and is now 2.0" in only(found, "FAIL")
+    assert not texts(found, "ok")
+    assert sorted(tmp_path.rglob("*")) == listed
+
+
+def test_phases_that_cannot_be_planned():
+    def plan():
+        raise UserError("no row map")
+
+    assert only(stages.check_phases(plan), "FAIL") == "no row map"
+
+
+def test_a_lock(tmp_path):
+    assert not list(stages.check_lock(tmp_path))
+    (tmp_path / "lock").write_text('{"host": "node7", "pid": 12, "process": "1"}')
+    assert "is held by process 12 on node7; a job that is dead" in only(stages.check_lock(tmp_path), "warning")
+
+
+def test_waiting_for_data():
+    late = [{"step": n, "data_wait_share": 0.05 if n < 90 else 0.5} for n in range(100)]
+    assert "stage 1 spent 50 % of its time waiting for data" in only(stages.check_waiting(1, late), "warning")
+    assert not list(stages.check_waiting(1, late[:90]))
+    assert not list(stages.check_waiting(1, [{"step": 1}]))
+
+
+def suppression(loss, *, score=0.1, **changes):
+    said = diagnose(loss=loss, negatives=63, scores={"shape": score}, rows=16_384, global_batch_size=64)
+    options = {"labels_needed": 256, "clusters": 10, "next_start": "previous", "is_pretrained": False} | changes
+    (finding,) = stages.check_suppression(0, said, **options)
+    assert said in finding.text
+    return finding
+
+
+def test_a_suppressed_stage_asks_for_clusters_of_a_batch_and_a_fresh_start():
+    finding = suppression(0.01)
+    assert finding.level == "warning"
+    assert "--stages.0.cluster.num-clusters up to 256 (groups of one batch" in finding.text
+    assert finding.text.endswith("--stages.1.start scratch; the recipe has 10 clusters and starts from previous")
+    assert suppression(0.01, clusters=200, next_start="scratch").level == "ok"
+    assert suppression(0.01, clusters=200).level == "warning"
+    pretrained = suppression(0.01, clusters=256, next_start="base", is_pretrained=True)
+    assert pretrained.level == "ok"
+    assert "--stages.1.start base" in pretrained.text
+
+
+def test_a_stage_that_still_learns_goes_on():
+    assert suppression(3.0).level == "ok"
+    finding = suppression(3.0, next_start="scratch")
+    assert finding.level == "warning"
+    assert "more steps, or --stages.1.start previous, which goes on learning" in finding.text
+    assert suppression(3.0, next_start=None).level == "ok"
+
+
+def test_a_stage_in_which_nothing_is_suppressed():
+    finding = suppression(0.01, score=0.9)
+    assert (finding.level, finding.topic) == ("ok", "learned")
+    assert "It follows" not in finding.text
