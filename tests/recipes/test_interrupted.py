@@ -163,9 +163,10 @@ def test_a_stop_before_the_first_phase(stop):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_loader_processes_outlive_a_signal_to_all_processes(stop, recipe, number):
     """As schedulers and terminals send it; a step needs its batch."""
+    others = multiprocessing.active_children()  # of the pool
 
     def to_all(number):
-        children = multiprocessing.active_children()
+        children = [child for child in multiprocessing.active_children() if child not in others]
         assert len(children) == 2
         pids = [str(child.pid) for child in children]
         subprocess.run(["kill", f"-{number:d}", *pids], check=True)  # of another process: their parent's ends them
@@ -175,7 +176,7 @@ def test_loader_processes_outlive_a_signal_to_all_processes(stop, recipe, number
     code, said = stop(number, TRAIN, 4, "--machine.workers", "2", send=to_all)
     assert (code, said.count("\n")) == ({signal.SIGTERM: 0, signal.SIGINT: 130}[number], 1)
     assert "step 4 of 8 is saved" in said
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 class Launched:
