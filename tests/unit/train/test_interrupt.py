@@ -114,6 +114,7 @@ with interrupt.Interrupt().listening() as found, found.deferred():
 
 def stop_of_all(signalled, number):
     """The step at which each process stops when one is signalled at step 3, and what is said."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     with Interrupt(85).listening() as interrupt, interrupt.deferred():
         for step in range(1, 10):
             if step == 3 and rank() == signalled:
