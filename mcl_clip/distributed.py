@@ -4,6 +4,7 @@ Every function works without a process group, as a world of one process.
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,6 +38,11 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is process 0, the one that writes files and prints."""
     return rank() == 0
+
+
+def count_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def barrier() -> None:

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from mcl_clip.artifacts import DONE, append_jsonl, atomic_path, file_digest, read_json, write_json
+from mcl_clip.distributed import count_cores
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import label_of, run_results
 from mcl_clip.model.multistage import COMBINATIONS
@@ -158,7 +159,7 @@ class _Children:
         self._lock = threading.Lock()
 
     def call(self, command: Sequence[str], log: Path, jobs: int) -> None:
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        threads = str(max(1, count_cores() // jobs))
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
             process = subprocess.Popen(

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mcl_clip.distributed import count_cores
 from mcl_clip.errors import UserError
 from mcl_clip.train.interrupt import SAME_REQUEST_S, SIGNALS
 
@@ -207,10 +208,9 @@ def _end_with_parent(prctl: Any, parent: int) -> None:
 
 def _environment(placement: Placement, number: int) -> dict[str, str]:
     """The variables of process `number` of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     added: dict[str, object] = {}
     if placement.here > 1:
-        added["OMP_NUM_THREADS"] = max(1, cores // placement.here)
+        added["OMP_NUM_THREADS"] = max(1, count_cores() // placement.here)
     if placement.num_machines == 1 and sys.platform == "linux":
         added["GLOO_SOCKET_IFNAME"] = "lo"  # else found by the name of the host, which need not resolve
     environment = {**{name: str(value) for name, value in added.items()}, **os.environ}

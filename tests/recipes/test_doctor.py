@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mcl_clip import cli
+from mcl_clip import checkup, cli
 from mcl_clip.artifacts import append_jsonl
 from mcl_clip.tools.doctor import needs
 from mcl_clip.tools.lost import what_was_lost
 from mcl_clip.train import loop
+from tests.commands import run_command
 from tests.recipes.runs import execute, files, load_recipe, records, write_shards
 
 
@@ -20,19 +21,10 @@ def doctor(path, tmp_path, monkeypatch, capsys):
     """Exit code and lines of `mcl-clip doctor` on the tiny recipe."""
 
     def run(*arguments, before=()):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["mcl-clip", "doctor", *before, str(path), "--run-dir", str(tmp_path / "run"), *map(str, arguments)],
-        )
-        code = 0
-        try:
-            cli.command()
-        except SystemExit as stopped:
-            code = stopped.code
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return code, printed.out.splitlines()
+        command = ["doctor", *before, path, "--run-dir", tmp_path / "run", *arguments]
+        code, printed, errors = run_command(monkeypatch, capsys, *command)
+        assert "Traceback" not in errors
+        return code, printed.splitlines()
 
     return run
 
@@ -62,7 +54,7 @@ def test_a_healthy_recipe(doctor, tmp_path):
 
 def test_the_estimates_are_near_what_a_run_takes(recipe):
     execute(recipe)
-    plans = cli._stage_plans(recipe, recipe.tower.model)
+    plans = checkup._stage_plans(recipe, recipe.tower.model)
     estimated = needs.disk_needs(plans, rows=200, keep_checkpoints=recipe.machine.keep_checkpoints)
     for name, size in estimated.items():
         folder = recipe.run_dir / name

@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = (
     ("__init__", "__main__"),
     ("cli",),
+    ("checkup",),
     ("pipeline", "phases", "tools"),
     ("train", "multistage", "eval"),
     ("data", "model"),
@@ -22,7 +23,7 @@ LEVELS = (
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 BETWEEN_SIBLINGS = {("pipeline", "phases")}
-READ_CONFIG = {"__init__", "cli", "pipeline", "phases"}
+READ_CONFIG = {"__init__", "cli", "checkup", "pipeline", "phases"}
 
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 

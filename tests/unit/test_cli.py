@@ -7,6 +7,7 @@ import pytest
 from mcl_clip import DataConfig, RunConfig, StageConfig, TowerConfig, TrainConfig, UserError, cli
 from mcl_clip.artifacts import DONE
 from mcl_clip.config import EvalConfig
+from tests.commands import run_command
 from tests.unit.data.tars import pairs, write_tar
 
 STAGE = StageConfig(train=TrainConfig(steps=100, global_batch_size=64, lr=1e-3))
@@ -32,18 +33,6 @@ def run(tmp_path):
 
 def write_lines(path, *values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
-def run_command(monkeypatch, capsys, *arguments):
-    """Exit code, output and error output of `mcl-clip`."""
-    monkeypatch.setattr(sys, "argv", ["mcl-clip", *map(str, arguments)])
-    code = 0
-    try:
-        cli.command()
-    except SystemExit as stopped:
-        code = stopped.code
-    printed = capsys.readouterr()
-    return code or 0, printed.out, printed.err
 
 
 def test_a_recipe_without_overrides_stays_what_it_is(recipe):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from mcl_clip.artifacts import DONE
 from mcl_clip.tools.doctor.findings import Finding, as_bytes
@@ -46,8 +48,7 @@ BAD_COMBINATIONS = (
 def installed_versions(requirements: Iterable[str]) -> dict[str, str]:
     """Versions of the packages in a list of requirements; empty for one that is not there."""
     found = {}
-    for requirement in requirements:
-        name = _name_of(requirement)
+    for name in (Requirement(requirement).name for requirement in requirements):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -65,33 +66,17 @@ def check_versions(installed: Mapping[str, str], requirements: Iterable[str]) ->
     shown = ", ".join(f"{name} {installed[name]}" for name in SHOWN_PACKAGES if installed.get(name))
     yield Finding("ok", "packages", shown)
     for requirement in requirements:
-        name = _name_of(requirement)
+        wanted = Requirement(requirement)
+        name = wanted.name
         if not installed.get(name):
             yield Finding("FAIL", "packages", f"{name} is not installed; pip install '{requirement}'")
-        elif not all(_holds(installed[name], *bound) for bound in re.findall(r"(>=|<)\s*([\d.]+)", requirement)):
+        elif not wanted.specifier.contains(installed[name], prereleases=True):
             wrong = f"{name} {installed[name]} does not meet {requirement}; pip install '{requirement}'"
             yield Finding("FAIL", "packages", wrong)
     for bad in BAD_COMBINATIONS:
-        if all(installed.get(name) and _holds(installed[name], ">=", least) for name, least in bad.packages.items()):
+        if all(Version(installed.get(name) or "0") >= Version(least) for name, least in bad.packages.items()):
             named = " with ".join(f"{name} {installed[name]}" for name in bad.packages)
             yield Finding("warning", "packages", f"{named}: {bad.text}")
-
-
-def _name_of(requirement: str) -> str:
-    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
-
-
-def _holds(found: str, relation: str, limit: str) -> bool:
-    is_least = _numbers(found) >= _numbers(limit)
-    return is_least if relation == ">=" else not is_least
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """A version as numbers, of which zeros at the end do not count: 2.0.0rc1 is (2,)."""
-    numbers = [int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", text, maxsplit=1)[0])]
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
 
 
 class Gpu(NamedTuple):
@@ -112,11 +97,6 @@ def find_gpus() -> list[Gpu]:
 def machines_for(processes: int, gpus: Sequence[Gpu]) -> int:
     """How many machines like this one take so many processes, one on each GPU."""
     return -(-processes // len(gpus)) if gpus else 1
-
-
-def count_cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_devices(

@@ -1,12 +1,12 @@
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from mcl_clip import UserError, cli
+from mcl_clip import UserError
 from mcl_clip.statistics import compare_paired, holm, mcnemar_exact
 from mcl_clip.tools.compare import compare_models, comparison_records, comparison_text, find_results
+from tests.commands import run_command
 
 UNITS = np.repeat(np.arange(20, dtype=np.int32), 2)
 
@@ -243,22 +243,11 @@ def test_the_table(tmp_path):
     ]
 
 
-def run_command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["mcl-clip", "compare", *map(str, arguments)])
-    code = 0
-    try:
-        cli.command()
-    except SystemExit as stopped:
-        code = stopped.code
-    printed = capsys.readouterr()
-    return code or 0, printed.out, printed.err
-
-
 def test_the_command(run, tmp_path, monkeypatch, capsys):
     write(run / "stage-0/eval", "stage-0", key="retrieval/more")
     out = tmp_path / "new/comparison.jsonl"
     arguments = (run / "stage-0", run, "--resamples", "200", "--out", out)
-    code, printed, _ = run_command(monkeypatch, capsys, *arguments)
+    code, printed, _ = run_command(monkeypatch, capsys, "compare", *arguments)
     comparison = compare(run / "stage-0", run, resamples=200)
     assert code == 0
     assert printed == comparison_text(comparison) + "\n"
@@ -267,7 +256,7 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
     assert records[0].keys() >= {"key", "metric", "a", "b", "difference", "ci95", "n", "units", "only_a", "only_b",
                                  "p_value", "p_holm", "model_a", "model_b", "data_sha256"}  # fmt: skip
     assert records[-1]["left_out"] == f"only {run / 'stage-0'} has it"
-    assert run_command(monkeypatch, capsys, *arguments)[1] == printed
+    assert run_command(monkeypatch, capsys, "compare", *arguments)[1] == printed
 
 
 @pytest.mark.parametrize(
@@ -279,7 +268,7 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, arguments, sentence):
-    code, _, err = run_command(monkeypatch, capsys, *arguments)
+    code, _, err = run_command(monkeypatch, capsys, "compare", *arguments)
     assert code == 2
     assert sentence in err
     assert "Traceback" not in err

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 from functools import partial
 
 import numpy as np
@@ -18,6 +17,7 @@ from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.towers import load_tower
 from mcl_clip.tools import evaluate as module
 from mcl_clip.tools.evaluate import evaluate, find_models
+from tests.commands import run_command
 from tests.unit.eval.sets import (
     make_multistage,
     name_classes,
@@ -297,21 +297,21 @@ def test_a_picture_that_cannot_be_decoded(here):
     assert read_jsonl(here / "evaluations/tower/results.jsonl") == []
 
 
-def run_command(monkeypatch, capsys, *arguments):
-    """Exit code, output and error output of `mcl-clip eval`."""
-    monkeypatch.setattr(sys, "argv", ["mcl-clip", "eval", *map(str, arguments)])
-    code = 0
-    try:
-        cli.command()
-    except SystemExit as stopped:
-        code = stopped.code
-    printed = capsys.readouterr()
-    return code or 0, printed.out, printed.err
-
-
 def test_the_command(here, monkeypatch, capsys):
     code, out, err = run_command(
-        monkeypatch, capsys, "tower", "--data", "sets", "--tasks", "birds", "voc", "--workers", "0", "--device", "cpu"
+        monkeypatch,
+        capsys,
+        "eval",
+        "tower",
+        "--data",
+        "sets",
+        "--tasks",
+        "birds",
+        "voc",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
     )
     assert (code, err) == (0, "")
     assert "classification/birds: 28 images, 14 texts" in out
@@ -336,7 +336,7 @@ def test_the_command(here, monkeypatch, capsys):
     ],
 )
 def test_mistakes_of_the_command(here, monkeypatch, capsys, arguments, sentence):
-    code, _, err = run_command(monkeypatch, capsys, *arguments)
+    code, _, err = run_command(monkeypatch, capsys, "eval", *arguments)
     assert code == 2
     assert sentence in err
     assert "Traceback" not in err
@@ -344,12 +344,12 @@ def test_mistakes_of_the_command(here, monkeypatch, capsys, arguments, sentence)
 
 def test_a_device_is_not_for_several_processes(here, monkeypatch, capsys):
     monkeypatch.setattr(cli, "world_size", lambda: 4)
-    code, _, err = run_command(monkeypatch, capsys, "tower", "--data", "sets", "--device", "cpu")
+    code, _, err = run_command(monkeypatch, capsys, "eval", "tower", "--data", "sets", "--device", "cpu")
     assert code == 2
     assert "error: --device cpu cannot be shared by 4 processes, which have one each; leave it out\n" in err
 
 
 def test_the_help_has_units(monkeypatch, capsys):
-    code, out, _ = run_command(monkeypatch, capsys, "--help")
+    code, out, _ = run_command(monkeypatch, capsys, "eval", "--help")
     assert code == 0
     assert "images, and texts, of a forward pass of one process" in " ".join(out.replace("│", " ").split())
