@@ -23,7 +23,7 @@ from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.transforms import TrainTransform
 from mcl_clip.distributed import random_words
-from mcl_clip.model.multistage import make_tokenizer
+from mcl_clip.model.open_clip_folder import make_tokenizer
 
 
 def coverage(

@@ -20,6 +20,7 @@ from mcl_clip.errors import UserError
 if TYPE_CHECKING:
     from mcl_clip.cli import main
     from mcl_clip.model.multistage import MultistageCLIP
+    from mcl_clip.model.names import load
 
 __all__ = [
     "AugmentConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "TowerConfig",
     "TrainConfig",
     "UserError",
+    "load",
     "main",
 ]
 
@@ -45,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from mcl_clip.model.multistage import MultistageCLIP
 
         return MultistageCLIP
+    if name == "load":
+        from mcl_clip.model.names import load
+
+        return load
     if name == "main":
         from mcl_clip.cli import main
 

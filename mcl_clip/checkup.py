@@ -18,7 +18,7 @@ from mcl_clip.data.transforms import evaluation_transform
 from mcl_clip.distributed import count_cores
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import Task
-from mcl_clip.model.multistage import DEFAULT_CONTEXT_LENGTH, make_tokenizer
+from mcl_clip.model.open_clip_folder import DEFAULT_CONTEXT_LENGTH, make_tokenizer
 from mcl_clip.phases import Run, diagnosis, min_group_size, only
 from mcl_clip.pipeline import check_held_out, check_stages, open_tasks, plan_phases, with_control
 from mcl_clip.tools.doctor import data, machine, needs, stages, weights

@@ -2,12 +2,10 @@
 
 import difflib
 import json
-import logging
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,8 @@ from torch import Tensor, nn
 from mcl_clip.artifacts import atomic_dir, read_json
 from mcl_clip.distributed import seed_of
 from mcl_clip.errors import UserError
-from mcl_clip.model.multistage import (
+from mcl_clip.model.open_clip_folder import (
     DEFAULT_CONTEXT_LENGTH,
-    NOT_TEXT,
     OPEN_CLIP_CONFIG_NAME,
     OPEN_CLIP_WEIGHTS_NAME,
     UNSAFE_WEIGHTS,
@@ -33,8 +30,10 @@ from mcl_clip.model.multistage import (
     check_weights,
     make_image_transform,
     make_tokenizer,
+    without_warnings,
     write_open_clip_folder,
 )
+from mcl_clip.model.sharing import NOT_TEXT
 
 PREPROCESS_NAMES = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PREPROCESS_CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}
@@ -222,18 +221,8 @@ def _random_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any], seed: i
     with tempfile.TemporaryDirectory() as folder:
         config = {"model_cfg": cfg, "preprocess_cfg": {}}
         (Path(folder) / OPEN_CLIP_CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
-        with _no_warnings():  # that there are no weights, which is what was asked for
+        with without_warnings():  # that there are no weights, which is what was asked for
             return _create(f"local-dir:{folder}", preprocess=preprocess, seed=seed, what=what, load_weights=False)
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _create(name: str, *, preprocess: Mapping[str, Any], seed: int = 0, what: str = "", **options: Any) -> nn.Module:

@@ -68,11 +68,11 @@ from mcl_clip.data.transforms import TrainTransform, evaluation_transform
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import results_table
 from mcl_clip.model.multistage import MultistageCLIP
+from mcl_clip.model.names import find_models
 from mcl_clip.model.towers import create_tower, load_tower, save_tower
 from mcl_clip.multistage.embed import EmbeddingTable, bad_samples, full_captions
 from mcl_clip.multistage.labels import group_labels, read_labels
 from mcl_clip.tools.compare import compare_models, find_results
-from mcl_clip.tools.evaluate import find_models
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.metrics import BadSamples, StepLog
 from mcl_clip.train.optim import create_optimizer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mcl_clip.errors import UserError
-from mcl_clip.model.multistage import DEFAULT_CONTEXT_LENGTH
+from mcl_clip.model.open_clip_folder import DEFAULT_CONTEXT_LENGTH
 from mcl_clip.model.towers import lock
 
 FLOAT_BYTES = 4

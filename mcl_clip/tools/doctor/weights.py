@@ -13,7 +13,7 @@ import open_clip
 from mcl_clip.artifacts import read_json
 from mcl_clip.data.shards import redacted
 from mcl_clip.errors import UserError
-from mcl_clip.model.multistage import OPEN_CLIP_CONFIG_NAME, WEIGHT_SUFFIXES, check_model_cfg
+from mcl_clip.model.open_clip_folder import OPEN_CLIP_CONFIG_NAME, WEIGHT_SUFFIXES, check_model_cfg
 from mcl_clip.model.towers import create_tower
 from mcl_clip.tools.doctor.findings import Finding, as_bytes, attempt
 

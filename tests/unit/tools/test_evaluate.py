@@ -14,9 +14,10 @@ from mcl_clip.eval.catalogue import discover
 from mcl_clip.eval.run import Encoder, run_task
 from mcl_clip.eval.suite import results_table
 from mcl_clip.model.multistage import MultistageCLIP
+from mcl_clip.model.names import find_models
 from mcl_clip.model.towers import load_tower
 from mcl_clip.tools import evaluate as module
-from mcl_clip.tools.evaluate import evaluate, find_models
+from mcl_clip.tools.evaluate import evaluate
 from tests.commands import run_command
 from tests.unit.eval.sets import (
     make_multistage,
