@@ -20,7 +20,7 @@ from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import Task
 from mcl_clip.model.open_clip_folder import DEFAULT_CONTEXT_LENGTH, make_tokenizer
 from mcl_clip.phases import Run, diagnosis, min_group_size, only
-from mcl_clip.pipeline import check_held_out, check_stages, open_tasks, plan_phases, with_control
+from mcl_clip.pipeline import check_held_out, check_publishing, check_stages, open_tasks, plan_phases, with_control
 from mcl_clip.tools.doctor import data, machine, needs, stages, weights
 from mcl_clip.tools.doctor.findings import Finding, attempt
 
@@ -42,6 +42,9 @@ def status_lines(run: Path) -> list[str]:
         at = f" (step {records[-1].get('step')} of {steps})" if records else ""
         lines.append(f"stage {stage}: {', '.join(states)}{at}")
     lines.append(f"combined: {_state(run / 'combined')}")
+    publish = config.get("publish")
+    if isinstance(publish, dict) and publish.get("repo"):
+        lines.append(f"publish to {publish['repo']}: {_state(run / 'publish')}")
     return lines
 
 
@@ -107,6 +110,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
     tasks, of_sets = _open_sets(config)
     yield from of_sets
     yield from [*of_starts, *of_tower, *of_plans]
+    if repo := config.publish.repo:
+        yield from attempt("publish", partial(check_publishing, config))[1] or [Finding("ok", "publish", f"to {repo}")]
     if not of_tower:
         yield from weights.check_weights(**only(config.tower, "architecture", "pretrained", "model"))
         yield from weights.check_tokenizer((settings or {}).get("text_cfg", {}))

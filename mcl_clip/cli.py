@@ -6,12 +6,13 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -28,8 +29,10 @@ from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import results_table
 from mcl_clip.multistage.labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.pipeline import check_stages, run_pipeline, with_control
+from mcl_clip.publish.folder import EVERYTHING, Export, export_run
+from mcl_clip.publish.hub import check_repo_name, find_token, upload
 from mcl_clip.tools.compare import compare_models, comparison_records, comparison_text, find_results
-from mcl_clip.tools.doctor.findings import finding_text
+from mcl_clip.tools.doctor.findings import as_bytes, finding_text
 from mcl_clip.tools.evaluate import evaluate
 from mcl_clip.tools.experiment import Plan, control_arms, run_arms, table
 from mcl_clip.tools.launch import launch, place, read_placement
@@ -403,6 +406,66 @@ def doctor(recipe: Path, /, *, processes: int = 0) -> None:
         sys.exit(1)
 
 
+def export(run: Path, folder: Path, /, *, what: Annotated[Export, tyro.conf.OmitArgPrefixes] = EVERYTHING) -> None:
+    """Write a run as a folder that others can load, and load it back in every way it is made for.
+
+    By default all stages as one model, for `mcl_clip.load` and transformers (trust_remote_code); in it, plain open_clip
+    loads each stage_K. With --stage or --average a single model, as an open_clip folder or a CLIPModel.
+
+    Args:
+        run: the run directory.
+        folder: a new or empty folder, or an earlier export, which is replaced.
+        what: of the run.
+    """
+    print(_export_text(folder, export_run(run, folder, what)))
+
+
+def push(
+    run: Path,
+    repo: str,
+    /,
+    *,
+    private: bool = False,
+    revision: str = "main",
+    create_pr: bool = False,
+    dry_run: bool = False,
+    what: Annotated[Export, tyro.conf.OmitArgPrefixes] = EVERYTHING,
+) -> None:
+    """Publish a run on the Hugging Face Hub, with a model card, after it was loaded back from RUN/upload.
+
+    The same command again continues, or does nothing. A README.md that was edited on the Hub is kept once the line that
+    says so is removed from it.
+
+    Args:
+        run: the run directory.
+        repo: where to, as ORG/NAME; made if it does not exist.
+        private: make a new repository one that only its owner sees.
+        revision: branch; made if it does not exist.
+        create_pr: propose the files in a pull request.
+        dry_run: write and check RUN/upload, and list it; nothing is sent.
+        what: of the run.
+    """
+    check_repo_name(repo)
+    if not dry_run:
+        find_token()
+    folder = run / "upload"
+    print(_export_text(folder, export_run(run, folder, what, repo=repo)))
+    if dry_run:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            print(f"  {path.relative_to(folder)}  {as_bytes(path.stat().st_size)}")
+        print("nothing was sent")
+        return
+    message = f"{run.resolve().name}: {what.form} model, written by mcl_clip {version('mcl_clip')}"
+    published = upload(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
+    print(f"{published.url}\ncommit {published.commit}" + ("" if published.changed else ": nothing has changed"))
+
+
+def _export_text(folder: Path, differences: Mapping[str, float]) -> str:
+    size = as_bytes(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    ways = ", ".join(f"{name} {difference:.1g}" for name, difference in differences.items())
+    return f"{folder}: {size}; loaded back, with the largest difference of features by: {ways}"
+
+
 def _split_at_recipe(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments up to the first Python file, and what follows."""
     end = next((place for place, argument in enumerate(arguments, 1) if argument.endswith(".py")), len(arguments))
@@ -443,6 +506,8 @@ def command() -> None:
         "eval": evaluate_model,
         "compare": compare,
         "experiment": experiment,
+        "export": export,
+        "push": push,
         "reshard": reshard_run,
     }
 

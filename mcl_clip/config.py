@@ -284,6 +284,28 @@ class MachineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """Publishing the finished run on the Hugging Face Hub, as the last phase; only if `repo` is given."""
+
+    repo: str = ""
+    """Where to, as ORG/NAME; empty for nowhere."""
+    private: bool = False
+    """Make a new repository one that only its owner sees."""
+    revision: str = "main"
+    """Branch; made if it does not exist."""
+    create_pr: bool = False
+    """Propose the files in a pull request."""
+    compact: bool = False
+    """Write what the stages share once; plain open_clip then loads the first stage alone."""
+    license: str = ""
+    """For the model card: an identifier of the Hub, such as apache-2.0; empty for not stated."""
+    datasets: tuple[str, ...] = ()
+    """For the model card: data sets on the Hub that the pairs come from."""
+    description: str = ""
+    """For the model card: a paragraph about data and purpose."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -302,6 +324,7 @@ class RunConfig:
     paper (`concat`); `best` takes the one with the lower loss on held-out rows."""
     seed: int = 0
     """Seed of every draw."""
+    publish: PublishConfig = PublishConfig()
     machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:

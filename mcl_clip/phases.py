@@ -30,11 +30,7 @@ from mcl_clip.data.transforms import evaluation_transform, train_transform
 from mcl_clip.distributed import barrier, is_main, on_main, permutation, seed_of, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import Task, label_of, result_record, results_table
-from mcl_clip.eval.tasks.classification import (
-    ClassificationTask,
-    at_width_of_one_stage,
-    normalized_mutual_information,
-)
+from mcl_clip.eval.tasks.classification import ClassificationTask, at_width_of_one_stage
 from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
 from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, trainable_summary
 from mcl_clip.model.towers import lock as lock_parameters
@@ -51,6 +47,10 @@ from mcl_clip.multistage.controls import shuffled_groups
 from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
 from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels, no_labels, read_labels
 from mcl_clip.multistage.suppression import diagnose
+from mcl_clip.publish.card import About
+from mcl_clip.publish.folder import Export, export_run
+from mcl_clip.publish.hub import upload
+from mcl_clip.statistics import normalized_mutual_information
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
 from mcl_clip.train.metrics import BadSamples
@@ -357,6 +357,16 @@ def combine(run: Run) -> None:
     write_json(out / "combination.json", {**asdict(fitted), "held_out_rows": len(rows)})
     score_stages(run, out, [("combined", stages, fitted.combine)])
     logger.info("all stages\n%s", results_table(run.config.run_dir))
+
+
+def publish(run: Run) -> None:
+    """The multistage model on the Hub: written, loaded back, then sent. For the main process alone."""
+    config, out = run.config.publish, run.config.run_dir / "publish"
+    export = Export(compact=config.compact, about=About(**only(config, "license", "datasets", "description")))
+    export_run(run.config.run_dir, out / "model", export, repo=config.repo)
+    published = upload(out / "model", config.repo, **only(config, "private", "revision", "create_pr"))
+    write_json(out / "published.json", asdict(published))
+    logger.info("published at %s, commit %s", published.url, published.commit)
 
 
 def score_stages(run: Run, out: Path, models: Iterable[tuple[str, Sequence[int], str]]) -> None:

@@ -35,7 +35,8 @@ from mcl_clip.eval.suite import Task
 from mcl_clip.eval.tasks.classification import ClassificationSet, ClassificationTask
 from mcl_clip.eval.tasks.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.multistage.controls import equal_compute_steps
-from mcl_clip.phases import ROW_MAP, Run, cluster, combine, embed, evaluate, label, min_group_size, only, train
+from mcl_clip.phases import ROW_MAP, Run, cluster, combine, embed, evaluate, label, min_group_size, only, publish, train
+from mcl_clip.publish.hub import check_repo_name, find_token
 from mcl_clip.train.interrupt import Interrupt
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
     check_stages(config)
+    check_publishing(config)
     with _locked(config.run_dir):
         index, sources = load_index(config)
         config = with_control(config, rows=len(index))
@@ -169,6 +171,17 @@ def plan_phases(run: Run) -> list[Phase]:
             grows=True,
         )
     )
+    if config.publish.repo:
+        phases.append(
+            Phase(
+                name="publish",
+                folder=config.run_dir / "publish",
+                settings=asdict(config.publish),
+                run=partial(_alone(publish), run),
+                inputs=(phases[-1],),
+                grows=True,
+            )
+        )
     return phases
 
 
@@ -227,6 +240,17 @@ def check_held_out(run: Run) -> None:
             f"held-out rows (at most a twentieth), too few to fit the logit scale; they must be 2 or more, which takes "
             f"at least 40 rows"
         ).on_every_process()
+
+
+def check_publishing(config: RunConfig) -> None:
+    """Refuse to train for days towards a repository that nothing can be written to, as far as can be told here.
+
+    Raises:
+        UserError: if the repository has no valid name, or this machine has no token.
+    """
+    if config.publish.repo:
+        check_repo_name(config.publish.repo)
+        find_token()
 
 
 def check_stages(config: RunConfig, *, processes: int | None = None) -> None:

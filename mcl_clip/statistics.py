@@ -259,3 +259,18 @@ def _percentiles(draws: Float[np.ndarray, "draws"], level: float) -> tuple[float
         return math.nan, math.nan
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def normalized_mutual_information(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> float:
+    """Mutual information of two labellings, divided by the mean of their entropies: 0 unrelated, 1 the same."""
+    _, first = np.unique(a, return_inverse=True)
+    _, second = np.unique(b, return_inverse=True)
+    joint = np.bincount(first * (second.max() + 1) + second).astype(np.float64)
+    entropies = [_entropy(np.bincount(labels)) for labels in (first, second)]
+    mutual = sum(entropies) - _entropy(joint)
+    return float(2 * mutual / sum(entropies)) if sum(entropies) > 0 else 1.0
+
+
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

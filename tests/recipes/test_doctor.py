@@ -181,6 +181,18 @@ def test_a_run_whose_shards_are_gone(doctor, copy):
     assert "only when all shards and sets can be looked at" in lines(found, "warning", "run")[0]
 
 
+def test_publishing_is_checked_before_the_training(doctor, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_local")
+    code, found = doctor("--publish.repo", "someone/tiny")
+    assert (code, "to someone/tiny" in lines(found, "ok", "publish")[0]) == (0, True)
+    code, found = doctor("--publish.repo", "tiny")
+    assert (code, "give it as ORG/NAME" in lines(found, "FAIL", "publish")[0]) == (1, True)
+    monkeypatch.setattr("mcl_clip.publish.hub.get_token", lambda: None)
+    code, found = doctor("--publish.repo", "someone/tiny")
+    assert (code, "there is no token for the Hub" in lines(found, "FAIL", "publish")[0]) == (1, True)
+
+
 def test_what_a_finished_stage_says_of_the_next(doctor, copy):
     _, found = doctor()
     assert "stage 0: still learning (loss " in lines(found, "ok", "learned")[0]

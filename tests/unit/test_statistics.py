@@ -3,6 +3,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from sklearn.metrics import normalized_mutual_info_score
 
 from mcl_clip.statistics import (
     _counts,
@@ -11,6 +12,7 @@ from mcl_clip.statistics import (
     crossed_bootstrap,
     holm,
     mcnemar_exact,
+    normalized_mutual_information,
 )
 
 
@@ -318,3 +320,22 @@ def test_crossed_bootstrap_is_repeated_exactly():
 def test_arms_that_do_not_fit_together(values, message):
     with pytest.raises(ValueError, match=message):
         crossed_bootstrap(values, lambda means: {})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutual_information_is_that_of_scikit_learn(seed):
+    numbers = np.random.default_rng(seed)
+    a = numbers.integers(0, 5, 300)
+    b = np.where(numbers.random(300) < 0.6, a, numbers.integers(10, 14, 300))
+    assert normalized_mutual_information(a, b) == pytest.approx(normalized_mutual_info_score(a, b), abs=1e-12)
+    assert normalized_mutual_information(a, a + 7) == pytest.approx(1)
+
+
+def test_mutual_information_without_any():
+    assert normalized_mutual_information([0, 0, 1, 1], [0, 1, 0, 1]) == pytest.approx(0)
+    assert (
+        normalized_mutual_information([0, 0, 0], [5, 5, 5]) == normalized_mutual_info_score([0, 0, 0], [5, 5, 5]) == 1
+    )
+    assert (
+        normalized_mutual_information([0, 0, 0], [0, 1, 2]) == normalized_mutual_info_score([0, 0, 0], [0, 1, 2]) == 0
+    )

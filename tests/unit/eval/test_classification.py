@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import balanced_accuracy_score, normalized_mutual_info_score
+from sklearn.metrics import balanced_accuracy_score
 from torch.nn import functional as F
 
 from mcl_clip.data.reader import Reader
@@ -17,7 +17,6 @@ from mcl_clip.eval.suite import Task, result_record
 from mcl_clip.eval.tasks.classification import (
     ClassificationSet,
     ClassificationTask,
-    normalized_mutual_information,
 )
 from tests.unit.data.tars import picture, write_tar
 from tests.unit.eval.sets import CLASSES, Constant, Noise, encoder_of, make_tower, noise_png, write_classification
@@ -216,25 +215,6 @@ def test_models_that_know_nothing_are_at_chance(tmp_path):
     for name in ("acc1", "mean_per_class_recall", "linear_acc1", "knn_acc1"):
         assert noise[name] == pytest.approx(1 / 7, abs=0.07)  # three standard deviations
     assert noise["acc5"] == pytest.approx(5 / 7, abs=0.1)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_mutual_information_is_that_of_scikit_learn(seed):
-    numbers = np.random.default_rng(seed)
-    a = numbers.integers(0, 5, 300)
-    b = np.where(numbers.random(300) < 0.6, a, numbers.integers(10, 14, 300))
-    assert normalized_mutual_information(a, b) == pytest.approx(normalized_mutual_info_score(a, b), abs=1e-12)
-    assert normalized_mutual_information(a, a + 7) == pytest.approx(1)
-
-
-def test_mutual_information_without_any():
-    assert normalized_mutual_information([0, 0, 1, 1], [0, 1, 0, 1]) == pytest.approx(0)
-    assert (
-        normalized_mutual_information([0, 0, 0], [5, 5, 5]) == normalized_mutual_info_score([0, 0, 0], [5, 5, 5]) == 1
-    )
-    assert (
-        normalized_mutual_information([0, 0, 0], [0, 1, 2]) == normalized_mutual_info_score([0, 0, 0], [0, 1, 2]) == 0
-    )
 
 
 class Seeing:

@@ -1,0 +1,1 @@
+"""Publishing: folders, model cards, the Hub."""
