@@ -4,7 +4,11 @@
     mcl-clip experiment recipes/experiments/cifar_mnist.py --out runs/cifar-mnist --seeds 1 2 3 4 5 --jobs 2
 
 `cifar10` is a folder with train/CLASS/ and test/CLASS/, `mnist` one with its four gzip files. The `oracle` is a single
-stage on the same pictures without digits, in picture and caption. Not yet run over several seeds.
+stage on the same pictures without digits, in picture and caption.
+
+Hardware: two CPU cores, 20 min for five seeds. Measured, read-out of class and of the first digit: two stages 35.9 and
+64.3 %, a single stage of equal compute 35.4 and 49.9 (one or the other, by its seed), an ensemble 40.6 and 27.9, the
+oracle 51.2 and none. The README has the table.
 """
 
 from pathlib import Path
