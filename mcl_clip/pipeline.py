@@ -368,6 +368,7 @@ def _write_launch(config: RunConfig, accelerator: Accelerator) -> None:
         "command": redacted(sys.argv),
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
+        "device_name": torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},

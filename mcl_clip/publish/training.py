@@ -182,7 +182,7 @@ def machine_table(run: Run) -> str:
         days = sorted({day[0] for start in starts if (day := re.match(r"\d{4}-\d\d-\d\d", str(start.get("time"))))})
         rows += [
             ["processes", _each(start.get("processes") for start in starts)],
-            ["device", _each(str(start.get("device", "")).partition(":")[0] for start in starts)],
+            ["device", _each(_device(start) for start in starts)],
             ["threads of a process", _each(start.get("threads") for start in starts)],
             ["software", ", ".join([f"Python {_each(start.get('python') for start in starts)}", *parts])],
             ["started", f"{len(starts)} times" if len(starts) > 1 else "once"],
@@ -194,6 +194,11 @@ def machine_table(run: Run) -> str:
     rows.append(["time of embedding, clustering and evaluation", NOT_MEASURED])
     rows.append(["energy, emissions", NOT_MEASURED])
     return table(rows, words=2)
+
+
+def _device(start: Mapping[str, Any]) -> str:
+    """The name of the device of a start, or its kind where runs do not record a name."""
+    return str(start.get("device_name") or str(start.get("device", "")).partition(":")[0])
 
 
 def _each(values: Iterable[Any]) -> str:

@@ -573,14 +573,14 @@ def test_the_data(run):
 
 def test_restarts_do_not_count_twice(run):
     write_lines(
-        run / "launches.jsonl", launch(), launch(time="2026-01-05T00:00:00+0000"),
+        run / "launches.jsonl", launch(), launch(time="2026-01-05T00:00:00+0000", device_name="NVIDIA H100"),
         launch(time="2026-01-04T00:00:00+0000", versions={"mcl_clip": "0.3.0", "torch": "2.9.0"}, processes=4),
     )  # fmt: skip
     rows = {row[0]: row[1:] for row in tables(section(card(run, form="multistage"), "Training"))[1]}
     assert rows["started"] == ["3 times"]
     assert rows["days"] == ["2026-01-02 to 2026-01-05"]
     assert rows["processes"] == ["2 and 4"]
-    assert rows["device"] == ["cuda"]
+    assert rows["device"] == ["cuda and NVIDIA H100"]
     assert rows["software"] == ["Python 3.11.7, mcl_clip 0.2.0 and 0.3.0, torch 2.9.0"]
     assert rows["time of training, all stages"] == ["2 h 3 min"]  # 70 + 7300 s, of the steps that are in the model
     assert rows["energy, emissions"] == ["not measured"]
