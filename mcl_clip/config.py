@@ -101,6 +101,9 @@ class AugmentConfig:
     """Smallest and largest aspect ratio of the crop."""
     horizontal_flip: float = 0.0
     """Probability of a flip. It destroys orientation, and makes captions wrong that name left and right."""
+    jpeg: Literal["fast", "exact"] = "fast"
+    """JPEGs are decoded at a reduced size where that is enough, and resized by torchvision (`fast`), or treated by
+    Pillow as in open_clip (`exact`). Evaluation and embedding are always exact."""
 
 
 @dataclass(frozen=True, kw_only=True)

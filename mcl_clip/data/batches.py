@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mcl_clip.console import leave_signals_to_parent
 from mcl_clip.data.decode import BadSampleError, decode_captions, decode_image
 from mcl_clip.data.plan import FILLER, BatchPlan
-from mcl_clip.data.reader import Reader
+from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.shards import redacted
 from mcl_clip.data.transforms import ImageTransform, TrainTransform, empty_images
 from mcl_clip.distributed import Name, check_same, random_words, rank, world_size
@@ -100,12 +100,14 @@ class _Decoder:
     max_pixels: int
     json_key: str
 
-    def samples(self, rows: Int[np.ndarray, "rows"]) -> Iterator[tuple[int, Any]]:
-        """(place, (raw sample, image, captions)) or (place, BadSample) for each row."""
+    def samples(
+        self, rows: Int[np.ndarray, "rows"], pixels_of: Callable[[RawSample], Tensor]
+    ) -> Iterator[tuple[int, Any]]:
+        """(place, (raw sample, pixels, captions)) or (place, BadSample) for each row."""
         for place, raw in enumerate(self.reader.read(rows)):
             try:
-                image = decode_image(raw.image, max_pixels=self.max_pixels)
-                yield place, (raw, image, decode_captions(raw.text, raw.text_format, json_key=self.json_key))
+                pixels = pixels_of(raw)
+                yield place, (raw, pixels, decode_captions(raw.text, raw.text_format, json_key=self.json_key))
             except BadSampleError as error:
                 index = self.reader.index
                 shard = redacted(index.shards[int(index.shard_of[raw.row])].url)
@@ -134,17 +136,22 @@ class _TrainingBatches(Dataset[Any]):
         wanted = np.flatnonzero(request.rows != FILLER)
         image_ids, text_ids = torch.zeros_like(rows), torch.zeros_like(rows)
         places, images, captions, bad = [], [], [], []
-        for number, sample in self.decoder.samples(request.rows[wanted]):
+
+        def pixels_of(raw: RawSample) -> Tensor:
+            name = (*self.name, request.epoch, raw.row, "augment")
+            return self.transform.of_file(raw.image, *name, max_pixels=self.decoder.max_pixels)
+
+        for number, sample in self.decoder.samples(request.rows[wanted], pixels_of):
             place = int(wanted[number])
             if isinstance(sample, BadSample):
                 bad.append(sample)
                 rows[place] = FILLER
                 continue
-            raw, image, texts = sample
-            name = (*self.name, request.epoch, raw.row)
+            raw, pixels, texts = sample
             places.append(place)
-            images.append(self.transform(image, *name, "augment"))
-            captions.append(texts[int(random_words(1, *name, "caption")[0] % np.uint64(len(texts)))])
+            images.append(pixels)
+            drawn = random_words(1, *self.name, request.epoch, raw.row, "caption")[0]
+            captions.append(texts[int(drawn % np.uint64(len(texts)))])
             image_ids[place] = content_id(raw.image)
         tokens = self.tokenizer(captions or [""])
         for place, sequence in zip(places, tokens, strict=False):
@@ -179,15 +186,19 @@ class _CaptionedBatches(Dataset[Any]):
     def _batch(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch:
         kept: list[int] = []
         images, image_ids, text_ids, captions, caption_of, bad = [], [], [], [], [], []
-        for _, sample in self.decoder.samples(rows):
+
+        def pixels_of(raw: RawSample) -> Tensor:
+            return self.transform(decode_image(raw.image, max_pixels=self.decoder.max_pixels))
+
+        for _, sample in self.decoder.samples(rows, pixels_of):
             if isinstance(sample, BadSample):
                 bad.append(sample)
                 continue
-            raw, image, texts = sample
+            raw, pixels, texts = sample
             caption_of += [len(kept)] * len(texts)
             captions += texts
             kept.append(raw.row)
-            images.append(self.transform(image))
+            images.append(pixels)
             image_ids.append(content_id(raw.image))
             text_ids.append(content_id(raw.text))
         return CaptionedBatch(

@@ -2,7 +2,11 @@
 
 import io
 import json
+from dataclasses import dataclass
 
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from mcl_clip.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
@@ -12,7 +16,8 @@ MAX_JPEG_SCANS = 64  # progressive files have about ten; each costs time in prop
 MAX_CAPTION_CHARS = 4000  # beyond the context of any tower; byte-pair encoding of a long word takes quadratic time
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_START_OF_SCAN = b"\xff\xda"
+_START_OF_IMAGE, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
+_JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # of those that libjpeg-turbo turns into RGB as Pillow does
 
 
 class BadSampleError(ValueError):
@@ -41,7 +46,7 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise BadSampleError("oversize_image", f"{len(data)} bytes, at most {MAX_IMAGE_BYTES} are read")
-    if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+    if data.startswith(_START_OF_IMAGE) and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
         raise BadSampleError("broken_image", f"a JPEG of more than {MAX_JPEG_SCANS} scans")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -61,6 +66,45 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
         raise
     except Exception as error:  # as above, on damaged pixels
         raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """A JPEG whose header was read; `width` and `height` in pixels are those of the whole picture."""
+
+    data: bytes
+    width: int
+    height: int
+
+    def pixels(self, *, min_width: int, min_height: int) -> UInt8[np.ndarray, "height width 3"]:
+        """The picture as RGB, reduced while it is decoded where it has at least twice the given sizes.
+
+        Raises:
+            ValueError: if it is damaged in any way; `decode_image` may still accept it.
+        """
+        reduces = self.width >= 2 * min_width and self.height >= 2 * min_height
+        sizes = {"min_width": min_width, "min_height": min_height} if reduces else {}
+        pixels: np.ndarray = simplejpeg.decode_jpeg(self.data, "RGB", **sizes)
+        return pixels
+
+
+def open_jpeg(data: bytes, *, max_pixels: int = 50_000_000) -> Jpeg | None:
+    """The JPEG in `data`, checked as by `decode_image`; None for what `decode_image` has to look at.
+
+    Raises:
+        BadSampleError: `too_many_pixels`, `too_narrow` or `broken_image`, by what the header says.
+    """
+    is_known = data.startswith(_START_OF_IMAGE) and len(data) <= MAX_IMAGE_BYTES
+    if not is_known or data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours not in _JPEG_COLOURS:
+        return None
+    _check_size(width, height, max_pixels)
+    return Jpeg(data, width, height)
 
 
 def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption") -> list[str]:

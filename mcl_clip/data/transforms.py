@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,15 @@ from jaxtyping import UInt8
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Normalize, ToTensor
+from torchvision.transforms import InterpolationMode, Normalize, ToTensor
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import resize
 
+from mcl_clip.data.decode import Jpeg, decode_image, open_jpeg
 from mcl_clip.distributed import Name, random_words
 
 ImageTransform = Callable[[Image.Image], Tensor]
+Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -47,6 +51,8 @@ class TrainTransform:
         ratio: smallest and largest aspect ratio of the crop.
         horizontal_flip: probability of a flip. It destroys orientation; captions that name left and right become wrong.
         interpolation: `bicubic` or `bilinear`.
+        jpeg: `fast` decodes JPEGs at a reduced size where that is enough, and resizes them by torchvision; `exact` does
+            both by Pillow, as open_clip does.
     """
 
     size_px: tuple[int, int]
@@ -54,19 +60,46 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: float = 0.0
     interpolation: str = "bicubic"
+    jpeg: str = "fast"
 
-    def __call__(self, image: Image.Image, *name: Name) -> UInt8[Tensor, "3 height width"]:
+    def of_file(self, data: bytes, *name: Name, max_pixels: int = 50_000_000) -> UInt8[Tensor, "3 height width"]:
+        """The augmented pixels of an image file; the draw is called `name`.
+
+        Raises:
+            BadSampleError: as `decode_image`.
+        """
+        if self.jpeg == "fast" and (opened := open_jpeg(data, max_pixels=max_pixels)):
+            with suppress(ValueError):  # its decoder refuses what Pillow can repair
+                return self(opened, *name)
+        return self(decode_image(data, max_pixels=max_pixels), *name)
+
+    def __call__(self, image: Image.Image | Jpeg, *name: Name) -> UInt8[Tensor, "3 height width"]:
         """The augmented pixels; the draw is called `name`, so it does not depend on workers or order."""
         chances = (random_words(32, *name) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         box = self._crop(image.width, image.height, chances)
+        pixels = self._part_of_jpeg(image, box) if isinstance(image, Jpeg) else self._part(image, box)
+        return pixels.flip(-1) if chances[30] < self.horizontal_flip else pixels
+
+    def _part(self, image: Image.Image, box: Box) -> Tensor:
         height, width = self.size_px
-        image = image.resize((width, height), RESAMPLING[self.interpolation], box=box)
-        if chances[30] < self.horizontal_flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels: Tensor = pil_to_tensor(image)
+        pixels: Tensor = pil_to_tensor(image.resize((width, height), RESAMPLING[self.interpolation], box=box))
         return pixels
 
-    def _crop(self, width: int, height: int, chances: np.ndarray) -> tuple[int, int, int, int]:
+    def _part_of_jpeg(self, image: Jpeg, box: Box) -> Tensor:
+        """The same from a picture that may be reduced so far that the part is still as large as the result."""
+        (height, width), (left, upper, right, lower) = self.size_px, box
+        pixels = image.pixels(
+            min_width=math.ceil(image.width * width / (right - left)),
+            min_height=math.ceil(image.height * height / (lower - upper)),
+        )
+        x, y = pixels.shape[1] / image.width, pixels.shape[0] / image.height
+        columns = slice(round(left * x), max(round(right * x), round(left * x) + 1))
+        rows = slice(round(upper * y), max(round(lower * y), round(upper * y) + 1))
+        part = torch.from_numpy(pixels[rows, columns]).permute(2, 0, 1)
+        result: Tensor = resize(part, [height, width], InterpolationMode(self.interpolation), antialias=True)
+        return result.contiguous()
+
+    def _crop(self, width: int, height: int, chances: np.ndarray) -> Box:
         """Left, upper, right, lower, as torchvision's RandomResizedCrop: seven tries, then the largest centred crop."""
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for area, shape, x, y in chances[:28].reshape(7, 4):

@@ -17,7 +17,12 @@ def to_floats(
     """Pixels as torchvision's ToTensor and Normalize make them: (pixel / 255 - mean) / std."""
     mean = torch.tensor(preprocess_cfg["mean"], device=pixels.device).view(3, 1, 1)
     std = torch.tensor(preprocess_cfg["std"], device=pixels.device).view(3, 1, 1)
-    return pixels.float().div(255).sub_(mean).div_(std)
+    if pixels.device.type != "cpu":
+        return torch.div(pixels, 255).sub_(mean).div_(std)
+    floats = torch.empty(pixels.shape, dtype=torch.float32)
+    for picture, place in zip(pixels, floats, strict=True):  # one at a time stays in the cache: half the time
+        torch.div(picture, 255, out=place).sub_(mean).div_(std)
+    return floats
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

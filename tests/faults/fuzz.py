@@ -660,7 +660,8 @@ class Images:
         image = decode_image(data, max_pixels=max_pixels)
         if image.mode != "RGB" or not 0 < image.width * image.height <= max_pixels:
             raise LostError(f"{image.mode} picture of {image.size}")
-        for pixels in (self.evaluation(image), self.training(image, "fuzz", case.number)):
+        trained = self.training.of_file(data, "fuzz", case.number, max_pixels=max_pixels)
+        for pixels in (self.evaluation(image), self.training(image, "fuzz", case.number), trained):
             if pixels.shape != (3, SIZE_PX, SIZE_PX) or pixels.dtype != torch.uint8:
                 raise LostError(f"pixels of {pixels.dtype} {pixels.shape}")
         return "accepted"

@@ -1,9 +1,12 @@
+import io
+
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
 
+from mcl_clip.data.decode import BadSampleError, Jpeg, open_jpeg
 from mcl_clip.data.transforms import TrainTransform, evaluation_transform, train_transform
 from mcl_clip.model.encode import to_floats
 
@@ -105,3 +108,88 @@ def test_size_and_interpolation_are_the_towers():
         size_px=(32, 32), scale=(0.4, 1.0), interpolation="bilinear"
     )
     assert train_transform({**cfg, "size": (24, 32)}).size_px == (24, 32)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Broad waves of colour: what a reduced picture keeps."""
+    column, row = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
+    waves = np.stack([np.sin(9 * column + row), np.cos(7 * row), np.sin(5 * (row - column))], axis=2)
+    return Image.fromarray((127 + 100 * waves).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 92, **options})
+    return buffer.getvalue()
+
+
+def both(data: bytes, *name, **options):
+    """The pixels of a file, fast and exact, as whole numbers."""
+    return [
+        TrainTransform(size_px=(32, 32), jpeg=how, **options).of_file(data, *name).int() for how in ("fast", "exact")
+    ]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(32, 32), (40, 50), (256, 192), (700, 500), (33, 900)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_fast_pixels_are_near_exact_ones_for_every_crop(mode, size, interpolation):
+    data = jpeg(smooth(*size).convert(mode))
+    for draw in range(10):
+        options = {"scale": (0.3, 1.0), "horizontal_flip": 0.5, "interpolation": interpolation}
+        fast, exact = both(data, "crop", draw, **options)
+        assert (fast - exact).abs().float().mean() < 3  # a crop begins at a whole pixel of the reduced picture
+        assert (fast - exact).abs().max() < 16  # an edge of a reduced picture
+
+
+def test_a_picture_of_the_right_size_is_not_changed():
+    data = jpeg(smooth(32, 32))
+    fast, exact = both(data, scale=(1, 1), ratio=(1, 1))
+    assert torch.equal(fast, exact)
+
+
+@pytest.mark.parametrize(("size", "decoded"), [((64, 64), 32), ((63, 63), 63), ((256, 256), 32), ((200, 200), 50)])
+def test_pictures_are_reduced_to_no_less_than_the_result(size, decoded):
+    assert open_jpeg(jpeg(smooth(*size))).pixels(min_width=32, min_height=32).shape == (decoded, decoded, 3)
+
+
+def test_a_small_crop_of_a_large_picture_keeps_its_detail(monkeypatch):
+    sizes = []
+    pixels = Jpeg.pixels
+
+    def watched(self, **limits):
+        sizes.append(pixels(self, **limits).shape[0])
+        return pixels(self, **limits)
+
+    monkeypatch.setattr(Jpeg, "pixels", watched)
+    data = jpeg(smooth(512, 512))
+    TrainTransform(size_px=(32, 32), scale=(0.01, 0.01), ratio=(1, 1)).of_file(data)
+    TrainTransform(size_px=(32, 32), scale=(1, 1), ratio=(1, 1)).of_file(data)
+    assert sizes == [512, 64]
+
+
+def test_what_the_fast_decoder_does_not_take_goes_to_pillow():
+    cmyk = jpeg(smooth(40, 40).convert("CMYK"))
+    buffer = io.BytesIO()
+    smooth(40, 40).save(buffer, "PNG")
+    trailing = jpeg(smooth(40, 40)) + b"rubbish"
+    for data in (cmyk, buffer.getvalue(), trailing):
+        fast, exact = both(data, "one")
+        assert (fast - exact).abs().max() <= 3
+    assert open_jpeg(cmyk) is open_jpeg(buffer.getvalue()) is None
+
+
+def test_damaged_pictures_are_refused_alike():
+    data = jpeg(smooth(64, 64))
+    cases = {
+        "cut": (data[: len(data) // 2], {}, "broken_image"),
+        "start": (data[:40], {}, "broken_image"),
+        "pixels": (data, {"max_pixels": 1000}, "too_many_pixels"),
+        "narrow": (jpeg(smooth(3, 900)), {}, "too_narrow"),
+        "none": (b"", {}, "not_an_image"),
+    }
+    for data, limits, reason in cases.values():
+        for how in ("fast", "exact"):
+            with pytest.raises(BadSampleError) as error:
+                TrainTransform(size_px=(8, 8), jpeg=how).of_file(data, **limits)
+            assert error.value.reason == reason, how
