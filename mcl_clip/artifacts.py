@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -109,9 +110,21 @@ def read_json(path: Path) -> Any:
         UserError: if the file is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers without end
         raise UserError(f"{path} is not valid JSON ({error}); restore it or delete it to make it anew") from error
+
+
+def _parse(text: str) -> Any:
+    """The JSON in `text`; what Python reads beyond it, NaN and infinities, could not be written again."""
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a number of JSON")
+    return number
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
@@ -132,7 +145,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         for line in text.split("\n")[:-1]:  # splitlines() would also cut at U+2028 in a string
-            record = json.loads(line)
+            record = _parse(line)
             if not isinstance(record, dict):
                 raise ValueError(f"an object is needed, not {type(record).__name__}")
             records.append(record)

@@ -46,7 +46,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(names, list) or not names or not all(re.fullmatch(r"[\w-]+", str(name)) for name in names):
         raise ValueError(f"stages is {names!r}; it must be a list of folder names")
     scale, bias = config.get("logit_scale"), config.get("logit_bias")
-    if not isinstance(scale, float) or not isinstance(bias, float | None) or config.get("combine") not in COMBINATIONS:
+    is_known = config.get("combine") in list(COMBINATIONS)  # a dictionary refuses to look for a list
+    if not isinstance(scale, float) or not isinstance(bias, float | None) or not is_known:
         raise ValueError(f"combine, logit_scale or logit_bias of {CONFIG_NAME} is missing or has another type")
     return config
 

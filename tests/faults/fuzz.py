@@ -1075,21 +1075,28 @@ REMOTE_CODE = "open({canary!r}, 'w')\nclass Tokenizer:\n    pass\n"
 
 
 class Models:
-    """Model folders: settings, weights, tokenizers that bring code, weights as pickles or compressed archives."""
+    """Model folders: settings, weights, tokenizers that bring code, weights as pickles or compressed archives.
+
+    The second stage of a multistage model holds only what differs from the first.
+    """
 
     def __init__(self, folder: Path) -> None:
-        tower = create_tower(model_cfg=MODEL)
+        tower, second = (create_tower(model_cfg=MODEL, seed=seed) for seed in range(2))
         self.folder = folder / "multistage"
         model = MultistageCLIP(
-            [tower.model], logit_scale=1.0, preprocess_cfg=tower.preprocess_cfg, model_cfgs=[tower.model_cfg]
+            [tower.model, second.model],
+            logit_scale=1.0,
+            preprocess_cfg=tower.preprocess_cfg,
+            model_cfgs=[tower.model_cfg, second.model_cfg],
         )
-        model.save(self.folder)
+        model.save(self.folder, compact=True)
         save_tower(tower, self.folder / "stage_0")
         torch.save(tower.model.state_dict(), self.folder / "weights.pt")
-        self.names = ("mcl_clip_config.json", "stage_0/open_clip_config.json", "stage_0/open_clip_model.safetensors")
+        self.weights = ("stage_0/open_clip_model.safetensors", "stage_1/difference.safetensors")
+        self.settings = ("mcl_clip_config.json", "stage_0/open_clip_config.json", "stage_1/open_clip_config.json")
 
     def run(self, case: Case) -> str:
-        for name in self.names:
+        for name in (*self.settings, *self.weights):
             target = case.folder / name
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(self.folder / name, target)
@@ -1105,10 +1112,10 @@ class Models:
     def _change(self, case: Case) -> None:
         kind, stage = case.random.randrange(10), case.folder / "stage_0"
         if kind < 4:
-            path = case.folder / self.names[case.random.choice((0, 1, 1, 1))]
+            path = case.folder / self.settings[case.random.choice((0, 1, 1, 2))]
             path.write_bytes(changed_json(case, path.read_text()))
         elif kind < 6:
-            path = stage / "open_clip_model.safetensors"
+            path = case.folder / case.random.choice(self.weights)
             path.write_bytes(changed_safetensors(case, path.read_bytes()))
         elif kind < 8:
             self._other_weights(case, stage)

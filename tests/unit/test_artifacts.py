@@ -322,3 +322,14 @@ def test_one_of_many_gets_the_lock(tmp_path):
         process.join()
     assert sorted(found)[:5] == [0] * 5
     assert max(found) in [process.pid for process in processes]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_of_json_are_refused(number, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"loss": 1.5}}\n{{"loss": {number}}}\n')
+    with pytest.raises(UserError, match=rf"line 2 of .*metrics.jsonl is not a JSON object \({number} is not a number"):
+        read_jsonl(path)
+    path.write_text(f"[{number}]")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_json(path)

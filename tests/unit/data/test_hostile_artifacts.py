@@ -130,6 +130,7 @@ def test_weights_as_a_pickle_or_a_compressed_archive(folder, canary, tower):
         ({"stages": "stage_0"}, "must be a list of folder names"),
         ({"format_version": 7}, "has format version 7, this code reads 1"),
         ({"combine": "sum"}, "combine, logit_scale or logit_bias"),
+        ({"combine": ["concat"]}, "combine, logit_scale or logit_bias"),
         ({"logit_scale": "x"}, "combine, logit_scale or logit_bias"),
     ],
 )
