@@ -28,11 +28,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcl_clip import load
 from mcl_clip.console import run_program
 from mcl_clip.data.transforms import TrainTransform
 from mcl_clip.distributed import random_words
 from mcl_clip.model.encode import to_floats
+from mcl_clip.model.multistage import MultistageCLIP
+from mcl_clip.model.names import find_models
 
 SIZES = ((256, 256), (512, 384), (1024, 768))
 SIZE_PX, SCALE = 224, (0.9, 1.0)
@@ -95,15 +96,16 @@ def drawn_jpeg(width: int, height: int, number: int) -> bytes:
 @torch.inference_mode()
 def moved_features(paths: list[Path], name: str) -> dict[str, object]:
     """Cosines of the features of fast pixels, and of another crop, with those of exact pixels."""
-    model: Any = load(name)[0]
-    size = (model.stages[0] if hasattr(model, "stages") else model).visual.image_size
-    size_px = size if isinstance(size, tuple) else (size, size)
+    loaded = find_models(name)[0].load()
+    model: Any = loaded if isinstance(loaded, MultistageCLIP) else loaded.model.eval()
+    size = loaded.preprocess_cfg["size"]
+    size_px = (size, size) if isinstance(size, int) else tuple(size)
     files = [path.read_bytes() for path in paths]
 
     def features(how: str, draw: int) -> Tensor:
         transform = TrainTransform(size_px=size_px, scale=SCALE, jpeg=how)
         pixels = [transform.of_file(file, number, draw) for number, file in enumerate(files)]
-        return F.normalize(model.encode_image(to_floats(torch.stack(pixels), CFG)))
+        return F.normalize(model.encode_image(to_floats(torch.stack(pixels), loaded.preprocess_cfg)))
 
     exact = features("exact", 0)
     cosines = {"fast": (features("fast", 0) * exact).sum(1), "another_crop": (features("exact", 1) * exact).sum(1)}

@@ -186,7 +186,8 @@ class Phase:
     `settings` is everything that determines the result and is not a file of an earlier phase (no paths).
     `run` continues from whatever it finds in its folder. A phase that `grows` is made again, without a question, when
     all that it was made from is still there and something was added: another stage, another evaluation set. Hence an
-    input that grows counts by its settings and its own inputs.
+    input that grows counts by its settings and its own inputs. A phase that `keeps_nothing` begins anew each time, so
+    that it may have begun with other settings.
     """
 
     name: str
@@ -195,6 +196,7 @@ class Phase:
     run: Callable[[], None]
     inputs: tuple["Phase", ...] = ()
     grows: bool = False
+    keeps_nothing: bool = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -251,7 +253,7 @@ class Phase:
         Raises:
             StaleArtifactError: if it was begun with other settings or inputs, so that its leftovers cannot be used.
         """
-        if (self.folder / STARTED).exists() and not self._has_grown(STARTED):
+        if (self.folder / STARTED).exists() and not self.keeps_nothing and not self._has_grown(STARTED):
             self._refuse_if_different(STARTED)
         write_json(self.folder / STARTED, {"fingerprint": self.fingerprint, "made_from": self._made_from})
 

@@ -30,7 +30,7 @@ from mcl_clip.eval.suite import results_table
 from mcl_clip.multistage.labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.pipeline import check_stages, run_pipeline, with_control
 from mcl_clip.publish.folder import EVERYTHING, Export, export_run
-from mcl_clip.publish.hub import check_repo_name, find_token, upload
+from mcl_clip.publish.hub import check_repo_name, check_target, find_token, upload
 from mcl_clip.tools.compare import compare_models, comparison_records, comparison_text, find_results
 from mcl_clip.tools.doctor.findings import as_bytes, finding_text
 from mcl_clip.tools.evaluate import evaluate
@@ -307,6 +307,8 @@ def experiment(
         raise UserError(f"--seeds {seeds} must be one or more different numbers")
     config, settings = _experiment_of(recipe)
     shared = shlex.split(arguments)
+    if config.publish.repo or any(argument.startswith("--publish.") for argument in shared):
+        raise UserError("every arm and seed of an experiment would be published in one place; leave out --publish")
     chosen = control_arms(arms, settings.arms)
     twins = [with_control(replace(config, control=name), rows=0).stages for name in ("ensemble", "no-groups")]
     if not arms and twins[0] == twins[1]:
@@ -446,10 +448,11 @@ def push(
         what: of the run.
     """
     check_repo_name(repo)
+    check_target(revision, create_pr)
     if not dry_run:
         find_token()
     folder = run / "upload"
-    print(_export_text(folder, export_run(run, folder, what, repo=repo)))
+    print(_export_text(folder, export_run(run, folder, what, repo=repo, revision=revision)))
     if dry_run:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"  {path.relative_to(folder)}  {as_bytes(path.stat().st_size)}")

@@ -363,7 +363,7 @@ def publish(run: Run) -> None:
     """The multistage model on the Hub: written, loaded back, then sent. For the main process alone."""
     config, out = run.config.publish, run.config.run_dir / "publish"
     export = Export(compact=config.compact, about=About(**only(config, "license", "datasets", "description")))
-    export_run(run.config.run_dir, out / "model", export, repo=config.repo)
+    export_run(run.config.run_dir, out / "model", export, **only(config, "repo", "revision"))
     published = upload(out / "model", config.repo, **only(config, "private", "revision", "create_pr"))
     write_json(out / "published.json", asdict(published))
     logger.info("published at %s, commit %s", published.url, published.commit)

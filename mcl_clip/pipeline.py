@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mcl_clip.artifacts import STARTED, Phase, StaleArtifactError, append_jsonl, file_digest, lock, write_json
+from mcl_clip.artifacts import DONE, STARTED, Phase, StaleArtifactError, append_jsonl, file_digest, lock, write_json
 from mcl_clip.config import RunConfig
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.plan import Source
@@ -36,7 +36,7 @@ from mcl_clip.eval.tasks.classification import ClassificationSet, Classification
 from mcl_clip.eval.tasks.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.multistage.controls import equal_compute_steps
 from mcl_clip.phases import ROW_MAP, Run, cluster, combine, embed, evaluate, label, min_group_size, only, publish, train
-from mcl_clip.publish.hub import check_repo_name, find_token
+from mcl_clip.publish.hub import check_repo_name, check_target, find_token
 from mcl_clip.train.interrupt import Interrupt
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
     check_stages(config)
-    check_publishing(config)
+    on_main(partial(check_publishing, config))
     with _locked(config.run_dir):
         index, sources = load_index(config)
         config = with_control(config, rows=len(index))
@@ -180,6 +180,7 @@ def plan_phases(run: Run) -> list[Phase]:
                 run=partial(_alone(publish), run),
                 inputs=(phases[-1],),
                 grows=True,
+                keeps_nothing=True,
             )
         )
     return phases
@@ -199,6 +200,8 @@ def _train_settings(run: Run, s: int, data: dict[str, Any]) -> dict[str, Any]:
     }
     if len(run.sources) > 1:
         settings["data"]["rows_of_lists"] = [source.rows for source in run.sources]
+    if stage.train.augment.jpeg == "exact":  # as all runs were before there was a choice
+        settings["train"]["augment"].pop("jpeg")
     if stage.train.resharded:
         settings["train"]["resharded"] = file_digest(Path(stage.train.resharded) / ROW_MAP)
     if _uses_tower_config(config, s):
@@ -246,11 +249,14 @@ def check_publishing(config: RunConfig) -> None:
     """Refuse to train for days towards a repository that nothing can be written to, as far as can be told here.
 
     Raises:
-        UserError: if the repository has no valid name, or this machine has no token.
+        UserError: if the repository has no valid name, it is not yet published and this machine has no token, or a
+            pull request is asked for against a branch.
     """
     if config.publish.repo:
         check_repo_name(config.publish.repo)
-        find_token()
+        check_target(config.publish.revision, config.publish.create_pr)
+        if not (config.run_dir / "publish" / DONE).exists():
+            find_token()
 
 
 def check_stages(config: RunConfig, *, processes: int | None = None) -> None:

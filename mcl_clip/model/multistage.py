@@ -4,6 +4,7 @@ This file is shipped inside exported models: it needs torch, open_clip and safet
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,11 +44,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"code that came with the model"
         )
     names = config.get("stages")
-    if not isinstance(names, list) or not names or not all(re.fullmatch(r"[\w-]+", str(name)) for name in names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
+    ):
         raise ValueError(f"stages is {names!r}; it must be a list of folder names")
     scale, bias = config.get("logit_scale"), config.get("logit_bias")
     is_known = config.get("combine") in list(COMBINATIONS)  # a dictionary refuses to look for a list
-    if not isinstance(scale, float) or not isinstance(bias, float | None) or not is_known:
+    are_numbers = isinstance(scale, float) and isinstance(bias, float | None) and math.isfinite(scale + (bias or 0))
+    if not are_numbers or not is_known:
         raise ValueError(f"combine, logit_scale or logit_bias of {CONFIG_NAME} is missing or has another type")
     return config
 

@@ -228,6 +228,8 @@ def read_open_clip_folder(
     """
     check_model_folder(folder, base)
     config = read_object(folder / OPEN_CLIP_CONFIG_NAME)
+    if "size" not in config.get("preprocess_cfg", {}):
+        raise ValueError(f"preprocess_cfg of {OPEN_CLIP_CONFIG_NAME} has no size")
     options: dict[str, Any] = {"require_pretrained": True} if base is None else {"load_weights": False}
     quiet = nullcontext() if base is None else without_warnings()
     try:

@@ -3,6 +3,7 @@
 Nothing stands on it that was not measured: what is not known is called so. No paths, addresses or captions are shown.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,7 @@ class _Subject:
 
     form: str
     repo: str
+    revision: str
     name: str
     label: str
     weights: str
@@ -92,7 +94,14 @@ class _Subject:
 
 
 def card(
-    run: Path, *, form: str, repo: str = "", stage: int | None = None, weights: str = "", about: About | None = None
+    run: Path,
+    *,
+    form: str,
+    repo: str = "",
+    revision: str = "",
+    stage: int | None = None,
+    weights: str = "",
+    about: About | None = None,
 ) -> str:
     """The README.md of a model of `run`, finished or not.
 
@@ -100,6 +109,7 @@ def card(
         run: the run directory.
         form: what the folder holds: `multistage` (all stages), `open_clip` or `transformers` (a single model).
         repo: ORG/NAME on the Hub; without it the examples load from a folder.
+        revision: branch there, if it is not the main one.
         stage: which one, for a stage alone; not needed if there is only one.
         weights: how they were made, for averaged or interpolated ones, such as "the mean of the weights of stages 0
             and 1"; there are no results for these.
@@ -114,7 +124,7 @@ def card(
         facts = read_run(run)
         name = repo.rpartition("/")[2] or run.resolve().name
         label = _label(facts, form, stage, weights)
-        subject = _Subject(form=form, repo=repo, name=name, label=label, weights=weights)
+        subject = _Subject(form=form, repo=repo, revision=revision, name=name, label=label, weights=weights)
         return _render(facts, subject, about or About())
     except UserError:
         raise
@@ -350,13 +360,15 @@ def _trained_on(run: Run, about: About) -> str:
 
 
 def _usage(run: Run, subject: _Subject) -> dict[str, Any]:
-    """What the examples need."""
+    """What the examples need; not every library can name a branch, so that from one they load a folder."""
+    repo = "" if subject.revision else subject.repo
     return {
         "form": subject.form,
-        "repo": subject.repo,
-        "mcl_clip": f"hf-hub:{subject.repo}" if subject.repo else FOLDER,
-        "open_clip": f"hf-hub:{subject.repo}" if subject.repo else f"local-dir:{FOLDER}",
-        "transformers": subject.repo or FOLDER,
+        "repo": repo,
+        "download": f"{json.dumps(subject.repo)}, revision={json.dumps(subject.revision)}" if subject.revision else "",
+        "mcl_clip": f"hf-hub:{repo}" if repo else FOLDER,
+        "open_clip": f"hf-hub:{repo}" if repo else f"local-dir:{FOLDER}",
+        "transformers": repo or FOLDER,
         "sigmoid": run.stages[0].settings.get("train", {}).get("loss") == "siglip",
     }
 

@@ -21,7 +21,7 @@ from mcl_clip.model.names import find_models
 from mcl_clip.model.open_clip_folder import write_open_clip_folder
 from mcl_clip.model.towers import Tower, create_tower, load_tower
 from mcl_clip.publish.card import About, card
-from mcl_clip.publish.hub import MARKER
+from mcl_clip.publish.hub import MAIN, MARKER, is_of_an_export
 from mcl_clip.publish.weights import mix_weights
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Export:
 EVERYTHING = Export()
 
 
-def export_run(run: Path, folder: Path, export: Export, *, repo: str = "") -> dict[str, float]:
+def export_run(run: Path, folder: Path, export: Export, *, repo: str = "", revision: str = MAIN) -> dict[str, float]:
     """Write a run into `folder`, all at once, in place of an earlier export, and load it back in every way it is for.
 
     Args:
@@ -79,6 +79,7 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "") -> di
         folder: where to.
         export: what.
         repo: name on the Hub, for the examples in the model card.
+        revision: branch there.
 
     Returns:
         The largest difference of unit features between the model and the one loaded back, for each way of loading.
@@ -86,6 +87,7 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "") -> di
     Raises:
         UserError: if that cannot be had, `folder` holds something else, or what is loaded back is not the same.
     """
+    folder = folder.resolve()  # a link stays one, and `.` gets a name
     stages: list[dict[str, Any]] = read_run_config(run)["stages"]
     _check_choice(run, stages, export)
     _check_folder(folder)
@@ -99,7 +101,16 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "") -> di
             path.parent.mkdir()
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         weights = _weights_text(stages, export)
-        text = card(run, form=export.form, repo=repo, stage=export.stage, weights=weights, about=export.about)
+        branch = "" if revision == MAIN else revision
+        text = card(
+            run,
+            form=export.form,
+            repo=repo,
+            revision=branch,
+            stage=export.stage,
+            weights=weights,
+            about=export.about,
+        )
         (temporary / "README.md").write_text(text, encoding="utf-8")
         for way, difference in differences.items():
             if not difference <= (limit := LARGEST_OF_RESIZING if way == RESIZED else LARGEST_DIFFERENCE):
@@ -127,10 +138,13 @@ def _check_choice(run: Path, stages: Sequence[Mapping[str, Any]], export: Export
         )
     if export.compact and not export.is_multistage:
         raise UserError("--compact is for what several stages share; leave it out for a single model")
-    if export.average and (fresh := [s for s, stage in enumerate(stages) if s and stage.get("start") == "scratch"]):
+    is_from_start = export.wise_ft is not None and not export.base
+    mixed = "--average" if export.average else f"--wise-ft {export.wise_ft}" if is_from_start else ""
+    used = range(1, len(stages) if export.stage is None else export.stage + 1)
+    if mixed and (fresh := [s for s in used if stages[s].get("start") == "scratch"]):
         raise UserError(
-            f"--average is for stages that were fine-tuned from one another, and stage {fresh[0]} of {run} starts from "
-            f"new random weights; export it as a multistage model, or one stage by --stage K"
+            f"{mixed} is for stages that were fine-tuned from one another, and stage {fresh[0]} of {run} starts "
+            f"from new random weights; export it as a multistage model, or one stage by --stage K"
         )
 
 
@@ -141,8 +155,11 @@ def _check_folder(folder: Path) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     readme = folder / "README.md"
-    if not readme.is_file() or MARKER not in readme.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{folder} holds files that are not an exported model; name a new or empty folder")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {readme.name}
+    others = sorted(name for name in files if not is_of_an_export(name))
+    if others or not readme.is_file() or MARKER not in readme.read_text(encoding="utf-8", errors="replace"):
+        what = f", such as {others[0]}" if others else ""
+        raise UserError(f"{folder} holds files that are not an exported model{what}; name a new or empty folder")
 
 
 def _write_multistage(run: Path, folder: Path, export: Export) -> dict[str, float]:

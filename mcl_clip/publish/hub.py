@@ -29,13 +29,16 @@ README = "README.md"
 MAIN = "main"
 MARKS_OF_OURS = {"mcl_clip_config.json", "open_clip_config.json"}
 OF_AN_EMPTY_REPOSITORY = {".gitattributes", ".gitignore", README, "LICENSE"}  # as the website makes it
-PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4"}
-LEFT_BY_EXPORTS = re.compile(
-    r"(stage_\d+|eval)/.+"
-    r"|[^/]+\.(py|safetensors)"
-    r"|(mcl_clip_config|open_clip_config|config|preprocessor_config|processor_config|tokenizer|tokenizer_config"
-    r"|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
-    r"|(merges|vocab)\.txt"
+_TOKENIZER = (
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model"
+)
+OF_EXPORTS = re.compile(
+    rf"stage_\d+/(open_clip_config\.json|(open_clip_model|difference)\.safetensors|{_TOKENIZER})"
+    r"|eval/results\.jsonl"
+    r"|(modeling_multistage_clip|processing_multistage_clip|multistage|open_clip_folder|sharing)\.py"
+    r"|(open_clip_model|model)\.safetensors"
+    rf"|(mcl_clip_config|open_clip_config|config|preprocessor_config|processor_config)\.json|{_TOKENIZER}"
 )
 CONTINUES = "give the same command again, it continues: files that arrived are not sent again"
 WAY_OUT = {
@@ -79,6 +82,17 @@ def check_repo_name(repo: str) -> None:
             f"{repo!r} is no name of a repository; give it as ORG/NAME, of letters, digits, '-', '_' and '.', "
             "the name up to 96 long"
         )
+
+
+def check_target(revision: str, create_pr: bool) -> None:
+    """Raise a `UserError` for a pull request against another branch than `main`, which the Hub does not take."""
+    if create_pr and revision != MAIN:
+        raise UserError(f"a pull request goes to {MAIN}, not to {revision!r}; leave out one of the two")
+
+
+def is_of_an_export(path: str) -> bool:
+    """Whether a file, by its path in the folder, is one that exports write; README.md, which people edit, is not."""
+    return OF_EXPORTS.fullmatch(path) is not None
 
 
 def find_token(api: HfApi | None = None) -> str:
@@ -128,13 +142,12 @@ def upload(
     """
     check_repo_name(repo)
     local = _files_in(folder)
-    if create_pr and revision != MAIN:
-        raise UserError(f"a pull request goes to {MAIN}, not to {revision!r}; leave out one of the two")
+    check_target(revision, create_pr)
     api = api or HfApi(library_name="mcl_clip")
     token = find_token(api)
     with _explained(api, repo, token), _bars_hidden(not sys.stderr.isatty()):
         before = _open_repository(api, repo, revision, private)
-        stale = sorted(path for path in _files_of(before) - local if _is_left_by_exports(path))
+        stale = sorted(path for path in _files_of(before) - local if is_of_an_export(path))
         keeps_readme = _has_readme_of_the_user(api, repo, before, folder)
         commit = api.upload_folder(
             repo_id=repo,
@@ -210,10 +223,6 @@ def _check_visibility(api: HfApi, repo: str, info: ModelInfo, private: bool) -> 
         )
     if info.private and not private:
         logger.info("%s is private, and stays so", repo)
-
-
-def _is_left_by_exports(path: str) -> bool:
-    return LEFT_BY_EXPORTS.fullmatch(path) is not None and Path(path).suffix.lower() not in PICTURES
 
 
 def _has_readme_of_the_user(api: HfApi, repo: str, info: ModelInfo, folder: Path) -> bool:

@@ -38,7 +38,7 @@ def main() -> None:
         from clip_benchmark.metrics import linear_probe, zeroshot_classification
     except ImportError as error:
         raise UserError(
-            f'clip_benchmark cannot be imported: {error}; install it with pip install "mcl_clip[clip_benchmark]"'
+            f"clip_benchmark cannot be imported: {error}; install it with pip install clip_benchmark requests"
         ) from error
     models.TYPE2FUNC[MODEL_TYPE] = load_model
     if MODEL_TYPE not in models.MODEL_TYPES:

@@ -116,19 +116,27 @@ def test_stages_from_new_weights_are_not_averaged(copy, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["stages"][1]["start"] = "scratch"
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"stage 1 of .* starts from new random weights"):
-        export_run(copy, tmp_path / "out", Export(average=True))
+    for export, option in ((Export(average=True), "--average"), (Export(stage=1, wise_ft=0.5), "--wise-ft 0.5")):
+        with pytest.raises(UserError, match=rf"{option} is for .* stage 1 of .* starts from new random weights"):
+            export_run(copy, tmp_path / "out", export)
 
 
-def test_only_an_earlier_export_is_replaced(finished, tmp_path):
+def test_only_an_earlier_export_is_replaced(finished, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds files that are not an exported model"):
         export_run(finished, tmp_path / "out", Export())
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
     export_run(finished, tmp_path / "model", Export(stage=0))
-    export_run(finished, tmp_path / "model", Export(stage=1))
+    monkeypatch.chdir(tmp_path / "model")
+    export_run(finished, Path(), Export(stage=1))
+    monkeypatch.chdir(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert "stage 1" in (tmp_path / "model" / "README.md").read_text()
+    (tmp_path / "model" / ".git").mkdir()
+    (tmp_path / "model" / ".git" / "HEAD").write_text("ref")
+    with pytest.raises(UserError, match=r"not an exported model, such as .git/HEAD"):
+        export_run(finished, tmp_path / "model", Export(stage=0))
 
 
 def test_a_model_that_loads_otherwise_is_not_kept(finished, tmp_path, monkeypatch):
@@ -158,6 +166,9 @@ def test_push_and_load_back(finished, copy, hub, monkeypatch, capsys):
 
     code, _, _ = run_command(monkeypatch, capsys, "push", copy, "someone/tiny", "--stage", 1, "--revision", "stage-1")
     assert code == 0
+    text = hub.repos["someone/tiny"]["stage-1"]["README.md"].decode()
+    assert 'snapshot_download("someone/tiny", revision="stage-1")' in text
+    assert "hf-hub:" not in text
     plain, _, _ = mcl_clip.load("hf-hub:someone/tiny@stage-1")
     assert isinstance(plain, open_clip.CLIP)
     assert torch.equal(plain.visual.proj, model.stages[1].visual.proj)
@@ -190,7 +201,12 @@ def test_publishing_is_the_last_phase_on_request(copy, path, hub, monkeypatch, c
     with pytest.raises(UserError, match="may not write for someone"):
         execute(published)
     hub.forbid = False
+    both = replace(recipe, publish=PublishConfig(repo="someone/tiny", revision="new", create_pr=True))
+    with pytest.raises(UserError, match="a pull request goes to main"):
+        execute(both)
+    published = replace(published, publish=replace(published.publish, license="apache-2.0"))  # mended, and goes on
     execute(published)
+    monkeypatch.delenv("HF_TOKEN")  # not needed any more
     assert "mcl_clip_config.json" in hub.repos["someone/tiny"]["main"]
     record = json.loads((copy / "publish" / "published.json").read_text())
     assert (record["url"], record["commit"]) == (f"{hub.endpoint}/someone/tiny", hub.sha("someone/tiny"))
@@ -199,6 +215,16 @@ def test_publishing_is_the_last_phase_on_request(copy, path, hub, monkeypatch, c
     commits = len(hub.commits)
     execute(published)
     assert len(hub.commits) == commits
+
+
+def test_an_experiment_publishes_nothing(path, tmp_path, monkeypatch, capsys):
+    arguments = ["--out", tmp_path / "out", "--arguments=--publish.repo someone/tiny"]
+    recipe = path.with_name("experiment.py")
+    extra = "\nfrom mcl_clip import ExperimentConfig\nEXPERIMENT = ExperimentConfig(figures={})\n"
+    recipe.write_text(path.read_text() + extra)
+    code, _, err = run_command(monkeypatch, capsys, "experiment", recipe, *arguments)
+    assert (code, "would be published in one place" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def blocks(section):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_clip import MultistageCLIP, pipeline
+from mcl_clip import AugmentConfig, MultistageCLIP, pipeline
 from mcl_clip.artifacts import DONE, StaleArtifactError, read_json
 from mcl_clip.cli import command
 from mcl_clip.errors import UserError
@@ -241,3 +241,14 @@ def test_a_batch_that_does_not_divide_is_refused(recipe, monkeypatch):
     with pytest.raises(UserError, match=r"--stages.0.train.global-batch-size 16 does not divide by 3 processes"):
         execute(recipe)
     assert not recipe.run_dir.exists()
+
+
+def test_exact_jpegs_count_as_what_runs_had_before_there_was_a_choice(recipe):
+    found = {}
+    for how in ("exact", "fast"):
+        train = replace(recipe.stages[0].train, augment=AugmentConfig(jpeg=how))
+        run = execute(replace(recipe, run_dir=recipe.run_dir / how, stages=(replace(recipe.stages[0], train=train),)))
+        found[how] = read_json(run / "stage-0/train" / DONE)["made_from"]["settings"]["train"]
+    assert "jpeg" not in found["exact"]["augment"]
+    assert found["fast"]["augment"].pop("jpeg") == "fast"
+    assert found["fast"] == found["exact"]

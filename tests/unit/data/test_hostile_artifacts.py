@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 import zipfile
 
@@ -131,6 +132,8 @@ def test_weights_as_a_pickle_or_a_compressed_archive(folder, canary, tower):
         ({"format_version": 7}, "has format version 7, this code reads 1"),
         ({"combine": "sum"}, "combine, logit_scale or logit_bias"),
         ({"combine": ["concat"]}, "combine, logit_scale or logit_bias"),
+        ({"logit_scale": math.nan}, "combine, logit_scale or logit_bias"),
+        ({"stages": [0]}, "it must be a list of folder names"),
         ({"logit_scale": "x"}, "combine, logit_scale or logit_bias"),
     ],
 )

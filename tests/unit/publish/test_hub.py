@@ -210,13 +210,17 @@ def test_leftovers_of_exports_go_and_files_of_the_user_stay(hub, folder):
         "stage_x/a.json": b"{}",
         "config.json.bak": b"{}",
         "LICENSE": b"mine",
+        "handler.py": b"mine",
+        "adapter.safetensors": b"mine",
+        "eval/notes.md": b"mine",
+        "stage_2/notes.txt": b"mine",
     }
     leftovers = {
         "stage_2/open_clip_model.safetensors": b"two",
-        "stage_10/tokenizer/[a].json": b"{}",
-        "eval/old.jsonl": b"",
+        "stage_10/tokenizer.json": b"{}",
+        "eval/results.jsonl": b"",
         "model.safetensors": b"old",
-        "configuration_old.py": b"old",
+        "sharing.py": b"old",
         "tokenizer_config.json": b"{}",
     }
     hub.add(REPO, users | leftovers)
