@@ -14,7 +14,7 @@ from mcl_clip.artifacts import DONE, read_jsonl, read_run_config
 from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.plan import Source
-from mcl_clip.data.transforms import evaluation_transform
+from mcl_clip.data.transforms import train_transform
 from mcl_clip.distributed import count_cores
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import Task
@@ -175,7 +175,7 @@ def _examine_reading(
     size = settings["vision_cfg"].get("image_size", 224)
     yield from data.check_reading(
         rows.index,
-        transform=evaluation_transform({"size": size, **config.tower.preprocess}),
+        transform=train_transform({"size": size, **config.tower.preprocess}, **asdict(config.stages[0].train.augment)),
         # A tokenizer of the Hub is not fetched; most of the time goes into pictures.
         tokenizer=partial(_no_tokens, length) if text.get("hf_tokenizer_name") else make_tokenizer(settings),
         max_pixels=config.data.max_pixels,

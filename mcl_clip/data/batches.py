@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mcl_clip.console import leave_signals_to_parent
-from mcl_clip.data.decode import BadSampleError, decode_captions, decode_image
+from mcl_clip.data.decode import BadSampleError, decode_captions
 from mcl_clip.data.plan import FILLER, BatchPlan
 from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.shards import redacted
-from mcl_clip.data.transforms import ImageTransform, TrainTransform, empty_images
+from mcl_clip.data.transforms import EvaluationTransform, TrainTransform, empty_images
 from mcl_clip.distributed import Name, check_same, random_words, rank, world_size
 from mcl_clip.errors import UserError, explain_os_error
 
@@ -172,7 +172,7 @@ class _TrainingBatches(Dataset[Any]):
 @dataclass(frozen=True, kw_only=True)
 class _CaptionedBatches(Dataset[Any]):
     decoder: _Decoder
-    transform: ImageTransform
+    transform: EvaluationTransform | TrainTransform
     tokenizer: Tokenizer
 
     def __getitem__(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch | UserError | None:
@@ -188,7 +188,7 @@ class _CaptionedBatches(Dataset[Any]):
         images, image_ids, text_ids, captions, caption_of, bad = [], [], [], [], [], []
 
         def pixels_of(raw: RawSample) -> Tensor:
-            return self.transform(decode_image(raw.image, max_pixels=self.decoder.max_pixels))
+            return self.transform.of_file(raw.image, max_pixels=self.decoder.max_pixels)
 
         for _, sample in self.decoder.samples(rows, pixels_of):
             if isinstance(sample, BadSample):
@@ -273,7 +273,7 @@ def captioned_batches(
     reader: Reader,
     batches: Sequence[Int[np.ndarray, "_rows"]],
     *,
-    transform: ImageTransform,
+    transform: EvaluationTransform | TrainTransform,
     tokenizer: Tokenizer,
     num_workers: int = 0,
     prefetch_batches: int = 4,

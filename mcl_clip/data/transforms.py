@@ -19,26 +19,39 @@ from torchvision.transforms.v2.functional import resize
 from mcl_clip.data.decode import Jpeg, decode_image, open_jpeg
 from mcl_clip.distributed import Name, random_words
 
-ImageTransform = Callable[[Image.Image], Tensor]
 Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def evaluation_transform(preprocess_cfg: Mapping[str, Any]) -> ImageTransform:
-    """open_clip's evaluation transform up to the pixels: PIL image -> uint8 [3, H, W].
+@dataclass(frozen=True)
+class EvaluationTransform:
+    """open_clip's evaluation transform up to the pixels; `steps` are from a PIL image to the next."""
 
-    The last two steps of open_clip's chain, to floats and normalisation, are done on the device in the same way.
-    """
-    chain = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
-    steps = [step for step in chain.transforms if not isinstance(step, ToTensor | Normalize)]
+    steps: tuple[Callable[[Image.Image], Image.Image], ...]
 
-    def transform(image: Image.Image) -> Tensor:
-        for step in steps:
+    def of_file(self, data: bytes, *, max_pixels: int = 50_000_000) -> UInt8[Tensor, "3 height width"]:
+        """The pixels of an image file.
+
+        Raises:
+            BadSampleError: as `decode_image`.
+        """
+        return self(decode_image(data, max_pixels=max_pixels))
+
+    def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+        """The pixels of a picture."""
+        for step in self.steps:
             image = step(image)
         pixels: Tensor = pil_to_tensor(image)
         return pixels
 
-    return transform
+
+def evaluation_transform(preprocess_cfg: Mapping[str, Any]) -> EvaluationTransform:
+    """The transform that a tower asks for.
+
+    The last two steps of open_clip's chain, to floats and normalisation, are done on the device in the same way.
+    """
+    chain = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
+    return EvaluationTransform(tuple(step for step in chain.transforms if not isinstance(step, ToTensor | Normalize)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ def _check_tokenizer(folder: Path, model: MultistageCLIP) -> None:
             text_cfg = model.model_cfgs[0]["text_cfg"]
             raise UserError(
                 f"transformers would read {text!r:.60} as other tokens than the model's tokenizer "
-                f"({_tokenizer_name(text_cfg)}); use this model through open_clip only"
+                f"({_tokenizer_name(text_cfg)}); export its stages one by one for open_clip, by --stage K"
             )
 
 

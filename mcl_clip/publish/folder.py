@@ -1,7 +1,6 @@
 """A run as a folder that others can load, checked by loading it back before it is called done."""
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,6 @@ from mcl_clip.model.towers import Tower, create_tower, load_tower
 from mcl_clip.publish.card import About, card
 from mcl_clip.publish.hub import MAIN, MARKER, is_of_an_export
 from mcl_clip.publish.weights import mix_weights
-
-logger = logging.getLogger(__name__)
 
 MULTISTAGE, OPEN_CLIP, TRANSFORMERS = "multistage", "open_clip", "transformers"
 LARGEST_DIFFERENCE = 1e-5  # of unit features
@@ -96,7 +93,7 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "", revis
             differences = _write_multistage(run, temporary, export)
         else:
             differences = _write_single(_single(run, stages, export), temporary, export)
-        if records := _results(run, export):
+        if records := _results(run, len(stages), export):
             path = temporary / "eval" / "results.jsonl"
             path.parent.mkdir()
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -251,12 +248,12 @@ def _weights_text(stages: Sequence[object], export: Export) -> str:
     return f"{1 - export.wise_ft:g} of {base} and {export.wise_ft:g} of {tuned} (WiSE-FT)"
 
 
-def _results(run: Path, export: Export) -> list[dict[str, object]]:
+def _results(run: Path, num_stages: int, export: Export) -> list[dict[str, object]]:
     """What was measured of the exported model and, for a multistage one, of its stages; without files left behind."""
     if export.average or export.wise_ft is not None:
         return []
-    found = [record for folder in (*sorted(run.glob("stage-*/eval")), run / "combined")
-             for record in read_jsonl(folder / "results.jsonl")]  # fmt: skip
+    folders = [*(run / f"stage-{s}" / "eval" for s in range(num_stages)), run / "combined"]
+    found = [record for folder in folders for record in read_jsonl(folder / "results.jsonl")]
     wanted = None if export.stage is None else f"stage-{export.stage}"
     return [{**record, "outcomes": None} for record in found if wanted in (None, record.get("label"))]
 

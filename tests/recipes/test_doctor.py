@@ -9,6 +9,7 @@ import pytest
 
 from mcl_clip import checkup, cli
 from mcl_clip.artifacts import append_jsonl
+from mcl_clip.data.transforms import TrainTransform
 from mcl_clip.tools.doctor import needs
 from mcl_clip.tools.lost import what_was_lost
 from mcl_clip.train import loop
@@ -50,6 +51,14 @@ def test_a_healthy_recipe(doctor, tmp_path):
     assert "stage 1 66.67" in lines(found, "ok", "groups")[0]
     assert found[-1].startswith("nothing will fail, ")
     assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_read_as_the_training_reads_them(doctor, monkeypatch):
+    found = []
+    of_file = TrainTransform.of_file
+    monkeypatch.setattr(TrainTransform, "of_file", lambda self, *a, **o: found.append(self) or of_file(self, *a, **o))
+    doctor("--stages.0.train.augment.jpeg", "exact")
+    assert (len(found), {transform.jpeg for transform in found}) == (200, {"exact"})
 
 
 def test_the_estimates_are_near_what_a_run_takes(recipe):

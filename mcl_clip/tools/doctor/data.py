@@ -19,7 +19,7 @@ from mcl_clip.data.files import Patience, stat
 from mcl_clip.data.index import INDEX_NAME, Shard, ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards, is_remote
-from mcl_clip.data.transforms import ImageTransform
+from mcl_clip.data.transforms import TrainTransform
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import Task
 from mcl_clip.tools.doctor.findings import Finding, as_duration, attempt
@@ -149,7 +149,7 @@ def _left_out(index: ShardIndex) -> Iterator[Finding]:
 def check_reading(
     index: ShardIndex,
     *,
-    transform: ImageTransform,
+    transform: TrainTransform,
     tokenizer: Tokenizer,
     max_pixels: int,
     json_key: str,
@@ -162,7 +162,7 @@ def check_reading(
 
     Args:
         index: the rows, of which some are read, evenly spread.
-        transform: from picture to pixels.
+        transform: of the training, which reads most.
         tokenizer: from captions to tokens.
         max_pixels: as in a run.
         json_key: as in a run.

@@ -1,5 +1,3 @@
-import math
-
 import open_clip
 import pytest
 import torch
@@ -7,6 +5,7 @@ import torch
 from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.sharing import count_shared_blocks
 from mcl_clip.model.towers import create_tower
+from tests.unit.model.test_multistage import combined
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 VISION = {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 16}
@@ -28,15 +27,6 @@ def make_stages(*, unlocked=1, custom=False, vision=VISION, stages=3):
             ]:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return towers
-
-
-def combined(towers):
-    return MultistageCLIP(
-        [tower.model for tower in towers],
-        logit_scale=math.log(50),
-        preprocess_cfg=towers[0].preprocess_cfg,
-        model_cfgs=[tower.model_cfg for tower in towers],
-    ).eval()
 
 
 def images(count=3):
