@@ -150,8 +150,8 @@ def _stage_plans(config: RunConfig, settings: Mapping[str, Any] | None) -> list[
 
 
 def _size(settings: Mapping[str, Any], stage: StageConfig) -> needs.TowerSize:
-    lock = asdict(stage.train.lock) if stage.train.steps else {}
-    return needs.measure(settings, locked=lock)
+    locks = only(stage.train.lock, "text", "image_unlocked_groups", "patterns") if stage.train.steps else {}
+    return needs.measure(settings, locked=locks)
 
 
 def _clusters(stage: StageConfig) -> tuple[int, ...]:

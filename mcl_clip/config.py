@@ -89,6 +89,9 @@ class LockConfig:
     """Lock the image tower but for its last n groups; none: the whole image tower trains."""
     patterns: tuple[str, ...] = ()
     """Lock parameters whose name matches one of these regular expressions."""
+    cached_texts: bool = True
+    """With a locked text tower: compute the features of all captions once and read them from the run directory (4 bytes
+    a dimension and caption, while the stage trains), where the stage sees each caption twice or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,14 @@ class TrainConfig:
     loss_chunk_rows: int = 0
     """Rows of one process that go through the loss at a time, with the same result, so that its memory does not grow
     with the square of the batch, such as 256. 0 is all at once."""
+    grad_checkpointing: bool = False
+    """Keep only the inputs of the towers' blocks for the backward pass, and run the blocks twice: less memory, up to a
+    third more work."""
+    compiled: bool = False
+    """Run the towers through torch.compile, which takes a minute or more at the start of the stage."""
+    patch_dropout: float = 0.0
+    """Share of the patches of a picture that a vision transformer leaves out in training (FLIP, arXiv 2212.00794):
+    faster steps, and features of a part of the picture. A last stage or a few steps without it are advised."""
     average_decay: float = 0.0
     """Decay of a running average of the weights, used in evaluation and export; 0 is none."""
     groups: Literal["labels", "none", "random"] = "labels"
@@ -178,9 +189,10 @@ class TrainConfig:
             "ifm_epsilon": 0,
             "grad_cache_rows": 0,
             "loss_chunk_rows": 0,
+            "patch_dropout": 0,
         }
         for name, smallest in least.items():
-            largest = 0.999999 if name == "average_decay" else math.inf
+            largest = 0.999999 if name in ("average_decay", "patch_dropout") else math.inf
             check_range(f"stages.K.train.{name.replace('_', '-')}", getattr(self, name), smallest, largest)
 
 

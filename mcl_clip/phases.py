@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,12 +27,15 @@ from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.plan import BatchPlan, Source
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
+from mcl_clip.data.texts import TextFeatures
 from mcl_clip.data.transforms import evaluation_transform, train_transform
 from mcl_clip.distributed import barrier, is_main, on_main, permutation, seed_of, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import Task, label_of, result_record, results_table
 from mcl_clip.eval.tasks.classification import ClassificationTask, at_width_of_one_stage
 from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
+from mcl_clip.model.sharing import have_same_text_tower
+from mcl_clip.model.speed import prepare_training, takes_short_texts
 from mcl_clip.model.towers import Tower, create_tower, load_tower, save_tower, trainable_summary
 from mcl_clip.model.towers import lock as lock_parameters
 from mcl_clip.multistage.cluster import (
@@ -44,7 +48,14 @@ from mcl_clip.multistage.cluster import (
 )
 from mcl_clip.multistage.combine import fit_combination
 from mcl_clip.multistage.controls import shuffled_groups
-from mcl_clip.multistage.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
+from mcl_clip.multistage.embed import (
+    SIDES,
+    EmbeddingTable,
+    bad_samples,
+    embed_shards,
+    full_captions,
+    write_text_features,
+)
 from mcl_clip.multistage.labels import PseudoLabels, default_min_group_size, group_labels, no_labels, read_labels
 from mcl_clip.multistage.suppression import diagnose
 from mcl_clip.publish.card import About
@@ -60,6 +71,8 @@ logger = logging.getLogger(__name__)
 
 SINGLE = "single"
 SIZES = ("image_size", "text_size")  # in bytes, of each row: what tells samples apart without reading them
+TEXTS = "texts"  # features of the captions, while a stage with a locked text tower trains
+ROWS_TO_COUNT = 64  # from which it is told how many captions a row has
 ROW_MAP = "row_map.npy"  # beside resharded shards: the old row of each new row
 
 
@@ -110,9 +123,10 @@ class Run:
         machine, data = self.config.machine, self.config.data
         return {
             "tokenizer": tower.tokenizer,
+            "short_texts": takes_short_texts(tower.model),
             "num_workers": machine.workers,
             "prefetch_batches": machine.prefetch_batches,
-            "pin_memory": self.accelerator.device.type == "cuda",
+            "device": self.accelerator.device,
             "max_pixels": data.max_pixels,
             "json_key": data.caption_key,
         }
@@ -133,12 +147,14 @@ def train(run: Run, s: int) -> None:
         )
         logger.info("stage %d: %s", s, trainable_summary(tower.model))
         _check_grad_cache(tower.model, s, settings.grad_cache_rows)
+        prepare_training(tower.model, **only(settings, "compiled", "patch_dropout", "grad_checkpointing"))
         tower.model = _synchronise_batch_norm(tower.model.to(run.accelerator.device))
         plan, groups, reader = _batch_plan(run, s)
         loader = TrainingLoader(
             plan,
             reader,
             transform=train_transform(tower.preprocess_cfg, **asdict(settings.augment)),
+            texts=_cached_texts(run, s, tower, reader),
             **run.batch_options(tower),
         )
         train_stage(
@@ -177,6 +193,41 @@ def train(run: Run, s: int) -> None:
         run.accelerator.free_memory()
     if is_main():
         save_tower(tower, out / "model")
+        shutil.rmtree(out / TEXTS, ignore_errors=True)
+
+
+def _cached_texts(run: Run, s: int, tower: Tower, reader: Reader) -> TextFeatures | None:
+    """The features of all captions under a text tower that never changes in a stage, if that is less work in all."""
+    settings, index, out = run.config.stages[s].train, reader.index, run.folder(s, "train") / TEXTS
+    draws = any(isinstance(m, nn.Dropout) and m.p for name, m in tower.model.named_modules() if "visual" not in name)
+    if not settings.lock.text or not settings.lock.cached_texts or draws:
+        return None
+    options = run.batch_options(tower) | {"short_texts": False, "device": torch.device("cpu")}
+
+    def batches(grid: list[np.ndarray], **changed: Any) -> Iterator[CaptionedBatch]:
+        return captioned_batches(run.reader(index), grid, transform=None, **(options | changed))
+
+    (some,) = batches([np.arange(min(ROWS_TO_COUNT, len(index)))], tokenizer=None, num_workers=0)
+    captions = len(index) * len(some.caption_of) / max(1, len(some.rows))
+    if settings.steps * settings.global_batch_size < 2 * captions:
+        return None
+    with run.interrupt.deferred():
+        write_text_features(
+            tower.model,
+            index,
+            batches=batches,
+            dim=tower.model_cfg["embed_dim"],
+            out=out,
+            device=run.accelerator.device,
+            batch_size=run.config.eval.batch_size,
+            precision=settings.precision,
+            show_progress=run.config.machine.progress,
+            is_stopping=run.interrupt.noticed,
+        )
+    run.interrupt.check()
+    barrier()
+    logger.info("stage %d: the text tower is locked; the features of its captions are read from %s", s, out)
+    return TextFeatures(out, index, tower.model_cfg["embed_dim"])
 
 
 def start_tower(run: Run, s: int) -> Tower:
@@ -194,9 +245,11 @@ def embed(run: Run, s: int) -> None:
     out = run.folder(s, "embed")
     tower = run.tower(s)
     transform = evaluation_transform(tower.preprocess_cfg)
+    texts = _same_texts(run, s, tower)
+    options = run.batch_options(tower) | ({} if texts is None else {"tokenizer": None})
 
     def batches(grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
-        return captioned_batches(run.reader(run.index), grid, transform=transform, **run.batch_options(tower))
+        return captioned_batches(run.reader(run.index), grid, transform=transform, **options)
 
     with run.interrupt.deferred():
         embed_shards(
@@ -211,6 +264,7 @@ def embed(run: Run, s: int) -> None:
             precision=run.config.stages[s].train.precision,
             show_progress=run.config.machine.progress,
             is_stopping=run.interrupt.noticed,
+            texts=texts,
         )
     run.interrupt.check()
     barrier()
@@ -227,6 +281,18 @@ def embed(run: Run, s: int) -> None:
     bad.flush(0, len(run.index))
     if bad.count:
         logger.info("stage %d: %d samples could not be decoded: %s", s, bad.count, bad.by_reason())
+
+
+def _same_texts(run: Run, s: int, tower: Tower) -> EmbeddingTable | None:
+    """The features under the stage before, if its text tower is the same and ran in the same precision."""
+    stages = run.config.stages
+    if s == 0 or not stages[s].train.lock.text or stages[s].train.precision != stages[s - 1].train.precision:
+        return None
+    before = load_tower(run.folder(s - 1, "train") / "model")
+    if not have_same_text_tower([before.model, tower.model], [before.model_cfg, tower.model_cfg]):
+        return None
+    logger.info("stage %d: the text features are those of the stage before", s)
+    return run.embeddings(s - 1)
 
 
 def cluster(run: Run, s: int) -> None:

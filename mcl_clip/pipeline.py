@@ -202,6 +202,11 @@ def _train_settings(run: Run, s: int, data: dict[str, Any]) -> dict[str, Any]:
         settings["data"]["rows_of_lists"] = [source.rows for source in run.sources]
     if stage.train.augment.jpeg == "exact":  # as all runs were before there was a choice
         settings["train"]["augment"].pop("jpeg")
+    for name in ("compiled", "patch_dropout", "grad_checkpointing"):
+        if not settings["train"][name]:
+            settings["train"].pop(name)
+    if stage.train.lock.cached_texts or not stage.train.lock.text:
+        settings["train"]["lock"].pop("cached_texts")
     if stage.train.resharded:
         settings["train"]["resharded"] = file_digest(Path(stage.train.resharded) / ROW_MAP)
     if _uses_tower_config(config, s):

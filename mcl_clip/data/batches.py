@@ -1,18 +1,21 @@
 """Batches of pixels and tokens, made in loader workers.
 
-A worker makes whole local batches from row numbers. A batch is a function of (seed, stage, step) alone, not of the
-number of workers. The loader is not given to `accelerator.prepare`, which would drop or repeat data silently.
+A worker makes local batches from row numbers, or parts of large ones, which the main process joins. A batch is a
+function of (seed, stage, step) alone, not of the number of workers. The loader is not given to `accelerator.prepare`,
+which would drop or repeat data silently.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, UInt8
+from jaxtyping import Float32, Int, Int64, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from mcl_clip.console import leave_signals_to_parent
@@ -20,12 +23,16 @@ from mcl_clip.data.decode import BadSampleError, decode_captions
 from mcl_clip.data.plan import FILLER, BatchPlan
 from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.shards import redacted
+from mcl_clip.data.texts import TextFeatures
 from mcl_clip.data.transforms import EvaluationTransform, TrainTransform, empty_images
 from mcl_clip.distributed import Name, check_same, random_words, rank, world_size
 from mcl_clip.errors import UserError, explain_os_error
 
 Tokenizer = Callable[[list[str]], Tensor]
 Batch = TypeVar("Batch", "PairBatch", "CaptionedBatch")
+CPU = torch.device("cpu")
+PART_ROWS = 256  # of a batch that a worker makes at a time
+LENGTH_MULTIPLE = 8  # of texts without padding: few lengths, for which kernels are chosen or compiled
 
 
 class BadSample(NamedTuple):
@@ -41,7 +48,8 @@ class PairBatch:
     """The part of a global batch that one process holds.
 
     `rows`, `text_ids` and `image_ids` have a place for every row, fillers too (row -1). `images` and `tokens` hold only
-    what could be decoded; `places` says where each belongs. Ids are hashes of the tokens and of the image bytes.
+    what could be decoded; `places` says where each belongs. Ids are hashes of the tokens and of the image bytes. Where
+    text features come from disk, `text_features` holds them and `tokens` have length 0.
     """
 
     step: int
@@ -51,6 +59,7 @@ class PairBatch:
     images: UInt8[Tensor, "decoded 3 height width"]
     tokens: Int[Tensor, "decoded length"]
     places: Int64[Tensor, "decoded"]
+    text_features: Float32[Tensor, "decoded dim"] | None = None
     bad: tuple[BadSample, ...]
 
     def pin_memory(self) -> "PairBatch":
@@ -64,7 +73,10 @@ class PairBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedBatch:
-    """Rows with all their captions: `tokens[j]` belongs to `rows[caption_of[j]]`. Rows that are bad are left out."""
+    """Rows with all their captions: `tokens[j]` belongs to `rows[caption_of[j]]`. Rows that are bad are left out.
+
+    `full_captions` is the number of captions without padding: what was longer is cut.
+    """
 
     rows: Int64[Tensor, "images"]
     images: UInt8[Tensor, "images 3 height width"]
@@ -72,6 +84,7 @@ class CaptionedBatch:
     tokens: Int[Tensor, "captions length"]
     caption_of: Int64[Tensor, "captions"]
     text_ids: Int64[Tensor, "images"]
+    full_captions: int
     bad: tuple[BadSample, ...]
 
     def pin_memory(self) -> "CaptionedBatch":
@@ -86,10 +99,16 @@ def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return replace(batch, **tensors)
 
 
+def without_padding(tokens: Int[Tensor, "texts length"]) -> Int[Tensor, "texts shorter"]:
+    """The texts without the columns of zeros at the end, but for some up to a multiple of 8."""
+    used = int(tokens.any(0).nonzero().max()) + 1 if tokens.any() else 0
+    return tokens[:, : min(-(-used // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, tokens.shape[1])]
+
+
 class _Request(NamedTuple):
     step: int
     epoch: int
-    rows: Int[np.ndarray, "local"]
+    rows: Int[np.ndarray, "part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +135,13 @@ class _Decoder:
 
 @dataclass(frozen=True, kw_only=True)
 class _TrainingBatches(Dataset[Any]):
-    """One request, one local batch. A UserError is returned, for a DataLoader would bury it in a traceback."""
+    """One request, one part of a batch. A UserError is returned, for a DataLoader would bury it in a traceback."""
 
     decoder: _Decoder
     transform: TrainTransform
     tokenizer: Tokenizer
+    short_texts: bool
+    texts: TextFeatures | None
     name: tuple[Name, ...]
 
     def __getitem__(self, request: _Request) -> PairBatch | UserError:
@@ -135,7 +156,7 @@ class _TrainingBatches(Dataset[Any]):
         rows = torch.from_numpy(request.rows.astype(np.int64))
         wanted = np.flatnonzero(request.rows != FILLER)
         image_ids, text_ids = torch.zeros_like(rows), torch.zeros_like(rows)
-        places, images, captions, bad = [], [], [], []
+        places, images, captions, numbers, bad = [], [], [], [], []
 
         def pixels_of(raw: RawSample) -> Tensor:
             name = (*self.name, request.epoch, raw.row, "augment")
@@ -151,11 +172,17 @@ class _TrainingBatches(Dataset[Any]):
             places.append(place)
             images.append(pixels)
             drawn = random_words(1, *self.name, request.epoch, raw.row, "caption")[0]
-            captions.append(texts[int(drawn % np.uint64(len(texts)))])
+            numbers.append(int(drawn % np.uint64(len(texts))))
+            captions.append(texts[numbers[-1]])
             image_ids[place] = content_id(raw.image)
-        tokens = self.tokenizer(captions or [""])
-        for place, sequence in zip(places, tokens, strict=False):
-            text_ids[place] = content_id(sequence.numpy().tobytes())
+        tokens, text_features = torch.zeros(len(captions) or 1, 0, dtype=torch.int64), None
+        if self.texts is None:
+            tokens = self.tokenizer(captions or [""])
+            text_ids[places] = content_ids(tokens[: len(places)])
+            tokens = without_padding(tokens) if self.short_texts else tokens
+        else:
+            text_features, text_ids[places] = self.texts.take(rows[places].tolist(), numbers)
+            text_features = text_features if places else torch.zeros(1, self.texts.dim)
         return PairBatch(
             step=request.step,
             rows=rows,
@@ -165,6 +192,7 @@ class _TrainingBatches(Dataset[Any]):
             images=torch.stack(images) if images else empty_images(1, self.transform.size_px),
             tokens=tokens,
             places=torch.tensor(places or [0]),
+            text_features=text_features,
             bad=tuple(bad),
         )
 
@@ -172,8 +200,9 @@ class _TrainingBatches(Dataset[Any]):
 @dataclass(frozen=True, kw_only=True)
 class _CaptionedBatches(Dataset[Any]):
     decoder: _Decoder
-    transform: EvaluationTransform | TrainTransform
-    tokenizer: Tokenizer
+    transform: EvaluationTransform | TrainTransform | None
+    tokenizer: Tokenizer | None
+    short_texts: bool
 
     def __getitem__(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch | UserError | None:
         try:
@@ -188,6 +217,8 @@ class _CaptionedBatches(Dataset[Any]):
         images, image_ids, text_ids, captions, caption_of, bad = [], [], [], [], [], []
 
         def pixels_of(raw: RawSample) -> Tensor:
+            if self.transform is None:
+                return empty_images(1, (0, 0))[0]
             return self.transform.of_file(raw.image, max_pixels=self.decoder.max_pixels)
 
         for _, sample in self.decoder.samples(rows, pixels_of):
@@ -201,13 +232,17 @@ class _CaptionedBatches(Dataset[Any]):
             images.append(pixels)
             image_ids.append(content_id(raw.image))
             text_ids.append(content_id(raw.text))
+        tokens = torch.zeros(len(captions), 0, dtype=torch.int64)
+        if self.tokenizer is not None and captions:
+            tokens = self.tokenizer(captions)
         return CaptionedBatch(
             rows=torch.tensor(kept, dtype=torch.int64),
             images=torch.stack(images) if images else empty_images(0, (1, 1)),
             image_ids=torch.tensor(image_ids, dtype=torch.int64),
-            tokens=self.tokenizer(captions) if captions else torch.zeros(0, 1, dtype=torch.int64),
+            tokens=without_padding(tokens) if self.short_texts else tokens,
             caption_of=torch.tensor(caption_of, dtype=torch.int64),
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
+            full_captions=int(tokens[:, -1].ne(0).sum()) if tokens.numel() else 0,
             bad=tuple(bad),
         )
 
@@ -222,13 +257,28 @@ class TrainingLoader:
         *,
         transform: TrainTransform,
         tokenizer: Tokenizer,
+        short_texts: bool = False,
+        texts: TextFeatures | None = None,
         num_workers: int = 0,
         prefetch_batches: int = 4,
-        pin_memory: bool = False,
+        device: torch.device = CPU,
         max_pixels: int = 50_000_000,
         json_key: str = "caption",
     ) -> None:
         """Prepare a loader; the slice of each global batch follows from this process's rank.
+
+        Args:
+            plan: which rows form a batch.
+            reader: their bytes.
+            transform: from an image file to pixels.
+            tokenizer: from captions to tokens.
+            short_texts: leave out the padding behind the longest caption of a batch.
+            texts: features of the captions, in place of tokens.
+            num_workers: processes that decode; 0 is this one.
+            prefetch_batches: batches that each worker keeps ready; of batches in parts, that many in all.
+            device: where the pictures are to be; the rest of a batch stays here, page-locked if that helps.
+            max_pixels: pictures with more are bad samples.
+            json_key: where a .json member holds the captions.
 
         Raises:
             UserError: if the global batch is not divisible by the number of processes.
@@ -243,9 +293,15 @@ class TrainingLoader:
             decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
             transform=transform,
             tokenizer=tokenizer,
+            short_texts=short_texts,
+            texts=texts,
             name=(plan.seed, plan.stage),
         )
-        self._options = _loader_options(num_workers, prefetch_batches, pin_memory)
+        self._local_rows = plan.global_batch_size // world_size()
+        self._parts = -(-self._local_rows // PART_ROWS)
+        if self._parts > 1:
+            prefetch_batches = -(-prefetch_batches * self._parts // max(1, num_workers))
+        self._device, self._options = device, _loader_options(num_workers, prefetch_batches, device)
 
     def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
         """The batches from one step up to, and without, another.
@@ -256,32 +312,61 @@ class TrainingLoader:
         loader = DataLoader(
             self._dataset, batch_size=None, sampler=self._requests(start_step, stop_step), **self._options
         )
-        yield from _raising(loader)
+        found = _raising(loader)
+        while parts := tuple(itertools.islice(found, self._parts)):
+            yield _joined(parts, self._device)
 
     def _requests(self, start_step: int, stop_step: int) -> Iterator[_Request]:
         checked = -1
-        local = self.plan.global_batch_size // world_size()
         for step in range(start_step, stop_step):
             epoch = self.plan.epoch_of(step)
             if epoch != checked and world_size() > 1:
                 check_same(self.plan.digest(epoch), f"the plan of epoch {epoch}")
             checked = epoch
-            yield _Request(step, epoch, self.plan.batch(step)[rank() * local : (rank() + 1) * local])
+            local = self.plan.batch(step)[rank() * self._local_rows : (rank() + 1) * self._local_rows]
+            for start in range(0, len(local), PART_ROWS):
+                yield _Request(step, epoch, local[start : start + PART_ROWS])
+
+
+def _joined(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch:
+    """The batch of which these are the parts, with its pictures on a device."""
+    starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
+    decoded = [(part, start) for part, start in zip(parts, starts, strict=False) if (part.rows != FILLER).any()]
+    decoded = decoded or [(parts[0], 0)]
+    kept = [part for part, _ in decoded]
+    length = max(part.tokens.shape[1] for part in kept)
+    features = [part.text_features for part in kept if part.text_features is not None]
+    return PairBatch(
+        step=parts[0].step,
+        **{name: _cat([getattr(part, name) for part in parts]) for name in ("rows", "text_ids", "image_ids")},
+        images=_cat([part.images.to(device, non_blocking=True) for part in kept]),
+        tokens=_cat([F.pad(part.tokens, (0, length - part.tokens.shape[1])) for part in kept]),
+        places=_cat([part.places + start for part, start in decoded]),
+        text_features=_cat(features) if features else None,
+        bad=tuple(bad for part in parts for bad in part.bad),
+    )
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def captioned_batches(
     reader: Reader,
     batches: Sequence[Int[np.ndarray, "_rows"]],
     *,
-    transform: EvaluationTransform | TrainTransform,
-    tokenizer: Tokenizer,
+    transform: EvaluationTransform | TrainTransform | None,
+    tokenizer: Tokenizer | None,
+    short_texts: bool = False,
     num_workers: int = 0,
     prefetch_batches: int = 4,
-    pin_memory: bool = False,
+    device: torch.device = CPU,
     max_pixels: int = 50_000_000,
     json_key: str = "caption",
 ) -> Iterator[CaptionedBatch]:
-    """One `CaptionedBatch` for each array of rows, in order, for embedding and evaluation.
+    """One `CaptionedBatch` for each array of rows, in order, for embedding and evaluation; see `TrainingLoader`.
+
+    Without a `transform` pictures are not decoded and have no pixels; without a `tokenizer` texts have no tokens.
 
     Raises:
         UserError: if a shard cannot be read.
@@ -290,9 +375,15 @@ def captioned_batches(
         decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
         transform=transform,
         tokenizer=tokenizer,
+        short_texts=short_texts,
     )
-    options = _loader_options(num_workers, prefetch_batches, pin_memory)
+    options = _loader_options(num_workers, prefetch_batches, device)
     yield from _raising(DataLoader(dataset, batch_size=None, sampler=batches, **options))
+
+
+def content_ids(tokens: Int[Tensor, "texts length"]) -> Int64[Tensor, "texts"]:
+    """The `content_id` of the tokens of each text."""
+    return torch.tensor([content_id(sequence.numpy().tobytes()) for sequence in tokens], dtype=torch.int64)
 
 
 def content_id(data: bytes) -> int:
@@ -307,9 +398,10 @@ def _raising(loader: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _loader_options(num_workers: int, prefetch_batches: int, pin_memory: bool) -> dict[str, Any]:
+def _loader_options(num_workers: int, prefetch_batches: int, device: torch.device) -> dict[str, Any]:
     # A loader draws a seed for its workers, here not from the global generator. Nothing in them uses it.
-    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory, "generator": torch.Generator()}
+    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
+    options["pin_memory"] = device.type == "cuda"
     if num_workers:
         options |= {"prefetch_factor": max(1, prefetch_batches), "worker_init_fn": _start_worker}
     return options

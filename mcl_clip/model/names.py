@@ -17,6 +17,7 @@ from mcl_clip.artifacts import read_run_config
 from mcl_clip.errors import UserError
 from mcl_clip.model.multistage import CONFIG_NAME, MultistageCLIP, read_config
 from mcl_clip.model.open_clip_folder import OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME
+from mcl_clip.model.speed import do_less
 from mcl_clip.model.towers import Tower, create_tower, load_tower
 
 SINGLE_STAGE = re.compile(r"stage-(\d+)")
@@ -158,7 +159,10 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 def _load_multistage(folder: Path) -> MultistageCLIP:
     try:
-        return MultistageCLIP.load(folder)
+        model = MultistageCLIP.load(folder)
+        for stage in model.stages:
+            do_less(stage)
+        return model
     except Exception as error:  # damaged weights and settings raise errors of many kinds
         raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
 

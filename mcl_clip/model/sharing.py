@@ -61,7 +61,7 @@ def count_shared_blocks(stages: Sequence[nn.Module], model_cfgs: Sequence[Mappin
     None for other towers than open_clip's `VisionTransformer`, or where the embedding of patches differs.
     """
     visuals: list[Any] = [stage.visual for stage in stages]
-    known = all(type(stage) in (open_clip.CLIP, open_clip.CustomTextCLIP) for stage in stages)
+    known = all(isinstance(stage, (open_clip.CLIP, open_clip.CustomTextCLIP)) for stage in stages)
     if not known or not all(type(visual) is VisionTransformer and not visual.output_tokens for visual in visuals):
         return 0
     if any(_image_settings(cfg) != _image_settings(model_cfgs[0]) for cfg in model_cfgs):

@@ -34,6 +34,7 @@ from mcl_clip.model.open_clip_folder import (
     write_open_clip_folder,
 )
 from mcl_clip.model.sharing import NOT_TEXT
+from mcl_clip.model.speed import do_less
 
 PREPROCESS_NAMES = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PREPROCESS_CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}
@@ -268,6 +269,7 @@ def _tower(model: nn.Module, cfg: dict[str, Any], tokenizer: Callable[..., Tenso
     size = preprocess_cfg["size"]
     if isinstance(size, list) and size[0] == size[1]:  # open_clip gives a number or a pair, as the tower has it
         preprocess_cfg["size"] = size[0]
+    do_less(model)
     return Tower(
         model=model, model_cfg=cfg, preprocess_cfg=preprocess_cfg, tokenizer=tokenizer, is_pretrained=is_pretrained
     )

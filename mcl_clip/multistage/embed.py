@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mcl_clip.artifacts import atomic_path
-from mcl_clip.data.batches import BadSample, CaptionedBatch
+from mcl_clip.data.batches import BadSample, CaptionedBatch, content_ids, without_padding
 from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.texts import part_name as texts_part_name
 from mcl_clip.distributed import is_main, rank, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.model.encode import autocast, to_floats
+from mcl_clip.model.speed import takes_short_texts
 
 SIDES = ("image", "text")
 _COLUMNS = {  # of a part: data type and dimensions
@@ -151,6 +154,7 @@ def embed_shards(
     precision: str = "fp32",
     show_progress: bool = True,
     is_stopping: Callable[[], bool] | None = None,
+    texts: EmbeddingTable | None = None,
 ) -> None:
     """Write the features of all shards that are not there yet, shard i by process i mod world size.
 
@@ -166,33 +170,94 @@ def embed_shards(
         precision: `fp32` or `bf16`.
         show_progress: show a bar on the main process.
         is_stopping: asked after each shard; if so, the others are left for later.
+        texts: features by the same text tower, which are taken over; the batches then need no tokens.
     """
     model.eval()
-    missing = [n for n, shard in enumerate(index.shards) if shard.rows and not (out / part_name(n)).exists()]
-    mine = [n for n in missing if n % world_size() == rank()]
-    total = sum(index.shards[n].rows for n in mine)
-    disable = None if show_progress and is_main() else True
-    with tqdm(total=total, unit="row", desc="embed", disable=disable, leave=False) as bar:
+    with _bar(index, out, part_name, "embed", show_progress) as (bar, mine):
         for number in mine:
-            shard = index.shards[number]
-            grid = [
-                np.arange(start, min(start + batch_size, shard.first_row + shard.rows))
-                for start in range(shard.first_row, shard.first_row + shard.rows, batch_size)
-            ]
+            grid = _grid(index, number, batch_size)
             pieces: list[dict[str, np.ndarray]] = []
             bad: list[BadSample] = []
             full = 0
             for rows, batch in zip(grid, batches(grid), strict=True):
                 bad += batch.bad
-                full += int((batch.tokens[:, -1] != 0).sum())
-                pieces.append(_embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision))
+                full += batch.full_captions
+                pieces.append(
+                    _embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision, has_texts=texts is None)
+                )
                 bar.update(len(rows))
             columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+            if texts is not None:
+                columns |= {name: getattr(texts.part(number), name) for name in ("text", "text_norm", "text_id")}
+                full = _counts_of(texts.folder / part_name(number))["full_captions"]
             counts = {"bad_samples": bad, "full_captions": full}  # under one key: safetensors keeps no order of several
             with atomic_path(out / part_name(number)) as temporary:
                 save_file(columns, temporary, metadata={"counts": json.dumps(counts)})
             if is_stopping is not None and is_stopping():
                 return
+
+
+@torch.inference_mode()
+def write_text_features(
+    model: nn.Module,
+    index: ShardIndex,
+    *,
+    batches: Batches,
+    dim: int,
+    out: Path,
+    device: torch.device,
+    batch_size: int,
+    precision: str = "fp32",
+    show_progress: bool = True,
+    is_stopping: Callable[[], bool] | None = None,
+) -> None:
+    """Write the files of `TextFeatures` for all shards that are not there yet; arguments as in `embed_shards`.
+
+    The batches have all tokens, with padding, and need no pictures.
+    """
+    model.eval()
+    with _bar(index, out, texts_part_name, "texts", show_progress) as (bar, mine):
+        for number in mine:
+            grid = _grid(index, number, batch_size)
+            features, ids, counts = [torch.zeros(0, dim)], [], []
+            for rows, batch in zip(grid, batches(grid), strict=True):
+                ids.append(content_ids(batch.tokens))
+                counts.append(torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows)))
+                tokens = without_padding(batch.tokens) if takes_short_texts(model) else batch.tokens
+                if len(tokens):
+                    with autocast(precision, device):
+                        encoded = model.encode_text(tokens.to(device))  # type: ignore[operator]
+                    features.append(F.normalize(encoded.float(), dim=1).cpu())
+                bar.update(len(rows))
+            columns = {
+                "features": torch.cat(features).numpy(),
+                "ids": torch.cat(ids).numpy(),
+                "first": np.concatenate([[0], np.cumsum(torch.cat(counts).numpy())]),
+            }
+            with atomic_path(out / texts_part_name(number)) as temporary:
+                save_file(columns, temporary)
+            if is_stopping is not None and is_stopping():
+                return
+
+
+@contextmanager
+def _bar(
+    index: ShardIndex, out: Path, name_of: Callable[[int], str], what: str, show: bool
+) -> Iterator[tuple[Any, list[int]]]:
+    """A bar over the rows, and the numbers, of this process's shards that have no file yet."""
+    missing = [n for n, shard in enumerate(index.shards) if shard.rows and not (out / name_of(n)).exists()]
+    mine = [n for n in missing if n % world_size() == rank()]
+    total = sum(index.shards[n].rows for n in mine)
+    disable = None if show and is_main() else True
+    with tqdm(total=total, unit="row", desc=what, disable=disable, leave=False) as bar:
+        yield bar, mine
+
+
+def _grid(index: ShardIndex, number: int, batch_size: int) -> list[np.ndarray]:
+    """The rows of each batch of a shard."""
+    first = index.shards[number].first_row
+    end = first + index.shards[number].rows
+    return [np.arange(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
 
 
 def bad_samples(folder: Path, index: ShardIndex) -> list[BadSample]:
@@ -207,8 +272,12 @@ def full_captions(folder: Path, index: ShardIndex) -> int:
 
 def _counts(folder: Path, index: ShardIndex) -> Iterator[dict[str, Any]]:
     for number in (n for n, shard in enumerate(index.shards) if shard.rows):
-        with safe_open(folder / part_name(number), framework="numpy") as part:
-            yield _parsed_counts((part.metadata() or {}).get("counts", ""), folder / part_name(number))
+        yield _counts_of(folder / part_name(number))
+
+
+def _counts_of(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="numpy") as part:
+        return _parsed_counts((part.metadata() or {}).get("counts", ""), path)
 
 
 def _parsed_counts(text: str, path: Path) -> dict[str, Any]:
@@ -231,24 +300,29 @@ def _embed_batch(
     dim: int,
     device: torch.device,
     precision: str,
+    *,
+    has_texts: bool,
 ) -> dict[str, np.ndarray]:
-    """The columns of `EmbeddingPart` for `rows`, of which the batch holds those that are not bad."""
+    """The columns of `EmbeddingPart` for `rows`, those of texts if asked for; the batch lacks bad rows."""
     place = batch.rows - int(rows[0])
     columns: dict[str, np.ndarray] = {"ok": np.zeros(len(rows), bool)}
     columns["ok"][place] = True
-    for name, ids in (("image_id", batch.image_ids), ("text_id", batch.text_ids)):
-        columns[name] = _scatter(ids, place, len(rows)).numpy()
+    columns["image_id"] = _scatter(batch.image_ids, place, len(rows)).numpy()
+    image = captions = torch.zeros(0, dim, device=device)
     with autocast(precision, device):
-        image = model.encode_image(to_floats(batch.images.to(device), preprocess_cfg)) if len(place) else None  # type: ignore[operator]
-        captions = model.encode_text(batch.tokens.to(device)) if len(place) else None  # type: ignore[operator]
-    if image is None or captions is None:
-        image = captions = torch.zeros(0, dim, device=device)
-    image, captions = image.float(), captions.float()
-    of = batch.caption_of.to(device)
-    count = torch.bincount(of, minlength=len(place)).clamp(min=1)
-    text = torch.zeros_like(image).index_add_(0, of, F.normalize(captions, dim=1)) / count[:, None]
-    norm = torch.zeros(len(place), device=device).index_add_(0, of, captions.norm(dim=1)) / count
-    for side, features, norms in (("image", image, image.norm(dim=1)), ("text", text, norm)):
+        if len(place):
+            image = model.encode_image(to_floats(batch.images.to(device), preprocess_cfg)).float()  # type: ignore[operator]
+        if len(place) and has_texts:
+            captions = model.encode_text(batch.tokens.to(device)).float()  # type: ignore[operator]
+    sides = {"image": (image, image.norm(dim=1))}
+    if has_texts:
+        columns["text_id"] = _scatter(batch.text_ids, place, len(rows)).numpy()
+        of = batch.caption_of.to(device)
+        count = torch.bincount(of, minlength=len(place)).clamp(min=1)
+        text = torch.zeros_like(image).index_add_(0, of, F.normalize(captions, dim=1)) / count[:, None]
+        norm = torch.zeros(len(place), device=device).index_add_(0, of, captions.norm(dim=1)) / count
+        sides["text"] = (text, norm)
+    for side, (features, norms) in sides.items():
         columns[side] = _scatter(F.normalize(features, dim=1).half().cpu(), place, len(rows)).numpy()
         columns[f"{side}_norm"] = _scatter(norms.cpu(), place, len(rows)).numpy()
     return columns

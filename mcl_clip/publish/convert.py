@@ -182,7 +182,7 @@ def write_clip_model(folder: Path, tower: Tower) -> None:
 
 def _check_clip_model(tower: Tower) -> None:
     model: Any = tower.model
-    if type(model) is not open_clip.CLIP:
+    if not isinstance(model, open_clip.CLIP):
         raise _does_not_fit(f"a {type(model).__name__}")
     if type(model.visual) is not VisionTransformer:
         raise _does_not_fit(f"an image tower of type {type(model.visual).__name__}")

@@ -116,10 +116,19 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str
         parameter = named[name]
         _check_state(name, parameter, state)
         optimizer.state[parameter] = {
-            # Adam's step counter stays on the CPU, as torch keeps it, unless the fused kernel wants it on the device.
-            slot: tensor if slot == "step" and not _is_fused(optimizer) else tensor.to(parameter.device)
+            slot: _step_counter(tensor, parameter, optimizer) if slot == "step" else _laid_out_as(parameter, tensor)
             for slot, tensor in state.items()
         }
+
+
+def _step_counter(tensor: Tensor, parameter: Tensor, optimizer: Optimizer) -> Tensor:
+    """Adam's; it stays on the CPU, as torch keeps it, unless the fused kernel wants it on the device."""
+    return tensor.to(parameter.device) if _is_fused(optimizer) else tensor
+
+
+def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with the strides of the parameter, which the fused kernel takes for granted."""
+    return torch.empty_like(parameter).copy_(tensor)
 
 
 def _check_state(name: str, parameter: Tensor, state: dict[str, Tensor]) -> None:

@@ -79,8 +79,11 @@ class Objective:
         batch = batch.to(device)
 
         def encode(model: nn.Module, rows: slice) -> Outputs:
+            texts = batch.tokens[rows] if batch.text_features is None else None
             with autocast(self.precision, device):
-                out = model(to_floats(batch.images[rows], self.preprocess_cfg), batch.tokens[rows])
+                out = model(to_floats(batch.images[rows], self.preprocess_cfg), texts)
+            if batch.text_features is not None:
+                out = {**out, "text_features": batch.text_features[rows]}
             return {name: tensor for name, tensor in out.items() if tensor is not None}
 
         return add_gradients(

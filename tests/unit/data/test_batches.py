@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
+import mcl_clip.data.batches as batches_module
 from mcl_clip.data.batches import PairBatch, TrainingLoader, captioned_batches
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.plan import FILLER, BatchPlan
 from mcl_clip.data.reader import Reader
+from mcl_clip.data.texts import TextFeatures
 from mcl_clip.data.transforms import TrainTransform, evaluation_transform
 from mcl_clip.errors import UserError
+from mcl_clip.multistage.embed import write_text_features
 from tests.unit.data.tars import write_tar
 
 ROWS, BATCH = 22, 5
@@ -22,8 +27,8 @@ SIZE = (6, 8)
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:
-    """Eight bytes of each text."""
-    return torch.tensor([list(text.encode().ljust(8)[:8]) for text in texts])
+    """Eight bytes of each text, and padding."""
+    return torch.tensor([[*text.encode().ljust(8)[:8], *[0] * 8] for text in texts])
 
 
 def picture(row: int) -> bytes:
@@ -72,6 +77,13 @@ def make(index: ShardIndex, *, seed: int = 0, stage: int = 0, **options) -> Trai
     return TrainingLoader(plan, Reader(index), transform=transform, tokenizer=tokenize, **options)
 
 
+class Sums(nn.Module):
+    """A text tower that shows which tokens it was given."""
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tokens.sum(1), tokens.square().sum(1)], dim=1).float()
+
+
 def assert_equal(one: PairBatch, other: PairBatch) -> None:
     for field in fields(PairBatch):
         mine, theirs = getattr(one, field.name), getattr(other, field.name)
@@ -84,6 +96,50 @@ def test_workers_change_nothing(index, workers):
     alone, shared = make(index).steps(0, 12), make(index, num_workers=workers, prefetch_batches=2).steps(0, 12)
     for one, other in zip(alone, shared, strict=True):
         assert_equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize("workers", [0, 3])
+def test_parts_are_joined_to_the_same_batches(index, workers, monkeypatch):
+    whole = list(make(index, short_texts=True).steps(0, 12))
+    monkeypatch.setattr(batches_module, "PART_ROWS", 2)
+    parts = list(make(index, short_texts=True, num_workers=workers, prefetch_batches=2).steps(0, 12))
+    for one, other in zip(whole, parts, strict=True):
+        assert_equal(one, other)
+    tail = list(make(index, short_texts=True).steps(7, 12))
+    for one, other in zip(whole[7:], tail, strict=True):
+        assert_equal(one, other)
+
+
+def test_short_texts_lose_padding_alone(index):
+    for whole, short in zip(make(index).steps(0, 6), make(index, short_texts=True).steps(0, 6), strict=True):
+        length = short.tokens.shape[1]
+        assert length < whole.tokens.shape[1]
+        assert torch.equal(short.tokens, whole.tokens[:, :length])
+        assert not whole.tokens[:, length:].any()
+        assert torch.equal(short.text_ids, whole.text_ids)
+
+
+def test_features_of_the_same_captions_take_the_place_of_tokens(index, tmp_path):
+    write_text_features(
+        Sums(),
+        index,
+        batches=lambda grid: captioned_batches(Reader(index), grid, transform=None, tokenizer=tokenize),
+        dim=2,
+        out=tmp_path,
+        device=torch.device("cpu"),
+        batch_size=4,
+        show_progress=False,
+    )
+    texts = TextFeatures(tmp_path, index, 2)
+    plain = make(index).steps(0, 12)
+    cached = make(index, texts=texts, num_workers=1).steps(0, 12)
+    for one, other in zip(plain, cached, strict=True):
+        assert torch.equal(one.text_ids, other.text_ids)
+        assert torch.equal(one.images, other.images)
+        assert other.tokens.shape == (len(one.tokens), 0)
+        torch.testing.assert_close(other.text_features, F.normalize(Sums().encode_text(one.tokens), dim=1))
+        assert one.bad == other.bad
 
 
 @pytest.mark.parametrize("start", [1, 5, 7])
@@ -115,7 +171,7 @@ def test_each_place_holds_its_own_row(index):
     for batch in make(index).steps(0, 5):
         for place, tokens in zip(batch.places.tolist(), batch.tokens, strict=True):
             source = min(int(batch.rows[place]), 20)
-            assert bytes(tokens.tolist()).decode().strip() in captions(source)
+            assert bytes(tokens.tolist()).decode().strip(" \0") in captions(source)
 
 
 def test_equal_images_and_captions_have_equal_ids(index):
@@ -195,7 +251,7 @@ def test_captioned_batches_hold_all_captions_in_order(index):
         for rows, batch in zip(grid, batches, strict=True):
             assert batch.rows.tolist() == [row for row in rows if row not in BAD]
             assert {bad.row: bad.reason for bad in batch.bad} == {row: BAD[row] for row in rows if row in BAD}
-            texts = [bytes(tokens.tolist()).decode().strip() for tokens in batch.tokens] if len(batch.rows) else []
+            texts = [bytes(tokens.tolist()).decode().strip(" \0") for tokens in batch.tokens] if len(batch.rows) else []
             assert texts == [text for row in batch.rows.tolist() for text in captions(min(row, 20))]
             assert batch.caption_of.tolist() == [
                 place for place, row in enumerate(batch.rows.tolist()) for _ in captions(min(row, 20))

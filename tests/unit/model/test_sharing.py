@@ -100,6 +100,6 @@ def test_sharing_is_found_again_in_a_saved_model(tmp_path):
     model.save(tmp_path, compact=True)
     again = MultistageCLIP.load(tmp_path)
     assert again.shared_blocks == 3
-    assert torch.equal(again.encode_image(images()), expected)
+    torch.testing.assert_close(again.encode_image(images()), expected, rtol=0, atol=1e-6)
     difference = open_clip.factory.load_state_dict(str(tmp_path / "stage_1" / "difference.safetensors"))
     assert not [name for name in difference if "resblocks.0" in name or "token_embedding" in name]

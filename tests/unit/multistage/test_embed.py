@@ -1,14 +1,25 @@
+import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mcl_clip.data.batches import BadSample, CaptionedBatch
+from mcl_clip.data.batches import BadSample, CaptionedBatch, content_ids
 from mcl_clip.data.index import Shard, ShardIndex, make_table
+from mcl_clip.data.texts import TextFeatures
 from mcl_clip.errors import UserError
-from mcl_clip.multistage.embed import EmbeddingTable, bad_samples, embed_shards, full_captions, part_name
+from mcl_clip.multistage.embed import (
+    EmbeddingTable,
+    bad_samples,
+    embed_shards,
+    full_captions,
+    part_name,
+    write_text_features,
+)
 
 SHARD_ROWS, DIM = (7, 0, 4, 1), 5
 BAD = {2, 8, 11}  # 11 is all of its shard
@@ -68,11 +79,12 @@ class Batches:
                 tokens=torch.cat([tokens(row) for row in good]) if good else torch.zeros(0, 1).long(),
                 caption_of=torch.tensor([n for n, row in enumerate(good) for _ in tokens(row)], dtype=torch.int64),
                 text_ids=torch.tensor([row * 13 for row in good], dtype=torch.int64),
+                full_captions=sum(int(tokens(row)[:, -1].ne(0).sum()) for row in good),
                 bad=tuple(BadSample(row, "some.tar", "broken_image") for row in rows.tolist() if row in BAD),
             )
 
 
-def embed(out, batches: Batches, batch_size: int = 3) -> EmbeddingTable:
+def embed(out, batches: Batches, batch_size: int = 3, texts: EmbeddingTable | None = None) -> EmbeddingTable:
     index = make_index()
     embed_shards(
         Towers(),
@@ -84,6 +96,7 @@ def embed(out, batches: Batches, batch_size: int = 3) -> EmbeddingTable:
         device=torch.device("cpu"),
         batch_size=batch_size,
         show_progress=False,
+        texts=texts,
     )
     return EmbeddingTable(out, index)
 
@@ -160,6 +173,75 @@ def test_processes_share_the_shards(tmp_path, pool):
     assert sorted(rows[0] + rows[1]) == list(range(12))
     assert all(rows)
     assert_features(EmbeddingTable(tmp_path, make_index()))
+
+
+class OtherTexts(Batches):
+    """The same pictures with other captions, which nobody should look at."""
+
+    def __call__(self, grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
+        for batch in super().__call__(grid):
+            yield replace(batch, tokens=batch.tokens[:, :0], text_ids=batch.text_ids * 0, full_captions=0)
+
+
+def test_text_features_are_taken_over(tmp_path):
+    before = embed(tmp_path / "before", Batches())
+    table = embed(tmp_path / "after", OtherTexts(), texts=before)
+    assert_features(table)
+    for shard in (0, 2, 3):
+        for name in ("text", "text_norm", "text_id"):
+            np.testing.assert_array_equal(getattr(table.part(shard), name), getattr(before.part(shard), name))
+    assert full_captions(tmp_path / "after", make_index()) == full_captions(tmp_path / "before", make_index()) > 0
+
+
+def write_texts(out, batches: Batches) -> TextFeatures:
+    index, cpu = make_index(), torch.device("cpu")
+    write_text_features(
+        Towers(), index, batches=batches, dim=DIM, out=out, device=cpu, batch_size=3, show_progress=False
+    )
+    return TextFeatures(out, index, DIM)
+
+
+@torch.no_grad()
+def test_text_features_of_each_caption_are_read_from_disk(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_texts(tmp_path, Batches(stop_at=9))
+    batches = Batches()
+    texts = pickle.loads(pickle.dumps(write_texts(tmp_path, batches)))  # as it crosses to a worker
+    assert batches.rows == list(range(7, 12))
+    wanted = [(row, n) for row in range(12) if row not in BAD for n in range(len(tokens(row)))][::-1]
+    features, ids = texts.take(*zip(*wanted, strict=True))
+    captions = torch.stack([tokens(row)[n] for row, n in wanted])
+    torch.testing.assert_close(features, F.normalize(Towers().encode_text(captions), dim=1))
+    assert torch.equal(ids, content_ids(captions))
+    assert texts.take([], [])[0].shape == (0, DIM)
+    for row, caption in [(0, 1), (2, 0), (11, 0)]:
+        with pytest.raises(UserError, match=f"row {row} has no caption {caption}"):
+            texts.take([row], [caption])
+
+
+def written_rows(out) -> list[int]:
+    batches = Batches()
+    write_texts(out, batches)
+    return batches.rows
+
+
+def test_processes_share_the_text_features(tmp_path, pool):
+    rows = pool.run(written_rows, 2, tmp_path / "two")
+    assert sorted(rows[0] + rows[1]) == list(range(12))
+    assert all(rows)
+    write_texts(tmp_path / "one", Batches())
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_damaged_text_features_are_named(tmp_path):
+    write_texts(tmp_path, Batches())
+    names = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / names[1]).write_bytes((tmp_path / names[0]).read_bytes())
+    (tmp_path / names[2]).write_bytes(b"nothing")
+    for row, shard in ((7, 2), (11, 3)):
+        with pytest.raises(UserError, match=rf"texts-00000{shard}.safetensors does not hold the text features of its"):
+            TextFeatures(tmp_path, make_index(), DIM).take([row], [0])
 
 
 def test_missing_and_foreign_parts_are_named(tmp_path):

@@ -203,8 +203,8 @@ def test_features_and_scores_are_the_models_own(shared, compact, options, tmp_pa
     assert not loaded.training
     pixels, tokens = torch.stack([model.image_transform(image) for image in IMAGES]), model.tokenizer(TEXTS)
     got, expected = loaded(input_ids=tokens, pixel_values=pixels), model(image=pixels, text=tokens)
-    assert torch.equal(got.image_embeds, expected["image_features"])
-    assert torch.equal(got.text_embeds, expected["text_features"])
+    torch.testing.assert_close(got.image_embeds, expected["image_features"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.text_embeds, expected["text_features"], rtol=0, atol=1e-6)
     logits = expected["logit_scale"] * expected["image_features"] @ expected["text_features"].T
     logits = logits + options.get("logit_bias", 0)
     torch.testing.assert_close(got.logits_per_image, logits, rtol=0, atol=1e-5)
@@ -280,7 +280,7 @@ def test_a_combination_can_be_asked_for(exported):
             features_of(loaded.get_image_features(pixels)),
             model.encode_image(pixels, combine="mean_cosine"),
         )
-    assert torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
     assert not torch.allclose(got, own_features(model)[0])
 
 

@@ -1,0 +1,98 @@
+"""When `--stages.K.train.compiled` pays: time of a step with and without `torch.compile`, and steps until it is gained.
+
+    python benchmarks/compiled.py --model ViT-B-32 --batch 16
+
+Steps of forward and backward on drawn pictures and tokens of `--tokens`, both ways in turn, in this process; prints a
+JSON line with processor seconds (on a GPU, seconds). The first compiled step holds the compilation. Compilations are
+kept on disk by torch, so that this one runs with an empty cache folder.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import open_clip
+import torch
+import tyro
+
+from mcl_clip.console import run_program
+from mcl_clip.distributed import torch_generator
+from mcl_clip.model.encode import autocast
+from mcl_clip.model.speed import prepare_training
+from mcl_clip.model.towers import create_tower
+
+
+def compiled(
+    *,
+    model: str = "ViT-B-32",
+    batch: int = 16,
+    tokens: int = 24,
+    rounds: int = 5,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> None:
+    """Measure both ways.
+
+    Args:
+        model: name of the architecture.
+        batch: pairs of a step.
+        tokens: of each text.
+        rounds: steps of either way, in turn.
+        device: cpu or cuda.
+        precision: fp32 or bf16.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled_")
+    where = torch.device(device)
+    draw = torch_generator("compiled benchmark")
+    images = torch.randn(batch, 3, 224, 224, generator=draw).to(where)
+    texts = torch.randint(1, 49_000, (batch, tokens), generator=draw).to(where)
+    ways: dict[str, Callable[[], None]] = {}
+    for way in ("plain", "compiled"):
+        tower = create_tower(architecture=model)
+        tower.model.to(where).train()
+        prepare_training(tower.model, compiled=way == "compiled", patch_dropout=0, grad_checkpointing=False)
+
+        def step(towers: torch.nn.Module = tower.model) -> None:
+            with autocast(precision, where):
+                out = towers(images, texts)
+            (out["image_features"] @ out["text_features"].T).diagonal().float().sum().backward()
+            towers.zero_grad(set_to_none=True)
+
+        ways[way] = step
+    first = {way: seconds_of(step, where) for way, step in ways.items()}
+    later: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, step in ways.items():
+            later[way].append(seconds_of(step, where))
+    a_step = {way: statistics.median(times) for way, times in later.items()}
+    gained = statistics.median(a - b for a, b in zip(later["plain"], later["compiled"], strict=True))
+    record = {
+        "model": model,
+        "batch": batch,
+        "device": device if device == "cpu" else torch.cuda.get_device_name(where),
+        "precision": precision,
+        "seconds_a_step": {way: round(seconds, 3) for way, seconds in a_step.items()},
+        "ratio": round(statistics.median(a / b for a, b in zip(later["plain"], later["compiled"], strict=True)), 3),
+        "seconds_to_compile": round(first["compiled"] - a_step["compiled"], 1),
+        "steps_until_gained": round((first["compiled"] - a_step["compiled"]) / gained) if gained > 0 else None,
+        "cores": os.cpu_count(),
+        "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
+    }
+    print(json.dumps(record))
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """Of the processor, or until a GPU is done."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    started = clock()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - started
+
+
+if __name__ == "__main__":
+    run_program(lambda: tyro.cli(compiled))

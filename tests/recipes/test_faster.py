@@ -1,0 +1,129 @@
+"""Runs that do less in a step: text features from disk, patches left out, blocks run twice, compiled towers."""
+
+import logging
+import re
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mcl_clip.artifacts import StaleArtifactError
+from mcl_clip.config import AugmentConfig, LockConfig
+from mcl_clip.errors import UserError
+from mcl_clip.multistage.embed import part_name, read_part
+from tests.recipes.runs import Killer, execute, load_recipe, records, with_stages
+
+TEXT_LOCKED = {"steps": 26, "lock": LockConfig(text=True)}  # 416 rows: each of 200 captions twice
+OVERRIDES = ("--stages.1.train.steps", "26", "--stages.1.train.lock.text")
+TRAIN = "stage-1/train"
+
+
+@pytest.fixture(scope="module")
+def locked(path, tmp_path_factory):
+    """A run whose second stage has a locked text tower, and what it logged."""
+    recipe = replace(load_recipe(path), run_dir=tmp_path_factory.mktemp("locked") / "run")
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("mcl_clip")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    run = execute(with_stages(recipe, {}, TEXT_LOCKED))
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+    return run, lines
+
+
+def losses(run):
+    return [record["loss"] for record in records(run / TRAIN / "metrics.jsonl") if "loss" in record]
+
+
+def test_text_features_from_disk_train_as_the_locked_tower_does(locked, recipe):
+    run, lines = locked
+    said = r"stage 1: the text tower is locked; the features of its captions are read from .*texts"
+    assert any(re.fullmatch(said, line) for line in lines)
+    without = {**TEXT_LOCKED, "lock": LockConfig(text=True, cached_texts=False)}
+    uncached = execute(with_stages(recipe, {}, without))
+    assert losses(run) == pytest.approx(losses(uncached), abs=1e-5)
+    for name in ("duplicates", "negatives_per_row"):
+        found = [[record[name] for record in records(of / TRAIN / "metrics.jsonl")] for of in (run, uncached)]
+        assert found[0] == found[1]
+    assert not (run / TRAIN / "texts").exists()
+    with pytest.raises(StaleArtifactError, match="cached_texts"):
+        execute(replace(with_stages(recipe, {}, TEXT_LOCKED)))
+
+
+def test_the_embedding_takes_over_text_features_of_the_same_tower(locked):
+    run, lines = locked
+    assert "stage 1: the text features are those of the stage before" in lines
+    for number in range(4):
+        first, second = (read_part(run / f"stage-{stage}/embed" / part_name(number), 50) for stage in (0, 1))
+        np.testing.assert_array_equal(first.text, second.text)
+        assert (first.image != second.image).any()
+    stages = [load_file(run / f"stage-{stage}/train/model/open_clip_model.safetensors") for stage in (0, 1)]
+    assert torch.equal(stages[0]["text_projection"], stages[1]["text_projection"])
+
+
+def test_a_tower_that_trained_is_embedded_anew(finished):
+    first, second = (read_part(finished / f"stage-{stage}/embed" / part_name(0), 50) for stage in (0, 1))
+    assert (first.text != second.text).any()
+
+
+def test_few_steps_leave_captions_to_the_tower(recipe, caplog):
+    caplog.set_level("INFO")
+    execute(with_stages(recipe, {}, {**TEXT_LOCKED, "steps": 24}))  # 384 rows: not each caption twice
+    assert "the text tower is locked" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("target", "call", "after"),
+    [
+        ("mcl_clip.multistage.embed:texts_part_name", 6, False),
+        ("mcl_clip.phases:write_text_features", 1, True),
+        pytest.param("mcl_clip.train.loop:save_checkpoint", 6, True, marks=pytest.mark.slow),
+    ],
+    ids=["between shards", "before the training", "after a checkpoint"],
+)
+def test_killed_with_text_features_on_disk_ends_with_the_same_bits(target, call, after, locked, path, tmp_path):
+    killer, run = Killer(), tmp_path / "run"
+    try:
+        assert killer.run(path, target, call, "--run-dir", str(run), *OVERRIDES, after=after) == -signal.SIGKILL
+    finally:
+        killer.close()
+    assert any((run / TRAIN / "texts").glob("texts-*.safetensors"))
+    execute(load_recipe(path), "--run-dir", str(run), *OVERRIDES)
+    name = f"{TRAIN}/model/open_clip_model.safetensors"
+    assert (run / name).read_bytes() == (locked[0] / name).read_bytes()
+    assert losses(run) == losses(locked[0])
+
+
+def test_checkpointed_blocks_change_nothing_and_patches_left_out_do(recipe, finished):
+    twice = execute(with_stages(replace(recipe, run_dir=recipe.run_dir / "a"), {"grad_checkpointing": True}))
+    part = execute(with_stages(replace(recipe, run_dir=recipe.run_dir / "b"), {"patch_dropout": 0.5}))
+    found = [[r["loss"] for r in records(run / "stage-0/train/metrics.jsonl")] for run in (finished, twice, part)]
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert found[2] != pytest.approx(found[0], abs=1e-5)
+    with pytest.raises(StaleArtifactError, match="patch_dropout"):
+        execute(with_stages(replace(recipe, run_dir=recipe.run_dir / "b"), {"patch_dropout": 0.25}))
+    with pytest.raises(UserError, match=r"--stages.K.train.patch-dropout must be from 0 to 0.999999, not 1"):
+        with_stages(recipe, {"patch_dropout": 1.0})
+
+
+@pytest.mark.slow
+def test_compiled_towers_train_alike(recipe, finished):
+    run = execute(with_stages(recipe, {"compiled": True}))
+    found = [[r["loss"] for r in records(of / "stage-0/train/metrics.jsonl")] for of in (finished, run)]
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+def test_runs_from_before_the_options_continue(recipe):
+    """Options at the values that stand for what was always done are no change of a run."""
+    plain = with_stages(recipe, {"augment": AugmentConfig(jpeg="exact")})
+    settings = execute(plain) / "stage-0/train/DONE.json"
+    text = settings.read_text()
+    for name in ("compiled", "patch_dropout", "grad_checkpointing", "cached_texts", "jpeg"):
+        assert name not in text
