@@ -10,7 +10,7 @@ A column is a negative of a row when both have the same group (Multistage Contra
 CLIP-MoE, arXiv 2409.19291, equation 1), so the loss is the published one whatever a batch is made of.
 
 Masks and logits have a number for each pair of a row and a column. With `chunk_rows` they are made for so many rows at
-a time, with the gradients of these rows' losses, so that memory grows with the batch and not with its square.
+a time, and made again on the way back, so that memory grows with the batch and not with its square.
 """
 
 from collections.abc import Callable
@@ -226,25 +226,22 @@ def _share(of_rows: Callable[..., Tensor], negatives: Negatives, *tensors: Tenso
 
 
 class _SumOfChunks(torch.autograd.Function):
-    """The sum of a function over chunks. Goes backward from each before the next, and keeps the gradients alone."""
+    """The sum of a function over chunks. Keeps its inputs alone, and computes each chunk again on the way back."""
 
     @staticmethod
     def forward(ctx: Any, of_chunk: Callable[..., Tensor], chunks: list[slice], *tensors: Tensor) -> Tensor:
-        needed = ctx.needs_input_grad[2:]
-        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
-        total = leaves[0].new_zeros(())
-        for chunk in chunks:
-            with torch.enable_grad():
-                part = of_chunk(chunk, *leaves)
-            if part.requires_grad:
-                torch.autograd.backward(part)
-            total += part.detach()
-        ctx.save_for_backward(*(leaf.grad for leaf in leaves))
-        return total
+        ctx.of_chunk, ctx.chunks = of_chunk, chunks
+        ctx.save_for_backward(*tensors)
+        return torch.stack([of_chunk(chunk, *tensors) for chunk in chunks]).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if saved is None else grads[0] * saved for saved in ctx.saved_tensors)
+        needed = ctx.needs_input_grad[2:]
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)]
+        for chunk in ctx.chunks:
+            with torch.enable_grad():
+                torch.autograd.backward(ctx.of_chunk(chunk, *leaves), grads[0])
+        return None, None, *(leaf.grad for leaf in leaves)
 
 
 def _at_least_float32(features: Features) -> Features:
