@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from mcl_clip.data.decode import BadSampleError, decode_captions
 from mcl_clip.data.index import ShardIndex
@@ -23,7 +22,10 @@ from mcl_clip.errors import UserError
 from mcl_clip.eval.embed import bad_sample, embed_images, embed_texts, find_shards
 
 READ_ROWS = 256
-GALLERY_BLOCK = 8192
+IMAGE_BLOCK = 4096  # images scored at once, and texts against them
+TEXT_CHUNK = 256
+ROWS_AT_ONCE = 2048  # of features, where there is no product to make
+DENSE_SHARE = 1 / 128  # of scores close to one that decides; with more, a product in float64 is faster
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def recall_metrics(
     image_of_text: Int[np.ndarray, " pairs"],
     *,
     ks: Sequence[int] = (1, 5, 10),
-    chunk: int = 256,
+    chunk: int = TEXT_CHUNK,
     normalize: bool = True,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Recalls and ranks of cross-modal retrieval, and the outcome of each query.
@@ -168,7 +170,8 @@ def recall_metrics(
         text_features: of either length.
         image_of_text: the row of each caption's image.
         ks: the k of the recalls.
-        chunk: queries scored at once; needs `chunk` x gallery x 10 bytes and changes no result.
+        chunk: captions scored at once, against at most 4096 images; changes no result. Needs some
+            4096 x (`chunk` x 10 + dimensions x 12) bytes, however many images and captions there are.
         normalize: score by cosine; otherwise by the inner product of the features as they are.
 
     Returns:
@@ -181,13 +184,11 @@ def recall_metrics(
         UserError: if features are not finite, or do not fit to each other.
     """
     _check_features(image_features, text_features, image_of_text)
-    if normalize:
-        image_features, text_features = F.normalize(image_features.float()), F.normalize(text_features.float())
-    of_text = torch.from_numpy(image_of_text).to(image_features.device)
-    of_image = torch.arange(len(image_features), device=image_features.device)
+    images, texts = (_Rows.of(features, normalize=normalize) for features in (image_features, text_features))
+    of = torch.from_numpy(image_of_text).to(image_features.device, torch.int64)
     sides = {
-        "image_retrieval": _best_ranks(text_features, image_features, of_text, of_image, chunk),
-        "text_retrieval": _best_ranks(image_features, text_features, of_image, of_text, chunk),
+        side: ranks.to(torch.int32).cpu().numpy()
+        for side, ranks in zip(("image_retrieval", "text_retrieval"), _ranks(images, texts, of, chunk), strict=True)
     }
     galleries = {"image_retrieval": len(image_features), "text_retrieval": len(text_features)}
     outcomes = _outcomes(sides, galleries, image_of_text, ks)
@@ -222,7 +223,9 @@ def _small(values: np.ndarray) -> np.ndarray:
 
 def _check_features(images: Tensor, texts: Tensor, image_of_text: np.ndarray) -> None:
     for what, features in (("image", images), ("text", texts)):
-        broken = int((~torch.isfinite(features).all(dim=1)).sum())
+        broken = sum(
+            int((~torch.isfinite(features[rows]).all(dim=1)).sum()) for rows in _slices(len(features), ROWS_AT_ONCE)
+        )
         if broken:
             raise UserError(f"{broken} of {len(features)} {what} features are not finite; the model has diverged")
     if len(texts) != len(image_of_text) or not len(texts) or not len(images):
@@ -231,30 +234,136 @@ def _check_features(images: Tensor, texts: Tensor, image_of_text: np.ndarray) ->
         raise UserError(f"captions belong to images 0 to {len(images) - 1}, not to {image_of_text.max()}")
 
 
-def _best_ranks(
-    queries: Tensor, gallery: Tensor, query_labels: Tensor, gallery_labels: Tensor, chunk: int
-) -> np.ndarray:
-    """Wrong items scored at least as high as the best right one, by query, int32; right means of equal label."""
-    ranks = []
-    for start in range(0, len(queries), chunk):
-        scores = _scores(queries[start : start + chunk], gallery)
-        is_right = query_labels[start : start + chunk, None] == gallery_labels
-        best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
-        # With nothing right, all are ahead: the best is then minus infinity.
-        ranks.append(((scores >= best) & ~is_right).sum(dim=1))
-    result: np.ndarray = torch.cat(ranks).to(torch.int32).cpu().numpy()
-    return result
+@dataclass(frozen=True)
+class _Rows:
+    """Features of one side; they are divided only where they are used, so that no copy of them is kept."""
+
+    features: Float[Tensor, "rows dim"]
+    divisors: Float[Tensor, "rows 1"]
+
+    @classmethod
+    def of(cls, features: Float[Tensor, "rows dim"], *, normalize: bool) -> "_Rows":
+        """Rows over their lengths, or all over one power of two, which keeps their order and the sums finite."""
+        if normalize:
+            features = features.float()
+            return cls(features, torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-12))
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        _, exponent = torch.frexp(torch.linalg.vector_norm(features, torch.inf))
+        return cls(features, torch.ldexp(features.new_ones(()), exponent - 1).expand(len(features), 1))
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice | Int[Tensor, " some"]) -> Float[Tensor, "some dim"]:
+        return self.features[rows] / self.divisors[rows]
+
+    def longest(self) -> Float[Tensor, ""]:
+        """The greatest length of a divided row."""
+        parts = _slices(len(self), ROWS_AT_ONCE)
+        return torch.stack([torch.linalg.vector_norm(self[rows], dim=1).amax() for rows in parts]).amax()
 
 
-def _scores(
-    queries: Float[Tensor, "chunk dim"], gallery: Float[Tensor, "gallery dim"]
-) -> Float[Tensor, "chunk gallery"]:
-    """Inner products in float32, summed in float64: equal items get equal scores wherever they stand."""
-    scores = torch.empty(len(queries), len(gallery), device=queries.device)
-    exact = queries.double()
-    for start in range(0, len(gallery), GALLERY_BLOCK):
-        scores[:, start : start + GALLERY_BLOCK] = exact @ gallery[start : start + GALLERY_BLOCK].double().T
-    return scores
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _ranks(
+    images: _Rows, texts: _Rows, image_of_text: Int[Tensor, " texts"], chunk: int
+) -> tuple[Int[Tensor, " texts"], Int[Tensor, " images"]]:
+    """Wrong items scored at least as high as the best right one, by text and by image; each product is made once.
+
+    Nothing is sorted: scores are compared with the best right one's, known before. What the order hangs on are inner
+    products in float64, rounded to float32, so that equal items get equal scores wherever they stand.
+    """
+    best_of_text = torch.cat(
+        [_pair_scores(texts[rows], images[image_of_text[rows]]) for rows in _slices(len(texts), ROWS_AT_ONCE)]
+    )
+    best_of_image = best_of_text.new_full((len(images),), -torch.inf)  # with nothing right, all are ahead
+    best_of_image.scatter_reduce_(0, image_of_text, best_of_text, "amax")
+    ahead_of_text, ahead_of_image = (
+        torch.zeros_like(best, dtype=torch.int64) for best in (best_of_text, best_of_image)
+    )
+    scorer = _Scorer.of(images, texts, chunk)
+    for block in _slices(len(images), IMAGE_BLOCK):
+        gallery, best_image = images[block], best_of_image[block]
+        for rows in _slices(len(texts), chunk):
+            best_text = best_of_text[rows, None]
+            scores, spare = scorer.scores(texts[rows], gallery, best_text, best_image)
+            _forget(scores, image_of_text[rows] - block.start)
+            # Sums of zeros and ones in float32: several times as fast as of booleans, and exact up to 2^24.
+            ahead_of_text[rows] += torch.ge(scores, best_text, out=spare).sum(dim=1).long()
+            ahead_of_image[block] += torch.ge(scores, best_image, out=spare).sum(dim=0).long()
+    return ahead_of_text, ahead_of_image
+
+
+def _forget(scores: Float[Tensor, "texts images"], right: Int[Tensor, " texts"]) -> None:
+    """Make the scores at `right`, a column for each row that may lie outside, minus infinity."""
+    inside = right.clamp(0, scores.shape[1] - 1)
+    found = scores.gather(1, inside[:, None])
+    scores.scatter_(1, inside[:, None], found.masked_fill_((inside == right)[:, None], -torch.inf))
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores of a chunk of texts and a block of images, exact wherever they are close to one that decides."""
+
+    buffer: Float[Tensor, " size"]
+    spare: Float[Tensor, " size"]
+    near: Bool[Tensor, " size"]
+    bound: Float[Tensor, ""]
+    is_fast: bool
+
+    @classmethod
+    def of(cls, images: _Rows, texts: _Rows, chunk: int) -> "_Scorer":
+        """With room for `chunk` texts."""
+        device, size = images.features.device, min(chunk, len(texts)) * min(IMAGE_BLOCK, len(images))
+        buffer, spare = (torch.empty(size, device=device) for _ in range(2))
+        # A sum of n products in float32 is off by at most n * eps / 2 times the product of the lengths (Higham,
+        # Accuracy and Stability of Numerical Algorithms, section 3.1); twice that, and some for the other roundings.
+        bound = images.longest() * texts.longest() * (images.features.shape[1] + 8) * torch.finfo(torch.float32).eps
+        near = torch.empty(size, dtype=torch.bool, device=device)
+        return cls(buffer, spare, near, bound.float(), is_fast=_float32_is_whole())
+
+    def scores(
+        self,
+        queries: Float[Tensor, "texts dim"],
+        gallery: Float[Tensor, "images dim"],
+        best_text: Float[Tensor, "texts 1"],
+        best_image: Float[Tensor, " images"],
+    ) -> tuple[Float[Tensor, "texts images"], Float[Tensor, "texts images"]]:
+        """The scores, valid until the next call, and another buffer of their shape.
+
+        What compares with `best_text` and `best_image` by `>=` compares as the exact scores do.
+        """
+        shape = (len(queries), len(gallery))
+        scores, spare, near = (part[: shape[0] * shape[1]].view(shape) for part in (self.buffer, self.spare, self.near))
+        if self.is_fast:
+            torch.mm(queries.float(), gallery.float().T, out=scores)
+            torch.le(torch.sub(scores, best_text, out=spare).abs_(), self.bound, out=near)
+            near |= torch.sub(scores, best_image, out=spare).abs_() <= self.bound
+            pairs = near.view(-1).nonzero()[:, 0]
+            if len(pairs) <= DENSE_SHARE * scores.numel():
+                for part in _slices(len(pairs), ROWS_AT_ONCE):
+                    some = pairs[part]
+                    scores.view(-1)[some] = _pair_scores(queries[some // shape[1]], gallery[some % shape[1]])
+                return scores, spare
+        exact = queries.double()
+        for columns in _slices(shape[1], ROWS_AT_ONCE):
+            scores[:, columns] = exact @ gallery[columns].double().T
+        return scores, spare
+
+
+def _pair_scores(queries: Float[Tensor, "pairs dim"], gallery: Float[Tensor, "pairs dim"]) -> Float[Tensor, " pairs"]:
+    """The score of each row with the row beside it: the inner product in float64, rounded to float32."""
+    return queries.double().mul_(gallery).sum(dim=1).float()
+
+
+def _float32_is_whole() -> bool:
+    """Whether products of float32 are made in float32, and not in TF32 or bfloat16."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for each backend apart
+        return False
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_clip.errors import UserError
 from mcl_clip.eval.embed import _batches_of_rank, _in_order
 from mcl_clip.eval.suite import result_record
+from mcl_clip.eval.tasks import retrieval
 from mcl_clip.eval.tasks.retrieval import (
     RetrievalSet,
     RetrievalTask,
@@ -179,6 +181,127 @@ def test_features_that_do_not_fit_together_are_refused():
         recall_metrics(images, texts[:9], image_of_text)
     with pytest.raises(UserError, match="images 0 to 3, not to 4"):
         recall_metrics(images[:4], texts, image_of_text)
+
+
+def alike_features(noise, dim=64, count=400):
+    """Nine sorts of images, and of captions in any order, that differ by `noise` in what float32 may not tell."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(9, dim, generator=generator)[torch.randint(9, (count,), generator=generator)]
+    image_of_text = torch.randint(count - 1, (3 * count,), generator=generator)  # the last has none
+    texts = images[image_of_text] + torch.randn(9, dim, generator=generator)[image_of_text % 9]
+    images = images + noise * torch.randn(images.shape, generator=generator)
+    return images, texts + noise * torch.randn(texts.shape, generator=generator), image_of_text.numpy()
+
+
+def ranks_by_whole_matrix(images, texts, image_of_text):
+    """Wrong items that are not below the best right one, from products in float64 rounded to float32."""
+    scores = (texts.double() @ images.double().T).float()
+    right = torch.zeros(scores.shape, dtype=torch.bool)
+    right[torch.arange(len(texts)), torch.from_numpy(image_of_text)] = True
+    best = scores.masked_fill(~right, -torch.inf)
+    return {
+        "image_retrieval": ((scores >= best.amax(dim=1, keepdim=True)) & ~right).sum(dim=1).tolist(),
+        "text_retrieval": ((scores >= best.amax(dim=0)) & ~right).sum(dim=0).tolist(),
+    }
+
+
+def ranks_of(*features, **options):
+    _, outcomes = recall_metrics(*features, **options)
+    return {side: outcomes[side].tolist() for side in ("image_retrieval", "text_retrieval")}
+
+
+@pytest.mark.parametrize("dense_share", [-1, retrieval.DENSE_SHARE, 1], ids=["dense", "default", "pairs"])
+@pytest.mark.parametrize("noise", [0, 1e-7, 1e-6, 1e-4, 1])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_ranks_are_exact_among_items_that_float32_cannot_tell_apart(noise, dense_share, normalize, monkeypatch):
+    monkeypatch.setattr(retrieval, "DENSE_SHARE", dense_share)
+    monkeypatch.setattr(retrieval, "IMAGE_BLOCK", 150)
+    monkeypatch.setattr(retrieval, "ROWS_AT_ONCE", 70)
+    images, texts, image_of_text = alike_features(noise)
+    if normalize:
+        expected = ranks_by_whole_matrix(F.normalize(images), F.normalize(texts), image_of_text)
+    else:
+        images = images * torch.linspace(1, 9, len(images))[:, None]
+        expected = ranks_by_whole_matrix(images, texts, image_of_text)
+    assert ranks_of(images, texts, image_of_text, normalize=normalize, chunk=90) == expected
+
+
+def test_ranks_do_not_depend_on_threads():
+    features = alike_features(1e-6, dim=300)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(ranks_of(*features))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
+def test_ranks_do_not_depend_on_autocast():
+    features = alike_features(1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ranks_of(*features)
+    assert found == ranks_of(*features)
+
+
+@pytest.mark.parametrize("setting", ["high", "medium", "by backend"])
+def test_ranks_are_exact_where_products_of_float32_are_not(setting, monkeypatch):
+    features = random_features(CAPTIONS * 5)
+    expected = ranks_of(*features)
+
+    def precision():
+        if setting == "by backend":
+            raise RuntimeError("set by backend")
+        return setting
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", precision)
+    monkeypatch.setattr(torch, "mm", lambda queries, gallery, out: out.zero_())
+    assert ranks_of(*features) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_features_may_be_of_any_float(dtype, normalize):
+    images, texts, image_of_text = random_features(CAPTIONS * 9, dim=40)
+    images, texts = images.to(dtype), texts.to(dtype)
+    prepare = (lambda features: F.normalize(features.float())) if normalize else (lambda features: features)
+    expected = ranks_by_whole_matrix(prepare(images), prepare(texts), image_of_text)
+    assert ranks_of(images, texts, image_of_text, normalize=normalize) == expected
+
+
+@pytest.mark.parametrize("factor", [2.0**-120, 2.0**120])
+def test_no_inner_product_overflows(factor):
+    images, texts, image_of_text = random_features(CAPTIONS * 5)
+    expected = ranks_of(images, texts, image_of_text, normalize=False)
+    assert ranks_of(images * factor, texts * factor, image_of_text, normalize=False) == expected
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most bytes that an operation gave as one tensor, but for views of `inputs`."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("size", [300, 600])
+def test_neither_scores_nor_features_are_copied_whole(size, monkeypatch):
+    monkeypatch.setattr(retrieval, "IMAGE_BLOCK", 50)
+    monkeypatch.setattr(retrieval, "ROWS_AT_ONCE", 50)
+    images, texts, image_of_text = random_features([5] * size, dim=256)
+    with LargestTensor(images, texts) as largest:
+        recall_metrics(images, texts, image_of_text, chunk=50)
+    assert 0 < largest.bytes <= 50 * 256 * 8
 
 
 def image_bytes(number, kind):
