@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +19,9 @@ import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from mcl_clip.artifacts import DONE, append_jsonl, atomic_path, read_run_config
+from mcl_clip.artifacts import DONE, append_jsonl, atomic_path, read_run_config, write_json
 from mcl_clip.checkup import diagnoses, examine, status_lines
-from mcl_clip.config import ExperimentConfig, RunConfig, StageConfig, check_range
+from mcl_clip.config import EvalConfig, ExperimentConfig, RunConfig, StageConfig, check_range
 from mcl_clip.console import PlannedStop, run_program
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards
@@ -28,7 +29,8 @@ from mcl_clip.distributed import is_main, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import results_table
 from mcl_clip.multistage.labels import default_min_group_size, group_labels, read_labels
-from mcl_clip.pipeline import check_stages, run_pipeline, with_control
+from mcl_clip.phases import Run, only, train
+from mcl_clip.pipeline import check_stages, load_index, plan_phases, run_pipeline, with_control
 from mcl_clip.publish.folder import EVERYTHING, Export, export_run
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token, upload
 from mcl_clip.tools.compare import compare_models, comparison_records, comparison_text, find_results
@@ -37,10 +39,22 @@ from mcl_clip.tools.evaluate import evaluate
 from mcl_clip.tools.experiment import Plan, control_arms, run_arms, table
 from mcl_clip.tools.launch import launch, place, read_placement
 from mcl_clip.tools.lost import what_was_lost
+from mcl_clip.tools.profile import (
+    Setup,
+    borrowed,
+    hints,
+    lend_stages,
+    machine_of,
+    profile_text,
+    profile_training,
+    steps_of_profile,
+)
 from mcl_clip.tools.reshard import reshard
 from mcl_clip.train.interrupt import Interrupt, wait_for_the_cause
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+ROWS_TO_CACHE = 50_000  # up to which a profile caches text features as the run does; of more it only says so
+PROFILE_OPTIONS = ("--stage", "--steps", "--warmup", "--out")
 PLACEMENT_OPTIONS = (
     *("--num-processes", "--config-file", "--num-machines", "--machine-rank"),
     *("--main-process-ip", "--main-process-port"),
@@ -369,14 +383,16 @@ def launch_recipe(
     sys.exit(launch(command, placement, planned_codes={0, 130, config.machine.preempt_exit_code}))
 
 
-def _split_placement(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Arguments of `launch`, which may also stand behind the recipe, and those of the recipe."""
+def _split_placement(
+    arguments: Sequence[str], options: Sequence[str] = PLACEMENT_OPTIONS
+) -> tuple[list[str], list[str]]:
+    """Arguments of the command, whose `options` may also stand behind the recipe, and those of the recipe."""
     own, following = _split_at_recipe(arguments)
     of_recipe = []
     while following:
         argument = following.pop(0)
         name, equals, _ = argument.partition("=")
-        if name.replace("_", "-") in PLACEMENT_OPTIONS:
+        if name.replace("_", "-") in options:
             own += [argument] if equals else [argument, *following[:1]]
             following = following if equals else following[1:]
         else:
@@ -406,6 +422,100 @@ def doctor(recipe: Path, /, *, processes: int = 0) -> None:
     print(f"{failures or 'nothing'} will fail, {warnings or 'no'} warning{'s' * (warnings != 1)}")
     if failures:
         sys.exit(1)
+
+
+def profile(
+    recipe: Path, /, *, stage: int | None = None, steps: int = 20, warmup: int = 5, out: Path | None = None
+) -> None:
+    """Measure where a training step spends its time: `mcl-clip profile RECIPE [--stage K] [arguments of the recipe]`.
+
+    Trains a few steps as the recipe would, in a temporary folder (below TMPDIR), and says what to change. The run
+    directory is only read: a later stage needs the earlier ones done there. `accelerate launch -m mcl_clip profile ...`
+    measures several processes, of one machine.
+
+    Args:
+        recipe: a file with RECIPE; its own arguments follow it.
+        stage: which stage, from 0; by default the first that trains.
+        steps: steps that are measured.
+        warmup: steps before, which are not.
+        out: file for the same figures as JSON: seconds of a step by part, shares, samples per second, bytes, hints.
+    """
+    check_range("steps", steps, 1)
+    check_range("warmup", warmup, 1)
+    config = parse(_recipe_of(recipe), _split_placement(sys.argv[1:], PROFILE_OPTIONS)[1])
+    accelerator = create_accelerator()
+    with _speaking_once():
+        check_stages(config)
+        if config.machine.threads:
+            torch.set_num_threads(config.machine.threads)
+        with borrowed(config.run_dir) as folder:
+            index, sources = load_index(replace(config, run_dir=folder))
+            config = with_control(config, rows=len(index))
+            number = _stage_to_profile(config, stage)
+            lend_stages(folder, config.run_dir, number)
+            ready = config.machine.workers * config.machine.prefetch_batches
+            trial = _trial(config, number, folder=folder, steps=steps_of_profile(steps, warmup, ready), rows=len(index))
+            run = Run(config=trial, accelerator=accelerator, index=index, sources=sources, tasks={})
+            _check_earlier(run, number, config.run_dir)
+            found = profile_training(
+                partial(train, run, number),
+                accelerator,
+                steps=steps,
+                warmup_steps=warmup,
+                ready_batches=ready,
+                show_progress=config.machine.progress,
+            )
+        setup = _setup(config, number, accelerator)
+        if is_main():
+            print(profile_text(found, setup))
+            if out:
+                write_json(out, {"stage": number, **found.record(), "hints": hints(found, setup)})
+    accelerator.end_training()
+
+
+def _stage_to_profile(config: RunConfig, stage: int | None) -> int:
+    trained = [number for number, one in enumerate(config.stages) if one.train.steps]
+    if stage is None and trained:
+        return trained[0]
+    if stage not in trained:
+        raise UserError(
+            f"--stage {stage} is not a stage that trains; those of this recipe are {', '.join(map(str, trained))}"
+        ).on_every_process()
+    return stage
+
+
+def _trial(config: RunConfig, stage: int, *, folder: Path, steps: int, rows: int) -> RunConfig:
+    """The recipe in another folder, with a stage that trains long enough and does nothing beside it."""
+    settings = config.stages[stage].train
+    settings = replace(settings, steps=max(settings.steps, steps))
+    if rows > ROWS_TO_CACHE:
+        settings = replace(settings, lock=replace(settings.lock, cached_texts=False))
+    stages = [replace(one, train=settings) if number == stage else one for number, one in enumerate(config.stages)]
+    machine = replace(config.machine, save_steps=0, save_minutes=0, progress=False)
+    return replace(config, run_dir=folder, stages=tuple(stages), machine=machine, eval=EvalConfig())
+
+
+def _check_earlier(run: Run, stage: int, run_dir: Path) -> None:
+    """Refuse a stage before what it is made from is done."""
+    (phase,) = [phase for phase in plan_phases(run) if phase.name == f"stage-{stage}/train"]
+    if missing := [earlier.name for earlier in phase.inputs if not (earlier.folder / DONE).exists()]:
+        raise UserError(
+            f"--stage {stage} trains from {', '.join(missing)}, not done in {run_dir}; run the recipe so far, or give "
+            f"the --run-dir of a run that has it"
+        ).on_every_process()
+
+
+def _setup(config: RunConfig, stage: int, accelerator: Accelerator) -> Setup:
+    settings = config.stages[stage].train
+    return Setup(
+        stage=stage,
+        workers=config.machine.workers,
+        jpeg=settings.augment.jpeg,
+        is_text_locked=settings.lock.text,
+        cached_texts=settings.lock.cached_texts,
+        **only(settings, "global_batch_size", "loss_chunk_rows", "grad_cache_rows", "precision"),
+        **machine_of(accelerator),
+    )
 
 
 def export(run: Path, folder: Path, /, *, what: Annotated[Export, tyro.conf.OmitArgPrefixes] = EVERYTHING) -> None:
@@ -504,6 +614,7 @@ def command() -> None:
     commands: dict[str, Callable[..., None]] = {
         "launch": launch_recipe,
         "doctor": doctor,
+        "profile": profile,
         "index": index,
         "status": status,
         "eval": evaluate_model,
@@ -515,7 +626,12 @@ def command() -> None:
     }
 
     def program() -> None:
-        split = {"launch": _split_placement, "doctor": _split_at_recipe}.get(sys.argv[1] if sys.argv[1:] else "")
+        splits: dict[str, Callable[[Sequence[str]], tuple[list[str], list[str]]]] = {
+            "launch": _split_placement,
+            "doctor": _split_at_recipe,
+            "profile": partial(_split_placement, options=PROFILE_OPTIONS),
+        }
+        split = splits.get(sys.argv[1] if sys.argv[1:] else "")
         arguments = split(sys.argv[1:])[0] if split else sys.argv[1:]
         tyro.extras.subcommand_cli_from_dict(commands, prog="mcl-clip", description=__doc__, args=arguments)
 
