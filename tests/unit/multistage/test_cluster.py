@@ -6,6 +6,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
+from mcl_clip.distributed import torch_generator
 from mcl_clip.errors import UserError
 from mcl_clip.multistage import cluster
 from mcl_clip.multistage.cluster import Clustering, fit_shared_metric, projected_rows, spherical_kmeans
@@ -65,6 +66,79 @@ def test_each_row_is_with_its_nearest_centroid_and_passes_gain(monkeypatch):
     np.testing.assert_array_equal(found.assignments, similarity.argmax(1))
     objectives = [step["objective"] for step in found.trace]
     assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(objectives))
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """How many rows were compared with centroids in each call."""
+    counts, nearest = [], cluster._nearest
+
+    def counted(features, centroids):
+        counts.append(len(features))
+        return nearest(features, centroids)
+
+    monkeypatch.setattr(cluster, "_nearest", counted)
+    return counts
+
+
+@pytest.mark.parametrize(("clusters", "noise"), [(1, 1.0), (7, 1.0), (20, 0.3)])
+def test_rows_that_are_not_looked_at_again_would_not_have_moved(monkeypatch, looked_at, clusters, noise):
+    monkeypatch.setattr(cluster, "CHUNK_ROWS", 500)
+    monkeypatch.setattr(cluster, "BLOCK_ROWS", 64)
+    features, _ = planted(3000, 30, noise)
+    features[::70] = 0
+    some, calls = fit(features, clusters, tolerance=0.0, sample_rows=200), sum(looked_at)
+    monkeypatch.setattr(cluster, "UNIT_LIMIT", 1e6)  # every centroid may have come near every row
+    every = fit(features, clusters, tolerance=0.0, sample_rows=200)
+    np.testing.assert_array_equal(some.assignments, every.assignments)
+    assert some.centroids.tobytes() == every.centroids.tobytes()
+    assert some.trace == every.trace
+    assert calls < (0.9 * (sum(looked_at) - calls) if clusters > 1 else 2 * (200 + 3000))
+
+
+def test_sums_stay_exact_while_rows_move():
+    features, _ = planted(3000, 30, 1.0)
+    directions = torch.from_numpy(planted(60, 60, 0.0)[0]).float()
+    members = cluster._Members(lambda start, stop: features[start:stop], [(0, 1000), (1000, 3000)], directions[:6])
+    for number in range(10):
+        members.move_to(directions[6 * number : 6 * number + 6])
+        assignments = torch.cat(members.clusters).numpy()
+        whole = (features.astype(np.float64) * 2**24).astype(np.int64)
+        expected = np.stack([whole[assignments == k].sum(0) for k in range(6)])
+        np.testing.assert_array_equal(members.sums().numpy(), expected)
+        assert members.sizes().tolist() == np.bincount(assignments, minlength=6).tolist()
+
+
+def test_a_row_as_near_to_two_centroids_goes_to_the_first_in_any_company():
+    draw = np.random.default_rng(0)
+    half = unit(draw.normal(size=(300, 256)))
+    features = torch.from_numpy(np.concatenate([half, half], axis=1)).float() / 2**0.5
+    left, right = torch.nn.functional.normalize(torch.from_numpy(draw.normal(size=(2, 256))), dim=1).float()
+    centroids = torch.stack([torch.cat([left, right]), torch.cat([right, left])])
+    for size in (1, 7, 300):
+        for some in features.split(size):
+            assert not cluster._nearest(some, centroids)[0].any()
+
+
+@pytest.mark.parametrize("clusters", [1, 6])
+def test_the_objective_is_that_of_each_row_with_its_centroid(clusters):
+    features, _ = planted(2000, 30, 1.0)
+    features[::50] = 0
+    found = fit(features, clusters)
+    own = (features.astype(np.float64) * found.centroids[found.assignments]).sum(1)
+    assert found.trace[-1]["objective"] == pytest.approx(np.mean(1 - own[features.any(1)]), abs=1e-7)
+
+
+def test_a_start_does_not_depend_on_those_beside_it():
+    features = torch.from_numpy(planted(1000, 30, 1.0)[0]).float()
+
+    def generators():
+        return [torch_generator("test", start) for start in range(3)]
+
+    together = cluster._plus_plus(features, 9, generators())
+    alone = [cluster._plus_plus(features, 9, [generator])[0] for generator in generators()]
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert not torch.equal(together[0], together[1])
 
 
 def test_the_draw_is_seeded_and_leaves_the_global_generator_alone():
