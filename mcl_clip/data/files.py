@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import aiohttp
 import fsspec
 import numpy as np
 from jaxtyping import Integer
@@ -158,6 +157,8 @@ def filesystem(location: str, timeout_s: float) -> Any:
 def _filesystem(protocol: str, is_encoded: bool, timeout_s: float, process: int) -> Any:  # noqa: ARG001
     options: dict[str, Any] = {}
     if protocol in ("http", "https"):
+        import aiohttp  # takes a quarter of a second
+
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
         options = {"client_kwargs": {"timeout": timeout, "trust_env": True}, "encoded": is_encoded}
     elif protocol == "s3":
@@ -208,8 +209,9 @@ def _is_passing(error: Exception) -> bool:
 def _root(error: Exception) -> Exception:
     """What really happened: fsspec calls every failure to get the size of an HTTP file 'not found'."""
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and isinstance(cause, aiohttp.ClientError | TimeoutError | ConnectionError):
-        return cause
+    is_of_aiohttp = isinstance(cause, Exception) and type(cause).__module__.partition(".")[0] == "aiohttp"
+    if isinstance(error, FileNotFoundError) and (is_of_aiohttp or isinstance(cause, TimeoutError | ConnectionError)):
+        return cause  # type: ignore[return-value]
     return error
 
 

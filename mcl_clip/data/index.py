@@ -118,10 +118,7 @@ class ShardIndex:
     def key_numbers(self) -> Int32[np.ndarray, "rows"]:
         """A number for each row, equal where keys are."""
         keys = self._table.column("key")
-        numbers: np.ndarray = (
-            keys.chunk(0).dictionary_encode().indices.to_numpy() if len(self) else np.zeros(0, np.int32)
-        )
-        return numbers
+        return np.from_dlpack(keys.chunk(0).dictionary_encode().indices) if len(self) else np.zeros(0, np.int32)
 
     @property
     def digest(self) -> str:
@@ -328,9 +325,17 @@ class ShardIndex:
 
 def make_table(keys: Iterable[bytes], columns: Mapping[str, np.ndarray]) -> pa.Table:
     """The rows of an index: UTF-8 keys, and a column of equal length for each name of `Row` and `shard`."""
-    arrays = [pa.array(list(keys), pa.large_binary()).cast(pa.large_string())]
-    arrays += [pa.array(np.asarray(columns[name]).astype(dtype)) for name, dtype in _DTYPES.items()]
+    keys = list(keys)
+    ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(keys))]
+    arrays = [pa.Array.from_buffers(pa.large_binary(), len(keys), buffers).cast(pa.large_string())]
+    arrays += [_array(np.asarray(columns[name]).astype(dtype), name) for name, dtype in _DTYPES.items()]
     return pa.Table.from_arrays(arrays, schema=_SCHEMA)
+
+
+def _array(values: np.ndarray, name: str) -> pa.Array:
+    """A column from its memory: `pa.array` and `to_numpy` would import pandas, which takes half a second."""
+    return pa.Array.from_buffers(_SCHEMA.field(name).type, len(values), [None, pa.py_buffer(values)])
 
 
 def _scan(url: str, text_first: str, patience: Patience) -> _Part:
@@ -372,7 +377,9 @@ def _assemble(parts: Sequence[_Part], text_first: str) -> ShardIndex:
     numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [shard.rows for shard in shards])
     tables = [table.replace_schema_metadata(None) for _, table in parts]
     table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
-    return ShardIndex(shards, table.set_column(1, _SCHEMA.field("shard"), pa.array(numbers)), text_first=text_first)
+    return ShardIndex(
+        shards, table.set_column(1, _SCHEMA.field("shard"), _array(numbers, "shard")), text_first=text_first
+    )
 
 
 def _nothing_found(index: ShardIndex) -> str:
@@ -389,8 +396,7 @@ def _numpy(table: pa.Table, name: str) -> np.ndarray:
     column = table.column(name)
     if column.num_chunks == 0:
         return np.zeros(0, _DTYPES[name])
-    values: np.ndarray = column.chunk(0).to_numpy(zero_copy_only=True)
-    return values
+    return np.from_dlpack(column.chunk(0))
 
 
 def _key_buffers(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
