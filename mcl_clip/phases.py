@@ -204,7 +204,7 @@ def _cached_texts(run: Run, s: int, tower: Tower, reader: Reader) -> TextFeature
         return None
     options = run.batch_options(tower) | {"short_texts": False, "device": torch.device("cpu")}
 
-    def batches(grid: list[np.ndarray], **changed: Any) -> Iterator[CaptionedBatch]:
+    def batches(grid: Iterable[np.ndarray], **changed: Any) -> Iterator[CaptionedBatch]:
         return captioned_batches(run.reader(index), grid, transform=None, **(options | changed))
 
     (some,) = batches([np.arange(min(ROWS_TO_COUNT, len(index)))], tokenizer=None, num_workers=0)
@@ -248,7 +248,7 @@ def embed(run: Run, s: int) -> None:
     texts = _same_texts(run, s, tower)
     options = run.batch_options(tower) | ({} if texts is None else {"tokenizer": None})
 
-    def batches(grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
+    def batches(grid: Iterable[np.ndarray]) -> Iterator[CaptionedBatch]:
         return captioned_batches(run.reader(run.index), grid, transform=transform, **options)
 
     with run.interrupt.deferred():

@@ -7,7 +7,7 @@ which would drop or repeat data silently.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -353,7 +353,7 @@ def _cat(tensors: list[Tensor]) -> Tensor:
 
 def captioned_batches(
     reader: Reader,
-    batches: Sequence[Int[np.ndarray, "_rows"]],
+    batches: Iterable[Int[np.ndarray, "_rows"]],
     *,
     transform: EvaluationTransform | TrainTransform | None,
     tokenizer: Tokenizer | None,

@@ -1,7 +1,7 @@
 """Features of every row under one stage's model, one file a shard, and their reader."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ _COLUMNS = {  # of a part: data type and dimensions
     **dict.fromkeys(("image_id", "text_id"), ("<i8", 1)),
     "ok": ("|b1", 1),
 }
-Batches = Callable[[list[np.ndarray]], Iterator[CaptionedBatch]]
+Batches = Callable[[Iterable[np.ndarray]], Iterator[CaptionedBatch]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ def embed_shards(
     Args:
         model: open_clip towers, on `device`.
         index: the rows.
-        batches: gives the decoded batches for lists of rows.
+        batches: gives the decoded batches for arrays of rows, those of all shards in one go.
         preprocess_cfg: mean and std of the pixels.
         dim: dimensions of the features.
         out: folder of the parts.
@@ -174,12 +174,12 @@ def embed_shards(
     """
     model.eval()
     with _bar(index, out, part_name, "embed", show_progress) as (bar, mine):
+        found = batches(_grids(index, mine, batch_size))
         for number in mine:
-            grid = _grid(index, number, batch_size)
             pieces: list[dict[str, np.ndarray]] = []
             bad: list[BadSample] = []
             full = 0
-            for rows, batch in zip(grid, batches(grid), strict=True):
+            for rows, batch in zip(_grids(index, [number], batch_size), found, strict=False):
                 bad += batch.bad
                 full += batch.full_captions
                 pieces.append(
@@ -217,10 +217,10 @@ def write_text_features(
     """
     model.eval()
     with _bar(index, out, texts_part_name, "texts", show_progress) as (bar, mine):
+        found = batches(_grids(index, mine, batch_size))
         for number in mine:
-            grid = _grid(index, number, batch_size)
             features, ids, counts = [torch.zeros(0, dim)], [], []
-            for rows, batch in zip(grid, batches(grid), strict=True):
+            for rows, batch in zip(_grids(index, [number], batch_size), found, strict=False):
                 ids.append(content_ids(batch.tokens))
                 counts.append(torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows)))
                 tokens = without_padding(batch.tokens) if takes_short_texts(model) else batch.tokens
@@ -253,11 +253,12 @@ def _bar(
         yield bar, mine
 
 
-def _grid(index: ShardIndex, number: int, batch_size: int) -> list[np.ndarray]:
-    """The rows of each batch of a shard."""
-    first = index.shards[number].first_row
-    end = first + index.shards[number].rows
-    return [np.arange(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
+def _grids(index: ShardIndex, numbers: Iterable[int], batch_size: int) -> Iterator[np.ndarray]:
+    """The rows of each batch of some shards, in order."""
+    for shard in (index.shards[number] for number in numbers):
+        end = shard.first_row + shard.rows
+        for start in range(shard.first_row, end, batch_size):
+            yield np.arange(start, min(start + batch_size, end))
 
 
 def bad_samples(folder: Path, index: ShardIndex) -> list[BadSample]:
