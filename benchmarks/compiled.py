@@ -13,10 +13,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import open_clip
 import torch
 import tyro
+from torch import Tensor, nn
 
 from mcl_clip.console import run_program
 from mcl_clip.distributed import torch_generator
@@ -55,18 +57,12 @@ def compiled(
         tower.model.to(where).train()
         prepare_training(tower.model, compiled=way == "compiled", patch_dropout=0, grad_checkpointing=False)
 
-        def step(towers: torch.nn.Module = tower.model) -> None:
-            with autocast(precision, where):
-                out = towers(images, texts)
-            (out["image_features"] @ out["text_features"].T).diagonal().float().sum().backward()
-            towers.zero_grad(set_to_none=True)
-
-        ways[way] = step
-    first = {way: seconds_of(step, where) for way, step in ways.items()}
+        ways[way] = partial(step, tower.model, images, texts, precision)
+    first = {way: seconds_of(run, where) for way, run in ways.items()}
     later: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for way, step in ways.items():
-            later[way].append(seconds_of(step, where))
+        for way, run in ways.items():
+            later[way].append(seconds_of(run, where))
     a_step = {way: statistics.median(times) for way, times in later.items()}
     gained = statistics.median(a - b for a, b in zip(later["plain"], later["compiled"], strict=True))
     record = {
@@ -84,11 +80,19 @@ def compiled(
     print(json.dumps(record))
 
 
-def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+def step(towers: nn.Module, images: Tensor, texts: Tensor, precision: str) -> None:
+    """Forward and backward."""
+    with autocast(precision, images.device):
+        out = towers(images, texts)
+    (out["image_features"] @ out["text_features"].T).diagonal().float().sum().backward()
+    towers.zero_grad(set_to_none=True)
+
+
+def seconds_of(run: Callable[[], None], device: torch.device) -> float:
     """Of the processor, or until a GPU is done."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     started = clock()
-    step()
+    run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock() - started
