@@ -16,12 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mcl_clip import distributed
-from mcl_clip.data.batches import without_padding
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.errors import UserError, explain_os_error
-from mcl_clip.model.speed import takes_short_texts
+from mcl_clip.model.encode import encode_texts
 
 MAX_BOX_PIXELS = 50_000_000
 
@@ -169,9 +168,7 @@ def embed_texts(
     with _evaluating(model), torch.no_grad(), _bar(batches, "texts") as bar:
         for batch in batches:
             tokens = tokenizer([texts[number] for number in batch])
-            if takes_short_texts(model):
-                tokens = without_padding(tokens)
-            parts.append(model.encode_text(tokens.to(device)).float())
+            parts.append(encode_texts(model, tokens, device).float())
             bar.update(len(batch))
     return _gather_rows(parts, batches, len(texts), "texts", device)
 

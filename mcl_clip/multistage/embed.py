@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mcl_clip.artifacts import atomic_path
-from mcl_clip.data.batches import BadSample, CaptionedBatch, content_ids, without_padding
+from mcl_clip.data.batches import BadSample, CaptionedBatch, content_ids
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.texts import part_name as texts_part_name
 from mcl_clip.distributed import is_main, rank, world_size
 from mcl_clip.errors import UserError
-from mcl_clip.model.encode import autocast, to_floats
-from mcl_clip.model.speed import takes_short_texts
+from mcl_clip.model.encode import autocast, encode_texts, to_floats
 
 SIDES = ("image", "text")
 _COLUMNS = {  # of a part: data type and dimensions
@@ -223,10 +222,9 @@ def write_text_features(
             for rows, batch in zip(_grids(index, [number], batch_size), found, strict=False):
                 ids.append(content_ids(batch.tokens))
                 counts.append(torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows)))
-                tokens = without_padding(batch.tokens) if takes_short_texts(model) else batch.tokens
-                if len(tokens):
+                if len(batch.tokens):
                     with autocast(precision, device):
-                        encoded = model.encode_text(tokens.to(device))  # type: ignore[operator]
+                        encoded = encode_texts(model, batch.tokens, device)
                     features.append(F.normalize(encoded.float(), dim=1).cpu())
                 bar.update(len(rows))
             columns = {
@@ -314,7 +312,7 @@ def _embed_batch(
         if len(place):
             image = model.encode_image(to_floats(batch.images.to(device), preprocess_cfg)).float()  # type: ignore[operator]
         if len(place) and has_texts:
-            captions = model.encode_text(batch.tokens.to(device)).float()  # type: ignore[operator]
+            captions = encode_texts(model, batch.tokens, device).float()
     sides = {"image": (image, image.norm(dim=1))}
     if has_texts:
         columns["text_id"] = _scatter(batch.text_ids, place, len(rows)).numpy()

@@ -6,6 +6,7 @@ import torch
 
 from mcl_clip.data.batches import without_padding
 from mcl_clip.errors import UserError
+from mcl_clip.model.encode import encode_texts
 from mcl_clip.model.speed import FirstTokenBlock, do_less, prepare_training, takes_short_texts
 from mcl_clip.model.towers import lock
 
@@ -147,3 +148,19 @@ def test_locked_blocks_keep_nothing_for_the_backward_pass():
     whole = kept_bytes(model)
     lock(model, text=True, image_unlocked_groups=2)  # the last block and the projection
     assert kept_bytes(model) < whole / 4
+
+
+@torch.no_grad()
+def test_texts_go_through_the_tower_with_texts_of_their_length():
+    plain, less = (model.eval() for model in make("plain"))
+    captions = ["a dog " * (1 + number * 5 % 14) for number in range(70)]
+    tokens = open_clip.SimpleTokenizer(context_length=32)(captions)
+    lengths = []
+    less.transformer.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[:2]))
+    features = encode_texts(less, tokens, torch.device("cpu"))
+    torch.testing.assert_close(features, plain.encode_text(tokens), rtol=0, atol=1e-12)
+    assert [rows for rows, _ in lengths] == [32, 32, 6]
+    used = tokens.ne(0).sum(1).sort().values
+    assert [length for _, length in lengths] == [used[31], used[63], used[69]]
+    assert torch.equal(encode_texts(plain, tokens, torch.device("cpu")), plain.encode_text(tokens))
+    assert encode_texts(less, torch.zeros(2, 32, dtype=torch.int64), torch.device("cpu")).shape == (2, 24)
