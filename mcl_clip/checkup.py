@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from mcl_clip.artifacts import DONE, read_jsonl, read_run_config
 from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.plan import Source
+from mcl_clip.data.order import Source
 from mcl_clip.data.transforms import train_transform
 from mcl_clip.distributed import count_cores
 from mcl_clip.errors import UserError
@@ -144,6 +144,7 @@ def _stage_plans(config: RunConfig, settings: Mapping[str, Any] | None) -> list[
             clusters=_clusters(stage),
             has_projection=stage.cluster.metric == "shared",
             tower=sizes[stage.train.lock],
+            has_cached_texts=stage.train.lock.text and stage.train.lock.cached_texts,
         )
         for stage in config.stages
     ]

@@ -66,6 +66,14 @@ def random_words(size: int, *name: Name) -> np.ndarray:
     return words
 
 
+def random_words_between(start: int, stop: int, *name: Name) -> np.ndarray:
+    """`random_words(stop, *name)[start:]`, without drawing those before."""
+    bits = np.random.Philox(key=seed_of(*name))
+    bits.advance(start // 4)  # it counts fours
+    words: np.ndarray = bits.random_raw(stop - start + start % 4)[start % 4 :]
+    return words
+
+
 def permutation(size: int, *name: Name) -> np.ndarray:
     """A permutation of 0..size-1 for the draw called `name`, shape [size], int64."""
     return np.argsort(random_words(size, *name), kind="stable")

@@ -24,7 +24,8 @@ from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.data.batches import CaptionedBatch, TrainingLoader, captioned_batches
 from mcl_clip.data.files import load_numbers, load_tensors
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.plan import BatchPlan, Source
+from mcl_clip.data.order import Source
+from mcl_clip.data.plan import BatchPlan
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.texts import TextFeatures

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from mcl_clip.artifacts import DONE, STARTED, Phase, StaleArtifactError, append_jsonl, file_digest, lock, write_json
 from mcl_clip.config import RunConfig
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.plan import Source
+from mcl_clip.data.order import Source
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.shards import redacted as redacted_text
 from mcl_clip.distributed import barrier, check_same, on_main, world_size

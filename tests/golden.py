@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from mcl_clip.data.plan import BatchPlan, Source
+from mcl_clip.data.order import Source
+from mcl_clip.data.plan import BatchPlan
 from mcl_clip.distributed import random_words
 from mcl_clip.multistage.cluster import fit_shared_metric, spherical_kmeans
 from mcl_clip.multistage.labels import no_labels

@@ -2,39 +2,32 @@
 
 A plan is a pure function of (shards, groups, seed, stage, epoch, batch size): no process, no worker, no position kept
 anywhere. Hence any number of processes trains on the same batches, and a step number is all that a restart needs.
+
+Passes over the sources, each in an order of its own (`order.py`), follow each other, sources are interleaved in
+proportion, and the rows of each group are dealt into batches as they come: the sizes of the groups alone say which
+place of the plan the next row of a group takes.
 """
 
 import hashlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, Integer, Shaped, UInt64
+from jaxtyping import Bool, Int, Integer, Shaped, UInt64
 
 from mcl_clip.artifacts import atomic_path
+from mcl_clip.data.order import BLOCK_ROWS, Source, drawn_sources, interleaved, pieces_of, ranges, row_bits
 from mcl_clip.distributed import Name, barrier, random_words
 from mcl_clip.errors import UserError
 
 FILLER = -1
 LOOKAHEAD = 64  # groups that are looked at for the next place in the packed batches
 PACKING_ATTEMPTS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Neighbouring rows of the index that are drawn `weight` times an epoch; 0.5 is every second epoch."""
-
-    rows: int
-    weight: float = 1.0
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """How many rows of this source an epoch holds, the same in every epoch."""
-        return round(self.rows * self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +68,7 @@ class BatchPlan:
 
         Args:
             shard_of: shard number of each row; rows of a shard are neighbours.
-            groups: group number of each row; a row with a negative number is never drawn.
+            groups: group number of each row, counted from 0; a row with a negative number is never drawn.
             global_batch_size: rows of a batch over all processes.
             seed: seed of the run.
             stage: number of the stage.
@@ -92,20 +85,24 @@ class BatchPlan:
         self.global_batch_size, self.seed, self.stage = global_batch_size, seed, stage
         self.window_shards, self.run_rows = window_shards, run_rows
         self.cache_dir, self.rows_in_memory = cache_dir, rows_in_memory
-        sources = sources or (Source(rows=len(groups)),)
-        self._sources = _drawn_sources(sources, groups)
-        self.rows_per_epoch = sum(source.rows_per_epoch for source, _ in self._sources)
+        self._row_dtype = np.dtype(np.int32 if len(groups) < 2**31 else np.int64)
+        self._row_bits = row_bits(groups)
+        self._num_groups = int(groups.max(initial=FILLER)) + 1
+        self._sources = drawn_sources(sources or (Source(rows=len(groups)),), shard_of, groups, run_rows)
+        self.rows_per_epoch = sum(source.rows_per_epoch for source in self._sources)
         if self.rows_per_epoch == 0:
             raise UserError("there is no row to train on; give shards with image-text pairs and weights above 0")
         self.batches_per_epoch = -(-self.rows_per_epoch // global_batch_size)
-        self._epoch, self._rows = -1, np.empty((0, global_batch_size), np.int64)
+        self._epoch, self._rows = -1, np.empty((0, global_batch_size), self._row_dtype)
 
     def epoch_rows(self, epoch: int) -> Int[np.ndarray, "batches batch"]:
-        """Rows of all batches of an epoch; within a batch they rise, fillers (-1) come last.
+        """Rows of all batches of an epoch, 4 bytes each; within a batch they rise, fillers (-1) come last.
 
-        Above `rows_in_memory` rows all processes must ask together.
+        Above `rows_in_memory` rows it is a memory-mapped file that the processes of a node share, and all processes
+        must ask together.
         """
         if epoch != self._epoch:
+            self._epoch, self._rows = -1, self._rows[:0].copy()  # makes room
             large = self.rows_per_epoch > self.rows_in_memory and self.cache_dir is not None
             self._rows = self._stored(epoch) if large else self._compute(epoch)
             self._epoch = epoch
@@ -114,7 +111,7 @@ class BatchPlan:
     def batch(self, step: int) -> Int[np.ndarray, "batch"]:
         """Rows of the global batch of a step; steps count through all epochs of the stage."""
         epoch, number = divmod(step, self.batches_per_epoch)
-        rows: np.ndarray = self.epoch_rows(epoch)[number]
+        rows: np.ndarray = self.epoch_rows(epoch)[number].astype(np.int64)
         return rows
 
     def epoch_of(self, step: int) -> int:
@@ -125,69 +122,70 @@ class BatchPlan:
         """BLAKE2b over the rows of an epoch, in hexadecimal: equal digests are equal batches in equal order."""
         rows = self.epoch_rows(epoch)
         digest = hashlib.blake2b(str(rows.shape).encode(), digest_size=16)
-        for start in range(0, len(rows), 1024):
-            digest.update(np.ascontiguousarray(rows[start : start + 1024], dtype="<i8").data)
+        for batches in _blocks_of_batches(rows):
+            digest.update(np.ascontiguousarray(batches, dtype="<i8").data)
         return digest.hexdigest()
 
     def statistics(self, epoch: int = 0, *, min_negatives: int = 1) -> PlanStatistics:
         """How homogeneous the batches of an epoch are, and how many negatives a row has."""
-        rows = self.epoch_rows(epoch)
-        is_row = rows != FILLER
-        batch = np.repeat(np.arange(len(rows)), is_row.sum(1))
-        group = self.groups[rows[is_row]].astype(np.int64)
-        pairs, size = np.unique(batch * (int(group.max()) + 1) + group, return_counts=True)
-        groups_in_batch = np.bincount(pairs // (int(group.max()) + 1))
-        homogeneous = is_row.sum(1)[groups_in_batch == 1].sum()
+        pairs = without_weight = homogeneous = 0
+        for batches in _blocks_of_batches(self.epoch_rows(epoch)):
+            batch, size = _pieces(batches, self.groups, self._num_groups)
+            pairs += int((size * (size - 1)).sum())
+            without_weight += int(size[size - 1 < min_negatives].sum())
+            homogeneous += int(size[np.bincount(batch)[batch] == 1].sum())
         return PlanStatistics(
-            batches=len(rows),
-            rows=int(is_row.sum()),
-            fillers=int((~is_row).sum()),
-            share_homogeneous=float(homogeneous / is_row.sum()),
-            mean_negatives=float((size * (size - 1)).sum() / is_row.sum()),
-            rows_without_weight=int(size[size - 1 < min_negatives].sum()),
+            batches=self.batches_per_epoch,
+            rows=self.rows_per_epoch,
+            fillers=self.batches_per_epoch * self.global_batch_size - self.rows_per_epoch,
+            share_homogeneous=homogeneous / self.rows_per_epoch,
+            mean_negatives=pairs / self.rows_per_epoch,
+            rows_without_weight=without_weight,
         )
 
     def _compute(self, epoch: int) -> Int[np.ndarray, "batches batch"]:
-        name = (self.seed, self.stage, epoch)
-        order = self._read_order(epoch)
-        order = order[np.argsort(self.groups[order], kind="stable")]
-        whole, packed = _deal(order, self.groups[order], self.global_batch_size, name)
-        rows: np.ndarray = np.concatenate([whole, packed])
-        rows = rows[_batch_order(self.groups[whole[:, 0]], len(packed), name)]
-        rows.sort(axis=1)
-        fillers = (rows == FILLER).sum(1)
-        for number in np.flatnonzero(fillers):
-            rows[number] = np.roll(rows[number], -fillers[number])
-        return rows
+        layout = _Layout(self._group_sizes(epoch), self.global_batch_size, (self.seed, self.stage, epoch))
+        batches: np.ndarray = np.empty((self.batches_per_epoch, self.global_batch_size), self._row_dtype)
+        sizes = (stop - start for start, stop in ranges(0, self.rows_per_epoch))
+        for drawn in pieces_of(self._order(epoch), sizes):
+            group = _narrow(drawn >> self._row_bits, self._num_groups)
+            by_group = np.argsort(group, kind="stable")
+            batches.reshape(-1)[layout.next_places(group[by_group])] = drawn[by_group] & (2**self._row_bits - 1)
+        last, rows_of_last = layout.place_of[-1], self.global_batch_size - (batches.size - self.rows_per_epoch)
+        batches[last, rows_of_last:] = len(self.groups)  # stays behind the rows
+        for some in _blocks_of_batches(batches):
+            some.sort(axis=1)
+        batches[last, rows_of_last:] = FILLER
+        return batches
 
-    def _read_order(self, epoch: int) -> Int[np.ndarray, "drawn"]:
-        """The rows of an epoch in shuffled order, sources interleaved in proportion."""
-        orders = []
-        for number, (source, rows) in enumerate(self._sources):
-            first, last = epoch * source.rows_per_epoch, (epoch + 1) * source.rows_per_epoch
-            passes = [self._shuffled(rows, number, turn) for turn in range(first // len(rows), -(-last // len(rows)))]
-            start = first % len(rows)
-            orders.append(np.concatenate(passes)[start : start + last - first] if passes else rows[:0])
+    def _group_sizes(self, epoch: int) -> Int[np.ndarray, "groups"]:
+        """How many rows of each group an epoch draws."""
+        sizes = np.zeros(self._num_groups, np.int64)
+        for number, source in enumerate(self._sources):
+            passes, rest = divmod(source.rows_per_epoch, source.rows)
+            for drawn in self._source_order(number, epoch) if rest else source.in_order():
+                sizes += np.bincount(drawn >> self._row_bits, minlength=len(sizes)) * (1 if rest else passes)
+        return sizes
+
+    def _order(self, epoch: int) -> Iterator[Int[np.ndarray, "_drawn"]]:
+        """The rows of an epoch, with their groups, in shuffled order, in parts; sources interleaved in proportion."""
+        orders = [self._source_order(number, epoch) for number in range(len(self._sources))]
         if len(orders) == 1:
-            only: np.ndarray = orders[0]
-            return only
-        place = np.concatenate([(np.arange(len(order)) + 0.5) / max(1, len(order)) for order in orders])
-        mixed: np.ndarray = np.concatenate(orders)[np.argsort(place, kind="stable")]
-        return mixed
+            return orders[0]
+        return interleaved(orders, [source.rows_per_epoch for source in self._sources])
 
-    def _shuffled(self, rows: Int[np.ndarray, "rows"], source: int, turn: int) -> Int[np.ndarray, "rows"]:
-        """All rows of a source once: windows of shuffled shards, units of `run_rows` shuffled within a window."""
-        name = (self.seed, self.stage, "order", source, turn)
-        unit = _units(self.shard_of[rows], self.groups[rows], self.run_rows)
-        words: UInt64[np.ndarray, rows] = random_words(int(unit[-1]) + 1, *name)[unit]
-        if self.window_shards == 0:
-            mixed: np.ndarray = rows[np.argsort(words, kind="stable")]
-            return mixed
-        shards, shard = np.unique(self.shard_of[rows], return_inverse=True)
-        place = np.empty(len(shards), np.int64)
-        place[np.argsort(random_words(len(shards), *name, "shards"), kind="stable")] = np.arange(len(shards))
-        shuffled: np.ndarray = rows[np.lexsort((words, place[shard] // self.window_shards))]
-        return shuffled
+    def _source_order(self, number: int, epoch: int) -> Iterator[Int[np.ndarray, "_drawn"]]:
+        """What an epoch draws of a source: the next `rows_per_epoch` rows of one pass after another."""
+        source = self._sources[number]
+        turn, start = divmod(epoch * source.rows_per_epoch, source.rows)
+        stop, seen = start + source.rows_per_epoch, 0
+        names = ((self.seed, self.stage, "order", number, later) for later in count(turn))
+        passes = chain.from_iterable(source.shuffled(self.window_shards, name) for name in names)
+        while seen < stop and start < stop:
+            drawn = next(passes)
+            if seen + len(drawn) > start:
+                yield drawn[max(0, start - seen) : stop - seen]
+            seen += len(drawn)
 
     def _stored(self, epoch: int) -> Int[np.ndarray, "batches batch"]:
         folder, is_writer = self.cache_dir or Path(), int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -206,58 +204,72 @@ class BatchPlan:
     def _name(self) -> str:
         """What the plan is made from: runs may share `cache_dir`."""
         settings = (self.seed, self.stage, self.global_batch_size, self.window_shards, self.run_rows)
-        sources = [(source.rows_per_epoch, source.weight) for source, _ in self._sources]
+        sources = [(source.rows_per_epoch, source.weight) for source in self._sources]
         digest = hashlib.blake2b(repr((settings, sources)).encode(), digest_size=16)
         for column in (self.shard_of, self.groups):
-            digest.update(np.ascontiguousarray(column, dtype="<i8").data)
+            digest.update(str(column.dtype).encode())
+            for start, stop in ranges(0, len(column)):
+                digest.update(np.ascontiguousarray(column[start:stop]).data)
         return digest.hexdigest()
 
 
-def _drawn_sources(
-    sources: Sequence[Source], groups: Int[np.ndarray, "rows"]
-) -> list[tuple[Source, Int[np.ndarray, "drawn"]]]:
-    if sum(source.rows for source in sources) != len(groups):
-        raise UserError(
-            f"the sources have {sum(s.rows for s in sources)} rows and the labels {len(groups)}; index again"
-        )
-    drawn, first = [], 0
-    for source in sources:
-        rows = first + np.flatnonzero(groups[first : first + source.rows] >= 0)
-        if len(rows) and source.weight > 0:
-            drawn.append((Source(rows=len(rows), weight=source.weight), rows))
-        first += source.rows
-    return drawn
+def _blocks_of_batches(batches: Int[np.ndarray, "batches batch"]) -> Iterator[Int[np.ndarray, "_batches batch"]]:
+    step = max(1, BLOCK_ROWS // batches.shape[1])
+    return (batches[start : start + step] for start in range(0, len(batches), step))
 
 
-def _units(shard: Int[np.ndarray, "rows"], group: Int[np.ndarray, "rows"], run_rows: int) -> Int[np.ndarray, "rows"]:
-    """Number of the unit of each row: at most `run_rows` neighbours of one shard and group."""
-    if run_rows == 1:
-        return np.arange(len(shard))
-    starts = np.r_[True, (shard[1:] != shard[:-1]) | (group[1:] != group[:-1])]
-    first = np.maximum.accumulate(np.where(starts, np.arange(len(shard)), 0))
-    starts |= (np.arange(len(shard)) - first) % run_rows == 0
-    return np.cumsum(starts) - 1
+def _narrow(group: Int[np.ndarray, "*shape"], num_groups: int) -> Int[np.ndarray, "*shape"]:
+    """In 16 bits where they do: those are sorted by counting."""
+    return group.astype(np.int16) if num_groups <= 2**15 else group
 
 
-def _deal(
-    order: Int[np.ndarray, "rows"], group: Int[np.ndarray, "rows"], batch: int, name: tuple[Name, ...]
-) -> tuple[Int[np.ndarray, "whole batch"], Int[np.ndarray, "packed batch"]]:
-    """Full batches of one group, and the packed remainders. `order` is sorted by group."""
-    numbers, first, size = np.unique(group, return_index=True, return_counts=True)
-    remainder = size % batch
-    # A single row left over would have no negatives: such a group packs one batch more instead.
-    remainder = remainder + batch * ((remainder == 1) & (size > batch) & (len(size) > 1))
-    place = np.arange(len(order)) - np.repeat(first, size)
-    is_whole: np.ndarray = place < np.repeat(size - remainder, size)
-    whole = order[is_whole].reshape(-1, batch)
-    rest, which = order[~is_whole], np.repeat(np.arange(len(numbers)), size)[~is_whole]
-    turn = np.zeros(len(numbers), np.int64)
-    sequence = _packing_order(remainder, batch, name)
-    turn[sequence] = np.arange(len(sequence))
-    rest = rest[np.argsort(turn[which], kind="stable")]
-    packed = np.full(-(-len(rest) // batch) * batch, FILLER, np.int64)
-    packed[: len(rest)] = rest
-    return whole, packed.reshape(-1, batch)
+def _pieces(
+    batches: Int[np.ndarray, "batches batch"], groups: Int[np.ndarray, "rows"], num_groups: int
+) -> tuple[Int[np.ndarray, "pieces"], Int[np.ndarray, "pieces"]]:
+    """The batch and the size of each piece: the rows of one group in a batch."""
+    group = np.where(batches == FILLER, FILLER, _narrow(groups[batches], num_groups))
+    group.sort(axis=1)
+    is_first: Bool[np.ndarray, "batches batch"] = np.ones(group.shape, bool)
+    is_first[:, 1:] = group[:, 1:] != group[:, :-1]
+    first = np.flatnonzero(is_first)
+    is_piece = group.reshape(-1)[first] != FILLER
+    return (first // group.shape[1])[is_piece], np.diff(np.r_[first, group.size])[is_piece]
+
+
+class _Layout:
+    """Where the rows of each group lie: in full batches of one group, the remainders in packed ones.
+
+    `place_of` has the place in the epoch of each batch, full ones group after group and then packed ones.
+    """
+
+    def __init__(self, sizes: Int[np.ndarray, "groups"], batch: int, name: tuple[Name, ...]) -> None:
+        numbers, self._batch = np.flatnonzero(sizes), batch
+        size = sizes[numbers]
+        remainder = size % batch
+        # A single row left over would have no negatives: such a group packs one batch more instead.
+        remainder = remainder + batch * ((remainder == 1) & (size > batch) & (len(size) > 1))
+        whole = size - remainder
+        sequence = np.array(_packing_order(remainder, batch, name), np.int64)
+        packed_before = np.zeros(len(size), np.int64)
+        packed_before[sequence] = np.cumsum(remainder[sequence]) - remainder[sequence]
+        self._whole, self._start, self._packed_shift = (np.zeros(len(sizes), np.int64) for _ in range(3))
+        self._whole[numbers] = whole
+        self._start[numbers] = np.cumsum(whole) - whole
+        self._packed_shift[numbers] = whole.sum() + packed_before - whole
+        order = _batch_order(np.repeat(numbers, whole // batch), int(-(-remainder.sum() // batch)), name)
+        self.place_of = np.empty(len(order), np.int64)
+        self.place_of[order] = np.arange(len(order))
+        self._dealt = np.zeros(len(sizes), np.int64)
+
+    def next_places(self, group: Int[np.ndarray, "_rows"]) -> Int[np.ndarray, "_rows"]:
+        """Places in the epoch, row by row through its batches, of the next rows of sorted groups."""
+        count = np.bincount(group, minlength=len(self._dealt))
+        number = np.arange(len(group)) + (self._dealt - np.cumsum(count) + count)[group]
+        self._dealt += count
+        unordered = number + np.where(number < self._whole[group], self._start[group], self._packed_shift[group])
+        batch, column = np.divmod(unordered, self._batch)
+        places: np.ndarray = self.place_of[batch] * self._batch + column
+        return places
 
 
 def _packing_order(sizes: Integer[np.ndarray, "groups"], batch: int, name: tuple[Name, ...]) -> list[int]:

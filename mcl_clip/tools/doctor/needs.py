@@ -68,6 +68,7 @@ class StagePlan:
     clusters: tuple[int, ...]
     has_projection: bool
     tower: TowerSize | None
+    has_cached_texts: bool = False
 
     @property
     def labels(self) -> int:
@@ -166,7 +167,7 @@ def disk_needs(stages: Sequence[StagePlan], *, rows: int, keep_checkpoints: int)
     """
     needs = {"index": rows * BYTES_OF_AN_INDEXED_ROW}
     if rows > ROWS_OF_PLANS_IN_MEMORY:
-        needs["index"] += 2 * 8 * rows  # the plan of one epoch while that of the next is written
+        needs["index"] += 2 * 4 * rows  # the plan of one epoch while that of the next is written
     for number, stage in enumerate(stages):
         model = 0
         if stage.tower is not None:
@@ -174,6 +175,8 @@ def disk_needs(stages: Sequence[StagePlan], *, rows: int, keep_checkpoints: int)
             averages = model if stage.has_average else 0
             checkpoint = model + averages + 2 * FLOAT_BYTES * stage.tower.trained
             needs[f"stage-{number}/train"] = model + (checkpoint * (keep_checkpoints + 1) if stage.steps else 0)
+            if stage.has_cached_texts and stage.steps * stage.global_batch_size >= 2 * rows:
+                needs[f"stage-{number}/train"] += rows * (FLOAT_BYTES * stage.tower.dim + 16)  # of a caption a row
             features = 2 * FEATURE_BYTES * stage.tower.dim
             needs[f"stage-{number}/embed"] = rows * (features + BYTES_OF_AN_EMBEDDED_ROW)
             needs["combined"] = needs.get("combined", 0) + model

@@ -1,13 +1,17 @@
+import hashlib
 import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from mcl_clip.data import order as order_module
 from mcl_clip.data.batches import TrainingLoader
-from mcl_clip.data.plan import FILLER, BatchPlan, Source
+from mcl_clip.data.order import Source
+from mcl_clip.data.plan import FILLER, BatchPlan, _batch_order, _packing_order
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.transforms import TrainTransform
+from mcl_clip.distributed import random_words, random_words_between
 from mcl_clip.errors import UserError
 
 SETTINGS = {"seed": 0, "stage": 1}
@@ -197,7 +201,7 @@ def test_windows_are_taken_in_one_order_by_all_groups():
 def test_units_of_neighbours_stay_together():
     groups = np.repeat([0, 1, 0], [403, 300, 297])
     plan = make(groups, 16, rows_per_shard=100, run_rows=4)
-    order = plan._read_order(0)
+    order = np.concatenate(list(plan._order(0))) % 2 ** len(groups).bit_length()
     np.testing.assert_array_equal(np.sort(order), np.arange(1000))
     runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
     starts = {row for row in range(1000) if row in (0, 403, 703) or row % 100 == 0}
@@ -219,6 +223,106 @@ def test_a_large_plan_is_the_same_from_its_file(tmp_path, monkeypatch):
     other = make(groups[::-1].copy(), 16, cache_dir=tmp_path, rows_in_memory=10)
     assert other.digest(0) != stored.digest(0)
     assert len(list(tmp_path.iterdir())) == 2  # another run does not write to the same file
+
+
+def plain_plan(shard_of, groups, batch: int, epoch: int, sources, *, window_shards: int, run_rows: int) -> np.ndarray:
+    """The plan of an epoch by its definition: everything is sorted at once, and rows are dealt one by one."""
+    orders, first = [], 0
+    for source in sources:
+        rows = first + np.flatnonzero(groups[first : first + source.rows] >= 0)
+        first += source.rows
+        if len(rows) and source.weight > 0:
+            count = round(len(rows) * source.weight)
+            turns = range((epoch + 1) * count // len(rows) + 1)
+            passes = [plain_pass(shard_of, groups, rows, len(orders), turn, window_shards, run_rows) for turn in turns]
+            orders.append(list(itertools.chain(*passes))[epoch * count : (epoch + 1) * count])
+    places = [
+        ((place + 0.5) / len(order), number) for number, order in enumerate(orders) for place in range(len(order))
+    ]
+    streams = [iter(order) for order in orders]
+    order = [next(streams[number]) for _, number in sorted(places, key=lambda place: place[0])]
+
+    name = (SETTINGS["seed"], SETTINGS["stage"], epoch)
+    queues = {group: [row for row in order if groups[row] == group] for group in sorted({*groups[order].tolist()})}
+    left = [len(queue) % batch for queue in queues.values()]
+    pairs = zip(left, queues.values(), strict=True)
+    left = [rest + batch * (rest == 1 and len(queue) > batch and len(queues) > 1) for rest, queue in pairs]
+    whole, kinds = [], []
+    for (group, queue), rest in zip(queues.items(), left, strict=True):
+        for start in range(0, len(queue) - rest, batch):
+            whole.append(queue[start : start + batch])
+            kinds.append(group)
+    remainders = [queue[len(queue) - rest :] for queue, rest in zip(queues.values(), left, strict=True)]
+    packed = list(itertools.chain(*(remainders[number] for number in _packing_order(np.array(left), batch, name))))
+    batches = whole + [packed[start : start + batch] for start in range(0, len(packed), batch)]
+    turn = _batch_order(np.array(kinds, np.int64), len(batches) - len(whole), name)
+    return np.array([sorted(batches[number]) + [FILLER] * (batch - len(batches[number])) for number in turn])
+
+
+def plain_pass(shard_of, groups, rows, source: int, turn: int, window_shards: int, run_rows: int) -> list[int]:
+    name = (SETTINGS["seed"], SETTINGS["stage"], "order", source, turn)
+    unit, length, units = -1, 0, []
+    for before, row in zip([None, *rows[:-1]], rows, strict=True):
+        same = before is not None and (shard_of[before], groups[before]) == (shard_of[row], groups[row])
+        length = length + 1 if same and length < run_rows else 1
+        unit += length == 1
+        units.append(unit)
+    words = random_words(unit + 1, *name).tolist()
+    shards = sorted({*shard_of[rows].tolist()})
+    drawn = random_words(len(shards), *name, "shards").tolist()
+    place = {shards[number]: place for place, number in enumerate(sorted(range(len(shards)), key=drawn.__getitem__))}
+    window = [place[shard] // window_shards if window_shards else 0 for shard in shard_of[rows].tolist()]
+    order = sorted(range(len(rows)), key=lambda number: (window[number], words[units[number]]))
+    return [int(rows[number]) for number in order]
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_the_plan_is_what_its_definition_says_in_whatever_parts_it_is_made(case, monkeypatch):
+    draw = np.random.default_rng(case)
+    if case % 4:
+        for limit in ("BLOCK_ROWS", "PART_ROWS", "SORTED_ROWS"):
+            monkeypatch.setattr(order_module, limit, int(draw.integers(1, 70)))
+        monkeypatch.setattr("mcl_clip.data.plan.BLOCK_ROWS", int(draw.integers(1, 70)))
+        monkeypatch.setattr(order_module, "MOST_PARTS", int(draw.integers(1, 6)))
+    rows, count, runs = int(draw.integers(20, 400)), int(draw.choice([1, 3, 12, 80])), int(draw.integers(1, 6))
+    groups = np.repeat(draw.choice(count, rows, p=draw.dirichlet(np.ones(count))), runs)[:rows]
+    groups[draw.random(rows) < draw.choice([0, 0.2])] = -1
+    groups = groups.astype(draw.choice([np.int16, np.int64]))
+    shard_of = draw.permutation(30)[np.sort(draw.integers(0, 30, rows))]
+    sizes = np.diff([0, *np.sort(draw.integers(0, rows, int(draw.integers(0, 3)))), rows]).tolist()
+    sources = [Source(rows=size, weight=float(draw.choice([0.4, 1, 1, 2.5]))) for size in sizes]
+    options = {"window_shards": int(draw.choice([0, 1, 4])), "run_rows": int(draw.choice([1, 1, 3]))}
+    batch = int(draw.choice([2, 8, 32, 500]))
+    plan = BatchPlan(shard_of=shard_of, groups=groups, global_batch_size=batch, sources=sources, **SETTINGS, **options)
+    for epoch in (0, 3):
+        expected = plain_plan(shard_of, groups, batch, epoch, sources, **options)
+        np.testing.assert_array_equal(plan.epoch_rows(epoch), expected)
+        assert plan.batch(epoch * plan.batches_per_epoch).dtype == np.int64
+
+
+def test_words_can_be_drawn_from_any_place_on():
+    whole = random_words(50, "some", 3)
+    for start in range(12):
+        for stop in (start, start + 1, 17, 50):
+            assert random_words_between(start, stop, "some", 3).tolist() == whole[start:stop].tolist()
+
+
+def test_equal_words_leave_rows_in_order(monkeypatch):
+    monkeypatch.setattr(
+        order_module, "random_words_between", lambda start, stop, *_: np.arange(start, stop, dtype=np.uint64) % 3 << 62
+    )
+    monkeypatch.setattr(order_module, "BLOCK_ROWS", 7)
+    for limit, parts in [(1000, 1), (5, 3)]:
+        monkeypatch.setattr(order_module, "PART_ROWS", limit)
+        monkeypatch.setattr(order_module, "SORTED_ROWS", limit)
+        order = np.concatenate(list(make(np.zeros(40, int), 8)._order(0)))
+        assert order.tolist() == sorted(range(40), key=lambda row: row % 3), parts
+
+
+def test_a_digest_is_of_64_bit_rows_in_one_piece():
+    plan = make(groups_of([30, 20]), 8)
+    rows = plan.epoch_rows(0).astype("<i8")
+    assert plan.digest(0) == hashlib.blake2b(str(rows.shape).encode() + rows.tobytes(), digest_size=16).hexdigest()
 
 
 @pytest.mark.parametrize("min_negatives", [1, 5])

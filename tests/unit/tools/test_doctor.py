@@ -249,7 +249,12 @@ def test_disk_needs():
     averaged = needs.disk_needs([replace(PLAN, has_average=True)], rows=0, keep_checkpoints=1)
     assert averaged["stage-0/train"] == model + 2 * (2 * model + adam)
     large = needs.disk_needs([PLAN], rows=60_000_000, keep_checkpoints=1)
-    assert large["index"] == 60_000_000 * (75 + 16)
+    assert large["index"] == 60_000_000 * (75 + 8)
+    cached = replace(PLAN, has_cached_texts=True)
+    seen_twice = PLAN.steps * PLAN.global_batch_size // 2
+    for rows, more in ((seen_twice, seen_twice * (4 * 16 + 16)), (seen_twice + 1, 0)):
+        plain, with_texts = (needs.disk_needs([plan], rows=rows, keep_checkpoints=1) for plan in (PLAN, cached))
+        assert with_texts["stage-0/train"] - plain["stage-0/train"] == more
 
 
 @pytest.mark.parametrize(
