@@ -20,6 +20,7 @@ from mcl_clip.errors import UserError
 
 DONE = "DONE.json"
 STARTED = "STARTED.json"
+PASSING = {"checkpoints", "texts"}  # folders of what a finished phase can do without
 SECONDS_TO_WRITE_LOCK = 10.0
 HEARTBEAT_S = 30.0
 SILENT_S = 600.0  # without a heartbeat, a job on another host counts as dead
@@ -272,7 +273,7 @@ class Phase:
         outputs = {
             str(path.relative_to(self.folder)): path.stat().st_size
             for path in files
-            if "checkpoints" not in path.relative_to(self.folder).parts
+            if not PASSING.intersection(path.relative_to(self.folder).parts)
         }
         record = {"fingerprint": self.fingerprint, "made_from": self._made_from, "outputs": outputs}
         write_json(self.folder / DONE, {**record, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

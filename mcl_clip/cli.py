@@ -488,7 +488,7 @@ def _trial(config: RunConfig, stage: int, *, folder: Path, steps: int, rows: int
     """The recipe in another folder, with a stage that trains long enough and does nothing beside it."""
     settings = config.stages[stage].train
     settings = replace(settings, steps=max(settings.steps, steps))
-    if rows > ROWS_TO_CACHE:
+    if rows > ROWS_TO_CACHE or config.stages[stage].train.steps * settings.global_batch_size < 2 * rows:
         settings = replace(settings, lock=replace(settings.lock, cached_texts=False))
     stages = [replace(one, train=settings) if number == stage else one for number, one in enumerate(config.stages)]
     machine = replace(config.machine, save_steps=0, save_minutes=0, progress=False)

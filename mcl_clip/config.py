@@ -91,7 +91,7 @@ class LockConfig:
     """Lock parameters whose name matches one of these regular expressions."""
     cached_texts: bool = True
     """With a locked text tower: compute the features of all captions once and read them from the run directory (4 bytes
-    a dimension and caption, while the stage trains), where the stage sees each caption twice or more."""
+    a dimension and caption, while the stage trains), where the stage sees each caption about twice or more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int64
@@ -201,15 +202,17 @@ def _cached_texts(run: Run, s: int, tower: Tower, reader: Reader) -> TextFeature
     """The features of all captions under a text tower that never changes in a stage, if that is less work in all."""
     settings, index, out = run.config.stages[s].train, reader.index, run.folder(s, "train") / TEXTS
     draws = any(isinstance(m, nn.Dropout) and m.p for name, m in tower.model.named_modules() if "visual" not in name)
-    if not settings.lock.text or not settings.lock.cached_texts or draws:
+    goes_without = isinstance(tower.model, open_clip.CLIP | open_clip.CustomTextCLIP)  # others want texts in a step
+    if not settings.lock.text or not settings.lock.cached_texts or draws or not goes_without:
         return None
     options = run.batch_options(tower) | {"short_texts": False, "device": torch.device("cpu")}
 
     def batches(grid: Iterable[np.ndarray], **changed: Any) -> Iterator[CaptionedBatch]:
         return captioned_batches(run.reader(index), grid, transform=None, **(options | changed))
 
-    (some,) = batches([np.arange(min(ROWS_TO_COUNT, len(index)))], tokenizer=None, num_workers=0)
-    captions = len(index) * len(some.caption_of) / max(1, len(some.rows))
+    counted = np.unique(np.linspace(0, len(index) - 1, ROWS_TO_COUNT).astype(np.int64))
+    (some,) = batches([counted], tokenizer=None, num_workers=0)
+    captions = len(index) * max(1.0, len(some.caption_of) / max(1, len(some.rows)))
     if settings.steps * settings.global_batch_size < 2 * captions:
         return None
     with run.interrupt.deferred():

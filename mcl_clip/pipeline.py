@@ -205,8 +205,7 @@ def _train_settings(run: Run, s: int, data: dict[str, Any]) -> dict[str, Any]:
     for name in ("compiled", "patch_dropout", "grad_checkpointing"):
         if not settings["train"][name]:
             settings["train"].pop(name)
-    if stage.train.lock.cached_texts or not stage.train.lock.text:
-        settings["train"]["lock"].pop("cached_texts")
+    settings["train"]["lock"].pop("cached_texts")  # the same features, from another place
     if stage.train.resharded:
         settings["train"]["resharded"] = file_digest(Path(stage.train.resharded) / ROW_MAP)
     if _uses_tower_config(config, s):

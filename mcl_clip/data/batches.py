@@ -275,7 +275,7 @@ class TrainingLoader:
             short_texts: leave out the padding behind the longest caption of a batch.
             texts: features of the captions, in place of tokens.
             num_workers: processes that decode; 0 is this one.
-            prefetch_batches: batches that each worker keeps ready; of batches in parts, that many in all.
+            prefetch_batches: batches that each worker keeps ready, or as many parts as they have.
             device: where the pictures are to be; the rest of a batch stays here, page-locked if that helps.
             max_pixels: pictures with more are bad samples.
             json_key: where a .json member holds the captions.
@@ -299,9 +299,7 @@ class TrainingLoader:
         )
         self._local_rows = plan.global_batch_size // world_size()
         self._parts = -(-self._local_rows // PART_ROWS)
-        if self._parts > 1:
-            prefetch_batches = -(-prefetch_batches * self._parts // max(1, num_workers))
-        self._device, self._options = device, _loader_options(num_workers, prefetch_batches, device)
+        self._device, self._options = device, _loader_options(num_workers, prefetch_batches * self._parts, device)
 
     def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
         """The batches from one step up to, and without, another.

@@ -1,8 +1,9 @@
 """Text features of all captions on disk, for stages whose text tower is locked: one file a shard, and their reader."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,16 @@ from torch import Tensor
 
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.errors import UserError
+
+MOST_MAPPED = 256  # parts, in a process
+
+
+class _Part(NamedTuple):
+    """Slices of a mapped file."""
+
+    features: Any
+    ids: Any
+    first: Any
 
 
 class TextFeatures:
@@ -25,10 +36,10 @@ class TextFeatures:
     def __init__(self, folder: Path, index: ShardIndex, dim: int) -> None:
         self.folder, self.dim = folder, dim
         self.first_row = np.array([shard.first_row for shard in index.shards] + [len(index)])
-        self._open: dict[int, tuple[Any, np.ndarray, np.ndarray]] = {}
+        self._mapped: OrderedDict[int, _Part] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_mapped": OrderedDict()}
 
     def take(
         self, rows: Sequence[int], captions: Sequence[int]
@@ -38,32 +49,38 @@ class TextFeatures:
         Raises:
             UserError: if a part is missing or damaged, or a row has no such caption.
         """
-        features, ids = [torch.zeros(0, self.dim)], []
+        features, ids = [torch.zeros(0, self.dim)], [torch.zeros(0, dtype=torch.int64)]
         for row, caption in zip(rows, captions, strict=True):
             shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
-            part, first, part_ids = self._part(shard)
+            part = self._part(shard)
             place = int(row - self.first_row[shard])
-            number = int(first[place]) + caption
-            if number >= first[place + 1]:
+            first, end = part.first[place : place + 2].tolist()
+            number = first + caption
+            if number >= end:
                 raise self._damaged(shard, f"row {row} has no caption {caption}")
-            features.append(part[number : number + 1])
-            ids.append(int(part_ids[number]))
-        return torch.cat(features), torch.tensor(ids, dtype=torch.int64)
+            features.append(part.features[number : number + 1])
+            ids.append(part.ids[number : number + 1])
+        return torch.cat(features), torch.cat(ids)
 
-    def _part(self, shard: int) -> tuple[Any, np.ndarray, np.ndarray]:
-        if shard not in self._open:
-            path = self.folder / part_name(shard)
-            try:
-                with safe_open(path, framework="numpy") as part:
-                    first, ids = part.get_tensor("first"), part.get_tensor("ids")
-                features = safe_open(path, framework="pt").get_slice("features")  # type: ignore[no-untyped-call]
-                rows = int(self.first_row[shard + 1] - self.first_row[shard])
-                if len(first) != rows + 1 or features.get_shape() != [len(ids), self.dim] or first[-1] != len(ids):
-                    raise ValueError(f"{len(first) - 1} rows and {features.get_shape()} features, for {rows} rows")
-            except Exception as error:  # damaged files raise errors of several kinds
-                raise self._damaged(shard, str(error)) from error
-            self._open[shard] = features, first, ids
-        return self._open[shard]
+    def _part(self, shard: int) -> _Part:
+        """A part, mapped; those looked at last stay so."""
+        if shard in self._mapped:
+            self._mapped.move_to_end(shard)
+            return self._mapped[shard]
+        path, rows = self.folder / part_name(shard), int(self.first_row[shard + 1] - self.first_row[shard])
+        try:
+            file: Any = safe_open(path, framework="pt")
+            part = _Part(*(file.get_slice(name) for name in _Part._fields))
+            captions = part.ids.get_shape()[0]
+            shapes = [slice_.get_shape() for slice_ in part]
+            if shapes != [[captions, self.dim], [captions], [rows + 1]] or int(part.first[rows:][0]) != captions:
+                raise ValueError(f"its columns have the shapes {shapes}, for {rows} rows")
+        except Exception as error:  # damaged files raise errors of several kinds
+            raise self._damaged(shard, str(error)) from error
+        self._mapped[shard] = part
+        if len(self._mapped) > MOST_MAPPED:
+            self._mapped.popitem(last=False)
+        return part
 
     def _damaged(self, shard: int, why: str) -> UserError:
         return UserError(

@@ -65,7 +65,11 @@ class ShortTextTransformer(TextTransformer):  # type: ignore[misc]
 
 
 def do_less(model: nn.Module) -> None:
-    """Let the model skip what reaches no feature, in place; towers that open_clip has from elsewhere are left alone."""
+    """Let the model skip what reaches no feature, in place; towers that open_clip has from elsewhere are left alone.
+
+    What is meant is `encode_image` and `encode_text`: open_clip's ways to see the tokens of the last block
+    (`forward_intermediates`, `output_tokens`) then give the first one alone.
+    """
     parts: Any = model
     visual: Any = getattr(parts, "visual", None)
     if type(visual) is VisionTransformer and _gives_first_token(visual):

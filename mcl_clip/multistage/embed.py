@@ -224,8 +224,8 @@ def write_text_features(
                 counts.append(torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows)))
                 if len(batch.tokens):
                     with autocast(precision, device):
-                        encoded = encode_texts(model, batch.tokens, device)
-                    features.append(F.normalize(encoded.float(), dim=1).cpu())
+                        encoded = F.normalize(encode_texts(model, batch.tokens, device), dim=1)  # as the towers do it
+                    features.append(encoded.float().cpu())
                 bar.update(len(rows))
             columns = {
                 "features": torch.cat(features).numpy(),
