@@ -157,7 +157,8 @@ def check_memory(
     if fixed > memory:
         yield Finding("FAIL", "memory", f"{text}; the tower alone does not fit, use a smaller one")
     elif total > 0.9 * memory:
-        yield Finding("warning", "memory", f"{text}; it may not fit: use smaller batches, more processes, or bf16")
+        ways = "smaller batches, more processes, bf16, or --stages.K.train.grad-checkpointing"
+        yield Finding("warning", "memory", f"{text}; it may not fit: use {ways}")
     else:
         yield Finding("ok", "memory", text)
     tower, stage = stages[number].tower, stages[number]
