@@ -203,7 +203,11 @@ def test_memory():
     ("memory", "level", "sentence"),
     [
         (10**9, "ok", "stage 0 takes about 12 MB of 1 GB of GPU memory for a process (rough): weights"),
-        (11_500_000, "warning", "it may not fit: use smaller batches, more processes, bf16, or --stages.K.train.grad-checkpointing"),
+        (
+            11_500_000,
+            "warning",
+            "it may not fit: use smaller batches, more processes, bf16, or --stages.K.train.grad-checkpointing",
+        ),
         (10**6, "FAIL", "the tower alone does not fit, use a smaller one"),
     ],
 )

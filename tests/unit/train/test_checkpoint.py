@@ -123,3 +123,31 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="step-000000001"):
         Run().load(tmp_path)
+
+
+def convolutional() -> tuple[nn.Module, torch.optim.Optimizer]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Conv2d(4, 5, 3).to(memory_format=torch.channels_last)
+    return model, create_optimizer(model, **OPTIONS, lr_multipliers={})
+
+
+def train_convolutional(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        inputs = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(step))
+        model(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_moments_are_laid_out_as_their_parameters(tmp_path):
+    """The fused kernel goes through the memory of both side by side."""
+    model, optimizer = convolutional()
+    train_convolutional(model, optimizer, range(3))
+    save_checkpoint(tmp_path, model=model, optimizer=optimizer, average=None, state=TrainState(step=3), keep=2)
+    train_convolutional(model, optimizer, range(3, 6))
+    again, restored = convolutional()
+    load_newest(tmp_path, model=again, optimizer=restored, average=None)
+    train_convolutional(again, restored, range(3, 6))
+    assert torch.equal(again.weight, model.weight)
+    assert restored.state[again.weight]["exp_avg"].stride() == again.weight.stride() != (36, 9, 3, 1)
