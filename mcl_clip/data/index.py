@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Int64, Integer, UInt8
-from tqdm import tqdm
 
 from mcl_clip.artifacts import atomic_path
 from mcl_clip.data.files import Patience, stat
@@ -22,6 +21,7 @@ from mcl_clip.data.shards import check_location, is_remote, redacted
 from mcl_clip.data.tar import BLOCK
 from mcl_clip.distributed import is_main
 from mcl_clip.errors import UserError
+from mcl_clip.progress import Progress
 
 INDEX_NAME = "index.arrow"
 
@@ -164,12 +164,12 @@ class ShardIndex:
         missing = [url for url in locations if url not in known]
         with ThreadPoolExecutor(max_workers=max_workers) as threads:
             try:
-                bar = tqdm(
+                bar = Progress(
                     threads.map(lambda url: _scan(url, text_first, waits), missing),
                     total=len(missing),
                     desc="indexing shards",
                     unit="shard",
-                    disable=None if is_main() and missing else True,
+                    show=is_main() and bool(missing),
                 )
                 known |= dict(zip(missing, bar, strict=True))
             except BaseException:

@@ -23,6 +23,7 @@ from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.errors import UserError
+from mcl_clip.progress import Progress
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with further pictures behind it
 MAX_KEY_LENGTH = 80  # a tar name holds 100 characters, extension included
@@ -144,7 +145,7 @@ def write_pairs(
     """
     checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
     with new_folder(out) as folder:
-        bar = tqdm(samples, total=total, desc=f"writing {out.name}", unit="sample", disable=None)
+        bar = Progress(samples, total=total, desc=f"writing {out.name}", unit="sample")
         members = (checks.members_of(pair) for pair in bar)
         _write_shards((sample for sample in members if sample), folder, "%06d.tar", samples_per_shard)
         checks.finish(out)
@@ -173,7 +174,7 @@ def write_retrieval_set(
     keys: list[str] = []
 
     def numbered() -> Iterator[Members]:
-        for pair in tqdm(samples, total=total, desc=f"writing {out.name}", unit="sample", disable=None):
+        for pair in Progress(samples, total=total, desc=f"writing {out.name}", unit="sample"):
             if members := checks.members_of(pair):
                 members.pop("json", None)
                 yield {**members, "__key__": f"s{len(keys):07d}"}
@@ -217,7 +218,7 @@ def write_classification_set(
     checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
 
     def numbered() -> Iterator[Members]:
-        for sample in tqdm(samples, total=total, desc=f"writing {out.name}", unit="sample", disable=None):
+        for sample in Progress(samples, total=total, desc=f"writing {out.name}", unit="sample"):
             if not 0 <= sample.label < len(classnames):
                 raise UserError(f"{sample.key} has the label {sample.label}; there are {len(classnames)} class names")
             if extension := checks.extension_of(sample.key, sample.image):

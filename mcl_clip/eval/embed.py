@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from mcl_clip import distributed
 from mcl_clip.data.decode import BadSampleError, decode_image
@@ -21,6 +20,7 @@ from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.errors import UserError, explain_os_error
 from mcl_clip.model.encode import encode_texts
+from mcl_clip.progress import Progress
 
 MAX_BOX_PIXELS = 50_000_000
 
@@ -174,8 +174,7 @@ def embed_texts(
 
 
 def _bar(batches: Sequence[np.ndarray], unit: str) -> Any:
-    disable = None if distributed.is_main() else True
-    return tqdm(total=sum(map(len, batches)), desc=unit, unit=unit[:-1], disable=disable, leave=False)
+    return Progress(total=sum(map(len, batches)), desc=unit, unit=unit[:-1], show=distributed.is_main())
 
 
 def find_shards(root: Path, split: str) -> list[Path]:

@@ -32,6 +32,7 @@ from mcl_clip.distributed import (
     world_size,
 )
 from mcl_clip.errors import UserError
+from mcl_clip.progress import Progress
 
 CHUNK_ROWS = 16_384
 BLOCK_ROWS = 2048  # what is made of them on the way stays in the cache, and in memory that the process has already
@@ -193,7 +194,7 @@ def spherical_kmeans(
     members = _Members(rows, _chunks(num_rows), centroids)
     trace: list[dict[str, float]] = []
     passes, done = max_passes if num_rows <= ROWS_IN_FULL_FIT else 0, False
-    for number in range(passes + 1):
+    for number in Progress(range(passes + 1), desc="k-means", unit="pass", show=is_main()):
         members.move_to(centroids)
         sums, sizes = all_reduce_sum(members.sums()), all_reduce_sum(members.sizes())
         empty, objective = int((sizes == 0).sum()), _objective(sums, sizes, centroids)

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float16, Float32, Int64
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mcl_clip.artifacts import atomic_path
 from mcl_clip.data.batches import BadSample, CaptionedBatch, content_ids
@@ -23,6 +22,7 @@ from mcl_clip.data.texts import part_name as texts_part_name
 from mcl_clip.distributed import is_main, rank, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.model.encode import autocast, encode_texts, to_floats
+from mcl_clip.progress import Progress
 
 SIDES = ("image", "text")
 _COLUMNS = {  # of a part: data type and dimensions
@@ -246,8 +246,7 @@ def _bar(
     missing = [n for n, shard in enumerate(index.shards) if shard.rows and not (out / name_of(n)).exists()]
     mine = [n for n in missing if n % world_size() == rank()]
     total = sum(index.shards[n].rows for n in mine)
-    disable = None if show and is_main() else True
-    with tqdm(total=total, unit="row", desc=what, disable=disable, leave=False) as bar:
+    with Progress(total=total, unit="row", desc=what, show=show and is_main()) as bar:
         yield bar, mine
 
 

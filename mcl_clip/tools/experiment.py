@@ -30,6 +30,7 @@ from mcl_clip.distributed import count_cores
 from mcl_clip.errors import UserError
 from mcl_clip.eval.suite import label_of, run_results
 from mcl_clip.model.multistage import COMBINATIONS
+from mcl_clip.progress import Progress
 from mcl_clip.statistics import Estimate, Means, crossed_bootstrap
 
 STAGES = "mcl"
@@ -111,7 +112,7 @@ def run_arms(plan: Plan, *, launcher: Sequence[str], jobs: int) -> None:
         bar.update()
         tqdm.write(f"seed {seed}, {arm}: done in {(time.monotonic() - started) / 60:.1f} min")
 
-    with _interrupted_by_sigterm(), tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
+    with _interrupted_by_sigterm(), Progress(total=len(todo), desc="runs", unit="run") as bar:
         pool = ThreadPoolExecutor(jobs)
         try:
             for pair in todo:

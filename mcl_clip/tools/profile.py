@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from mcl_clip.data.batches import PairBatch, TrainingLoader
 from mcl_clip.distributed import barrier, count_cores, gather_objects, is_main, on_main
 from mcl_clip.errors import UserError
+from mcl_clip.progress import Progress
 from mcl_clip.tools.doctor.findings import as_bytes
 from mcl_clip.tools.doctor.machine import find_gpus, machines_for
 from mcl_clip.train import loop
@@ -217,7 +217,7 @@ class _Watch:
     steps: int
     warmup_steps: int
     ready_batches: int
-    bar: "tqdm[NoReturn]"
+    bar: Progress
     rows: int = 0
     waited: list[bool] = field(default_factory=list)
     peak_bytes: int = 0
@@ -295,7 +295,6 @@ def profile_training(
         show_progress: show a bar on the main process.
     """
     clock = Clock(accelerator.device)
-    disable = None if show_progress and is_main() else True
     with ExitStack() as stack:
         watch = _Watch(
             clock=clock,
@@ -303,7 +302,9 @@ def profile_training(
             steps=steps,
             warmup_steps=warmup_steps,
             ready_batches=ready_batches,
-            bar=stack.enter_context(tqdm(total=warmup_steps + steps, unit="step", disable=disable, leave=False)),
+            bar=stack.enter_context(
+                Progress(total=warmup_steps + steps, unit="step", desc="profile", show=show_progress and is_main())
+            ),
         )
         for owner, name, change in _borders(clock, watch, accelerator):
             stack.enter_context(_changed(owner, name, change))

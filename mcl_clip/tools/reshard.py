@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, Shaped
-from tqdm import tqdm
 
 from mcl_clip.artifacts import atomic_dir
 from mcl_clip.data.files import Patience, stat
@@ -15,6 +14,7 @@ from mcl_clip.data.reader import Reader
 from mcl_clip.data.tar import end_of_archive
 from mcl_clip.distributed import is_main, permutation
 from mcl_clip.errors import UserError
+from mcl_clip.progress import Progress
 
 ROW_MAP_NAME = "row_map.npy"
 _BATCH_BYTES = 64 << 20
@@ -54,7 +54,7 @@ def reshard(
     total = int(index.sample_size.sum())
     with (
         atomic_dir(out) as folder,
-        tqdm(total=total, desc="resharding", unit="B", unit_scale=True, disable=None if is_main() else True) as bar,
+        Progress(total=total, desc="resharding", unit="B", unit_scale=True, show=is_main()) as bar,
     ):
         shards, offsets = [], []
         for number, rows in enumerate(np.split(row_map, np.cumsum(counts)[:-1])):

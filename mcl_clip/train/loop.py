@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mcl_clip.data.batches import PairBatch, TrainingLoader
 from mcl_clip.distributed import barrier, check_same, is_main, rank, seed_of, world_size
@@ -21,6 +20,7 @@ from mcl_clip.errors import UserError
 from mcl_clip.model.encode import autocast, to_floats
 from mcl_clip.model.grad_cache import Outputs, add_gradients
 from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
+from mcl_clip.progress import Progress
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.metrics import BadSamples, Meter, StepLog
@@ -299,8 +299,7 @@ def _progress(
 
     Signals wait for the end of a step meanwhile.
     """
-    disable = None if show and is_main() else True
-    bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=disable, desc="train", leave=False)
+    bar = Progress(total=total_steps, initial=state.step, unit="step", desc="train", show=show and is_main())
     with interrupt.deferred(), bar:
         batches = make_batches()
         while True:

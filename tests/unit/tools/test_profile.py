@@ -90,7 +90,7 @@ def test_a_part_ends_with_an_error_too():
 
 
 def watch(clock, *, ready=3, steps=2):
-    bar = profile.tqdm(disable=True)
+    bar = profile.Progress(show=False)
     return profile._Watch(clock=clock, device=CPU, steps=steps, warmup_steps=2, ready_batches=ready, bar=bar)
 
 
