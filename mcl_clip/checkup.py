@@ -21,9 +21,11 @@ from mcl_clip.eval.suite import Task
 from mcl_clip.model.open_clip_folder import DEFAULT_CONTEXT_LENGTH, make_tokenizer
 from mcl_clip.phases import Run, diagnosis, min_group_size, only
 from mcl_clip.pipeline import check_held_out, check_publishing, check_stages, open_tasks, plan_phases, with_control
+from mcl_clip.report.page import REPORT
 from mcl_clip.tools.doctor import data, machine, needs, stages, weights
 from mcl_clip.tools.doctor.findings import Finding, attempt
 
+COLOURS = {"done": "\033[32m", "partial": "\033[33m", "missing": "\033[2m"}
 PHASES = ("train", "embed", "cluster", "labels", "eval")
 TOWER_SETTINGS = ("architecture", "model", "preprocess")
 STAGE_SETTINGS = (
@@ -32,19 +34,26 @@ STAGE_SETTINGS = (
 )
 
 
-def status_lines(run: Path) -> list[str]:
+def status_lines(run: Path, *, has_colours: bool = False) -> list[str]:
     """Which phases of each stage are done, and its last step."""
     config, lines = read_run_config(run), []
+
+    def state(folder: Path) -> str:
+        word = _state(folder)
+        return f"{COLOURS[word]}{word}\033[0m" if has_colours else word
+
     for stage in range(len(config["stages"])):
         folder, steps = run / f"stage-{stage}", config["stages"][stage].get("train", {}).get("steps")
-        states = [f"{phase} {_state(folder / phase)}" for phase in PHASES]
+        states = [f"{phase} {state(folder / phase)}" for phase in PHASES]
         records = [record for record in read_jsonl(folder / "train" / "metrics.jsonl") if "loss" in record]
         at = f" (step {records[-1].get('step')} of {steps})" if records else ""
         lines.append(f"stage {stage}: {', '.join(states)}{at}")
-    lines.append(f"combined: {_state(run / 'combined')}")
+    lines.append(f"combined: {state(run / 'combined')}")
     publish = config.get("publish")
     if isinstance(publish, dict) and publish.get("repo"):
-        lines.append(f"publish to {publish['repo']}: {_state(run / 'publish')}")
+        lines.append(f"publish to {publish['repo']}: {state(run / 'publish')}")
+    if (run / REPORT).exists():
+        lines.append(f"report: {run / REPORT}")
     return lines
 
 

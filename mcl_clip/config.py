@@ -270,6 +270,12 @@ class MachineConfig:
     """Newest checkpoints that are kept."""
     progress: bool = True
     """Show progress bars on a terminal."""
+    report: bool = True
+    """Write report.html in the run directory after each stage."""
+    report_images: bool = True
+    """Put small pictures of the data into the report; without, it may be shown where the data may not."""
+    report_mb: float = 10.0
+    """Largest size of the report, in 10^6 bytes; pictures are made smaller, then fewer."""
     remote: Literal["range", "stage"] = "range"
     """Remote shards are read in ranges, or fetched whole into a cache."""
     cache_dir: Path | None = None

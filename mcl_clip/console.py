@@ -45,6 +45,11 @@ def run_program(main: Callable[[], object]) -> None:
         _stop(f"error: {explain_os_error(refused)}", 2)
 
 
+def has_colours() -> bool:
+    """Whether the output is a terminal whose user wants colours (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def leave_signals_to_parent() -> None:
     """In a child process: ignore Ctrl-C and what a scheduler sends to every process of a job, for the parent answers.
 

@@ -69,6 +69,7 @@ from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
 from mcl_clip.train.metrics import BadSamples
 from mcl_clip.train.optim import create_optimizer
 
+RESULTS = "mcl_clip.results"  # the logger of the tables of results, which speaks in quiet runs too
 logger = logging.getLogger(__name__)
 
 SINGLE = "single"
@@ -368,7 +369,7 @@ def evaluate(run: Run, s: int) -> None:
                     save_file(raw, temporary)
     so_far = [(f"stages-0-{s}-{how}", range(s + 1), how) for how in COMBINATIONS] if s else []
     on_main(partial(score_stages, run, out, [(f"stage-{s}", [s], SINGLE), *so_far]))
-    logger.info("after stage %d\n%s", s, results_table(run.config.run_dir))
+    logging.getLogger(RESULTS).info("after stage %d\n%s", s, results_table(run.config.run_dir))
     settings = asdict(run.config.stages[s].train)
     if is_main() and (said := diagnosis(run.config.run_dir, s, settings=settings, rows=len(run.index))):
         logger.info("stage %d: %s", s, said)
@@ -426,7 +427,7 @@ def combine(run: Run) -> None:
         model.save(folder)
     write_json(out / "combination.json", {**asdict(fitted), "held_out_rows": len(rows)})
     score_stages(run, out, [("combined", stages, fitted.combine)])
-    logger.info("all stages\n%s", results_table(run.config.run_dir))
+    logging.getLogger(RESULTS).info("all stages\n%s", results_table(run.config.run_dir))
 
 
 def publish(run: Run) -> None:

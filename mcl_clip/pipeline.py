@@ -36,12 +36,15 @@ from mcl_clip.eval.tasks.classification import ClassificationSet, Classification
 from mcl_clip.eval.tasks.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.multistage.controls import equal_compute_steps
 from mcl_clip.phases import ROW_MAP, Run, cluster, combine, embed, evaluate, label, min_group_size, only, publish, train
+from mcl_clip.publish.facts import COMBINED
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token
+from mcl_clip.report.page import write_report
 from mcl_clip.train.interrupt import Interrupt
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_IFM_EPSILON = 0.1
+MEASURED = ("/eval", COMBINED)  # ends of the names of phases after which there is something new to show
 
 
 def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interrupt | None = None) -> None:
@@ -79,6 +82,24 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
             barrier()
             on_main(phase.mark_done)
             logger.info("%s: done in %s", phase.name, _duration(time.perf_counter() - started))
+            if phase.name.endswith(MEASURED):
+                on_main(partial(_report, config))
+
+
+def _report(config: RunConfig) -> None:
+    """Write the report anew. Whatever is wrong with it, the run goes on."""
+    machine = config.machine
+    if not machine.report:
+        return
+    try:
+        path = write_report(config.run_dir, images=machine.report_images, max_mb=machine.report_mb)
+    except Exception as error:
+        logger.warning(
+            "the report could not be written (%s: %s); the run goes on, and `mcl-clip report %s` writes it",
+            *(type(error).__name__, error, config.run_dir),
+        )
+    else:
+        logger.info("report: %s", path)
 
 
 def with_control(config: RunConfig, *, rows: int) -> RunConfig:
@@ -159,11 +180,11 @@ def plan_phases(run: Run) -> list[Phase]:
         sets = {name: task.sha256 for name, task in run.tasks.items()}
         evaluated.append(phase("eval", evaluate, {"sets": sets}, [*trained, *clusterings, *evaluated], grows=True))
     settings = {"combine": config.combine, "loss": config.stages[0].train.loss}
-    folder = config.run_dir / "combined"
+    folder = config.run_dir / COMBINED
     inputs = (*trained, *embedded, *evaluated)
     phases.append(
         Phase(
-            name="combined",
+            name=COMBINED,
             folder=folder,
             settings=settings,
             run=partial(_alone(combine), run),

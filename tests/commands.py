@@ -2,7 +2,7 @@
 
 import sys
 
-from mcl_clip import cli
+from mcl_clip import __main__ as entry
 
 
 def run_command(monkeypatch, capsys, *arguments):
@@ -10,7 +10,7 @@ def run_command(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["mcl-clip", *map(str, arguments)])
     code = 0
     try:
-        cli.command()
+        entry.command()
     except SystemExit as stopped:
         code = stopped.code
     printed = capsys.readouterr()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Integer
@@ -37,6 +37,9 @@ class RawSample:
     image: bytes
     text: bytes
     text_format: str
+
+
+_Columns: TypeAlias = tuple[np.ndarray, np.ndarray]  # offsets and sizes of members, by row
 
 
 class _Range(NamedTuple):
@@ -101,23 +104,47 @@ class Reader:
             IndexError: for a number that is not a row.
         """
         index = self.index
-        self._check_rows(rows)
-        shards = index.shard_of[rows].tolist()
-        image_sizes, text_sizes = index.image_size[rows].tolist(), index.text_size[rows].tolist()
-        ranges = [
-            _Range(shard, offset - BLOCK, offset + size)
-            for offsets, sizes in ((index.image_offset, image_sizes), (index.text_offset, text_sizes))
-            for shard, offset, size in zip(shards, offsets[rows].tolist(), sizes, strict=True)
+        images, texts = self._members(rows, (index.image_offset, index.image_size), self._texts)
+        return [
+            RawSample(row, image, text, text_format)
+            for row, image, text, text_format in zip(rows.tolist(), images, texts, self._formats(rows), strict=True)
         ]
-        members = self._fetch(ranges)
-        samples = []
-        for number, row in enumerate(rows.tolist()):
-            image, text = members[number], members[number + len(rows)]
-            self._check(row, image[:BLOCK], image_sizes[number])
-            self._check(row, text[:BLOCK], text_sizes[number])
-            text_format = TEXT_FORMATS[index.text_format[row]]
-            samples.append(RawSample(row, bytes(image[BLOCK:]), bytes(text[BLOCK:]), text_format))
-        return samples
+
+    def read_texts(self, rows: Integer[np.ndarray, "n"]) -> list[tuple[bytes, str]]:
+        """The text members of `rows` with their formats, in their order, without the images.
+
+        Raises:
+            UserError, OSError, IndexError: as `read`.
+        """
+        (texts,) = self._members(rows, self._texts)
+        return list(zip(texts, self._formats(rows), strict=True))
+
+    @property
+    def _texts(self) -> _Columns:
+        return self.index.text_offset, self.index.text_size
+
+    def _formats(self, rows: Integer[np.ndarray, "n"]) -> list[str]:
+        return [TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist()]
+
+    def _members(self, rows: Integer[np.ndarray, "n"], *kinds: _Columns) -> list[list[bytes]]:
+        """One or more members of each row, given by columns of offsets and sizes; all are fetched together."""
+        self._check_rows(rows)
+        shards = self.index.shard_of[rows].tolist()
+        sizes = [size[rows].tolist() for _, size in kinds]
+        ranges = [
+            _Range(shard, start - BLOCK, start + length)
+            for (offset, _), of_kind in zip(kinds, sizes, strict=True)
+            for shard, start, length in zip(shards, offset[rows].tolist(), of_kind, strict=True)
+        ]
+        found, members = iter(self._fetch(ranges)), []
+        for of_kind in sizes:
+            of_rows = []
+            for row, size in zip(rows.tolist(), of_kind, strict=True):
+                member = next(found)
+                self._check(row, member[:BLOCK], size)
+                of_rows.append(bytes(member[BLOCK:]))
+            members.append(of_rows)
+        return members
 
     def read_whole(self, rows: Integer[np.ndarray, "n"]) -> list[bytes]:
         """All members of the samples of `rows` as they stand in the tar, headers and padding included.

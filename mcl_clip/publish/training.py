@@ -12,10 +12,15 @@ NEGATIVES = {"labels": "the same clusters", "none": "everywhere", "random": "ran
 
 def stage_table(run: Run) -> str:
     """How each stage was trained: a column a stage, without lines that say nothing."""
+    return table(stage_rows(run))
+
+
+def stage_rows(run: Run) -> list[list[str]]:
+    """The rows of `stage_table`, the title row first."""
     columns = [_stage_column(run, number, stage) for number, stage in enumerate(run.stages)]
     names = [name for name in columns[0] if any(column[name] for column in columns)]
     rows = [[name, *(column[name] or "-" for column in columns)] for name in names]
-    return table([["", *(f"stage {number}" for number in range(len(columns)))], *rows])
+    return [["", *(f"stage {number}" for number in range(len(columns)))], *rows]
 
 
 def _stage_column(run: Run, number: int, stage: Stage) -> dict[str, str]:
@@ -174,6 +179,11 @@ def data_table(run: Run, *, datasets: Sequence[str], license: str) -> str:
 
 def machine_table(run: Run) -> str:
     """Where, with what and for how long."""
+    return table(machine_rows(run), words=2)
+
+
+def machine_rows(run: Run) -> list[list[str]]:
+    """The rows of `machine_table`, the title row first."""
     starts = run.launches
     rows = [["", ""]]
     if starts:
@@ -193,7 +203,7 @@ def machine_table(run: Run) -> str:
     rows.append(["seed", f"{run.config.get('seed', 0)}"])
     rows.append(["time of embedding, clustering and evaluation", NOT_MEASURED])
     rows.append(["energy, emissions", NOT_MEASURED])
-    return table(rows, words=2)
+    return rows
 
 
 def _device(start: Mapping[str, Any]) -> str:

@@ -57,7 +57,7 @@ RECIPE = RunConfig(
     stages=(STAGE, STAGE),
     eval=EvalConfig(retrieval=(str(HERE / "retrieval"),), classification=(str(HERE / "colours"),)),
     combine="concat",
-    machine=MachineConfig(workers=0, threads=1, log_steps=1, save_steps=3, progress=False),
+    machine=MachineConfig(workers=0, threads=1, log_steps=1, save_steps=3, progress=False, report=False),
 )
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from mcl_clip import checkup, cli
+from mcl_clip import checkup, cli, commands
 from mcl_clip.artifacts import append_jsonl
 from mcl_clip.data.transforms import TrainTransform
+from mcl_clip.report.lost import what_was_lost
 from mcl_clip.tools.doctor import needs
-from mcl_clip.tools.lost import what_was_lost
 from mcl_clip.train import loop
 from tests.commands import run_command
 from tests.recipes.runs import execute, files, load_recipe, records, write_shards
@@ -227,7 +227,7 @@ def test_a_recipe_that_is_none(monkeypatch, capsys, tmp_path):
     ):
         monkeypatch.setattr(sys, "argv", ["mcl-clip", "doctor", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            cli.command()
+            commands.command()
         assert stopped.value.code == 2
         assert sentence in capsys.readouterr().err
 
@@ -269,7 +269,7 @@ def test_what_was_lost_is_the_same_after_a_resume(recipe, tmp_path, monkeypatch)
 def test_status_and_the_end_of_a_run_say_what_was_lost(copy, path, monkeypatch, capsys):
     expected = ["lost on the way:", *(f"  {line}" for line in what_was_lost(copy))]
     monkeypatch.setattr(sys, "argv", ["mcl-clip", "status", str(copy)])
-    cli.command()
+    commands.command()
     shown = capsys.readouterr().out.splitlines()
     assert shown[:2] == [
         f"stage {stage}: train done, embed done, cluster done, labels done, eval done (step 8 of 8)" for stage in (0, 1)
@@ -286,6 +286,6 @@ def test_status_of_a_run_with_damaged_results(copy, monkeypatch, capsys):
     path.write_text(path.read_text().replace('"main_metric": 0.', '"main_metric": null, "x": 0.'))
     monkeypatch.setattr(sys, "argv", ["mcl-clip", "status", str(copy)])
     with pytest.raises(SystemExit) as stopped:
-        cli.command()
+        commands.command()
     assert stopped.value.code == 2
     assert f"metrics or results in {copy / 'stage-0'} are damaged" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 
 from mcl_clip import AugmentConfig, MultistageCLIP, pipeline
 from mcl_clip.artifacts import DONE, StaleArtifactError, read_json
-from mcl_clip.cli import command
+from mcl_clip.commands import command
 from mcl_clip.errors import UserError
 from mcl_clip.model.towers import load_tower
 from tests.recipes.runs import (

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from mcl_clip import MultistageCLIP, TowerConfig
 from mcl_clip.artifacts import StaleArtifactError, read_json
-from mcl_clip.cli import command, create_accelerator
+from mcl_clip.cli import create_accelerator
+from mcl_clip.commands import command
 from mcl_clip.config import LockConfig
 from mcl_clip.errors import UserError
 from mcl_clip.model.towers import create_tower, save_tower

@@ -13,12 +13,14 @@ PACKAGE = REPOSITORY / "mcl_clip"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = (
     ("__init__", "__main__"),
+    ("commands",),
     ("cli",),
     ("checkup",),
-    ("pipeline", "phases", "tools"),
+    ("pipeline", "phases", "tools", "browse"),
+    ("report",),
     ("train", "multistage", "eval", "publish"),
     ("data", "model"),
-    ("distributed", "artifacts", "config", "console", "statistics"),
+    ("distributed", "artifacts", "config", "console", "progress", "statistics"),
     ("errors",),
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
@@ -26,7 +28,7 @@ BETWEEN_SIBLINGS = {("pipeline", "phases")}
 SHIPPED = (  # inside exported models
     "modeling_multistage_clip.py", "multistage.py", "open_clip_folder.py", "processing_multistage_clip.py", "sharing.py"
 )  # fmt: skip
-READ_CONFIG = {"__init__", "cli", "checkup", "pipeline", "phases"}
+READ_CONFIG = {"__init__", "cli", "commands", "checkup", "pipeline", "phases"}
 
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 

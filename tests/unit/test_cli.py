@@ -177,3 +177,88 @@ def test_an_error_of_all_processes_is_said_once(monkeypatch, capsys, recipe):
 def test_an_error_of_one_process_is_said_by_it(monkeypatch, capsys, recipe):
     assert run_failing(monkeypatch, recipe, UserError("wrong"), is_main=False) == 2
     assert capsys.readouterr().err == "error: wrong\n"
+
+
+def test_the_page_of_help_has_every_command_with_the_first_line_of_its_own_help():
+    from mcl_clip import __main__ as entry
+    from mcl_clip import commands
+
+    listed = {name: text for of_intent in entry.COMMANDS.values() for name, text in of_intent.items()}
+    assert listed == {name: function.__doc__.split("\n")[0] for name, function in commands.COMMANDS.items()}
+    lines = entry.help_text().splitlines()
+    assert len(lines) < 40
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "usage: mcl-clip COMMAND"),
+        ([], 2, "usage: mcl-clip COMMAND"),
+        (["--version"], 0, "mcl_clip "),
+        (["staus", "x"], 2, "error: there is no command 'staus'; did you mean status?"),
+        (["frobnicate"], 2, "error: there is no command 'frobnicate'; see mcl-clip --help"),
+        (["completion"], 2, "error: name one shell: bash, zsh, tcsh"),
+        (["completion", "fish"], 2, "error: name one shell: bash, zsh, tcsh"),
+    ],
+)
+def test_what_needs_nothing_heavy_loads_nothing_heavy(arguments, code, said):
+    program = (
+        "import sys; sys.argv = ['mcl-clip', *sys.argv[1:]]\n"
+        "from mcl_clip.__main__ import command\n"
+        "try: command()\n"
+        "except SystemExit as stop: code = stop.code or 0\n"
+        "else: code = 0\n"
+        "assert not {'torch', 'open_clip', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    found = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert found.returncode == code, found.stderr
+    assert said in found.stdout + found.stderr
+    assert "\033" not in found.stdout
+
+
+def test_completion_names_commands_and_their_options(monkeypatch, capsys):
+    code, out, _ = run_command(monkeypatch, capsys, "completion", "bash")
+    assert code == 0
+    assert all(word in out for word in ("'status'", "'--max-mb'", "complete -F"))
+
+
+def test_recipes_are_listed_and_copied(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = run_command(monkeypatch, capsys, "init")
+    assert "photos " in out
+    assert "experiments/codes" in out
+    assert run_command(monkeypatch, capsys, "init", "photos")[0] == 0
+    assert "RECIPE = RunConfig(" in (tmp_path / "photos.py").read_text()
+    code, _, err = run_command(monkeypatch, capsys, "init", "photos")
+    assert (code, err) == (2, "error: photos.py is there already; give --out another name\n")
+    code, _, err = run_command(monkeypatch, capsys, "init", "nothing")
+    assert code == 2
+    assert "there is no recipe 'nothing'; there are " in err
+
+
+def test_an_installed_package_brings_its_recipes():
+    import tomllib
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    files = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    brought = {path for patterns in files.values() for pattern in patterns for path in root.glob(pattern)}
+    assert brought == set((root / "recipes").rglob("*.py"))
+
+
+def test_quiet_is_for_this_process_and_its_children(monkeypatch, recipe):
+    from mcl_clip.progress import QUIET, is_quiet
+
+    monkeypatch.setenv(QUIET, "")
+    assert not is_quiet()
+    assert cli.parse(recipe, ["--quiet", "--seed", "3"]).seed == 3
+    assert is_quiet()
+
+
+def test_status_is_coloured_on_a_terminal_alone(run):
+    from mcl_clip.checkup import status_lines
+
+    assert status_lines(run)[0].startswith("stage 0: train done, embed missing")
+    assert "train \033[32mdone\033[0m" in status_lines(run, has_colours=True)[0]

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 
-from mcl_clip import cli
+from mcl_clip import commands
 from mcl_clip.artifacts import read_jsonl
 from mcl_clip.errors import UserError
 from mcl_clip.eval.catalogue import discover
@@ -344,7 +344,7 @@ def test_mistakes_of_the_command(here, monkeypatch, capsys, arguments, sentence)
 
 
 def test_a_device_is_not_for_several_processes(here, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "world_size", lambda: 4)
+    monkeypatch.setattr(commands, "world_size", lambda: 4)
     code, _, err = run_command(monkeypatch, capsys, "eval", "tower", "--data", "sets", "--device", "cpu")
     assert code == 2
     assert "error: --device cpu cannot be shared by 4 processes, which have one each; leave it out\n" in err

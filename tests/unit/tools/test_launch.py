@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mcl_clip import cli
+from mcl_clip import commands
 from mcl_clip.errors import UserError
 from mcl_clip.tools import launch as module
 from mcl_clip.tools.launch import Placement, launch, place, read_placement
@@ -248,10 +248,10 @@ def run_command(monkeypatch, *arguments):
         started.append((command[1:], placement.num_processes, planned_codes))
         return 7
 
-    monkeypatch.setattr(cli, "launch", note)
+    monkeypatch.setattr(commands, "launch", note)
     monkeypatch.setattr(sys, "argv", ["mcl-clip", "launch", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
-        cli.command()
+        commands.command()
     return started, caught.value.code
 
 

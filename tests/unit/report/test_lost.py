@@ -5,7 +5,7 @@ import pytest
 from mcl_clip.artifacts import DONE
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.errors import UserError
-from mcl_clip.tools.lost import what_was_lost
+from mcl_clip.report.lost import what_was_lost
 from tests.unit.data.tars import pairs, write_tar
 
 
