@@ -276,6 +276,10 @@ class MachineConfig:
     """Put small pictures of the data into the report; without, it may be shown where the data may not."""
     report_mb: float = 10.0
     """Largest size of the report, in 10^6 bytes; pictures are made smaller, then fewer."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Where metrics go beside metrics.jsonl, through Accelerate; each must be installed."""
+    tracker_project: str = "mcl_clip"
+    """Name of the project, or experiment, at the trackers."""
     remote: Literal["range", "stage"] = "range"
     """Remote shards are read in ranges, or fetched whole into a cache."""
     cache_dir: Path | None = None

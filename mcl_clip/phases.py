@@ -68,6 +68,7 @@ from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
 from mcl_clip.train.metrics import BadSamples
 from mcl_clip.train.optim import create_optimizer
+from mcl_clip.train.trackers import Trackers
 
 RESULTS = "mcl_clip.results"  # the logger of the tables of results, which speaks in quiet runs too
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Run:
     sources: tuple[Source, ...]
     tasks: dict[str, Task]
     interrupt: Interrupt = field(default_factory=Interrupt)
+    trackers: Trackers = field(default_factory=Trackers)
 
     def folder(self, stage: int, phase: str) -> Path:
         """Where a phase of a stage writes."""
@@ -191,12 +193,25 @@ def train(run: Run, s: int) -> None:
             max_bad_fraction=config.data.max_bad_fraction,
             evaluate=partial(_metrics, run, tower),
             show_progress=config.machine.progress,
+            track=partial(_track, run, s),
             interrupt=run.interrupt,
         )
         run.accelerator.free_memory()
     if is_main():
         save_tower(tower, out / "model")
         shutil.rmtree(out / TEXTS, ignore_errors=True)
+
+
+def _track(run: Run, s: int, record: Mapping[str, Any], step: int) -> None:
+    """Give a record of training to the trackers, at its step over all stages."""
+    flat = {**record, **{f"group_loss/{name}": value for name, value in record.get("group_loss", {}).items()}}
+    values = {f"stage-{s}/{name}": value for name, value in flat.items() if name not in ("step", "group_loss")}
+    run.trackers.log(values, step=first_step(run.config, s) + step)
+
+
+def first_step(config: RunConfig, s: int) -> int:
+    """How many steps the stages before have."""
+    return sum(stage.train.steps for stage in config.stages[:s])
 
 
 def _cached_texts(run: Run, s: int, tower: Tower, reader: Reader) -> TextFeatures | None:

@@ -28,18 +28,34 @@ from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.order import Source
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.shards import redacted as redacted_text
-from mcl_clip.distributed import barrier, check_same, on_main, world_size
+from mcl_clip.distributed import barrier, check_same, is_main, on_main, world_size
 from mcl_clip.errors import UserError
 from mcl_clip.eval.catalogue import open_set
-from mcl_clip.eval.suite import Task
+from mcl_clip.eval.suite import Task, label_of, read_results, result_rows
 from mcl_clip.eval.tasks.classification import ClassificationSet, ClassificationTask
 from mcl_clip.eval.tasks.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.multistage.controls import equal_compute_steps
-from mcl_clip.phases import ROW_MAP, Run, cluster, combine, embed, evaluate, label, min_group_size, only, publish, train
+from mcl_clip.phases import (
+    ROW_MAP,
+    Run,
+    cluster,
+    combine,
+    embed,
+    evaluate,
+    first_step,
+    label,
+    min_group_size,
+    only,
+    publish,
+    train,
+)
 from mcl_clip.publish.facts import COMBINED
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token
+from mcl_clip.report.clusters import contact_sheets
 from mcl_clip.report.page import write_report
+from mcl_clip.report.view import RunView
 from mcl_clip.train.interrupt import Interrupt
+from mcl_clip.train.trackers import Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +73,20 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
     check_stages(config)
+    check_trackers(config.machine.trackers)
     on_main(partial(check_publishing, config))
     with _locked(config.run_dir):
         index, sources = load_index(config)
         config = with_control(config, rows=len(index))
         tasks = open_tasks(config)
-        interrupt = interrupt or Interrupt()
         run = Run(
-            config=config, accelerator=accelerator, index=index, sources=sources, tasks=tasks, interrupt=interrupt
+            config=config,
+            accelerator=accelerator,
+            index=index,
+            sources=sources,
+            tasks=tasks,
+            interrupt=interrupt or Interrupt(),
+            trackers=_trackers(config),
         )
         check_held_out(run)
         phases = plan_phases(run)
@@ -73,24 +95,62 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
         for phase in phases:
             if phase.name not in todo:
                 logger.info("%s: done before", phase.name)
-                continue
-            interrupt.check()
-            interrupt.phase = phase.name
-            started = time.perf_counter()
-            on_main(phase.begin)
-            phase.run()
-            barrier()
-            on_main(phase.mark_done)
-            logger.info("%s: done in %s", phase.name, _duration(time.perf_counter() - started))
-            if phase.name.endswith(MEASURED):
-                on_main(partial(_report, config))
+        run.trackers.start()
+        try:
+            _run_phases(run, [phase for phase in phases if phase.name in todo])
+        finally:
+            run.trackers.finish()
 
 
-def _report(config: RunConfig) -> None:
-    """Write the report anew. Whatever is wrong with it, the run goes on."""
+def _run_phases(run: Run, phases: Sequence[Phase]) -> None:
+    """Run what is not done yet, and show what came of it."""
+    for phase in phases:
+        run.interrupt.check()
+        run.interrupt.phase = phase.name
+        started = time.perf_counter()
+        on_main(phase.begin)
+        phase.run()
+        barrier()
+        on_main(phase.mark_done)
+        logger.info("%s: done in %s", phase.name, _duration(time.perf_counter() - started))
+        if phase.name.endswith(MEASURED):
+            on_main(partial(_show, run, phase))
+
+
+def _trackers(config: RunConfig) -> Trackers:
+    """The trackers of the recipe, on the main process."""
     machine = config.machine
-    if not machine.report:
+    return Trackers(
+        machine.trackers if is_main() else (),
+        run_dir=config.run_dir,
+        project=machine.tracker_project,
+        config=redacted(asdict(config)),
+    )
+
+
+def _show(run: Run, phase: Phase) -> None:
+    """Write the report anew, and give trackers what was measured."""
+    page = _report(run.config) if run.config.machine.report else None
+    if not run.trackers:
         return
+    records = read_results(phase.folder)
+    stages = (
+        len(run.config.stages) if phase.name == COMBINED else 1 + int(phase.folder.parent.name.removeprefix("stage-"))
+    )
+    values = {
+        f"eval/{record['dataset']}/{metric}/{label_of(record)}": value
+        for record in records
+        for metric, value in record["metrics"].items()
+        if value is not None
+    }
+    tables = {f"results/{name}": rows for name, rows in result_rows(run.config.run_dir).items()}
+    pictures = contact_sheets(RunView(run.config.run_dir)) if run.config.machine.report_images else {}
+    run.trackers.log_stage(values, step=first_step(run.config, stages), tables=tables, pictures=pictures, page=page)
+
+
+def _report(config: RunConfig) -> Path | None:
+    """The report, written anew. Whatever is wrong with it, the run goes on."""
+    machine = config.machine
     try:
         path = write_report(config.run_dir, images=machine.report_images, max_mb=machine.report_mb)
     except Exception as error:
@@ -98,8 +158,9 @@ def _report(config: RunConfig) -> None:
             "the report could not be written (%s: %s); the run goes on, and `mcl-clip report %s` writes it",
             *(type(error).__name__, error, config.run_dir),
         )
-    else:
-        logger.info("report: %s", path)
+        return None
+    logger.info("report: %s", path)
+    return path
 
 
 def with_control(config: RunConfig, *, rows: int) -> RunConfig:

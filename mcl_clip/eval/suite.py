@@ -192,14 +192,18 @@ def results_table(run_dir: Path) -> str:
 
     The main metric comes with its 95 % interval.
     """
-    records = run_results(run_dir)
-    lines = []
+    return "\n".join(line for title, rows in result_rows(run_dir).items() for line in (title, *aligned(rows)))
+
+
+def result_rows(run_dir: Path) -> dict[str, list[list[str]]]:
+    """The rows of `results_table`, the title row first, by what stands above them."""
+    records, found = run_results(run_dir), {}
     for key in dict.fromkeys(record["key"] for record in records):
         of_set = [record for record in records if record["key"] == key]
         columns = _columns(of_set)
-        lines.append(f"{key}: {size_text(of_set[0])}")
-        lines += aligned([["", *columns], *(_row(record, columns.values()) for record in of_set)])
-    return "\n".join(lines)
+        rows = [["", *columns], *(_row(record, columns.values()) for record in of_set)]
+        found[f"{key}: {size_text(of_set[0])}"] = rows
+    return found
 
 
 def size_text(record: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ class Negatives:
         weight: 1 for rows that count, 0 for fillers and rows with fewer than `min_negatives` negatives.
         total_weight: sum of the weights over all processes, at least 1.
         num_negatives: negatives of each row.
+        losses: loss of each row, once the loss was computed.
         duplicates: pairs of different places in this process's rows with an equal caption or image, masked or not.
     """
 
@@ -52,6 +53,7 @@ class Negatives:
     weight: Float[Tensor, "local"]
     total_weight: Float[Tensor, ""]
     num_negatives: Int64[Tensor, "local"]
+    losses: Float[Tensor, "local"]
     duplicates: Int64[Tensor, ""]
 
     def keep(self, rows: slice) -> Bool[Tensor, "rows global"]:
@@ -102,6 +104,7 @@ def find_negatives(
         weight=weight,
         total_weight=all_reduce_sum(weight.sum()).clamp(min=1),
         num_negatives=negatives_of_row,
+        losses=torch.zeros_like(weight),
         duplicates=torch.stack(num_alike).sum(),
     )
 
@@ -218,7 +221,9 @@ def _share(of_rows: Callable[..., Tensor], negatives: Negatives, *tensors: Tenso
     chunks = _chunks(len(negatives.own), negatives.chunk_rows)
 
     def weighted(some: slice, *tensors: Tensor) -> Tensor:
-        return (of_rows(some, *tensors) * negatives.weight[some]).sum()
+        losses = of_rows(some, *tensors)
+        negatives.losses[some] = losses.detach().to(negatives.losses)
+        return (losses * negatives.weight[some]).sum()
 
     total: Tensor
     total = _SumOfChunks.apply(weighted, chunks, *tensors) if len(chunks) > 1 else weighted(chunks[0], *tensors)

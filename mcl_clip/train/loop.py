@@ -3,10 +3,11 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 COUNTS = ("loss", "rows", "weight", "negatives", "duplicates")
+ROWS = ("row_groups", "row_losses", "row_weights")
 
 
 class TrainingDivergedError(UserError):
@@ -71,7 +73,7 @@ class Objective:
         seed: tuple[str | int, ...],
         backward: Callable[[Tensor], object] = Tensor.backward,
     ) -> dict[str, Tensor]:
-        """Add the gradients of a batch; this process's share of the loss, and its counts, named in `COUNTS`.
+        """Add the gradients of a batch; this process's share of the loss, and its counts, as `COUNTS` and `ROWS` name.
 
         `seed` names the draws of dropout in this step and process.
         """
@@ -123,7 +125,8 @@ class Objective:
             "negatives": (negatives.num_negatives * negatives.weight).sum(),
             "duplicates": negatives.duplicates,
         }
-        return loss, counts
+        rows = {"row_groups": groups, "row_losses": negatives.losses, "row_weights": negatives.weight}
+        return loss, counts | rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +170,7 @@ def train_stage(
     max_bad_fraction: float = 0.01,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     show_progress: bool = True,
+    track: Callable[[Mapping[str, Any], int], object] = lambda *_: None,
     interrupt: Interrupt | None = None,
 ) -> TrainState:
     """Train `model` in place, from the newest checkpoint in `out` if there is one.
@@ -189,7 +193,7 @@ def train_stage(
     bad = BadSamples(
         out / "bad_samples.jsonl", max_fraction=max_bad_fraction, rows=loader.plan.rows_per_epoch, step=state.step
     )
-    meter = Meter(COUNTS, device)
+    meter = Meter(COUNTS, device, num_groups=int(objective.groups.max(initial=0)) + 1)
     due = _Due(intervals, schedule.total_steps)
     interrupt, stopping = interrupt or Interrupt(), False
     model.train()
@@ -217,6 +221,7 @@ def train_stage(
         if average is not None:
             average.update(raw, state.step)
         meter.add(counts)
+        meter.add_rows(*(counts[name] for name in ROWS))
         bad.add(batch.bad)
         stopping = interrupt.asked(device)
 
@@ -225,6 +230,7 @@ def train_stage(
             _stop_if_diverged(record, out)
             bad.flush(state.step, loader.plan.rows_per_epoch * state.step // loader.plan.batches_per_epoch)
             log.add({**record, "bad_samples": bad.count})
+            track(record, state.step)
         if (due.save(state.step) or stopping) and is_main() and math.isfinite(float(grad_norm)):
             save_checkpoint(
                 out / "checkpoints",
@@ -316,8 +322,9 @@ def _progress(
 
 def _record(
     model: nn.Module, meter: Meter, state: TrainState, lr: float, grad_norm: Tensor, loader: TrainingLoader
-) -> dict[str, float]:
+) -> dict[str, Any]:
     wait = meter.data_wait_s
+    spread = meter.take_spread()
     sums, steps, seconds = meter.take()
     state.seconds += seconds
     record = {
@@ -334,12 +341,13 @@ def _record(
         "samples_per_s": sums["rows"] / seconds,
         "data_wait_share": wait / seconds,
         "seconds": state.seconds,
+        **({"group_loss": spread} if spread else {}),
     }
     meter.last = {"loss": f"{record['loss']:.3f}", "samples/s": f"{record['samples_per_s']:.0f}"}
     return record
 
 
-def _stop_if_diverged(record: dict[str, float], out: Path) -> None:
+def _stop_if_diverged(record: Mapping[str, Any], out: Path) -> None:
     if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
         return
     raise TrainingDivergedError(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -15,13 +16,15 @@ from mcl_clip.distributed import all_reduce_sum, gather_objects, is_main
 from mcl_clip.errors import UserError
 
 ROWS_BEFORE_JUDGEMENT = 10_000
+SPREAD = {"p10": 0.1, "p50": 0.5, "p90": 0.9}  # of the loss over groups
 
 
 class Meter:
     """Sums over the steps since the last record, kept on the device so that a step never waits for the host."""
 
-    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+    def __init__(self, names: Iterable[str], device: torch.device, *, num_groups: int = 1) -> None:
         self._names = tuple(names)
+        self._groups = torch.zeros(2, num_groups, dtype=torch.float64, device=device)  # losses and rows of each
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
         self._steps = 0
         self._started = time.perf_counter()
@@ -32,6 +35,24 @@ class Meter:
         """Take in this process's values of one step."""
         self._sums += torch.stack([values[name].detach().double() for name in self._names])
         self._steps += 1
+
+    def add_rows(self, groups: Tensor, losses: Tensor, weights: Tensor) -> None:
+        """Take in the losses of this process's rows of one step."""
+        counted = weights.double()
+        for sums, values in zip(self._groups, (losses.double() * counted, counted), strict=True):
+            sums.index_add_(0, groups.clamp(min=0), values)  # rows of no group have no weight
+
+    def take_spread(self) -> dict[str, float]:
+        """The loss of the lower, the middle and the upper group since the last call; nothing for a single group.
+
+        Quantiles over groups of the mean loss of each group that had rows. A collective call.
+        """
+        if self._groups.shape[1] < 2:
+            return {}
+        losses, rows = all_reduce_sum(self._groups.clone())
+        self._groups.zero_()
+        means = (losses / rows)[rows > 0].cpu().numpy()
+        return {name: float(np.quantile(means, share)) for name, share in SPREAD.items()} if len(means) else {}
 
     def take(self) -> tuple[dict[str, float], int, float]:
         """Sums over processes and steps, the number of steps, and the seconds since the last call; then start anew."""

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mcl_clip.data.batches import PairBatch
 from mcl_clip.data.plan import FILLER, BatchPlan
 from mcl_clip.distributed import all_reduce_sum, rank, world_size
-from mcl_clip.train.loop import Objective, clamp_logit_scale_
+from mcl_clip.train.loop import ROWS, Objective, clamp_logit_scale_
+from mcl_clip.train.metrics import Meter
 
 BATCH, CHECKED_GRADIENTS = 8, 20
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.25)}
@@ -104,8 +105,11 @@ def train(
     )
     losses, grads = [], []
     for step in range(steps):
-        share = objective.add_gradients(model, data.batch(step), CPU, seed=())["loss"].detach()
-        losses.append(float(all_reduce_sum(share.clone())) / world_size())
+        counts = objective.add_gradients(model, data.batch(step), CPU, seed=())
+        losses.append(float(all_reduce_sum(counts["loss"].detach().clone())) / world_size())
+        weights, of_rows = counts["row_weights"].double(), counts["row_losses"].double()
+        total, weight = all_reduce_sum(torch.stack([(of_rows * weights).sum(), weights.sum()])).tolist()
+        assert abs(total / max(1, weight) - losses[-1]) < 1e-5  # the mean over rows is the loss
         grads += [gradients(raw)] if step < CHECKED_GRADIENTS else []
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,6 +192,28 @@ def test_training_equals_the_full_batch_reference(pool, size, loss, mask, min_ne
         assert_close(found, expected, 1e-9, steps)
         for name, weight in expected[2].items():
             np.testing.assert_allclose(found[2][name], weight, rtol=1e-9, atol=1e-9)
+
+
+def spreads(chunk_rows: int) -> list[dict[str, float]]:
+    """The loss by group at two records of ten steps."""
+    data, (model, _) = Data(), make("clip", torch.float64)
+    meter, found = Meter((), CPU, num_groups=4), []
+    objective = Objective(groups=data.groups, preprocess_cfg=CFG, loss_chunk_rows=chunk_rows)
+    for step in range(20):
+        counts = objective.add_gradients(model, data.batch(step), CPU, seed=())
+        meter.add_rows(*(counts[name] for name in ROWS))
+        found += [meter.take_spread()] if step % 10 == 9 else []
+    return found
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 1])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_loss_by_group_is_the_same_at_any_number_of_processes(pool, size, chunk_rows):
+    expected = spreads(0)
+    assert expected[0]["p10"] < expected[0]["p50"] < expected[0]["p90"]
+    for found in pool.run(spreads, size, chunk_rows):
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize("chunks", [(1, 3), (3, 1)], ids="towers {0[0]}, loss {0[1]}".format)

@@ -99,3 +99,18 @@ def found_by_processes(path) -> tuple[int, float]:
 def test_processes_share_counts(tmp_path, pool):
     assert pool.run(found_by_processes, 4, tmp_path / "bad.jsonl") == [(5, 10.0)] * 4
     assert sorted(record["row"] for record in read_jsonl(tmp_path / "bad.jsonl")) == [0, 1, 2, 3, 100]
+
+
+def test_the_spread_of_the_loss_is_over_groups():
+    meter = Meter((), torch.device("cpu"), num_groups=4)
+    groups = torch.tensor([0, 0, 1, 2, -1, 2])
+    losses = torch.tensor([1.0, 3.0, 5.0, 7.0, 99.0, 99.0])
+    meter.add_rows(groups, losses, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]))
+    assert meter.take_spread() == pytest.approx({"p10": 2.6, "p50": 5.0, "p90": 6.6})  # of the means 2, 5 and 7
+    assert meter.take_spread() == {}  # nothing since then
+
+
+def test_a_single_group_has_no_spread():
+    meter = Meter((), torch.device("cpu"))
+    meter.add_rows(torch.tensor([0, -1]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
+    assert meter.take_spread() == {}
