@@ -21,6 +21,7 @@ COMMANDS = {  # by what one wants to do: the commands, with the first lines of t
     "look": {
         "status": "Print how far a run is, what was lost on the way, and what it measured.",
         "report": "Write report.html: what each stage learned, as one page to look at.",
+        "browse": "Search the pictures of a run in the browser, stage by stage.",
     },
     "measure": {
         "eval": "Measure a model on evaluation sets, with intervals.",

@@ -18,6 +18,7 @@ import tyro
 from accelerate import Accelerator
 
 from mcl_clip.artifacts import DONE, append_jsonl, atomic_path, read_run_config, write_json
+from mcl_clip.browse.serve import serve
 from mcl_clip.checkup import diagnoses, examine, status_lines
 from mcl_clip.cli import create_accelerator, lost_lines, parse, speaking_once
 from mcl_clip.config import EvalConfig, ExperimentConfig, RunConfig, check_range
@@ -101,6 +102,23 @@ def report(run: Path, /, *, max_mb: float = 10.0, images: bool = True, out: Path
     started = time.monotonic()
     path = write_report(run, images=images, max_mb=max_mb, out=out)
     print(f"{path}: {as_bytes(path.stat().st_size)}, in {time.monotonic() - started:.1f} s")
+
+
+def browse(run: Path, /, *, port: int = 7860, gallery: str = "", open: bool = False, device: str | None = None) -> None:
+    """Search the pictures of a run in the browser, stage by stage.
+
+    By a text, a picture of yours, or one that was found. The page is for this machine alone (127.0.0.1).
+
+    Args:
+        run: the run directory; a run that goes on shows the stages that are done.
+        port: of the page; 0 takes a free one.
+        gallery: the evaluation set to show first, or train for the training pairs.
+        open: open the page in the browser.
+        device: where queries are encoded, such as cuda:1; by default a GPU where there is one.
+    """
+    check_range("port", port, 0, 65535)
+    where = _device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    serve(run, port=port, gallery=gallery, open_browser=open, device=where)
 
 
 def init(name: str = "", /, *, out: Path | None = None) -> None:
@@ -598,6 +616,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "experiment": experiment,
     "status": status,
     "report": report,
+    "browse": browse,
     "eval": evaluate_model,
     "compare": compare,
     "export": export,
