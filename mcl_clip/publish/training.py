@@ -91,7 +91,7 @@ def _clusters(settings: Mapping[str, Any]) -> str:
 
 def start_text(run: Run, number: int) -> str:
     """What a stage started from."""
-    tower, start = run.config["tower"], run.stages[number].settings.get("start", "previous")
+    tower, start = run.config.get("tower", {}), run.stages[number].settings.get("start", "previous")
     pretrained = pretrained_text(tower)
     if number and start == "previous":
         return f"stage {number - 1}"

@@ -12,7 +12,7 @@ from mcl_clip.report.section import Section
 from mcl_clip.report.view import RunView
 
 QUERIES = 5  # of each kind
-NEAREST = 6
+NEAREST = 5
 KINDS = {"image": "Pictures like a picture", "text": "Pictures for a text"}
 
 Sides = dict[str, Float32[np.ndarray, "sample dim"]]
