@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := shards/codes
 
-.PHONY: quickstart test test-all faults check format clean
+.PHONY: quickstart test test-all faults check format docs clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,14 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Docstrings as pages, in build/docs. Names that the package loads when they are first used are loaded for pdoc.
+MODULES := $(sort $(subst /,.,$(basename $(shell find mcl_clip -name '*.py' ! -name '__*'))))
+LOADED := import mcl_clip; vars(mcl_clip).update({name: getattr(mcl_clip, name) for name in mcl_clip.__all__})
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@$(BIN)/python -c '$(LOADED); from pdoc.__main__ import cli; cli()' \
+		--docformat google --output-directory build/docs mcl_clip $(MODULES)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -8,7 +8,7 @@ stage on the same pictures without digits, in picture and caption.
 
 Hardware: two CPU cores, 20 min for five seeds. Measured, read-out of class and of the first digit: two stages 35.9 and
 64.3 %, a single stage of equal compute 35.4 and 49.9 (one or the other, by its seed), an ensemble 40.6 and 27.9, the
-oracle 51.2 and none. The README has the table.
+oracle 51.2 and none. README.md here has the table.
 """
 
 from pathlib import Path

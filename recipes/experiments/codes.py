@@ -12,7 +12,7 @@ Settings were chosen on training seeds 1 to 3 and data of seed 1. `make quicksta
 
 Hardware: two CPU cores, 75 min for five seeds. Measured: of the gap from the single stage (57.6 % in the read-out,
 56.5 % zero-shot) to the oracle (99.7 and 99.8 %), two stages recover 87.6 and 55.2 %, IFM 52.1 and 55.7 %, an ensemble
-17.1 and -1.7 %, random groups 14.0 and -4.1 %. The README has the table.
+17.1 and -1.7 %, random groups 14.0 and -4.1 %. README.md here has the table.
 """
 
 from pathlib import Path

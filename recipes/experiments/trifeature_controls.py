@@ -7,7 +7,7 @@ With `--correlate shape:texture=0.7` the first command makes the correlated attr
 There is no oracle: the question is only what the stages add to plain training of equal compute.
 
 Hardware: two CPU cores, 14 min for five seeds. Measured, shape and texture averaged: read-out 43.6 % (single stage
-32.9), zero-shot 26.4 % (29.0), R@1 of whole descriptions 10.0 % (21.6). The README has the table.
+32.9), zero-shot 26.4 % (29.0), R@1 of whole descriptions 10.0 % (21.6). README.md here has the table.
 """
 
 from pathlib import Path
