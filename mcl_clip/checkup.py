@@ -24,6 +24,7 @@ from mcl_clip.pipeline import check_held_out, check_publishing, check_stages, op
 from mcl_clip.report.page import REPORT
 from mcl_clip.tools.doctor import data, machine, needs, stages, weights
 from mcl_clip.tools.doctor.findings import Finding, attempt
+from mcl_clip.train.trackers import check_trackers
 
 COLOURS = {"done": "\033[32m", "partial": "\033[33m", "missing": "\033[2m"}
 PHASES = ("train", "embed", "cluster", "labels", "eval")
@@ -118,7 +119,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
         yield from _examine_reading(config, rows, settings, loaders=_loaders(config, processes, cores))
     tasks, of_sets = _open_sets(config)
     yield from of_sets
-    yield from [*of_starts, *of_tower, *of_plans]
+    yield from [*of_starts, *attempt("trackers", partial(check_trackers, config.machine.trackers))[1]]
+    yield from [*of_tower, *of_plans]
     if repo := config.publish.repo:
         yield from attempt("publish", partial(check_publishing, config))[1] or [Finding("ok", "publish", f"to {repo}")]
     if not of_tower:

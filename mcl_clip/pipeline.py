@@ -129,38 +129,39 @@ def _trackers(config: RunConfig) -> Trackers:
 
 
 def _show(run: Run, phase: Phase) -> None:
-    """Write the report anew, and give trackers what was measured."""
-    page = _report(run.config) if run.config.machine.report else None
-    if not run.trackers:
-        return
-    records = read_results(phase.folder)
-    stages = (
-        len(run.config.stages) if phase.name == COMBINED else 1 + int(phase.folder.parent.name.removeprefix("stage-"))
-    )
+    """Write the report anew, and give trackers what was measured. Whatever is wrong with that, the run goes on."""
+    config, stages = run.config, len(run.config.stages)
+    try:
+        page = None
+        if config.machine.report and phase.name != f"stage-{stages - 1}/eval":  # all stages follow at once
+            page = write_report(config.run_dir, images=config.machine.report_images, max_mb=config.machine.report_mb)
+            logger.info("report: %s", page)
+        if run.trackers:
+            _track_results(run, phase, page)
+    except Exception as error:
+        logger.warning(
+            "what was measured could not be shown (%s: %s); the run goes on, and `mcl-clip report %s` tries again",
+            *(type(error).__name__, error, config.run_dir),
+        )
+
+
+def _track_results(run: Run, phase: Phase, page: Path | None) -> None:
+    """Figures, tables, clusters as pictures, and the report, at the step where the stage ended."""
+    config, place = run.config, phase.folder.parent.name
     values = {
         f"eval/{record['dataset']}/{metric}/{label_of(record)}": value
-        for record in records
+        for record in read_results(phase.folder)
         for metric, value in record["metrics"].items()
         if value is not None
     }
-    tables = {f"results/{name}": rows for name, rows in result_rows(run.config.run_dir).items()}
-    pictures = contact_sheets(RunView(run.config.run_dir)) if run.config.machine.report_images else {}
-    run.trackers.log_stage(values, step=first_step(run.config, stages), tables=tables, pictures=pictures, page=page)
-
-
-def _report(config: RunConfig) -> Path | None:
-    """The report, written anew. Whatever is wrong with it, the run goes on."""
-    machine = config.machine
-    try:
-        path = write_report(config.run_dir, images=machine.report_images, max_mb=machine.report_mb)
-    except Exception as error:
-        logger.warning(
-            "the report could not be written (%s: %s); the run goes on, and `mcl-clip report %s` writes it",
-            *(type(error).__name__, error, config.run_dir),
-        )
-        return None
-    logger.info("report: %s", path)
-    return path
+    done = len(config.stages) if phase.name == COMBINED else 1 + int(place.removeprefix("stage-"))
+    run.trackers.log_stage(
+        values,
+        step=first_step(config, done),
+        tables={f"results/{name}": rows for name, rows in result_rows(config.run_dir).items()},
+        pictures=contact_sheets(RunView(config.run_dir)) if config.machine.report_images else {},
+        page=page,
+    )
 
 
 def with_control(config: RunConfig, *, rows: int) -> RunConfig:

@@ -18,6 +18,7 @@ SIDES_PX = (160, 112, 80, 56)  # of the longer side; the first is sharp on dense
 QUALITY = 72
 TRAINING = ""
 MAX_PICTURES = 4_000
+MAX_TEXT = 300  # characters of a caption
 
 Pictures = Callable[[Sequence[int]], Iterator[Image.Image | None]]
 
@@ -29,6 +30,11 @@ class Picture:
     source: str
     number: int
     alt: str
+
+
+def shortened(text: str) -> str:
+    """The first characters of a text."""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
 
 
 class Album:
@@ -49,7 +55,7 @@ class Album:
         """A place for a picture, described by `alt` where it cannot be seen."""
         if source in self._sources and len(self._wanted) < MAX_PICTURES:
             self._wanted[source, number] = None
-        return Picture(source, number, alt)
+        return Picture(source, number, shortened(alt))
 
     def has(self, source: str) -> bool:
         """Whether there are pictures of a source."""

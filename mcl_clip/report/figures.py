@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +54,8 @@ def drawing(width_px: int = 420, height_px: int = 250) -> Iterator[tuple[Figure,
 def svg(figure: Figure, alt: str) -> Markup:
     """A figure as an element of the page, described by `alt`."""
     file = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": alt}):
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": alt}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # words stay words: the browser has the letters
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = re.sub(r"<(metadata|style).*?</\1>", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL)
     head, body = text.split(">", 1)

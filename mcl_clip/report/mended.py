@@ -13,7 +13,7 @@ from mcl_clip.eval.suite import Task
 from mcl_clip.eval.tasks.classification import ClassificationTask, class_scores
 from mcl_clip.eval.tasks.retrieval import RetrievalTask
 from mcl_clip.publish.facts import COMBINED, Result, compare
-from mcl_clip.report.album import Album, Picture
+from mcl_clip.report.album import Album, Picture, shortened
 from mcl_clip.report.section import Section
 from mcl_clip.report.view import RunView
 
@@ -102,7 +102,12 @@ def _retrieval_case(album: Album, task: RetrievalTask, features: list[Any], quer
         return int((images @ sides["text"][query].float()).argmax())
 
     first, together = (best(sides) for sides in features)
-    return Case(query=task.data.texts[query], right=shown(int(of[query])), first=shown(first), together=shown(together))
+    return Case(
+        query=shortened(task.data.texts[query]),
+        right=shown(int(of[query])),
+        first=shown(first),
+        together=shown(together),
+    )
 
 
 def _class_case(album: Album, task: ClassificationTask, features: list[Any], query: int) -> Case:

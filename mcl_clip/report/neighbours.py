@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from mcl_clip.distributed import permutation
-from mcl_clip.report.album import Album
+from mcl_clip.report.album import Album, shortened
 from mcl_clip.report.clusters import pair_picture
 from mcl_clip.report.section import Section
 from mcl_clip.report.view import RunView
@@ -67,6 +67,6 @@ def _query(view: RunView, album: Album, models: dict[str, Sides], kind: str, pla
     more = f" (and {len(captions) - 1} more captions)" if kind == "text" and len(captions) > 1 else ""
     return {
         "picture": pair_picture(view, album, place) if kind == "image" else None,
-        "text": f"{captions[0]}{more}" if captions else "a caption that cannot be shown",
+        "text": f"{shortened(captions[0])}{more}" if captions else "a caption that cannot be shown",
         "rows": rows,
     }

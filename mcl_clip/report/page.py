@@ -49,7 +49,7 @@ def write_report(run_dir: Path, *, images: bool = True, max_mb: float = 10.0, ou
     album = Album(_sources(view) if images else {})
     sections = [section for make in SECTIONS if (section := make(view, album)) is not None]
     render = _renderer(view, album, sections, images=images)
-    left = int(max_mb * 1e6) - len(render().encode())
+    left = int(max_mb * 1e6) - len(render().encode(errors="backslashreplace"))
     if left < 0:
         raise UserError(
             f"--max-mb {max_mb:g} is too little: the report of {run_dir} has {max_mb - left / 1e6:.1f} MB of text and "

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,9 @@ class RunView:
         index = folder / "index" / INDEX_NAME
         self.index = ShardIndex.load(index) if index.exists() else None
         self.missing: list[str] = []  # what could not be opened, as sentences
+        self._features: dict[tuple[int, str], Float32[np.ndarray, "sample dim"]] = {}
+        self._assignments: dict[tuple[int, str], Integer[np.ndarray, rows]] = {}
+        self._of_sets: dict[tuple[int, str], Mapping[str, Tensor]] = {}
 
     @property
     def name(self) -> str:
@@ -85,20 +88,26 @@ class RunView:
         """Reads the training pairs; none if their shards are gone."""
         if self.index is None:
             return None
+        reader = Reader(self.index)
         try:
-            self.index.check_unchanged()
-        except UserError as error:
+            if not self._is_far:  # else a request a shard; the first rows tell as well
+                self.index.check_unchanged()
+            reader.read(np.arange(min(1, len(self.index))))
+        except (UserError, OSError) as error:
             self.missing.append(f"The pictures and captions of the training pairs cannot be shown: {error}.")
             return None
-        return Reader(self.index)
+        return reader
+
+    @property
+    def _is_far(self) -> bool:
+        return self.index is not None and any(is_remote(shard.url) for shard in self.index.shards)
 
     @cached_property
     def sample(self) -> Sample:
         """Blocks of neighbouring rows, evenly over all shards; all rows of small data."""
         if self.index is None:
             return Sample(rows=np.zeros(0, np.int64), captions=(), total=0)
-        is_far = any(is_remote(shard.url) for shard in self.index.shards)
-        rows = sample_rows([shard.rows for shard in self.index.shards], REMOTE_ROWS if is_far else SAMPLE_ROWS)
+        rows = sample_rows([shard.rows for shard in self.index.shards], REMOTE_ROWS if self._is_far else SAMPLE_ROWS)
         return Sample(rows=rows, captions=self._captions(rows), total=len(self.index))
 
     def _captions(self, rows: Int64[np.ndarray, "sample"]) -> tuple[tuple[str, ...], ...]:
@@ -113,13 +122,17 @@ class RunView:
                 found.append(())
         return tuple(found)
 
-    @lru_cache(maxsize=16)  # noqa: B019 - a view lives as long as the report is made
     def features(self, stage: int, side: str) -> Float32[np.ndarray, "sample dim"]:
         """Un-normalised features of the sample under a stage; zeros for bad samples.
 
         Raises:
             UserError: if a file of them is missing or damaged.
         """
+        if (stage, side) not in self._features:
+            self._features[stage, side] = self._read_features(stage, side)
+        return self._features[stage, side]
+
+    def _read_features(self, stage: int, side: str) -> Float32[np.ndarray, "sample dim"]:
         pieces = []
         for number, shard in enumerate(self.index.shards if self.index else ()):
             low, high = np.searchsorted(self.sample.rows, [shard.first_row, shard.first_row + shard.rows])
@@ -140,10 +153,12 @@ class RunView:
         folder = self.folder / f"stage-{stage}" / "cluster"
         return [side for side in SIDES if (folder / f"assignments-{side}.npy").exists()]
 
-    @lru_cache(maxsize=16)  # noqa: B019
     def assignments(self, stage: int, side: str) -> Integer[np.ndarray, "rows"]:
         """The cluster of every row of the data."""
-        return load_numbers(self.folder / f"stage-{stage}" / "cluster" / f"assignments-{side}.npy", self.sample.total)
+        if (stage, side) not in self._assignments:
+            path = self.folder / f"stage-{stage}" / "cluster" / f"assignments-{side}.npy"
+            self._assignments[stage, side] = load_numbers(path, self.sample.total)
+        return self._assignments[stage, side]
 
     def closeness(self, stage: int, side: str) -> Float32[np.ndarray, "sample"]:
         """Cosine of each row of the sample with the centre of its cluster, in the metric of the clustering."""
@@ -170,11 +185,12 @@ class RunView:
                 self.missing.append(f"The evaluation set {name} cannot be shown: {error}.")
         return tasks
 
-    @lru_cache(maxsize=32)  # noqa: B019
     def set_features(self, stage: int, name: str) -> Mapping[str, Tensor]:
         """Un-normalised `image` and `text` features of an evaluation set; empty if it was not measured."""
-        path = self.folder / f"stage-{stage}" / "eval" / f"features-{name}.safetensors"
-        return load_tensors(path, *SIDES) if path.exists() else {}
+        if (stage, name) not in self._of_sets:
+            path = self.folder / f"stage-{stage}" / "eval" / f"features-{name}.safetensors"
+            self._of_sets[stage, name] = load_tensors(path, *SIDES) if path.exists() else {}
+        return self._of_sets[stage, name]
 
     def combined_set_features(self, name: str, stages: Sequence[int]) -> dict[str, Tensor]:
         """Unit features of an evaluation set under some stages together, as the run combines them."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Integer
 
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_WORD = re.compile(r"[^\W_]{1,40}(?:['\u2019-][^\W_]{1,20})*")
 MOST_WORDS = 200  # of the captions of a pair
 LEAST_SHARE = 0.15  # of a cluster's pairs have a telling word
 LEAST_LIFT = 1.5  # a telling word is so many times as frequent in the cluster as among all pairs
