@@ -1,0 +1,69 @@
+"""The commands of the README on a few drawn pictures, as they stand there, from a table to an export."""
+
+import csv
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.runs import draw
+from tests.unit.test_documents import LEFT_OUT, ROOT, commands_in
+
+CHAIN = {  # the start of each command, and what is added to it here
+    "python data_prep/from_table.py captions.csv": "",
+    "mcl-clip doctor recipes/photos.py --data.train shards/photos/train": "",
+    "python recipes/photos.py --data.train shards/photos/train": (
+        "--stages.0.train.steps 4 --stages.1.train.steps 4 --stages.0.train.global-batch-size 16 "
+        "--stages.1.train.global-batch-size 16 --machine.workers 0 --data.holdout-rows 8"
+    ),
+    "mcl-clip status runs/photos": "",
+    "mcl-clip report runs/photos": "",
+    "mcl-clip export runs/photos exported": "",
+    "mcl-clip export runs/photos one": "",
+    "mcl-clip push runs/photos": "--dry-run",
+    "mcl-clip eval runs/photos": "",
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder as the README has it: the programs, pictures, and a table."""
+    for name in ("recipes", "data_prep"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "images").mkdir()
+    with (tmp_path / "captions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "caption", "split"])
+        for number in range(232):
+            image, caption, _ = draw(number)
+            (tmp_path / "images" / f"{number}.png").write_bytes(image)
+            table.writerow([f"{number}.png", caption, "test" if number >= 200 else "train"])
+    return tmp_path
+
+
+def run(command: str, folder: Path) -> str:
+    words = shlex.split(command)
+    program = [sys.executable, "-m", "mcl_clip"] if words[0] == "mcl-clip" else [sys.executable]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*program, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_one_after_the_other(project):
+    listed = [command.removesuffix(LEFT_OUT) for command in commands_in((ROOT / "README.md").read_text())]
+    (project / "sets").symlink_to(project / "shards" / "photos" / "test")
+    printed = {}
+    for start, more in CHAIN.items():
+        command = next(command for command in listed if command.startswith(start))
+        printed[start] = run(f"{command} {more}", project)
+    assert (project / "runs/photos/report.html").stat().st_size > 100_000
+    assert "combined: done" in printed["mcl-clip status runs/photos"]
+    assert "nothing was sent" in printed["mcl-clip push runs/photos"]
+    assert (project / "exported/README.md").is_file()
