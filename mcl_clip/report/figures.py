@@ -57,7 +57,9 @@ def svg(figure: Figure, alt: str) -> Markup:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": alt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # words stay words: the browser has the letters
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = re.sub(r"<(metadata|style).*?</\1>", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL)
+    text = re.sub(
+        r"<(metadata|style).*?</\1>|<!--.*?-->", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL
+    )
     head, body = text.split(">", 1)
     head = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", head)
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", body)

@@ -25,6 +25,7 @@ def test_what_looks_like_mathematics_or_markup_is_shown_as_it_is():
     text = figure_with("$x^2$ <script>alert(1)</script>")
     assert "$x^2$" in text
     assert "<script" not in text
+    assert "<!--" not in text
     assert "&lt;script&gt;" in text
 
 
