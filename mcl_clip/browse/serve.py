@@ -17,6 +17,7 @@ import logging
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -221,12 +222,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, "application/json", json.dumps({"error": sentence}).encode())
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        given = {"Content-Type": kind, "Cache-Control": "no-store", **HEADERS, **(headers or {})}
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Cache-Control": "no-store", **HEADERS, **(headers or {})}.items():
+        for name, value in {**given, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # the page asks for something else by now
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Requests are told to those who ask for debugging alone."""

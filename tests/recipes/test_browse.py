@@ -163,6 +163,24 @@ def test_no_other_file_is_served(ask, address):
     assert ask(address)[0] == 404
 
 
+def test_a_page_that_has_gone_on_is_no_error(search, monkeypatch, capfd):
+    def gone(*_):
+        raise BrokenPipeError
+
+    handled = threading.Event()
+    with make_server(search, search.names, 0) as server:
+        finish = server.shutdown_request
+        monkeypatch.setattr(server, "shutdown_request", lambda request: (finish(request), handled.set()))
+        monkeypatch.setattr("socketserver._SocketWriter.write", gone)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        connection = HTTPConnection(*server.server_address, timeout=10)
+        connection.request("GET", "/page.css")
+        assert handled.wait(10)
+        connection.close()
+        server.shutdown()
+    assert capfd.readouterr().err == ""
+
+
 def test_it_listens_on_this_machine_alone(search):
     with make_server(search, search.names, 0) as server:
         assert server.server_address[0] == "127.0.0.1"
