@@ -18,6 +18,7 @@ from mcl_clip.report.section import Section
 from mcl_clip.report.view import RunView
 
 DIRECTIONS = {"image_retrieval": "text to picture", "text_retrieval": "picture to text"}
+OF_GROUP = "accuracy/"  # of a set of pairs
 CURVE_POINTS = 100
 SHOWN_CLASSES = 40  # of a confusion matrix; with more, the most confused pairs
 NAMED_CLASSES = 20
@@ -83,10 +84,10 @@ def _recall_plot(found: Mapping[str, Result], labels: Sequence[str], side: str) 
 
 def _parts_table(found: Mapping[str, Result], labels: Sequence[str]) -> list[list[str]]:
     """What a set of pairs measured on each of its groups, a column a model; empty for other sets."""
-    parts = [name for name in found[labels[0]].record["metrics"] if name.startswith("group/") or "/" in name]
-    if not parts or found[labels[0]].record["task"] != "image_text_pairs":
+    parts = [name for name in found[labels[0]].record["metrics"] if name.startswith(OF_GROUP)]
+    if not parts:
         return []
-    rows = [[name.removeprefix("group/"), *(cell(found[label], name) for label in labels)] for name in parts]
+    rows = [[name.removeprefix(OF_GROUP), *(cell(found[label], name) for label in labels)] for name in parts]
     return [["group", *map(_title, labels)], *rows]
 
 
