@@ -76,7 +76,8 @@ class ShardCache:
             try:
                 self.patience.run(lambda: self._download(shard, temporary), shard.url)
                 descriptor = os.open(temporary, os.O_RDONLY)  # before others may drop the file
-                temporary.replace(path)
+                with self._lock("room"):  # else who counts may see the file under neither name
+                    temporary.replace(path)
                 return descriptor
             finally:
                 temporary.unlink(missing_ok=True)
