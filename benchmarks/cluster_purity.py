@@ -15,12 +15,13 @@ import numpy as np
 import tyro
 from jaxtyping import Float16, Int64
 
-from mcl_clip.console import run_program
+from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
-from mcl_clip.errors import UserError
-from mcl_clip.multistage.cluster import fit_shared_metric, spherical_kmeans
-from mcl_clip.multistage.embed import SIDES, EmbeddingTable
+from mcl_clip.stages.embed import SIDES, EmbeddingTable
+from mcl_clip.stages.kmeans import spherical_kmeans
+from mcl_clip.stages.shared_metric import fit_shared_metric
 
 
 def measure(

@@ -21,8 +21,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from mcl_clip.console import run_program
-from mcl_clip.eval.suite import label_of, run_results
+from mcl_clip.core.console import run_program
+from mcl_clip.eval.task import label_of
+from mcl_clip.results.text import run_results
 from mcl_clip.tools.experiment import COMBINED, is_done
 
 ROOT = Path(__file__).parents[1]

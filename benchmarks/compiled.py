@@ -20,11 +20,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from mcl_clip.console import run_program
-from mcl_clip.distributed import torch_generator
-from mcl_clip.model.encode import autocast
-from mcl_clip.model.speed import prepare_training
-from mcl_clip.model.towers import create_tower
+from mcl_clip.core.console import run_program
+from mcl_clip.core.distributed import torch_generator
+from mcl_clip.model.clip import autocast, create_clip
+from mcl_clip.model.fast_paths import prepare_training
 
 
 def compiled(
@@ -53,7 +52,7 @@ def compiled(
     texts = torch.randint(1, 49_000, (batch, tokens), generator=draw).to(where)
     ways: dict[str, Callable[[], None]] = {}
     for way in ("plain", "compiled"):
-        tower = create_tower(architecture=model)
+        tower = create_clip(architecture=model)
         tower.model.to(where).train()
         prepare_training(tower.model, compiled=way == "compiled", patch_dropout=0, grad_checkpointing=False)
 

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 import tyro
 
-from mcl_clip.console import run_program
-from mcl_clip.data.batches import TrainingLoader
+from mcl_clip.core.console import run_program
+from mcl_clip.core.distributed import random_words
+from mcl_clip.data.batch_plan import BatchPlan
+from mcl_clip.data.decode import TrainTransform
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.plan import BatchPlan
+from mcl_clip.data.loader import TrainingLoader
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.data.transforms import TrainTransform
-from mcl_clip.distributed import random_words
-from mcl_clip.model.open_clip_folder import make_tokenizer
+from mcl_clip.model.open_clip_io import make_tokenizer
 
 
 def coverage(

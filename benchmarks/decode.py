@@ -28,12 +28,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcl_clip.console import run_program
-from mcl_clip.data.transforms import TrainTransform
-from mcl_clip.distributed import random_words
-from mcl_clip.model.encode import to_floats
+from mcl_clip.core.console import run_program
+from mcl_clip.core.distributed import random_words
+from mcl_clip.data.decode import TrainTransform
+from mcl_clip.model.clip import to_floats
 from mcl_clip.model.multistage import MultistageCLIP
-from mcl_clip.model.names import find_models
+from mcl_clip.model.resolve import find_models
 
 SIZES = ((256, 256), (512, 384), (1024, 768))
 SIZE_PX, SCALE = 224, (0.9, 1.0)

@@ -26,8 +26,8 @@ from mcl_clip import (
     TrainConfig,
     main,
 )
-from mcl_clip.artifacts import read_jsonl
-from mcl_clip.console import run_program
+from mcl_clip.core.console import run_program
+from mcl_clip.core.files import read_jsonl
 
 RECIPE = RunConfig(
     run_dir=Path("runs/drift"),

@@ -36,9 +36,9 @@ from watch import (
     watch,
 )
 
-from mcl_clip.console import run_program
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import create_tower, save_tower
+from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.clip import create_clip, save_clip
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cc12m_vit_b32.py"
 BEGUN, DONE = "STARTED.json", "DONE.json"  # of a phase
@@ -109,7 +109,7 @@ def embedding_pass(
     with tempfile.TemporaryDirectory(prefix="embedding_pass_") as name:
         folder = Path(name)
         pattern = cut_shards(shards, folder / "shards", rows=rows, number=max(1, workers))
-        save_tower(create_tower(architecture=model), folder / "tower")
+        save_clip(create_clip(architecture=model), folder / "tower")
         setting = Setting(
             folder=folder,
             shards=pattern,

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from mcl_clip.console import run_program
+from mcl_clip.core.console import run_program
+from mcl_clip.core.distributed import random_words
+from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.plan import BatchPlan
-from mcl_clip.distributed import random_words
-from mcl_clip.multistage.labels import group_labels, no_labels
+from mcl_clip.stages.pseudo_labels import group_labels, no_labels
 
 ROWS = (10_000, 100_000, 1_000_000)
 GROUPS = (1, 10, 100, 1000)

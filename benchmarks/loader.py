@@ -21,14 +21,14 @@ import open_clip
 import torch
 import tyro
 
-from mcl_clip.console import run_program
-from mcl_clip.data.batches import TrainingLoader
+from mcl_clip.core.console import run_program
+from mcl_clip.data.batch_plan import BatchPlan
+from mcl_clip.data.decode import TrainTransform
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.plan import BatchPlan
+from mcl_clip.data.loader import TrainingLoader
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.data.transforms import TrainTransform
-from mcl_clip.model.encode import to_floats
+from mcl_clip.model.clip import to_floats
 
 SIZE_PX, SCALE = 224, (0.9, 1.0)
 ONE_SIDE = "MCL_CLIP_BENCHMARK_SIDE"  # in the environment of a process that measures

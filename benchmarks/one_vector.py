@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mcl_clip.console import run_program
-from mcl_clip.errors import UserError
+from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import UserError
 from mcl_clip.eval.embed import ReaderImages
-from mcl_clip.eval.tasks.retrieval import RetrievalSet
+from mcl_clip.eval.retrieval import RetrievalSet
 from mcl_clip.model.multistage import VECTOR, MultistageCLIP
-from mcl_clip.model.names import find_models
+from mcl_clip.model.resolve import find_models
 
 BATCH = 64
 

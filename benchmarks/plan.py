@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from mcl_clip.console import run_program
-from mcl_clip.data.plan import BatchPlan
-from mcl_clip.distributed import random_words
+from mcl_clip.core.console import run_program
+from mcl_clip.core.distributed import random_words
+from mcl_clip.data.batch_plan import BatchPlan
 
 CASES = {  # rows: groups, seconds and 10^6 bytes that are aimed at
     12_000_000: (100, 5, 200),

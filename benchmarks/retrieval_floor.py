@@ -19,12 +19,12 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from mcl_clip.console import run_program
+from mcl_clip.core.console import run_program
 from mcl_clip.data.decode import decode_captions, decode_image
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.eval.tasks.retrieval import RetrievalSet, recall_metrics
+from mcl_clip.eval.retrieval import RetrievalSet, recall_metrics
 
 SIDE_PX = 8
 MIN_COUNT = 5

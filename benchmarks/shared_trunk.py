@@ -19,10 +19,10 @@ import open_clip
 import torch
 import tyro
 
-from mcl_clip.console import run_program
-from mcl_clip.distributed import torch_generator
+from mcl_clip.core.console import run_program
+from mcl_clip.core.distributed import torch_generator
+from mcl_clip.model.clip import create_clip
 from mcl_clip.model.multistage import MultistageCLIP
-from mcl_clip.model.towers import create_tower
 
 
 def compare(
@@ -38,7 +38,7 @@ def compare(
         rounds: repetitions of both ways in turn.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    towers = [create_tower(architecture=architecture, seed=0) for _ in range(stages)]
+    towers = [create_clip(architecture=architecture, seed=0) for _ in range(stages)]
     encoders: list[Any] = [tower.model for tower in towers]
     blocks = len(encoders[0].visual.transformer.resblocks)
     changed = round(share * blocks)

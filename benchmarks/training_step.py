@@ -43,9 +43,9 @@ from watch import (
     watch,
 )
 
-from mcl_clip.console import run_program
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import create_tower, lock
+from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.clip import create_clip, lock
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cc12m_vit_b32.py"
 LR, WARM_UP_OF_LR, WEIGHT_DECAY, BETAS, EPS = "1e-4", "100", "0.2", ("0.9", "0.98"), "1e-6"
@@ -136,7 +136,7 @@ def trained_parameters(setting: Setting, open_clip_python: Path) -> int:
     Raises:
         UserError: if they are not the same by name and size.
     """
-    model = create_tower(architecture=setting.model).model
+    model = create_clip(architecture=setting.model).model
     if setting.unlocked_groups:
         lock(model, text=True, image_unlocked_groups=setting.unlocked_groups)
     ours = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}

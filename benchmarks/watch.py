@@ -24,8 +24,8 @@ from typing import IO
 import open_clip
 import torch
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.errors import UserError
 
 POLL_S = 0.02
 PEER_STEP = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+),")

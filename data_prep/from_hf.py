@@ -16,9 +16,9 @@ import datasets
 import fsspec
 import tyro
 
-from mcl_clip.console import run_program
+from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
-from mcl_clip.errors import UserError
 
 Builder = Literal["auto", "disk", "imagefolder", "parquet", "json"]
 

@@ -7,7 +7,7 @@
     python data_prep/pairs.py whatsup controlled_images_dataset.json sets/whatsup-a --images controlled_images
 
 Each reads a set as its authors publish it and writes OUT/pairs.json and OUT/pairs.jsonl, which
-mcl_clip/eval/tasks/pairs.py describes. Pictures stay where they are and are named by their absolute folder; only those
+mcl_clip/eval/pairs.py describes. Pictures stay where they are and are named by their absolute folder; only those
 that a Parquet file holds are written out, to OUT/images.
 """
 
@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
-from mcl_clip.artifacts import read_json, write_json
-from mcl_clip.console import run_program
+from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_json, write_json
 from mcl_clip.data.writing import image_extension, new_folder, refuse_non_empty
-from mcl_clip.errors import UserError
-from mcl_clip.eval.tasks.pairs import FORMAT, PairSet, json_lines
+from mcl_clip.eval.pairs import FORMAT, PairSet, json_lines
 
 MMVP_PATTERNS = (
     "Orientation and Direction", "Presence of Specific Features", "State and Condition", "Quantity and Count",

@@ -32,10 +32,12 @@ from from_table import group_rows, read_rows
 from PIL import Image
 from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render
 
-from mcl_clip.artifacts import write_json
-from mcl_clip.console import run_program
+from mcl_clip.core.console import run_program
+from mcl_clip.core.distributed import permutation, random_words
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import write_json
 from mcl_clip.data.decode import BadSampleError, decode_image
-from mcl_clip.data.samples import IMAGE_FORMATS
+from mcl_clip.data.tar import IMAGE_FORMATS
 from mcl_clip.data.writing import (
     LabelledImage,
     Pair,
@@ -44,8 +46,6 @@ from mcl_clip.data.writing import (
     write_pairs,
     write_retrieval_set,
 )
-from mcl_clip.distributed import permutation, random_words
-from mcl_clip.errors import UserError
 
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 

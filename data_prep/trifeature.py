@@ -22,8 +22,10 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from mcl_clip.artifacts import write_json
-from mcl_clip.console import run_program
+from mcl_clip.core.console import run_program
+from mcl_clip.core.distributed import Name, permutation, random_words
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import write_json
 from mcl_clip.data.writing import (
     LabelledImage,
     Pair,
@@ -32,8 +34,6 @@ from mcl_clip.data.writing import (
     write_pairs,
     write_retrieval_set,
 )
-from mcl_clip.distributed import Name, permutation, random_words
-from mcl_clip.errors import UserError
 
 SHAPES = ("triangle", "square", "plus", "circle", "tee", "rhombus", "pentagon", "star", "fivesquare", "trapezoid")
 TEXTURES = ("solid", "stripes", "grid", "hexgrid", "dots", "noise", "triangles", "zigzags", "rain", "pluses")

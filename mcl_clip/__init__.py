@@ -16,12 +16,12 @@ from mcl_clip.config import (
     TowerConfig,
     TrainConfig,
 )
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 
 if TYPE_CHECKING:
-    from mcl_clip.cli import main
+    from mcl_clip.cli.recipe import main
     from mcl_clip.model.multistage import MultistageCLIP
-    from mcl_clip.model.names import load
+    from mcl_clip.model.resolve import load
 
 __all__ = [
     "AugmentConfig",
@@ -50,11 +50,11 @@ def __getattr__(name: str) -> Any:
 
         return MultistageCLIP
     if name == "load":
-        from mcl_clip.model.names import load
+        from mcl_clip.model.resolve import load
 
         return load
     if name == "main":
-        from mcl_clip.cli import main
+        from mcl_clip.cli.recipe import main
 
         return main
     raise AttributeError(f"module 'mcl_clip' has no attribute {name!r}")

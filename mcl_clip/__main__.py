@@ -54,7 +54,7 @@ def command() -> None:
         sys.argv[1:] = ["--tyro-print-completion", _shell(arguments[1:])]
     elif not first.startswith("-") and first not in names():
         _stop(f"there is no command {first!r}; {_nearest(first)}")
-    from mcl_clip.commands import command as run
+    from mcl_clip.cli.commands import command as run
 
     run()
 

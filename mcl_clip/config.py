@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 
 
 def check_range(flag: str, value: float, least: float, most: float = math.inf) -> None:

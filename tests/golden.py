@@ -13,11 +13,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from mcl_clip.data.order import Source
-from mcl_clip.data.plan import BatchPlan
-from mcl_clip.distributed import random_words
-from mcl_clip.multistage.cluster import fit_shared_metric, spherical_kmeans
-from mcl_clip.multistage.labels import no_labels
+from mcl_clip.core.distributed import random_words
+from mcl_clip.data.batch_plan import BatchPlan
+from mcl_clip.data.row_order import Source
+from mcl_clip.stages.kmeans import spherical_kmeans
+from mcl_clip.stages.pseudo_labels import no_labels
+from mcl_clip.stages.shared_metric import fit_shared_metric
 from tests.training import train, write_shards
 
 FILE = Path(__file__).with_name("golden.json")

@@ -14,16 +14,16 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from torch import nn
 
-from mcl_clip.cli import create_accelerator
-from mcl_clip.data.batches import TrainingLoader
+from mcl_clip.cli.recipe import create_accelerator
+from mcl_clip.core.distributed import random_words, rank, world_size
+from mcl_clip.data.batch_plan import BatchPlan
+from mcl_clip.data.decode import train_transform
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.plan import BatchPlan
+from mcl_clip.data.loader import TrainingLoader
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.data.transforms import train_transform
 from mcl_clip.data.writing import Pair, write_pairs
-from mcl_clip.distributed import random_words, rank, world_size
-from mcl_clip.model.towers import create_tower
+from mcl_clip.model.clip import create_clip
 from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
 from mcl_clip.train.optim import create_optimizer
 
@@ -81,7 +81,7 @@ def train(
 ):
     """Train up to the end or until stopped; the local rows of each step that was done, and the weights."""
     vision = MODEL["vision_cfg"] | {"patch_dropout": patch_dropout}
-    tower = create_tower(model_cfg=MODEL | {"vision_cfg": vision}, seed=1)
+    tower = create_clip(model_cfg=MODEL | {"vision_cfg": vision}, seed=1)
     tower.model.to(dtype).visual.register_forward_pre_hook(_cast)
     index = ShardIndex.build(expand_shards(str(shards)))
     groups = np.arange(len(index)) % 3

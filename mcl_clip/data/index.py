@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Int64, Integer, UInt8
 
-from mcl_clip.artifacts import atomic_path
-from mcl_clip.data.files import Patience, stat
-from mcl_clip.data.samples import IMAGE_FORMATS, TEXT_FORMATS, Row, scan_shard
-from mcl_clip.data.shards import check_location, is_remote, redacted
-from mcl_clip.data.tar import BLOCK
-from mcl_clip.distributed import is_main
-from mcl_clip.errors import UserError
-from mcl_clip.progress import Progress
+from mcl_clip.core.distributed import is_main
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import atomic_path
+from mcl_clip.core.progress import Progress
+from mcl_clip.data.shards import Shard, check_location, is_remote, redacted
+from mcl_clip.data.storage import RetryPolicy, stat
+from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS, Row, scan_shard
 
 INDEX_NAME = "index.arrow"
 
@@ -42,21 +41,6 @@ _SCHEMA = pa.schema(
     [("key", pa.large_string()), *((name, pa.from_numpy_dtype(dtype)) for name, dtype in _DTYPES.items())]
 )
 _DIGEST_ROWS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file: `size` in bytes, `stamp` its modification time or ETag, rows `first_row` to `first_row + rows`.
-
-    `skipped` counts the samples that are not rows, by reason.
-    """
-
-    url: str
-    size: int
-    stamp: str
-    first_row: int
-    rows: int
-    skipped: dict[str, int]
 
 
 class _File(NamedTuple):
@@ -80,10 +64,10 @@ class ShardIndex:
     shard_of: Int32[np.ndarray, "rows"]
     image_offset: Int64[np.ndarray, "rows"]
     image_size: Int32[np.ndarray, "rows"]
-    image_format: UInt8[np.ndarray, "rows"]  # a place in mcl_clip.data.samples.IMAGE_FORMATS
+    image_format: UInt8[np.ndarray, "rows"]  # a place in mcl_clip.data.tar.IMAGE_FORMATS
     text_offset: Int64[np.ndarray, "rows"]
     text_size: Int32[np.ndarray, "rows"]
-    text_format: UInt8[np.ndarray, "rows"]  # a place in mcl_clip.data.samples.TEXT_FORMATS
+    text_format: UInt8[np.ndarray, "rows"]  # a place in mcl_clip.data.tar.TEXT_FORMATS
     sample_offset: Int64[np.ndarray, "rows"]  # of the sample's first header
     sample_size: Int64[np.ndarray, "rows"]  # of all its members, with headers and padding
 
@@ -139,7 +123,7 @@ class ShardIndex:
         max_workers: int = 16,
         text_first: str = "txt",
         reuse: bool = True,
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
     ) -> "ShardIndex":
         """The index of shards, from one pass over their tar headers.
 
@@ -160,7 +144,7 @@ class ShardIndex:
             check_location(url)
         locations = [url if is_remote(url) else os.path.abspath(url) for url in urls]
         known = _known_parts(locations, text_first) if reuse else {}
-        waits = patience or Patience()
+        waits = patience or RetryPolicy()
         missing = [url for url in locations if url not in known]
         with ThreadPoolExecutor(max_workers=max_workers) as threads:
             try:
@@ -268,13 +252,13 @@ class ShardIndex:
         parts = [index._part(number) for index in indexes for number in range(len(index.shards))]
         return _assemble(parts, orders.pop() if len(orders) == 1 else "mixed")
 
-    def check_unchanged(self, *, max_workers: int = 16, patience: Patience | None = None) -> None:
+    def check_unchanged(self, *, max_workers: int = 16, patience: RetryPolicy | None = None) -> None:
         """Compare size and modification time or ETag of every shard with the index.
 
         Raises:
             UserError: naming the first shard that is gone or changed.
         """
-        waits = patience or Patience()
+        waits = patience or RetryPolicy()
         with ThreadPoolExecutor(max_workers=max_workers) as threads:
             for shard, now in zip(self.shards, threads.map(lambda s: stat(s.url, waits), self.shards), strict=True):
                 if now != (shard.size, shard.stamp):
@@ -338,7 +322,7 @@ def _array(values: np.ndarray, name: str) -> pa.Array:
     return pa.Array.from_buffers(_SCHEMA.field(name).type, len(values), [None, pa.py_buffer(values)])
 
 
-def _scan(url: str, text_first: str, patience: Patience) -> _Part:
+def _scan(url: str, text_first: str, patience: RetryPolicy) -> _Part:
     before = stat(url, patience)
     keys, rows, skipped = scan_shard(url, before[0], text_first=text_first, patience=patience)
     if stat(url, patience) != before:
@@ -366,7 +350,7 @@ def _known_parts(locations: Sequence[str], text_first: str) -> dict[str, _Part]:
 
 def _is_unchanged(shard: Shard) -> bool:
     try:
-        return stat(shard.url, Patience(retries=0)) == (shard.size, shard.stamp)
+        return stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp)
     except UserError:
         return False
 

@@ -13,13 +13,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Integer
 
-from mcl_clip.data.cache import ShardCache
-from mcl_clip.data.files import Patience, read_range
-from mcl_clip.data.index import Shard, ShardIndex
-from mcl_clip.data.samples import TEXT_FORMATS
-from mcl_clip.data.shards import is_remote, redacted
-from mcl_clip.data.tar import BLOCK, parse_header
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.shards import Shard, is_remote, redacted
+from mcl_clip.data.storage import RetryPolicy, ShardCache, read_range
+from mcl_clip.data.tar import BLOCK, TEXT_FORMATS, parse_header
 
 _LOCAL_GAP = 16 << 10
 _REMOTE_GAP = 256 << 10
@@ -87,7 +85,7 @@ class Reader:
         if remote == "stage" and cache_dir is None:
             raise UserError("remote='stage' keeps whole shards in a folder; name one with cache_dir")
         self.index = index
-        self.patience = Patience(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
+        self.patience = RetryPolicy(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
         self.cache = (
             ShardCache(cache_dir, int(cache_gb * 1e9), self.patience) if remote == "stage" and cache_dir else None
         )
@@ -286,7 +284,7 @@ class Reader:
         return data
 
 
-def _read_remote(url: str, span: _Range, patience: Patience) -> list[bytes]:
+def _read_remote(url: str, span: _Range, patience: RetryPolicy) -> list[bytes]:
     return [read_range(url, span.start, span.end, patience)]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 
 MAX_SHARDS = 1_000_000
 REMOTE_PROTOCOLS = ("http", "https", "s3", "gs", "hf")
@@ -24,6 +25,21 @@ _SETTING = re.compile(
     r"(?i)\b((?:x-amz-\w[\w-]*|sig|signature|(?:[\w-]*[_-])?(?:token|secret|password)|[\w-]*(?:access|api|secret)[_-]?key)=)[^\s&'\"]+"
 )
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: `size` in bytes, `stamp` its modification time or ETag, rows `first_row` to `first_row + rows`.
+
+    `skipped` counts the samples that are not rows, by reason.
+    """
+
+    url: str
+    size: int
+    stamp: str
+    first_row: int
+    rows: int
+    skipped: dict[str, int]
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:

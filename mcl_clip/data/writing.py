@@ -18,12 +18,12 @@ import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
-from mcl_clip.artifacts import atomic_dir
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import atomic_dir
+from mcl_clip.core.progress import Progress
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.errors import UserError
-from mcl_clip.progress import Progress
+from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with further pictures behind it
 MAX_KEY_LENGTH = 80  # a tar name holds 100 characters, extension included

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mcl_clip import distributed
+from mcl_clip.core import distributed
+from mcl_clip.core.errors import UserError, explain_os_error
+from mcl_clip.core.progress import Progress
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
-from mcl_clip.errors import UserError, explain_os_error
-from mcl_clip.model.encode import encode_texts
-from mcl_clip.progress import Progress
+from mcl_clip.model.clip import encode_texts
 
 MAX_BOX_PIXELS = 50_000_000
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mcl_clip.distributed import all_reduce_sum, gather, gather_with_grad, rank, world_size
+from mcl_clip.core.distributed import all_reduce_sum, gather, gather_with_grad, rank, world_size
 
 Features = Float[Tensor, "local dim"]
 Ids = Int64[Tensor, "local"]

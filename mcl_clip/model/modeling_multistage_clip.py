@@ -23,8 +23,7 @@ from .processing_multistage_clip import IS_BEFORE_5, PROCESSING_AUTO_MAP, Multis
 
 # isort: split
 from .multistage import COMBINATIONS, CONFIG_NAME, MultistageCLIP, normalized, read_config
-from .open_clip_folder import DEFAULT_CONTEXT_LENGTH
-from .sharing import NOT_TEXT  # noqa: F401 - early versions of transformers copy only files that this one imports
+from .open_clip_io import DEFAULT_CONTEXT_LENGTH
 
 MODEL_TYPE = "multistage_clip"
 AUTO_MAP = {
@@ -37,8 +36,7 @@ CODE_FILES = (
     "modeling_multistage_clip.py",
     "processing_multistage_clip.py",
     "multistage.py",
-    "open_clip_folder.py",
-    "sharing.py",
+    "open_clip_io.py",
 )
 # What transformers hands over on its own, and what has no meaning for files that are safetensors anyway.
 WITHOUT_EFFECT = ("adapter_kwargs", "low_cpu_mem_usage", "max_shard_size", "trust_remote_code", "use_safetensors")

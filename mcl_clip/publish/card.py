@@ -14,10 +14,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mcl_clip.errors import UserError
-from mcl_clip.publish.facts import COMBINED, Result, Run, Stage, read_run
+from mcl_clip.core.errors import UserError
 from mcl_clip.publish.hub import MARKER, check_repo_name
-from mcl_clip.publish.scores import (
+from mcl_clip.results.record import COMBINED, Result, RunRecord, Stage, read_run
+from mcl_clip.results.scores import (
     agreement_table,
     difference_table,
     duels,
@@ -30,7 +30,8 @@ from mcl_clip.publish.scores import (
     sizes,
     verdicts,
 )
-from mcl_clip.publish.training import (
+from mcl_clip.results.text import NOT_STATED, amount, listed, public_name, safe
+from mcl_clip.results.training import (
     data_table,
     held_out,
     input_text,
@@ -39,7 +40,6 @@ from mcl_clip.publish.training import (
     stage_table,
     tower_text,
 )
-from mcl_clip.publish.wording import NOT_STATED, amount, listed, public_name, safe
 
 LIBRARIES = {"multistage": "mcl_clip", "open_clip": "open_clip", "transformers": "transformers"}
 TAGS = ("clip", "mcl_clip", "multistage-contrastive-learning")
@@ -135,7 +135,7 @@ def card(
         ) from error
 
 
-def _label(run: Run, form: str, stage: int | None, weights: str) -> str:
+def _label(run: RunRecord, form: str, stage: int | None, weights: str) -> str:
     last = len(run.stages) - 1
     if form not in LIBRARIES:
         raise ValueError(f"form={form!r} is not one of {', '.join(LIBRARIES)}")
@@ -150,7 +150,7 @@ def _label(run: Run, form: str, stage: int | None, weights: str) -> str:
     return f"stage-{stage or 0}"
 
 
-def _render(run: Run, subject: _Subject, about: About) -> str:
+def _render(run: RunRecord, subject: _Subject, about: About) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -183,7 +183,7 @@ def _render(run: Run, subject: _Subject, about: About) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
 
 
-def _front_matter(run: Run, subject: _Subject, about: About) -> str:
+def _front_matter(run: RunRecord, subject: _Subject, about: About) -> str:
     kind, _, base = str(run.config["tower"].get("architecture", "")).partition(":")
     data = ModelCardData(
         model_name=subject.name,
@@ -198,7 +198,7 @@ def _front_matter(run: Run, subject: _Subject, about: About) -> str:
     return data.to_yaml()
 
 
-def _eval_results(run: Run, subject: _Subject) -> Iterator[EvalResult]:
+def _eval_results(run: RunRecord, subject: _Subject) -> Iterator[EvalResult]:
     for of_set in run.results.values():
         result = of_set.get(subject.label)
         for metric in metrics_of([result]) if result else ():
@@ -216,14 +216,14 @@ def _eval_results(run: Run, subject: _Subject) -> Iterator[EvalResult]:
             )
 
 
-def _labels(run: Run, subject: _Subject) -> list[str]:
+def _labels(run: RunRecord, subject: _Subject) -> list[str]:
     """The models of the run that the tables show."""
     if len(run.stages) == 1:
         return [subject.label]
     return [*(f"stage-{number}" for number in range(len(run.stages))), COMBINED]
 
 
-def _is_measured(run: Run, subject: _Subject) -> bool:
+def _is_measured(run: RunRecord, subject: _Subject) -> bool:
     return any(subject.label in of_set for of_set in run.results.values())
 
 
@@ -236,7 +236,7 @@ def _not_measured(subject: _Subject) -> str:
     return "**Not measured.** The run has no results of this model: how good it is, is not known."
 
 
-def _opening(run: Run, subject: _Subject) -> str:
+def _opening(run: RunRecord, subject: _Subject) -> str:
     """What the model is."""
     count, use = len(run.stages), "it scores how well a text fits a picture"
     if subject.weights:
@@ -258,7 +258,7 @@ def _stages(count: int) -> str:
     return f"{count} stages" if count > 1 else "a single stage"
 
 
-def _method(run: Run) -> str:
+def _method(run: RunRecord) -> str:
     if control := CONTROLS.get(run.config.get("control", "none")):
         return f"The run is a control of multistage contrastive learning, not an example of it: {control}."
     if len(run.stages) == 1:
@@ -270,7 +270,7 @@ def _method(run: Run) -> str:
     )
 
 
-def _brief(run: Run, subject: _Subject, about: About) -> list[tuple[str, str]]:
+def _brief(run: RunRecord, subject: _Subject, about: About) -> list[tuple[str, str]]:
     """What one should know first, as a name and a text."""
     lines = [("Model", _model(run, subject)), ("Trained on", _trained_on(run, about))]
     if len(run.stages) > 1 and subject.label == COMBINED and (against := duels(run, COMBINED, "stage-0")):
@@ -287,7 +287,7 @@ def _brief(run: Run, subject: _Subject, about: About) -> list[tuple[str, str]]:
     return lines
 
 
-def _better_stages(run: Run) -> list[tuple[str, str]]:
+def _better_stages(run: RunRecord) -> list[tuple[str, str]]:
     """Later stages that are clearly better by themselves, by the main measure."""
     texts = []
     for number in range(1, len(run.stages)):
@@ -296,7 +296,7 @@ def _better_stages(run: Run) -> list[tuple[str, str]]:
     return [("A later stage alone is better", "; ".join(texts))] if texts else []
 
 
-def _first_stage(run: Run) -> str:
+def _first_stage(run: RunRecord) -> str:
     """What stage 0 is, and its part of the training."""
     seen = [stage.steps[-1]["samples_seen"] if stage.steps else 0 for stage in run.stages]
     if not run.stages[0].settings.get("train", {}).get("steps"):
@@ -305,7 +305,7 @@ def _first_stage(run: Run) -> str:
     return kind + (f" with {100 * seen[0] / sum(seen):.0f} % of the pairs seen" if seen[0] else "")
 
 
-def _model(run: Run, subject: _Subject) -> str:
+def _model(run: RunRecord, subject: _Subject) -> str:
     """Inputs, sizes and towers."""
     known = [stage for stage in run.stages if stage.model_cfg]
     stage = run.stages[subject.stage] if subject.stage is not None else known[0] if known else None
@@ -318,7 +318,7 @@ def _model(run: Run, subject: _Subject) -> str:
     return "; ".join(filter(None, parts))
 
 
-def _logit_scale(run: Run, subject: _Subject) -> str:
+def _logit_scale(run: RunRecord, subject: _Subject) -> str:
     """The factor on the cosine."""
     weights = run.stages[subject.stage].weights if subject.stage is not None else None
     if weights:
@@ -329,14 +329,14 @@ def _logit_scale(run: Run, subject: _Subject) -> str:
     return ""
 
 
-def _features(run: Run, subject: _Subject, stage: Stage) -> str:
+def _features(run: RunRecord, subject: _Subject, stage: Stage) -> str:
     dims = int(stage.model_cfg["embed_dim"])
     if subject.label != COMBINED or len(run.stages) == 1:
         return f"{dims} dimensions"
     return f"{' + '.join(str(int(other.model_cfg.get('embed_dim', 0))) for other in run.stages)} dimensions"
 
 
-def _parameters(run: Run, subject: _Subject, stage: Stage) -> str:
+def _parameters(run: RunRecord, subject: _Subject, stage: Stage) -> str:
     if subject.label != COMBINED or len(run.stages) == 1:
         found = stage.weights
         return f"{amount(found.image)} + {amount(found.text)} parameters" if found else ""
@@ -349,7 +349,7 @@ def _parameters(run: Run, subject: _Subject, stage: Stage) -> str:
     return f"{amount(image)} + {amount(text)} parameters over all stages"
 
 
-def _trained_on(run: Run, about: About) -> str:
+def _trained_on(run: RunRecord, about: About) -> str:
     if run.data is None:
         return "not known: the run has no index of its data"
     named = f" of {listed(map(public_name, about.datasets))}" if about.datasets else ""
@@ -359,7 +359,7 @@ def _trained_on(run: Run, about: About) -> str:
     )
 
 
-def _usage(run: Run, subject: _Subject) -> dict[str, Any]:
+def _usage(run: RunRecord, subject: _Subject) -> dict[str, Any]:
     """What the examples need; not every library can name a branch, so that from one they load a folder."""
     repo = "" if subject.revision else subject.repo
     return {
@@ -373,7 +373,7 @@ def _usage(run: Run, subject: _Subject) -> dict[str, Any]:
     }
 
 
-def _sets(run: Run, subject: _Subject) -> list[tuple[str, str, str]]:
+def _sets(run: RunRecord, subject: _Subject) -> list[tuple[str, str, str]]:
     """Name, description and table of each set."""
     found = []
     for of_set in run.results.values():
@@ -385,19 +385,19 @@ def _sets(run: Run, subject: _Subject) -> list[tuple[str, str, str]]:
     return found
 
 
-def _differences(run: Run, subject: _Subject) -> str:
+def _differences(run: RunRecord, subject: _Subject) -> str:
     if len(run.stages) == 1 or subject.weights:
         return ""
     return difference_table(run, COMBINED, f"stage-{subject.stage or 0}")
 
 
-def _no_differences(run: Run, subject: _Subject) -> str:
+def _no_differences(run: RunRecord, subject: _Subject) -> str:
     if len(run.stages) == 1:
         return "There is only one stage."
     return _not_measured(subject) if subject.weights else "Not measured: there are no outcomes of single queries."
 
 
-def _limits(run: Run, subject: _Subject) -> Iterator[str]:
+def _limits(run: RunRecord, subject: _Subject) -> Iterator[str]:
     """What speaks against trusting the model, as far as it is known, and what is not."""
     is_measured, count = _is_measured(run, subject), len(run.stages)
     unfinished = [str(number) for number, stage in enumerate(run.stages) if not stage.is_trained]
@@ -423,7 +423,7 @@ def _limits(run: Run, subject: _Subject) -> Iterator[str]:
     )
 
 
-def _losses(run: Run, subject: _Subject) -> Iterator[str]:
+def _losses(run: RunRecord, subject: _Subject) -> Iterator[str]:
     """Where another model of the run is better."""
     others = [label for label in _labels(run, subject) if label != subject.label]
     if subject.stage is not None:
@@ -436,7 +436,7 @@ def _losses(run: Run, subject: _Subject) -> Iterator[str]:
         yield f"On no set {better} better, by the main measure or the linear read-out."
 
 
-def _reach(run: Run, subject: _Subject) -> Iterator[str]:
+def _reach(run: RunRecord, subject: _Subject) -> Iterator[str]:
     """What the results cover."""
     results = [of_set[subject.label] for of_set in run.results.values() if subject.label in of_set]
     missing = [set_name(next(iter(of_set.values()))) for of_set in run.results.values() if subject.label not in of_set]

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 
 MARKER = "<!-- written by mcl_clip: remove this line to keep your own edits -->"
 README = "README.md"
@@ -36,7 +36,7 @@ _TOKENIZER = (
 OF_EXPORTS = re.compile(
     rf"stage_\d+/(open_clip_config\.json|(open_clip_model|difference)\.safetensors|{_TOKENIZER})"
     r"|eval/results\.jsonl"
-    r"|(modeling_multistage_clip|processing_multistage_clip|multistage|open_clip_folder|sharing)\.py"
+    r"|(modeling_multistage_clip|processing_multistage_clip|multistage|open_clip_io|open_clip_folder|sharing)\.py"
     r"|(open_clip_model|model)\.safetensors"
     rf"|(mcl_clip_config|open_clip_config|config|preprocessor_config|processor_config)\.json|{_TOKENIZER}"
 )

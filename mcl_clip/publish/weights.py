@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import Tower
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.clip import ClipBundle
 
 
-def mix_weights(towers: Sequence[Tower], shares: Sequence[float]) -> Tower:
+def mix_weights(towers: Sequence[ClipBundle], shares: Sequence[float]) -> ClipBundle:
     """The model whose weights are the weighted mean of those of `towers`; it takes the first one over.
 
     Equal shares give a uniform soup (Wortsman et al., arXiv 2203.05482), two towers WiSE-FT (arXiv 2109.01903). This

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mcl_clip.publish.facts import COMBINED, Result
-from mcl_clip.report.album import Album
 from mcl_clip.report.section import Section
 from mcl_clip.report.sentences import skill
+from mcl_clip.report.thumbnails import Thumbnails
 from mcl_clip.report.view import RunView
+from mcl_clip.results.record import COMBINED, Result
 
 MEASURES = {
     "linear_acc1": ("Linear read-out", "what the picture features hold, whatever it is called"),
@@ -15,7 +15,7 @@ MEASURES = {
 }
 
 
-def section(view: RunView, album: Album) -> Section | None:  # noqa: ARG001
+def section(view: RunView, album: Thumbnails) -> Section | None:  # noqa: ARG001
     """A map a measure; none without a set with classes."""
     labels = [f"stage-{s}" for s in range(len(view.run.stages))] + [COMBINED] * (len(view.run.stages) > 1)
     maps = [

@@ -9,10 +9,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from PIL import Image
 
-from mcl_clip.distributed import permutation
-from mcl_clip.report.album import TRAINING, Album, Picture, pictures_of_pairs
+from mcl_clip.core.distributed import permutation
 from mcl_clip.report.figures import SERIES, TEXT, drawing, svg
 from mcl_clip.report.section import Section
+from mcl_clip.report.thumbnails import TRAINING, Picture, Thumbnails, pictures_of_pairs
 from mcl_clip.report.view import RunView
 from mcl_clip.report.words import Word, telling_words
 
@@ -25,7 +25,7 @@ SHEET, SHEET_PX = 12, 64
 WHAT = {"image": "pictures", "text": "captions"}
 
 
-def section(view: RunView, album: Album) -> Section | None:
+def section(view: RunView, album: Thumbnails) -> Section | None:
     """Galleries of all clustered stages, and the flow between them; none before the first clustering."""
     galleries: list[dict[str, Any]] = []
     for s in view.stages_with("cluster"):
@@ -43,7 +43,7 @@ def shown_clusters(sizes: Int64[np.ndarray, "clusters"], most: int = SHOWN) -> l
     return [int(cluster) for cluster in order[places]]
 
 
-def _gallery(view: RunView, album: Album, s: int, side: str) -> dict[str, Any]:
+def _gallery(view: RunView, album: Thumbnails, s: int, side: str) -> dict[str, Any]:
     assignments = view.assignments(s, side)
     sizes = np.bincount(assignments)
     of_sample = assignments[view.sample.rows]
@@ -81,7 +81,7 @@ def _summary(sizes: Int64[np.ndarray, "clusters"]) -> str:
 
 def _members(
     view: RunView,
-    album: Album,
+    album: Thumbnails,
     inside: Bool[np.ndarray, "sample"],
     closeness: Float32[np.ndarray, "sample"],
     name: tuple[str | int, ...],
@@ -97,7 +97,7 @@ def _members(
     }
 
 
-def pair_picture(view: RunView, album: Album, place: int | np.integer) -> Picture:
+def pair_picture(view: RunView, album: Thumbnails, place: int | np.integer) -> Picture:
     """The picture of a pair of the sample, with its first caption as its description."""
     row, captions = int(view.sample.rows[place]), view.sample.captions[place]
     return album.want(TRAINING, row, captions[0] if captions else f"pair {row}, whose caption cannot be shown")

@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mcl_clip.artifacts import DONE, read_json, read_jsonl
-from mcl_clip.publish.facts import COMBINED, Result, Run, compare, read_run
-from mcl_clip.publish.scores import TITLES
-from mcl_clip.report.album import Album
+from mcl_clip.core.files import DONE, read_json, read_jsonl
 from mcl_clip.report.section import Section
+from mcl_clip.report.thumbnails import Thumbnails
 from mcl_clip.report.view import EXPERIMENT, RunView
+from mcl_clip.results.record import COMBINED, Result, RunRecord, compare, read_run
+from mcl_clip.results.scores import TITLES
 
 STAGES = "mcl"  # the arm that controls are held against
 
 
-def section(view: RunView, album: Album) -> Section | None:  # noqa: ARG001
+def section(view: RunView, album: Thumbnails) -> Section | None:  # noqa: ARG001
     """The other finished arms of the same seed, and the figures over seeds; none outside of experiments."""
     run_dir = view.folder.resolve()
     experiment = run_dir.parent.parent
@@ -35,7 +35,7 @@ def section(view: RunView, album: Album) -> Section | None:  # noqa: ARG001
     return Section(name="controls", title="Against its controls", content=content)
 
 
-def _last(run: Run, key: str) -> Result | None:
+def _last(run: RunRecord, key: str) -> Result | None:
     """The result of a whole run on a set."""
     found = run.results.get(key, {})
     return found.get(COMBINED) or next(iter(found.values()), None)
@@ -45,7 +45,7 @@ def _measures(result: Result) -> list[str]:
     return [metric for metric in dict.fromkeys((result.main_metric, "linear_acc1")) if result.value(metric) is not None]
 
 
-def _rows(run: Run, others: Mapping[str, Run]) -> list[list[str]]:
+def _rows(run: RunRecord, others: Mapping[str, RunRecord]) -> list[list[str]]:
     """A line a set and measure: the run, and each other arm with its paired difference."""
     rows = [["set", "measure", "this run", *others]]
     for key, ours in ((key, _last(run, key)) for key in run.results):
@@ -70,7 +70,7 @@ def _against(ours: Result | None, other: Result | None, metric: str) -> str:
     return f"{value} ({100 * paired.difference:+.1f} [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}])"
 
 
-def _verdict(run: Run, name: str, other: Run) -> str:
+def _verdict(run: RunRecord, name: str, other: RunRecord) -> str:
     """Where this run is clearly ahead of another arm, and where behind."""
     sides: dict[str, list[str]] = {"ahead at": [], "behind at": [], "level at": []}
     for key in run.results:

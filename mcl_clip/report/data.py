@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mcl_clip.artifacts import read_jsonl
-from mcl_clip.publish.wording import size
-from mcl_clip.report.album import Album
+from mcl_clip.core.files import read_jsonl
 from mcl_clip.report.figures import SERIES, drawing, svg
 from mcl_clip.report.section import Section
+from mcl_clip.report.thumbnails import Thumbnails
 from mcl_clip.report.view import RunView
+from mcl_clip.results.text import size
 
 MEASURED = 1_000  # pictures whose size is read
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
-def section(view: RunView, album: Album) -> Section | None:  # noqa: ARG001
+def section(view: RunView, album: Thumbnails) -> Section | None:  # noqa: ARG001
     """Counts and histograms; none without an index."""
     if view.run.data is None:
         return None

@@ -9,13 +9,13 @@ from jaxtyping import Float64, Int64
 from markupsafe import Markup
 from matplotlib.ticker import NullFormatter
 
-from mcl_clip.eval.tasks.classification import ClassificationTask, class_scores
-from mcl_clip.publish.facts import COMBINED, Result
-from mcl_clip.publish.scores import cell, metric_title, metrics_of, sizes
-from mcl_clip.report.album import Album
+from mcl_clip.eval.classification import ClassificationTask, class_scores
 from mcl_clip.report.figures import SERIES, TEXT, drawing, svg
 from mcl_clip.report.section import Section
+from mcl_clip.report.thumbnails import Thumbnails
 from mcl_clip.report.view import RunView
+from mcl_clip.results.record import COMBINED, Result
+from mcl_clip.results.scores import cell, metric_title, metrics_of, sizes
 
 DIRECTIONS = {"image_retrieval": "text to picture", "text_retrieval": "picture to text"}
 OF_GROUP = "accuracy/"  # of a set of pairs
@@ -25,7 +25,7 @@ NAMED_CLASSES = 20
 CONFUSED_PAIRS = 12
 
 
-def section(view: RunView, album: Album) -> Section | None:  # noqa: ARG001
+def section(view: RunView, album: Thumbnails) -> Section | None:  # noqa: ARG001
     """Each set with its tables and plots; none before anything is measured."""
     labels = [f"stage-{s}" for s in range(len(view.run.stages))] + [COMBINED] * (len(view.run.stages) > 1)
     sets = [_of_set(view, found, labels) for found in view.run.results.values()]

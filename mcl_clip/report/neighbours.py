@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from mcl_clip.distributed import permutation
-from mcl_clip.report.album import Album, shortened
+from mcl_clip.core.distributed import permutation
 from mcl_clip.report.clusters import pair_picture
 from mcl_clip.report.section import Section
+from mcl_clip.report.thumbnails import Thumbnails, shortened
 from mcl_clip.report.view import RunView
 
 QUERIES = 5  # of each kind
@@ -18,7 +18,7 @@ KINDS = {"image": "Pictures like a picture", "text": "Pictures for a text"}
 Sides = dict[str, Float32[np.ndarray, "sample dim"]]
 
 
-def section(view: RunView, album: Album) -> Section | None:
+def section(view: RunView, album: Thumbnails) -> Section | None:
     """Queries with their neighbours in each embedded stage and in all; none before the first embedding."""
     models = _models(view)
     if not models:
@@ -50,7 +50,7 @@ def _unit(features: Float32[np.ndarray, "sample dim"]) -> Float32[np.ndarray, "s
     return unit
 
 
-def _query(view: RunView, album: Album, models: dict[str, Sides], kind: str, place: int) -> dict[str, Any]:
+def _query(view: RunView, album: Thumbnails, models: dict[str, Sides], kind: str, place: int) -> dict[str, Any]:
     """A query and, for each model, its nearest pictures; a picture does not find itself."""
     captions = view.sample.captions[place]
     rows = []

@@ -12,15 +12,18 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mcl_clip.artifacts import atomic_path
-from mcl_clip.errors import UserError
-from mcl_clip.report import attributes, clusters, controls, curves, data, evaluation, glance, mended, neighbours
-from mcl_clip.report.album import TRAINING, Album, pictures_of_pairs, pictures_of_set
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import atomic_path
+from mcl_clip.report import attributes, clusters, controls, data, evaluation, neighbours
+from mcl_clip.report import changes as mended
+from mcl_clip.report import summary as glance
+from mcl_clip.report import training as curves
 from mcl_clip.report.section import Section
+from mcl_clip.report.thumbnails import TRAINING, Thumbnails, pictures_of_pairs, pictures_of_set
 from mcl_clip.report.view import RunView
 
 REPORT = "report.html"
-SECTIONS: tuple[Callable[[RunView, Album], Section | None], ...] = (
+SECTIONS: tuple[Callable[[RunView, Thumbnails], Section | None], ...] = (
     glance.section,
     attributes.section,
     clusters.section,
@@ -46,7 +49,7 @@ def write_report(run_dir: Path, *, images: bool = True, max_mb: float = 10.0, ou
         UserError: if it is not a run directory, a file of it is damaged, or the text alone is larger than `max_mb`.
     """
     view = RunView(run_dir)
-    album = Album(_sources(view) if images else {})
+    album = Thumbnails(_sources(view) if images else {})
     sections = [section for make in SECTIONS if (section := make(view, album)) is not None]
     render = _renderer(view, album, sections, images=images)
     left = int(max_mb * 1e6) - len(render().encode(errors="backslashreplace"))
@@ -68,7 +71,7 @@ def _sources(view: RunView) -> dict[str, Any]:
     return sources
 
 
-def _renderer(view: RunView, album: Album, sections: list[Section], *, images: bool) -> Callable[[], str]:
+def _renderer(view: RunView, album: Thumbnails, sections: list[Section], *, images: bool) -> Callable[[], str]:
     """Makes the page with the pictures that the album has by then."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),

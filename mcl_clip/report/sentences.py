@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from mcl_clip.publish.facts import COMBINED, Result, Run, compare
+from mcl_clip.results.record import COMBINED, Result, RunRecord, compare
 
 READ_OUTS = ("linear_acc1", "acc1")
 KNOWN, UNKNOWN = 0.8, 0.3  # of the way from chance to all right
@@ -18,7 +18,7 @@ def skill(result: Result, metric: str) -> float | None:
     return (value - 1 / classes) / (1 - 1 / classes)
 
 
-def stage_sentences(run: Run, stage: int) -> list[str]:
+def stage_sentences(run: RunRecord, stage: int) -> list[str]:
     """What a stage has learned, by its results and its clusters; empty before it is measured."""
     of_stage = {key: found[f"stage-{stage}"] for key, found in run.results.items() if f"stage-{stage}" in found}
     if stage == 0:
@@ -31,7 +31,7 @@ def stage_sentences(run: Run, stage: int) -> list[str]:
     return [*sentences, *_clusters(run, stage)]
 
 
-def combined_sentences(run: Run) -> list[str]:
+def combined_sentences(run: RunRecord) -> list[str]:
     """What the stages are together, beside the best single one; empty before that is measured."""
     gains: dict[str, list[str]] = {"better": [], "worse": [], "": []}
     for found in run.results.values():
@@ -116,7 +116,7 @@ def _retrieval(results: Mapping[str, Result]) -> Iterator[str]:
         yield f"On {_name(result)} the right partner comes first for {first} of queries{among}."
 
 
-def _clusters(run: Run, stage: int) -> Iterator[str]:
+def _clusters(run: RunRecord, stage: int) -> Iterator[str]:
     """How much the clusters of a stage say about those of the stage before."""
     for (first, side), (found, unrelated) in run.agreement.items():
         if first != stage - 1:

@@ -11,19 +11,19 @@ from jaxtyping import Float32, Int64, Integer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mcl_clip.artifacts import DONE
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE
 from mcl_clip.data.decode import BadSampleError, decode_captions
-from mcl_clip.data.files import load_numbers, load_tensors
 from mcl_clip.data.index import INDEX_NAME, ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import is_remote
-from mcl_clip.errors import UserError
-from mcl_clip.eval.catalogue import open_set
-from mcl_clip.eval.suite import Task
+from mcl_clip.data.storage import load_numbers, load_tensors
+from mcl_clip.eval.datasets import open_set
+from mcl_clip.eval.task import Task
 from mcl_clip.model.multistage import combine_features
-from mcl_clip.multistage.cluster import Projection
-from mcl_clip.multistage.embed import SIDES, part_name
-from mcl_clip.publish.facts import Run, read_run
+from mcl_clip.results.record import RunRecord, read_run
+from mcl_clip.stages.embed import SIDES, part_name
+from mcl_clip.stages.shared_metric import Projection
 
 SAMPLE_ROWS = 20_000
 SAMPLE_BLOCKS = 200  # of neighbouring rows, so that little is read of large data
@@ -57,7 +57,7 @@ class RunView:
             UserError: if it is not a run directory, or a file is damaged.
         """
         self.folder = folder
-        self.run: Run = read_run(folder)
+        self.run: RunRecord = read_run(folder)
         index = folder / "index" / INDEX_NAME
         self.index = ShardIndex.load(index) if index.exists() else None
         self.missing: list[str] = []  # what could not be opened, as sentences

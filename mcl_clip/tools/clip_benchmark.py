@@ -20,9 +20,9 @@ import webdataset
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mcl_clip.console import run_program
-from mcl_clip.errors import UserError
-from mcl_clip.model.names import load
+from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.resolve import load
 
 MODEL_TYPE = "mcl_clip"
 

@@ -25,13 +25,14 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from mcl_clip.artifacts import DONE, append_jsonl, atomic_path, file_digest, read_json, write_json
-from mcl_clip.distributed import count_cores
-from mcl_clip.errors import UserError
-from mcl_clip.eval.suite import label_of, run_results
+from mcl_clip.core.distributed import count_cores
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE, append_jsonl, atomic_path, file_digest, read_json, write_json
+from mcl_clip.core.progress import Progress
+from mcl_clip.core.stats import Estimate, Means, crossed_bootstrap
+from mcl_clip.eval.task import label_of
 from mcl_clip.model.multistage import COMBINATIONS
-from mcl_clip.progress import Progress
-from mcl_clip.statistics import Estimate, Means, crossed_bootstrap
+from mcl_clip.results.text import run_results
 
 STAGES = "mcl"
 CONTROLS = ("single", "ensemble", "no-groups", "random-groups", "ifm")
@@ -45,7 +46,7 @@ Values = Mapping[str, Mapping[str, Float[np.ndarray, "_seeds _items"]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ExperimentPlan:
     """What an experiment runs and reports.
 
     Attributes:
@@ -87,7 +88,7 @@ def control_arms(names: Sequence[str], extra: Mapping[str, Sequence[str]]) -> di
     return {name: tuple(known[name]) for name in names or known}
 
 
-def run_arms(plan: Plan, *, launcher: Sequence[str], jobs: int) -> None:
+def run_arms(plan: ExperimentPlan, *, launcher: Sequence[str], jobs: int) -> None:
     """Run what is not done yet, `jobs` runs at a time.
 
     Raises:
@@ -139,7 +140,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_recipe(plan: Plan) -> None:
+def _check_recipe(plan: ExperimentPlan) -> None:
     """Runs that are done are not started again, so what they were made from is checked here."""
     path = plan.out / "experiment.json"
     arms = {name: list(arguments) for name, arguments in plan.arms.items()}
@@ -196,7 +197,7 @@ def _copy_first_stage(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
-def table(plan: Plan, *, resamples: int = 2000) -> str:
+def table(plan: ExperimentPlan, *, resamples: int = 2000) -> str:
     """The figures of all arms with 95 % intervals, as Markdown, also written to `out`/table.md and results.jsonl.
 
     Intervals are a paired bootstrap over seeds and items. With an arm `high`, each figure has the share of the gap
@@ -219,7 +220,7 @@ def table(plan: Plan, *, resamples: int = 2000) -> str:
     return text
 
 
-def _rows_of_stages(plan: Plan) -> dict[str, tuple[str, str]]:
+def _rows_of_stages(plan: ExperimentPlan) -> dict[str, tuple[str, str]]:
     """Each stage alone, and the combinations of all stages."""
     if STAGES not in plan.arms:
         return {}
@@ -229,7 +230,7 @@ def _rows_of_stages(plan: Plan) -> dict[str, tuple[str, str]]:
     return alone | together
 
 
-def _outcomes(plan: Plan, rows: Mapping[str, tuple[str, str]]) -> Values:
+def _outcomes(plan: ExperimentPlan, rows: Mapping[str, tuple[str, str]]) -> Values:
     """Outcomes [seeds, items] by row and SET:METRIC; NaN where an arm is not measured on a set.
 
     Raises:
@@ -246,7 +247,7 @@ def _outcomes(plan: Plan, rows: Mapping[str, tuple[str, str]]) -> Values:
     return values
 
 
-def _of_seeds(plan: Plan, arm: str, label: str, term: str) -> Float[np.ndarray, "seeds items"] | None:
+def _of_seeds(plan: ExperimentPlan, arm: str, label: str, term: str) -> Float[np.ndarray, "seeds items"] | None:
     """The outcome of each item under each seed; nothing if no seed has results on the set."""
     dataset, _, metric = term.partition(":")
     records = [_record(plan.folder(seed, arm), label, dataset) for seed in plan.seeds]
@@ -289,7 +290,7 @@ def _outcome(run: Path, record: Mapping[str, Any], metric: str) -> Float[np.ndar
         return np.bincount(of_unit, weights=values) * len(units) / len(values)
 
 
-def _quantities(plan: Plan, means: Means) -> dict[str, np.ndarray]:
+def _quantities(plan: ExperimentPlan, means: Means) -> dict[str, np.ndarray]:
     """Quantities by name, as `_key` makes it: the mean, the difference to the stages, the share of the gap."""
     found = {}
     for row in means:
@@ -307,13 +308,13 @@ def _key(row: str, figure: str, what: str) -> str:
     return json.dumps([row, figure, what])
 
 
-def _figure(plan: Plan, means: Means, row: str, name: str) -> np.ndarray:
+def _figure(plan: ExperimentPlan, means: Means, row: str, name: str) -> np.ndarray:
     figure: np.ndarray = np.mean([means[row][term] for term in plan.figures[name]], axis=0)
     return figure
 
 
 def _sections(
-    plan: Plan, rows: Sequence[str], found: Mapping[str, Estimate], items: Mapping[str, int]
+    plan: ExperimentPlan, rows: Sequence[str], found: Mapping[str, Estimate], items: Mapping[str, int]
 ) -> Iterator[str]:
     """The tables: figures, what of the gap is recovered, and how far the controls are behind the stages."""
     seeds = f"{len(plan.seeds)} seeds ({', '.join(map(str, plan.seeds))})"
@@ -328,7 +329,7 @@ def _sections(
     yield "Items: " + ", ".join(f"{name} {number}" for name, number in items.items())
 
 
-def _markdown(plan: Plan, rows: Sequence[str], found: Mapping[str, Estimate], what: str) -> str:
+def _markdown(plan: ExperimentPlan, rows: Sequence[str], found: Mapping[str, Estimate], what: str) -> str:
     lines = [["", *plan.figures], ["---", *["--:"] * len(plan.figures)]]
     lines += [[row, *(_cell(found[_key(row, name, what)]) for name in plan.figures)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -340,7 +341,7 @@ def _cell(estimate: Estimate) -> str:
     return f"{PERCENT * estimate.value:.1f} [{PERCENT * estimate.low:.1f}, {PERCENT * estimate.high:.1f}]"
 
 
-def _write(plan: Plan, found: Mapping[str, Estimate], items: Mapping[str, int]) -> None:
+def _write(plan: ExperimentPlan, found: Mapping[str, Estimate], items: Mapping[str, int]) -> None:
     with atomic_path(plan.out / "results.jsonl") as path:
         for key, estimate in ((key, estimate) for key, estimate in found.items() if np.isfinite(estimate.value)):
             row, figure, what = json.loads(key)

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mcl_clip.distributed import count_cores
-from mcl_clip.errors import UserError
+from mcl_clip.core.distributed import count_cores
+from mcl_clip.core.errors import UserError
 from mcl_clip.train.interrupt import SAME_REQUEST_S, SIGNALS
 
 LAST_WORDS_S = 5.0  # of the other processes, once one has failed

@@ -23,10 +23,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from mcl_clip.data.batches import PairBatch, TrainingLoader
-from mcl_clip.distributed import barrier, count_cores, gather_objects, is_main, on_main
-from mcl_clip.errors import UserError
-from mcl_clip.progress import Progress
+from mcl_clip.core.distributed import barrier, count_cores, gather_objects, is_main, on_main
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.progress import Progress
+from mcl_clip.data.loader import PairBatch, TrainingLoader
 from mcl_clip.tools.doctor.findings import as_bytes
 from mcl_clip.tools.doctor.machine import find_gpus, machines_for
 from mcl_clip.train import loop

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, Shaped
 
-from mcl_clip.artifacts import atomic_dir
-from mcl_clip.data.files import Patience, stat
-from mcl_clip.data.index import INDEX_NAME, Shard, ShardIndex
+from mcl_clip.core.distributed import is_main, permutation
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import atomic_dir
+from mcl_clip.core.progress import Progress
+from mcl_clip.data.index import INDEX_NAME, ShardIndex
 from mcl_clip.data.reader import Reader
+from mcl_clip.data.shards import Shard
+from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.data.tar import end_of_archive
-from mcl_clip.distributed import is_main, permutation
-from mcl_clip.errors import UserError
-from mcl_clip.progress import Progress
 
 ROW_MAP_NAME = "row_map.npy"
 _BATCH_BYTES = 64 << 20
@@ -60,7 +61,7 @@ def reshard(
         for number, rows in enumerate(np.split(row_map, np.cumsum(counts)[:-1])):
             path = folder / f"{number:06d}.tar"
             offsets.append(_write_shard(source, rows, path, bar))
-            size, stamp = stat(str(path), Patience())
+            size, stamp = stat(str(path), RetryPolicy())
             shards.append(Shard(str(path), size, stamp, first_row=0, rows=len(rows), skipped={}))
         np.save(folder / ROW_MAP_NAME, row_map, allow_pickle=False)
         index.relocated(row_map, shards, np.concatenate(offsets)).save(folder / INDEX_NAME)

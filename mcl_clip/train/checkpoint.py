@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mcl_clip.artifacts import atomic_dir, read_json, write_json
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import atomic_dir, read_json, write_json
 from mcl_clip.train.optim import ExponentialAverage
 
 

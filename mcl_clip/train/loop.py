@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mcl_clip.data.batches import PairBatch, TrainingLoader
-from mcl_clip.distributed import barrier, check_same, is_main, rank, seed_of, world_size
-from mcl_clip.errors import UserError
-from mcl_clip.model.encode import autocast, to_floats
+from mcl_clip.core.distributed import barrier, check_same, is_main, rank, seed_of, world_size
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.progress import Progress
+from mcl_clip.data.loader import PairBatch, TrainingLoader
+from mcl_clip.model.clip import autocast, to_floats
 from mcl_clip.model.grad_cache import Outputs, add_gradients
 from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
-from mcl_clip.progress import Progress
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.metrics import BadSamples, Meter, StepLog

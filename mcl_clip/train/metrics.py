@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from mcl_clip.artifacts import append_jsonl, atomic_path, read_jsonl
-from mcl_clip.distributed import all_reduce_sum, gather_objects, is_main
-from mcl_clip.errors import UserError
+from mcl_clip.core.distributed import all_reduce_sum, gather_objects, is_main
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import append_jsonl, atomic_path, read_jsonl
 
 ROWS_BEFORE_JUDGEMENT = 10_000
 SPREAD = {"p10": 0.1, "p50": 0.5, "p90": 0.9}  # of the loss over groups

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 
 
 def create_optimizer(

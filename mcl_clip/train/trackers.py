@@ -21,8 +21,8 @@ import numpy as np
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from jaxtyping import UInt8
 
-from mcl_clip.artifacts import read_json, write_json
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_json, write_json
 
 FOLDER = "trackers"
 STATE = "state.json"

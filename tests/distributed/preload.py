@@ -7,8 +7,8 @@ install_import_hook("mcl_clip", "typechecking.checked")
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  # optimisers import it at their first step
 
-import mcl_clip.multistage.cluster  # noqa: E402
-import mcl_clip.tools.evaluate  # noqa: E402
+import mcl_clip.eval.evaluate  # noqa: E402
+import mcl_clip.stages.kmeans  # noqa: E402
 import mcl_clip.train.loop  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_clip.multistage import cluster
-from mcl_clip.multistage.cluster import Clustering, fit_shared_metric, projected_rows, spherical_kmeans
+from mcl_clip.stages import kmeans as cluster
+from mcl_clip.stages.kmeans import Clustering, spherical_kmeans
+from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
 
 CHUNK = 128  # 8 chunks: two for each of four processes
 

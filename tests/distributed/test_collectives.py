@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from mcl_clip.artifacts import StaleArtifactError
-from mcl_clip.distributed import (
+from mcl_clip.core.distributed import (
     check_same,
     gather,
     gather_objects,
@@ -12,7 +11,8 @@ from mcl_clip.distributed import (
     rank,
     world_size,
 )
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.runs.phase import StaleArtifactError
 
 
 def gathered_gradients() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_clip.artifacts import read_jsonl
-from mcl_clip.tools.evaluate import evaluate
+from mcl_clip.core.files import read_jsonl
+from mcl_clip.eval.evaluate import evaluate
 from tests.unit.eval.sets import (
     make_multistage,
     name_classes,
@@ -63,8 +63,8 @@ def test_figures_at_any_number_of_processes(pool, root, tmp_path):
 
 
 def measure_nonsense(root: str, broken: int) -> str:
-    from mcl_clip.distributed import rank
-    from mcl_clip.errors import UserError
+    from mcl_clip.core.distributed import rank
+    from mcl_clip.core.errors import UserError
 
     try:
         measure(root if rank() != broken else "/nowhere", f"{root}/never")

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from mcl_clip.data.plan import FILLER
-from mcl_clip.distributed import gather, rank, seed_of, world_size
+from mcl_clip.core.distributed import gather, rank, seed_of, world_size
+from mcl_clip.data.batch_plan import FILLER
 from mcl_clip.train.loop import Objective
 from tests.distributed.test_losses import BATCH, CFG, CPU, Data, Towers
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from mcl_clip.data.batches import PairBatch
-from mcl_clip.data.plan import FILLER, BatchPlan
-from mcl_clip.distributed import all_reduce_sum, rank, world_size
+from mcl_clip.core.distributed import all_reduce_sum, rank, world_size
+from mcl_clip.data.batch_plan import FILLER, BatchPlan
+from mcl_clip.data.loader import PairBatch
 from mcl_clip.train.loop import ROWS, Objective, clamp_logit_scale_
 from mcl_clip.train.metrics import Meter
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mcl_clip.distributed import rank, world_size
+from mcl_clip.core.distributed import rank, world_size
 from tests.distributed.pool import Pool
 
 

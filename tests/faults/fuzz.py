@@ -59,21 +59,21 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as make_safetensors
 from tqdm import tqdm
 
-from mcl_clip.artifacts import DONE, Phase, lock, read_json, read_jsonl, read_run_config
-from mcl_clip.data.decode import BadSampleError, decode_captions, decode_image
-from mcl_clip.data.files import Patience, load_numbers, load_tensors
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE, read_json, read_jsonl, read_run_config
+from mcl_clip.data.decode import BadSampleError, TrainTransform, decode_captions, decode_image, evaluation_transform
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.data.transforms import TrainTransform, evaluation_transform
-from mcl_clip.errors import UserError
-from mcl_clip.eval.suite import results_table
+from mcl_clip.data.storage import RetryPolicy, load_numbers, load_tensors
+from mcl_clip.model.clip import create_clip, load_clip, save_clip
 from mcl_clip.model.multistage import MultistageCLIP
-from mcl_clip.model.names import find_models
-from mcl_clip.model.towers import create_tower, load_tower, save_tower
-from mcl_clip.multistage.embed import EmbeddingTable, bad_samples, full_captions
-from mcl_clip.multistage.labels import group_labels, read_labels
-from mcl_clip.tools.compare import compare_models, find_results
+from mcl_clip.model.resolve import find_models
+from mcl_clip.results.compare import compare_models, find_results
+from mcl_clip.results.text import results_table
+from mcl_clip.runs.phase import Phase, lock
+from mcl_clip.stages.embed import EmbeddingTable, bad_samples, full_captions
+from mcl_clip.stages.pseudo_labels import group_labels, read_labels
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.metrics import BadSamples, StepLog
 from mcl_clip.train.optim import create_optimizer
@@ -86,7 +86,7 @@ FINDINGS = ("crash", "hang", "executed", "lost", "unsound")
 SOUND_CASES = 25  # one case in so many changes nothing
 OUTCOMES = ("accepted", "bad", "refused")
 SIZE_PX = 32
-QUICK = Patience(retries=0, backoff_s=0.0, timeout_s=1.0)
+QUICK = RetryPolicy(retries=0, backoff_s=0.0, timeout_s=1.0)
 MODEL = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": SIZE_PX, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
@@ -753,7 +753,7 @@ class Captions:
     """Texts in wrong encodings, empty and enormous ones, control characters, and JSON of another shape."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer = create_tower(model_cfg=MODEL).tokenizer
+        self.tokenizer = create_clip(model_cfg=MODEL).tokenizer
 
     def run(self, case: Case) -> str:
         text_format = case.random.choice(("txt", "json"))
@@ -1101,7 +1101,7 @@ class Models:
     """
 
     def __init__(self, folder: Path) -> None:
-        tower, second = (create_tower(model_cfg=MODEL, seed=seed) for seed in range(2))
+        tower, second = (create_clip(model_cfg=MODEL, seed=seed) for seed in range(2))
         self.folder = folder / "multistage"
         model = MultistageCLIP(
             [tower.model, second.model],
@@ -1110,7 +1110,7 @@ class Models:
             model_cfgs=[tower.model_cfg, second.model_cfg],
         )
         model.save(self.folder, compact=True)
-        save_tower(tower, self.folder / "stage_0")
+        save_clip(tower, self.folder / "stage_0")
         torch.save(tower.model.state_dict(), self.folder / "weights.pt")
         self.weights = ("stage_0/open_clip_model.safetensors", "stage_1/difference.safetensors")
         self.settings = ("mcl_clip_config.json", "stage_0/open_clip_config.json", "stage_1/open_clip_config.json")
@@ -1126,7 +1126,7 @@ class Models:
             (chosen,) = find_models(str(case.folder))
             chosen.load()
         else:
-            load_tower(case.folder / "stage_0")
+            load_clip(case.folder / "stage_0")
         return "accepted"
 
     def _change(self, case: Case) -> None:

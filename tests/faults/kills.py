@@ -27,8 +27,8 @@ from tempfile import TemporaryDirectory
 import torch._dynamo  # noqa: F401  # optimisers import it at their first step
 from tqdm import tqdm
 
-import mcl_clip.cli  # noqa: F401
-from mcl_clip.artifacts import DONE, STARTED
+import mcl_clip.cli.recipe  # noqa: F401
+from mcl_clip.core.files import DONE, STARTED
 from tests.recipes.runs import write_project
 
 SECOND_KILL = 0.3  # probability that a run is killed once more after it was started again

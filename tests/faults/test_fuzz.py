@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from mcl_clip.data import index, samples
+from mcl_clip.data import index
+from mcl_clip.data import tar as samples
 from tests.faults import fuzz
 
 CASES = {"shards": 120, "images": 70, "captions": 40, "index": 30, "labels": 25, "run": 25, "model": 6}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch._dynamo  # noqa: F401  # optimisers import it at their first step
 
-import mcl_clip.cli  # noqa: F401
+import mcl_clip.cli.recipe  # noqa: F401
 
 
 def run(recipe: str, target: str, call: int, arguments: list[str], after: bool) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import webdataset as wds
 from PIL import Image, ImageDraw
 
-from mcl_clip.cli import create_accelerator, parse
+from mcl_clip.cli.recipe import create_accelerator, parse
 from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.data.writing import LabelledImage, Pair, write_classification_set, write_retrieval_set
-from mcl_clip.pipeline import run_pipeline
+from mcl_clip.runs.pipeline import run_pipeline
 
 REPOSITORY = Path(__file__).parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 30)}

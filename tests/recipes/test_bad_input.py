@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mcl_clip import TowerConfig
-from mcl_clip.artifacts import lock, read_json
-from mcl_clip.cli import main
+from mcl_clip.cli.recipe import main
+from mcl_clip.core.files import read_json
+from mcl_clip.runs.phase import lock
 from tests.recipes.runs import (
     execute,
     files,

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mcl_clip.browse import serve as module
-from mcl_clip.browse.search import Search
-from mcl_clip.browse.serve import make_server, serve
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 from mcl_clip.report.view import RunView
+from mcl_clip.tools import browse as module
+from mcl_clip.tools.browse import make_server, serve
+from mcl_clip.tools.browse_search import Search
 from tests.recipes.runs import draw
 
 

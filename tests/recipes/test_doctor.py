@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mcl_clip import checkup, cli, commands
-from mcl_clip.artifacts import append_jsonl
-from mcl_clip.data.transforms import TrainTransform
-from mcl_clip.report.lost import what_was_lost
+from mcl_clip.cli import commands
+from mcl_clip.cli import recipe as cli
+from mcl_clip.core.files import append_jsonl
+from mcl_clip.data.decode import TrainTransform
+from mcl_clip.results.data_losses import data_losses
+from mcl_clip.tools import checkup
 from mcl_clip.tools.doctor import needs
 from mcl_clip.train import loop
 from tests.commands import run_command
@@ -252,11 +254,11 @@ def test_what_was_lost_is_the_same_after_a_resume(recipe, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "clamp_logit_scale_", stop_at_step_20)
     with pytest.raises(StopError):
         execute(recipe, *arguments, "--run-dir", str(tmp_path / "resumed"))
-    begun = what_was_lost(tmp_path / "resumed")
+    begun = data_losses(tmp_path / "resumed")
     assert "stage 1: steps 10 to 11 are not in a checkpoint; if training stops now, they are trained again" in begun
     resumed = execute(recipe, *arguments, "--run-dir", str(tmp_path / "resumed"))
-    lost = what_was_lost(whole)
-    assert what_was_lost(resumed) == [*lost, "the run was started 2 times"]
+    lost = data_losses(whole)
+    assert data_losses(resumed) == [*lost, "the run was started 2 times"]
     assert f"stage 0: embedding: {shards / '0000.tar'}: broken_image 1" in lost
     assert f"stage 1: training: {shards / '0002.tar'}: broken_image 1" in lost
     for part in ("equal caption or picture was left out", "merged to have enough rows", "too few negatives"):
@@ -267,7 +269,7 @@ def test_what_was_lost_is_the_same_after_a_resume(recipe, tmp_path, monkeypatch)
 
 
 def test_status_and_the_end_of_a_run_say_what_was_lost(copy, path, monkeypatch, capsys):
-    expected = ["lost on the way:", *(f"  {line}" for line in what_was_lost(copy))]
+    expected = ["lost on the way:", *(f"  {line}" for line in data_losses(copy))]
     monkeypatch.setattr(sys, "argv", ["mcl-clip", "status", str(copy)])
     commands.command()
     shown = capsys.readouterr().out.splitlines()

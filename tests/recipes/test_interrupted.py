@@ -13,21 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from mcl_clip.artifacts import DONE
-from mcl_clip.cli import main
-from mcl_clip.errors import UserError
+from mcl_clip.cli.recipe import main
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE
 from tests.recipes.runs import REPOSITORY, execute, files, records, steps
 
 WEIGHTS = ("stage-0/train/model", "stage-1/train/model", "combined/model/stage_0", "combined/model/stage_1")
 TRAIN = "mcl_clip.train.loop:clamp_logit_scale_"
-EMBED = "mcl_clip.multistage.embed:_embed_batch"
+EMBED = "mcl_clip.stages.embed:_embed_batch"
 
 AT_ONCE = {
-    "stage-0/cluster": ("mcl_clip.phases:spherical_kmeans", 1),
-    "stage-0/labels": ("mcl_clip.multistage.labels:PseudoLabels.summary", 1),
-    "stage-0/eval": ("mcl_clip.eval.tasks.classification:ClassificationTask.embed", 1),
-    "stage-1/eval": ("mcl_clip.phases:score_stages", 2),
-    "combined": ("mcl_clip.phases:score_stages", 3),
+    "stage-0/cluster": ("mcl_clip.runs.phases:spherical_kmeans", 1),
+    "stage-0/labels": ("mcl_clip.stages.pseudo_labels:PseudoLabels.summary", 1),
+    "stage-0/eval": ("mcl_clip.eval.classification:ClassificationTask.embed", 1),
+    "stage-1/eval": ("mcl_clip.runs.phases:score_stages", 2),
+    "combined": ("mcl_clip.runs.phases:score_stages", 3),
 }
 QUICK = ("stage-0/cluster", "combined")
 
@@ -154,7 +154,7 @@ def test_other_phases_stop_at_once(stop, recipe, finished, phase):
 
 
 def test_a_stop_before_the_first_phase(stop):
-    assert stop(signal.SIGINT, "mcl_clip.pipeline:open_tasks", 1) == (
+    assert stop(signal.SIGINT, "mcl_clip.runs.pipeline:open_tasks", 1) == (
         130,
         "stopped by Ctrl-C: what is finished is kept; the same command continues\n",
     )

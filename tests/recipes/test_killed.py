@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mcl_clip.artifacts import DONE
+from mcl_clip.core.files import DONE
 from tests.recipes.runs import (
     Killer,
     execute,
@@ -23,16 +23,16 @@ KILLS = {
     "train, stage 1, after a checkpoint": ("mcl_clip.train.loop:clamp_logit_scale_", 13, False),
     "while a checkpoint is written": ("mcl_clip.train.checkpoint:write_json", 2, False),
     "after the last checkpoint": ("mcl_clip.train.loop:save_checkpoint", 3, True),
-    "between model and DONE": ("mcl_clip.phases:save_tower", 2, True),
-    "embed between shards": ("mcl_clip.multistage.embed:_embed_batch", 3, False),
-    "embed, stage 1": ("mcl_clip.multistage.embed:_embed_batch", 7, False),
-    "cluster": ("mcl_clip.phases:spherical_kmeans", 1, True),
-    "labels": ("mcl_clip.multistage.labels:PseudoLabels.summary", 1, False),
-    "eval": ("mcl_clip.phases:score_stages", 2, False),
-    "eval between sets": ("mcl_clip.eval.tasks.classification:ClassificationTask.embed", 1, False),
-    "combined": ("mcl_clip.phases:score_stages", 3, False),
-    "combined, model written": ("mcl_clip.phases:write_json", 7, True),
-    **{f"before DONE {number}": ("mcl_clip.artifacts:Phase.mark_done", number, False) for number in range(1, 12)},
+    "between model and DONE": ("mcl_clip.runs.phases:save_tower", 2, True),
+    "embed between shards": ("mcl_clip.stages.embed:_embed_batch", 3, False),
+    "embed, stage 1": ("mcl_clip.stages.embed:_embed_batch", 7, False),
+    "cluster": ("mcl_clip.runs.phases:spherical_kmeans", 1, True),
+    "labels": ("mcl_clip.stages.pseudo_labels:PseudoLabels.summary", 1, False),
+    "eval": ("mcl_clip.runs.phases:score_stages", 2, False),
+    "eval between sets": ("mcl_clip.eval.classification:ClassificationTask.embed", 1, False),
+    "combined": ("mcl_clip.runs.phases:score_stages", 3, False),
+    "combined, model written": ("mcl_clip.runs.phases:write_json", 7, True),
+    **{f"before DONE {number}": ("mcl_clip.runs.phase:Phase.mark_done", number, False) for number in range(1, 12)},
 }
 QUICK_KILLS = ("train, stage 1, after a checkpoint", "embed between shards", "combined", "before DONE 1")
 

@@ -6,9 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 from mcl_clip import TowerConfig
-from mcl_clip.artifacts import StaleArtifactError
 from mcl_clip.config import LockConfig
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.runs.phase import StaleArtifactError
 from tests.recipes.runs import execute, records, with_stages
 
 RESNET = {

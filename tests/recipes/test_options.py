@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from mcl_clip import MultistageCLIP, TowerConfig
-from mcl_clip.artifacts import DONE, StaleArtifactError, read_json
 from mcl_clip.config import AugmentConfig, ClusterConfig
-from mcl_clip.distributed import seed_of
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import create_tower
+from mcl_clip.core.distributed import seed_of
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE, read_json
+from mcl_clip.model.clip import create_clip
+from mcl_clip.runs.phase import StaleArtifactError
 from tests.recipes.runs import execute, records, steps, with_stages, write_shards
 
 SHORT = {"steps": 4}
@@ -24,7 +25,7 @@ def trained(run, stage=0):
 
 def random_draw(model_cfg, number):
     """The weights of the recipe's draw `number`."""
-    return create_tower(model_cfg=model_cfg, seed=seed_of(0, "tower", number)).model.state_dict()
+    return create_clip(model_cfg=model_cfg, seed=seed_of(0, "tower", number)).model.state_dict()
 
 
 def moved(before, after):

@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 import mcl_clip
-from mcl_clip.artifacts import read_jsonl
 from mcl_clip.config import PublishConfig
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_jsonl
 from mcl_clip.model.multistage import MultistageCLIP, normalized
-from mcl_clip.publish import folder as module
-from mcl_clip.publish.folder import Export, export_run
+from mcl_clip.publish import export as module
+from mcl_clip.publish.export import Export, export_run
 from tests.commands import run_command
 from tests.hub import TOKEN, Hub, online
 from tests.recipes.runs import draw, execute, load_recipe

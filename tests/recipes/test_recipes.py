@@ -13,9 +13,9 @@ import torch
 import yaml
 from PIL import Image
 
-from mcl_clip.cli import parse
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import create_tower, lock, trainable_summary
+from mcl_clip.cli.recipe import parse
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.clip import create_clip, lock, trainable_summary
 from tests.recipes.runs import REPOSITORY, load_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.py"))
@@ -89,7 +89,7 @@ def test_help_lists_the_settings_with_their_meaning():
 )
 def test_inline_towers_make_features(path):
     tower = load_recipe(path).tower
-    made = create_tower(model_cfg=tower.model, preprocess=tower.preprocess)
+    made = create_clip(model_cfg=tower.model, preprocess=tower.preprocess)
     pictures = np.random.default_rng(0).integers(0, 255, (2, 40, 50, 3), np.uint8)
     images = torch.stack([made.image_transform(Image.fromarray(picture)) for picture in pictures])
     out = made.model.eval()(images, made.tokenizer(["a red square", "two dogs"]))

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import webdataset as wds
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 from mcl_clip.report.page import write_report
 from tests.recipes.runs import draw, execute, with_stages
 
@@ -97,7 +97,7 @@ def test_a_finished_run_shows_all_that_it_has(finished, tmp_path):
 def test_it_is_written_by_the_run_itself_after_each_stage(recipe, monkeypatch):
     written = []
     monkeypatch.setattr(
-        "mcl_clip.pipeline.write_report",
+        "mcl_clip.runs.pipeline.write_report",
         lambda run_dir, **options: written.append(
             (sorted(p.name for p in run_dir.glob("stage-*/eval/DONE.json")), options)
         ),
@@ -115,7 +115,7 @@ def test_a_report_that_fails_does_not_end_the_run(recipe, monkeypatch, caplog):
     def fail(*_, **__):
         raise ZeroDivisionError("no luck")
 
-    monkeypatch.setattr("mcl_clip.pipeline.write_report", fail)
+    monkeypatch.setattr("mcl_clip.runs.pipeline.write_report", fail)
     caplog.set_level(logging.WARNING, logger="mcl_clip")
     recipe = replace(recipe, machine=replace(recipe.machine, report=True))
     run = execute(with_stages(recipe, {"steps": 2}))

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_clip import AugmentConfig, MultistageCLIP, pipeline
-from mcl_clip.artifacts import DONE, StaleArtifactError, read_json
-from mcl_clip.commands import command
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import load_tower
+from mcl_clip import AugmentConfig, MultistageCLIP
+from mcl_clip.cli.commands import command
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE, read_json
+from mcl_clip.model.clip import load_clip
+from mcl_clip.runs import pipeline
+from mcl_clip.runs.phase import StaleArtifactError
 from tests.recipes.runs import (
     REPOSITORY,
     execute,
@@ -87,7 +89,7 @@ def test_the_model_loads_and_gives_the_stored_features(finished):
     assert model.combine == "concat"
     assert model.logit_scale.item() == pytest.approx(read_json(finished / "combined/combination.json")["logit_scale"])
     texts = model.tokenizer(["a red square on the left"])
-    stages = [load_tower(finished / f"stage-{s}/train/model").model.eval() for s in (0, 1)]
+    stages = [load_clip(finished / f"stage-{s}/train/model").model.eval() for s in (0, 1)]
     assert torch.equal(model.encode_text(texts), torch.cat([stage.encode_text(texts) for stage in stages], 1))
 
 

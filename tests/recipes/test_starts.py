@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from mcl_clip import MultistageCLIP, TowerConfig
-from mcl_clip.artifacts import StaleArtifactError, read_json
-from mcl_clip.cli import create_accelerator
-from mcl_clip.commands import command
+from mcl_clip.cli.commands import command
+from mcl_clip.cli.recipe import create_accelerator
 from mcl_clip.config import LockConfig
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import create_tower, save_tower
-from mcl_clip.phases import Run, _resharded
-from mcl_clip.pipeline import load_index
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_json
+from mcl_clip.model.clip import create_clip, save_clip
+from mcl_clip.runs.phase import StaleArtifactError
+from mcl_clip.runs.phases import RunContext, _resharded
+from mcl_clip.runs.pipeline import load_index
 from tests.recipes.runs import (
     execute,
     files,
@@ -36,7 +37,7 @@ def test_a_stage_trains_from_resharded_shards(copy, recipe, tmp_path, monkeypatc
     reshard(copy, tmp_path / "grouped", monkeypatch)
     assert "200 rows in 3 groups" in capsys.readouterr().out
     index, sources = load_index(recipe)
-    run = Run(config=recipe, accelerator=create_accelerator(), index=index, sources=sources, tasks={})
+    run = RunContext(config=recipe, accelerator=create_accelerator(), index=index, sources=sources, tasks={})
     new_index, groups, _ = _resharded(run, tmp_path / "grouped", run.labels(1).values)
     by_key = {index.key(row): group for row, group in enumerate(run.labels(1).values)}
     assert [by_key[new_index.key(row)] for row in range(200)] == groups.tolist()
@@ -75,7 +76,7 @@ def test_there_must_be_labels(copy, tmp_path, monkeypatch, capsys):
 
 def test_an_untouched_stage_0_and_a_locked_text_tower(recipe, tmp_path):
     folder = tmp_path / "published"
-    save_tower(create_tower(model_cfg=recipe.tower.model, seed=5), folder)
+    save_clip(create_clip(model_cfg=recipe.tower.model, seed=5), folder)
     locked = {"start": "base", "lock": LockConfig(text=True, image_unlocked_groups=1)}
     recipe = replace(recipe, tower=TowerConfig(architecture=f"local-dir:{folder}"))
     run = execute(with_stages(recipe, {"steps": 0}, locked, locked))
@@ -94,7 +95,7 @@ def test_an_untouched_stage_0_and_a_locked_text_tower(recipe, tmp_path):
 
 def test_the_weights_count_by_their_bytes(recipe, tmp_path):
     first, second = tmp_path / "published", tmp_path / "moved"
-    save_tower(create_tower(model_cfg=recipe.tower.model, seed=5), first)
+    save_clip(create_clip(model_cfg=recipe.tower.model, seed=5), first)
     at_first, at_second = (
         with_stages(replace(recipe, tower=TowerConfig(architecture=f"local-dir:{folder}")), {"steps": 0})
         for folder in (first, second)
@@ -104,13 +105,13 @@ def test_the_weights_count_by_their_bytes(recipe, tmp_path):
     first.rename(second)
     execute(at_second)
     assert files(recipe.run_dir) == before
-    save_tower(create_tower(model_cfg=recipe.tower.model, seed=6), second)
+    save_clip(create_clip(model_cfg=recipe.tower.model, seed=6), second)
     with pytest.raises(StaleArtifactError, match=r"tower.architecture.open_clip_model.safetensors was"):
         execute(at_second)
 
 
 def test_scratch_is_not_for_pretrained_towers(recipe, tmp_path):
-    save_tower(create_tower(model_cfg=recipe.tower.model), tmp_path / "published")
+    save_clip(create_clip(model_cfg=recipe.tower.model), tmp_path / "published")
     recipe = replace(recipe, tower=TowerConfig(architecture=f"local-dir:{tmp_path / 'published'}"))
     with pytest.raises(UserError, match=r"--stages.1.start scratch is a new random draw, and .* are pretrained"):
         execute(with_stages(recipe, {}, {"start": "scratch"}))

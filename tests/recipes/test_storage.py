@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mcl_clip import artifacts
-from mcl_clip.cli import main
+from mcl_clip.cli.recipe import main
+from mcl_clip.core import files as artifacts
 from tests.recipes.runs import execute, files, records
 
 WEIGHTS = "combined/model/stage_1/open_clip_model.safetensors"

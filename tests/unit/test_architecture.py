@@ -13,22 +13,21 @@ PACKAGE = REPOSITORY / "mcl_clip"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = (
     ("__init__", "__main__"),
-    ("commands",),
     ("cli",),
-    ("checkup",),
-    ("pipeline", "phases", "tools", "browse"),
-    ("report",),
-    ("train", "multistage", "eval", "publish"),
+    ("tools",),
+    ("runs",),
+    ("report", "publish"),
+    ("results",),
+    ("train", "stages", "eval"),
     ("data", "model"),
-    ("distributed", "artifacts", "config", "console", "progress", "statistics"),
-    ("errors",),
+    ("config",),
+    ("core",),
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-BETWEEN_SIBLINGS = {("pipeline", "phases")}
 SHIPPED = (  # inside exported models
-    "modeling_multistage_clip.py", "multistage.py", "open_clip_folder.py", "processing_multistage_clip.py", "sharing.py"
+    "modeling_multistage_clip.py", "multistage.py", "open_clip_io.py", "processing_multistage_clip.py"
 )  # fmt: skip
-READ_CONFIG = {"__init__", "cli", "commands", "checkup", "pipeline", "phases"}
+READ_CONFIG = {"__init__", "cli", "tools", "runs"}
 
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
@@ -57,7 +56,7 @@ def imported_parts(path: Path) -> set[str]:
 def test_imports_run_one_way(path):
     part = part_of(path)
     for other in imported_parts(path) - {part}:
-        assert LEVEL_OF[part] < LEVEL_OF[other] or (part, other) in BETWEEN_SIBLINGS, f"{part} imports {other}"
+        assert LEVEL_OF[part] < LEVEL_OF[other], f"{part} imports {other}"
 
 
 @every_module

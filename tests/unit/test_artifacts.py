@@ -9,21 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from mcl_clip import artifacts
-from mcl_clip.artifacts import (
+from mcl_clip.core import files as artifacts
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import (
     DONE,
-    Phase,
-    StaleArtifactError,
     append_jsonl,
     atomic_dir,
     atomic_path,
     fingerprint,
-    lock,
     read_json,
     read_jsonl,
     write_json,
 )
-from mcl_clip.errors import UserError
+from mcl_clip.runs.phase import Phase, StaleArtifactError, lock
 
 
 def names(folder: Path) -> list[str]:
@@ -208,7 +206,7 @@ def test_many_growing_stages_stay_small(tmp_path):
 def hold(folder: Path, seconds: float) -> subprocess.Popen:
     """Another process that holds a run directory."""
     program = (
-        "import pathlib, sys, time; from mcl_clip.artifacts import lock\n"
+        "import pathlib, sys, time; from mcl_clip.core.files import lock\n"
         "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(float(sys.argv[2]))"
     )
     process = subprocess.Popen(

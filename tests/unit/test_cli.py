@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from mcl_clip import DataConfig, RunConfig, StageConfig, TowerConfig, TrainConfig, UserError, cli
-from mcl_clip.artifacts import DONE
+from mcl_clip import DataConfig, RunConfig, StageConfig, TowerConfig, TrainConfig, UserError
+from mcl_clip.cli import recipe as cli
 from mcl_clip.config import EvalConfig
+from mcl_clip.core.files import DONE
 from tests.commands import run_command
 from tests.unit.data.tars import pairs, write_tar
 
@@ -181,7 +182,7 @@ def test_an_error_of_one_process_is_said_by_it(monkeypatch, capsys, recipe):
 
 def test_the_page_of_help_has_every_command_with_the_first_line_of_its_own_help():
     from mcl_clip import __main__ as entry
-    from mcl_clip import commands
+    from mcl_clip.cli import commands
 
     listed = {name: text for of_intent in entry.COMMANDS.values() for name, text in of_intent.items()}
     assert listed == {name: function.__doc__.split("\n")[0] for name, function in commands.COMMANDS.items()}
@@ -249,7 +250,7 @@ def test_an_installed_package_brings_its_recipes():
 
 
 def test_quiet_is_for_this_process_and_its_children(monkeypatch, recipe):
-    from mcl_clip.progress import QUIET, is_quiet
+    from mcl_clip.core.progress import QUIET, is_quiet
 
     monkeypatch.setenv(QUIET, "")
     assert not is_quiet()
@@ -258,7 +259,7 @@ def test_quiet_is_for_this_process_and_its_children(monkeypatch, recipe):
 
 
 def test_status_is_coloured_on_a_terminal_alone(run):
-    from mcl_clip.checkup import status_lines
+    from mcl_clip.tools.checkup import status_lines
 
     assert status_lines(run)[0].startswith("stage 0: train done, embed missing")
     assert "train \033[32mdone\033[0m" in status_lines(run, has_colours=True)[0]

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from mcl_clip.console import PlannedStop, leave_signals_to_parent, run_program
-from mcl_clip.errors import UserError
+from mcl_clip.core.console import PlannedStop, leave_signals_to_parent, run_program
+from mcl_clip.core.errors import UserError
 
 
 def failing(error: BaseException):
@@ -52,7 +52,7 @@ def test_a_program_that_ends_well_returns(capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    code = "from mcl_clip.console import run_program; run_program(lambda: print('x' * 10))"
+    code = "from mcl_clip.core.console import run_program; run_program(lambda: print('x' * 10))"
     read_end, write_end = os.pipe()
     os.close(read_end)
     ended = subprocess.run([sys.executable, "-c", code], stdout=write_end, stderr=subprocess.PIPE, check=False)

@@ -19,7 +19,8 @@ import tyro
 from accelerate.commands.launch import launch_command_parser
 
 from mcl_clip import __main__ as entry
-from mcl_clip import cli, commands
+from mcl_clip.cli import commands
+from mcl_clip.cli import recipe as cli
 from mcl_clip.config import RunConfig
 
 ROOT = Path(__file__).parents[2]

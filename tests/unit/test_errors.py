@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from mcl_clip.console import run_program
-from mcl_clip.errors import explain_os_error, os_error_in
+from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import explain_os_error, os_error_in
 
 
 class FullFile(io.BytesIO):

@@ -4,10 +4,9 @@ import pytest
 
 from mcl_clip import RunConfig, StageConfig, TowerConfig, TrainConfig, UserError
 from mcl_clip.config import EvalConfig
-from mcl_clip.eval.tasks.classification import ClassificationTask
-from mcl_clip.eval.tasks.multilabel import MultilabelTask
-from mcl_clip.eval.tasks.retrieval import RetrievalTask
-from mcl_clip.pipeline import open_tasks
+from mcl_clip.eval.classification import ClassificationTask, MultilabelTask
+from mcl_clip.eval.retrieval import RetrievalTask
+from mcl_clip.runs.pipeline import open_tasks
 from tests.unit.eval.sets import write_classification, write_image_folder, write_multilabel, write_retrieval
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mcl_clip.config import ClusterConfig, RunConfig, StageConfig, TowerConfig, TrainConfig
-from mcl_clip.pipeline import with_control
+from mcl_clip.runs.pipeline import with_control
 
 TRAIN = TrainConfig(steps=100, global_batch_size=64, lr=1e-3, warmup_steps=10)
 STAGE = StageConfig(train=TRAIN, cluster=ClusterConfig(num_clusters=4), start="previous")

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from mcl_clip import progress
-from mcl_clip.progress import Progress
+from mcl_clip.core import progress
+from mcl_clip.core.progress import Progress
 
 
 class Stream(io.StringIO):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
-from mcl_clip.statistics import (
+from mcl_clip.core.stats import (
     _counts,
     bootstrap_interval,
     compare_paired,

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from mcl_clip.data.batches import Tokenizer, captioned_batches
-from mcl_clip.data.files import Patience, stat
-from mcl_clip.data.index import INDEX_NAME, Shard, ShardIndex
+from mcl_clip.core.errors import UserError
+from mcl_clip.data.decode import TrainTransform
+from mcl_clip.data.index import INDEX_NAME, ShardIndex
+from mcl_clip.data.loader import Tokenizer, captioned_batches
 from mcl_clip.data.reader import Reader
-from mcl_clip.data.shards import expand_shards, is_remote
-from mcl_clip.data.transforms import TrainTransform
-from mcl_clip.errors import UserError
-from mcl_clip.eval.suite import Task
+from mcl_clip.data.shards import Shard, expand_shards, is_remote
+from mcl_clip.data.storage import RetryPolicy, stat
+from mcl_clip.eval.task import Task
 from mcl_clip.tools.doctor.findings import Finding, as_duration, attempt
 
 SHARDS_WITHOUT_INDEX = 8
@@ -33,7 +33,7 @@ SECONDS_OF_READING = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class RowCounts:
     """The rows of the training shards.
 
     Attributes:
@@ -57,7 +57,7 @@ class Rows:
         return max(1, sum(round(rows * weight) for rows, weight in drawn) - min(held_out, self.total // 20))
 
 
-def look_at_shards(specs: Sequence[str], run_index: Path) -> tuple[Rows | None, list[Finding]]:
+def look_at_shards(specs: Sequence[str], run_index: Path) -> tuple[RowCounts | None, list[Finding]]:
     """The rows of lists of shards, by the indexes that are stored and, for the rest, of the first shards.
 
     Args:
@@ -80,7 +80,7 @@ def look_at_shards(specs: Sequence[str], run_index: Path) -> tuple[Rows | None, 
     known = {shard.url: shard.rows for shard in index.shards}
     mean = len(index) / max(1, len(known))
     per_list = tuple(round(sum(known.get(url, mean) for url in part)) for part in lists)
-    rows = Rows(index=index, per_list=per_list, is_whole=len(known) == len(urls))
+    rows = RowCounts(index=index, per_list=per_list, is_whole=len(known) == len(urls))
     return rows, [*_describe(rows, len(urls), scanned), *_left_out(index)]
 
 
@@ -93,7 +93,7 @@ def _index_of(urls: Sequence[str], run_index: Path) -> tuple[ShardIndex, int]:
     stored = {url for folder in _folders(urls) for url in _indexed(Path(folder, INDEX_NAME))}
     without = [url for url in urls if url not in stored][:SHARDS_WITHOUT_INDEX]
     chosen = [url for url in urls if url in stored or url in without]
-    return ShardIndex.build(chosen, patience=Patience(retries=1, timeout_s=TIMEOUT_S)), len(without)
+    return ShardIndex.build(chosen, patience=RetryPolicy(retries=1, timeout_s=TIMEOUT_S)), len(without)
 
 
 def _folders(urls: Iterable[str]) -> Iterable[str]:
@@ -110,7 +110,7 @@ def _is_unchanged(shard: Shard) -> bool:
     if is_remote(shard.url):
         return True  # asking for each takes too long; some were asked for before
     try:
-        return stat(shard.url, Patience(retries=0)) == (shard.size, shard.stamp)
+        return stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp)
     except UserError:
         return False
 
@@ -120,14 +120,14 @@ def _check_remote(urls: Sequence[str]) -> list[Finding]:
     if not urls:
         return []
     tried = [urls[place] for place in np.unique(np.linspace(0, len(urls) - 1, REMOTE_SHARDS_TRIED).astype(int))]
-    patience = Patience(retries=1, timeout_s=TIMEOUT_S)
+    patience = RetryPolicy(retries=1, timeout_s=TIMEOUT_S)
     with ThreadPoolExecutor(max_workers=len(tried)) as threads:
         answers = list(threads.map(lambda url: attempt("shards", lambda: stat(url, patience))[1], tried))
     wrongs = [finding for answer in answers for finding in answer]
     return wrongs[:3]
 
 
-def _describe(rows: Rows, shards: int, scanned: int) -> Iterator[Finding]:
+def _describe(rows: RowCounts, shards: int, scanned: int) -> Iterator[Finding]:
     if rows.is_whole:
         how = f"{scanned} of them indexed now, in memory" if scanned else "from a stored index"
         yield Finding("ok", "shards", f"{shards:,} shards, {rows.total:,} rows ({how})")

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar
 
-from mcl_clip.errors import UserError, explain_os_error
+from mcl_clip.core.errors import UserError, explain_os_error
 
 Level = Literal["ok", "warning", "FAIL"]
 T = TypeVar("T")

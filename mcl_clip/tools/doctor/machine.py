@@ -14,9 +14,9 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from mcl_clip.artifacts import DONE
+from mcl_clip.core.files import DONE
 from mcl_clip.tools.doctor.findings import Finding, as_bytes
-from mcl_clip.tools.doctor.needs import StagePlan, memory_needs
+from mcl_clip.tools.doctor.needs import StageEstimate, memory_needs
 
 SHOWN_PACKAGES = ("torch", "open_clip_torch", "accelerate", "webdataset", "huggingface_hub", "transformers", "numpy")
 MANY_PARAMETERS = 50_000_000
@@ -129,7 +129,7 @@ def check_devices(
 
 
 def check_memory(
-    stages: Sequence[StagePlan], *, processes: int, memory: int, device: str, host_memory: int, loader_batches: int
+    stages: Sequence[StageEstimate], *, processes: int, memory: int, device: str, host_memory: int, loader_batches: int
 ) -> Iterator[Finding]:
     """Memory of the greediest stage against that of a device, and of the batches that loaders keep ready.
 

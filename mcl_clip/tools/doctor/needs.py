@@ -10,9 +10,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from mcl_clip.errors import UserError
-from mcl_clip.model.open_clip_folder import DEFAULT_CONTEXT_LENGTH
-from mcl_clip.model.towers import lock
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.clip import lock
+from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
 
 FLOAT_BYTES = 4
 FEATURE_BYTES = 2
@@ -43,7 +43,7 @@ class TowerSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagePlan:
+class StageEstimate:
     """What the estimates need to know of a stage.
 
     Attributes:
@@ -96,7 +96,7 @@ def outline(model_cfg: Mapping[str, Any]) -> nn.Module:
 
 
 def measure(model_cfg: Mapping[str, Any], *, locked: Mapping[str, Any]) -> TowerSize:
-    """The size of an encoder pair, with `locked` the arguments of `mcl_clip.model.towers.lock`.
+    """The size of an encoder pair, with `locked` the arguments of `mcl_clip.model.clip.lock`.
 
     Raises:
         UserError: if open_clip cannot make it, or it cannot be locked so.
@@ -140,7 +140,7 @@ def _saved_bytes(model: nn.Module, samples: int, size_px: tuple[int, int], conte
     return sum(kept.values())
 
 
-def memory_needs(stage: StagePlan, processes: int) -> dict[str, int]:
+def memory_needs(stage: StageEstimate, processes: int) -> dict[str, int]:
     """Bytes that training a stage takes on the device of one process, by what takes them.
 
     Left out: what the operations of a single layer need for themselves, fragmentation, and the device's own context.
@@ -160,7 +160,7 @@ def memory_needs(stage: StagePlan, processes: int) -> dict[str, int]:
     }
 
 
-def disk_needs(stages: Sequence[StagePlan], *, rows: int, keep_checkpoints: int) -> dict[str, int]:
+def disk_needs(stages: Sequence[StageEstimate], *, rows: int, keep_checkpoints: int) -> dict[str, int]:
     """Bytes of each phase's folder in the run directory, at their largest. Left out: `eval`, with features of the sets.
 
     Stages whose tower has an unknown size count by what is left.
@@ -186,7 +186,7 @@ def disk_needs(stages: Sequence[StagePlan], *, rows: int, keep_checkpoints: int)
     return needs
 
 
-def rows_of_a_label(stages: Sequence[StagePlan], rows: int) -> list[float]:
+def rows_of_a_label(stages: Sequence[StageEstimate], rows: int) -> list[float]:
     """How many rows have the same label on average when each stage begins; all of them at stage 0."""
     radix = [1, *(stage.labels for stage in stages[:-1])]
     return [rows / math.prod(radix[: number + 1]) for number in range(len(stages))]

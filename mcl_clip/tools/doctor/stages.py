@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mcl_clip.artifacts import STARTED, Phase, read_json
+from mcl_clip.core.files import STARTED, read_json
+from mcl_clip.runs.phase import Phase
 from mcl_clip.tools.doctor.findings import Finding, attempt
-from mcl_clip.tools.doctor.needs import MAX_LABELS, StagePlan, rows_of_a_label
+from mcl_clip.tools.doctor.needs import MAX_LABELS, StageEstimate, rows_of_a_label
 
 MUCH_WAITING = 0.3  # of the time
 FAULTS = {
@@ -17,7 +18,7 @@ FAULTS = {
 }
 
 
-def check_steps(stages: Sequence[StagePlan], *, rows: int | None) -> Iterator[Finding]:
+def check_steps(stages: Sequence[StageEstimate], *, rows: int | None) -> Iterator[Finding]:
     """Steps and epochs; `rows` are those of an epoch, if they are known."""
     trained = {number: stage for number, stage in enumerate(stages) if stage.steps}
     epochs = {number: stage.steps / -(-rows // stage.global_batch_size) for number, stage in trained.items() if rows}
@@ -44,7 +45,7 @@ def _also(numbers: Sequence[int]) -> str:
     return f" (also stage {', '.join(map(str, numbers[1:]))})" if len(numbers) > 1 else ""
 
 
-def check_groups(stages: Sequence[StagePlan], rows: int) -> Iterator[Finding]:
+def check_groups(stages: Sequence[StageEstimate], rows: int) -> Iterator[Finding]:
     """How large groups can be expected to be, against the batch that they have to fill."""
     sizes = rows_of_a_label(stages, rows)
     grouped = [number for number, stage in enumerate(stages) if number and stage.steps and stage.groups != "none"]
@@ -71,7 +72,7 @@ def check_groups(stages: Sequence[StagePlan], rows: int) -> Iterator[Finding]:
         )
 
 
-def _fault(stage: StagePlan, size: float) -> str:
+def _fault(stage: StageEstimate, size: float) -> str:
     """What is wrong with labels of so many rows, as a key of `FAULTS`; empty if nothing is."""
     if size <= stage.min_negatives:
         return "weightless"

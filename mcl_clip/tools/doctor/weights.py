@@ -10,11 +10,11 @@ from urllib.request import Request, urlopen
 import huggingface_hub
 import open_clip
 
-from mcl_clip.artifacts import read_json
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_json
 from mcl_clip.data.shards import redacted
-from mcl_clip.errors import UserError
-from mcl_clip.model.open_clip_folder import OPEN_CLIP_CONFIG_NAME, WEIGHT_SUFFIXES, check_model_cfg
-from mcl_clip.model.towers import create_tower
+from mcl_clip.model.clip import create_clip
+from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME, WEIGHT_SUFFIXES, check_model_cfg
 from mcl_clip.tools.doctor.findings import Finding, as_bytes, attempt
 
 TIMEOUT_S = 10.0  # for the Hub
@@ -41,7 +41,7 @@ def tower_config(
     elif architecture:
         name = architecture.replace("/", "-")
         if name not in open_clip.list_models():
-            create_tower(architecture=name)  # which says what is near
+            create_clip(architecture=name)  # which says what is near
         cfg = open_clip.get_model_config(name)
     else:
         cfg = dict(model)
@@ -87,7 +87,7 @@ def _check_tag(architecture: str, pretrained: str, model: Mapping[str, Any] | No
     cfg = open_clip.get_pretrained_cfg(architecture.replace("/", "-"), pretrained)
     what = f"the weights {pretrained} of {architecture}"
     if not cfg:
-        make = partial(create_tower, architecture=architecture, model_cfg=model or None, pretrained=pretrained)
+        make = partial(create_clip, architecture=architecture, model_cfg=model or None, pretrained=pretrained)
         yield from attempt("weights", make)[1]  # refused, with the tags that there are
     elif cfg.get("hf_hub"):
         repository, name = os.path.split(cfg["hf_hub"])

@@ -10,15 +10,15 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-import mcl_clip.data.batches as batches_module
-from mcl_clip.data.batches import PairBatch, TrainingLoader, captioned_batches
+import mcl_clip.data.loader as batches_module
+from mcl_clip.core.errors import UserError
+from mcl_clip.data.batch_plan import FILLER, BatchPlan
+from mcl_clip.data.decode import TrainTransform, evaluation_transform
+from mcl_clip.data.features import TextFeatures
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.plan import FILLER, BatchPlan
+from mcl_clip.data.loader import PairBatch, TrainingLoader, captioned_batches
 from mcl_clip.data.reader import Reader
-from mcl_clip.data.texts import TextFeatures
-from mcl_clip.data.transforms import TrainTransform, evaluation_transform
-from mcl_clip.errors import UserError
-from mcl_clip.multistage.embed import write_text_features
+from mcl_clip.stages.embed import write_text_features
 from tests.unit.data.tars import write_tar
 
 ROWS, BATCH = 22, 5

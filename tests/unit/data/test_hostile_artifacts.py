@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mcl_clip.artifacts import DONE, Phase, append_jsonl, read_json, read_jsonl, read_run_config, write_json
-from mcl_clip.data.files import load_numbers, load_tensors
-from mcl_clip.errors import UserError
-from mcl_clip.eval.suite import results_table
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE, append_jsonl, read_json, read_jsonl, read_run_config, write_json
+from mcl_clip.data.storage import load_numbers, load_tensors
+from mcl_clip.model.clip import create_clip, load_clip, save_clip
 from mcl_clip.model.multistage import MultistageCLIP
-from mcl_clip.model.names import find_models
-from mcl_clip.model.towers import create_tower, load_tower, save_tower
-from mcl_clip.multistage.embed import read_part
-from mcl_clip.multistage.labels import read_labels
+from mcl_clip.model.resolve import find_models
+from mcl_clip.results.text import results_table
+from mcl_clip.runs.phase import Phase
+from mcl_clip.stages.embed import read_part
+from mcl_clip.stages.pseudo_labels import read_labels
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.metrics import BadSamples, StepLog
 from mcl_clip.train.optim import create_optimizer
@@ -52,12 +53,12 @@ def canary(tmp_path):
 
 @pytest.fixture(scope="module")
 def tower():
-    return create_tower(model_cfg=MODEL)
+    return create_clip(model_cfg=MODEL)
 
 
 @pytest.fixture
 def folder(tmp_path, tower):
-    save_tower(tower, tmp_path / "model")
+    save_clip(tower, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -84,7 +85,7 @@ def change_config(folder, change, name="open_clip_config.json"):
 def test_settings_of_a_model_that_harm(folder, part, values, sentence):
     change_config(folder, lambda config: config["model_cfg"][part].update(values))
     with pytest.raises(UserError, match=f"model is not loaded: {sentence}"):
-        load_tower(folder)
+        load_clip(folder)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_settings_of_a_model_that_harm(folder, part, values, sentence):
 def test_a_config_of_another_shape(folder, text):
     (folder / "open_clip_config.json").write_text(text)
     with pytest.raises(UserError, match=r"model is not loaded: .*; correct it, or use another model"):
-        load_tower(folder)
+        load_clip(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
@@ -103,14 +104,14 @@ def test_a_tokenizer_that_brings_code(folder, canary, name):
     (folder / name).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.T", None]}}))
     change_config(folder, lambda config: config["model_cfg"]["text_cfg"].update(hf_tokenizer_name="x"))
     with pytest.raises(UserError, match=rf"{name} asks to run code that comes with the model \(auto_map\)"):
-        load_tower(folder)
+        load_clip(folder)
 
 
 def test_weights_as_a_pickle_or_a_compressed_archive(folder, canary, tower):
     (folder / "open_clip_model.safetensors").unlink()
     torch.save({"state_dict": Touch(str(canary)), "x": torch.zeros(10**6)}, folder / "open_clip_pytorch_model.bin")
     with pytest.raises(UserError, match=r"holds more than tensors and plain values, and loading it could run code"):
-        load_tower(folder)
+        load_clip(folder)
     buffer = io.BytesIO()
     torch.save(tower.model.state_dict(), buffer)
     with (
@@ -120,7 +121,7 @@ def test_weights_as_a_pickle_or_a_compressed_archive(folder, canary, tower):
         for entry in plain.infolist():
             packed.writestr(entry.filename, plain.read(entry))
     with pytest.raises(UserError, match=r"is a compressed archive, which torch\.save does not write"):
-        load_tower(folder)
+        load_clip(folder)
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,18 @@ import pyarrow as pa
 import pytest
 import webdataset as wds
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data import index as index_module
-from mcl_clip.data import samples as samples_module
+from mcl_clip.data import tar as samples_module
 from mcl_clip.data import tar as tar_module
-from mcl_clip.data.files import Patience
-from mcl_clip.data.index import Shard, ShardIndex, make_table
-from mcl_clip.errors import UserError
+from mcl_clip.data.index import ShardIndex, make_table
+from mcl_clip.data.shards import Shard
+from mcl_clip.data.storage import RetryPolicy
 from tests.unit.data.http_ranges import serve
 from tests.unit.data.tars import FORMATS, noise, pairs, read_tar, write_tar
 
 COLUMNS = ("shard_of", "image_offset", "image_size", "image_format", "text_offset", "text_size", "text_format")
-QUICK = Patience(retries=2, backoff_s=0.0, timeout_s=5.0)
+QUICK = RetryPolicy(retries=2, backoff_s=0.0, timeout_s=5.0)
 
 
 def build(*paths: Path, **options) -> ShardIndex:
@@ -641,4 +642,4 @@ def test_a_server_that_refuses_head_requests(tmp_path):
 
 def test_impossible_patience():
     with pytest.raises(UserError, match="retries and backoff_s"):
-        Patience(retries=-1)
+        RetryPolicy(retries=-1)

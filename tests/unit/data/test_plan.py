@@ -5,14 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mcl_clip.data import order as order_module
-from mcl_clip.data.batches import TrainingLoader
-from mcl_clip.data.order import Source
-from mcl_clip.data.plan import FILLER, BatchPlan, _batch_order, _packing_order
+from mcl_clip.core.distributed import random_words, random_words_between
+from mcl_clip.core.errors import UserError
+from mcl_clip.data import row_order as order_module
+from mcl_clip.data.batch_plan import FILLER, BatchPlan, _batch_order, _packing_order
+from mcl_clip.data.decode import TrainTransform
+from mcl_clip.data.loader import TrainingLoader
 from mcl_clip.data.reader import Reader
-from mcl_clip.data.transforms import TrainTransform
-from mcl_clip.distributed import random_words, random_words_between
-from mcl_clip.errors import UserError
+from mcl_clip.data.row_order import Source
 
 SETTINGS = {"seed": 0, "stage": 1}
 
@@ -282,7 +282,7 @@ def test_the_plan_is_what_its_definition_says_in_whatever_parts_it_is_made(case,
     if case % 4:
         for limit in ("BLOCK_ROWS", "PART_ROWS", "SORTED_ROWS"):
             monkeypatch.setattr(order_module, limit, int(draw.integers(1, 70)))
-        monkeypatch.setattr("mcl_clip.data.plan.BLOCK_ROWS", int(draw.integers(1, 70)))
+        monkeypatch.setattr("mcl_clip.data.batch_plan.BLOCK_ROWS", int(draw.integers(1, 70)))
         monkeypatch.setattr(order_module, "MOST_PARTS", int(draw.integers(1, 6)))
     rows, count, runs = int(draw.integers(20, 400)), int(draw.choice([1, 3, 12, 80])), int(draw.integers(1, 6))
     groups = np.repeat(draw.choice(count, rows, p=draw.dirichlet(np.ones(count))), runs)[:rows]

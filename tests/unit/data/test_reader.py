@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data import reader as reader_module
-from mcl_clip.data.files import Patience
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import RawSample, Reader
-from mcl_clip.errors import UserError
+from mcl_clip.data.storage import RetryPolicy
 from tests.unit.data.http_ranges import serve
 from tests.unit.data.tars import FORMATS, noise, pairs, write_tar
 
@@ -46,7 +46,7 @@ def build(paths: list[Path]) -> ShardIndex:
 
 def remote_index(url: str, local: ShardIndex) -> ShardIndex:
     names = [f"{url}/{Path(shard.url).name}" for shard in local.shards]
-    return ShardIndex.build(names, patience=Patience(**QUICK))
+    return ShardIndex.build(names, patience=RetryPolicy(**QUICK))
 
 
 def check(reader: Reader, rows: list[int]) -> None:
@@ -240,7 +240,7 @@ def test_lasting_troubles_of_the_server(tmp_path, remote):
     local = build(paths)
     with serve(tmp_path / "shards") as server:
         names = [f"{server.url}/{path.name}?token=SECRET" for path in paths]
-        index = ShardIndex.build(names, patience=Patience(**QUICK))
+        index = ShardIndex.build(names, patience=RetryPolicy(**QUICK))
         assert index.digest == local.digest
         reader = Reader(index, remote=remote, cache_dir=tmp_path / "cache", **QUICK)
         server.failures = 1000

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.shards import check_location, expand_shards, is_remote, redacted
-from mcl_clip.errors import UserError
 
 
 @pytest.fixture

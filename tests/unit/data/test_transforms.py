@@ -6,9 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mcl_clip.data.decode import BadSampleError, Jpeg, open_jpeg
-from mcl_clip.data.transforms import TrainTransform, evaluation_transform, train_transform
-from mcl_clip.model.encode import to_floats
+from mcl_clip.data.decode import BadSampleError, Jpeg, TrainTransform, evaluation_transform, open_jpeg, train_transform
+from mcl_clip.model.clip import to_floats
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 

@@ -9,6 +9,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.writing import (
     LabelledImage,
@@ -22,7 +23,6 @@ from mcl_clip.data.writing import (
     write_pairs,
     write_retrieval_set,
 )
-from mcl_clip.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:webdataset.tariterators")
 

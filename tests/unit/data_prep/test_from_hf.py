@@ -5,7 +5,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:webdataset.tariterators")
 

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.writing import Pair, write_pairs
-from mcl_clip.errors import UserError
 
 
 @pytest.fixture(scope="module")

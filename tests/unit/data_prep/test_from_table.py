@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:webdataset.tariterators")
 

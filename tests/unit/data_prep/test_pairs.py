@@ -5,8 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mcl_clip.errors import UserError
-from mcl_clip.eval.tasks.pairs import PairSet, PairTask
+from mcl_clip.core.errors import UserError
+from mcl_clip.eval.pairs import PairSet, PairTask
 
 
 @pytest.fixture(scope="module")

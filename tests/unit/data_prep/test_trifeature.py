@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:webdataset.tariterators")
 

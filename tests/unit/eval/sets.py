@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from mcl_clip.data.writing import LabelledImage, Pair, write_classification_set, write_retrieval_set
-from mcl_clip.eval.run import Encoder
+from mcl_clip.eval.evaluate import Encoder
+from mcl_clip.model.clip import ClipBundle, create_clip, save_clip
 from mcl_clip.model.multistage import MultistageCLIP
-from mcl_clip.model.towers import Tower, create_tower, save_tower
 from tests.unit.data.tars import write_tar
 
 MODEL = {
@@ -97,12 +97,12 @@ def name_classes(root: Path) -> Path:
     return root
 
 
-def make_tower(seed: int = 0) -> Tower:
-    return create_tower(model_cfg=MODEL, seed=seed)
+def make_tower(seed: int = 0) -> ClipBundle:
+    return create_clip(model_cfg=MODEL, seed=seed)
 
 
 def write_tower(folder: Path, seed: int = 0) -> Path:
-    save_tower(make_tower(seed), folder)
+    save_clip(make_tower(seed), folder)
     return folder
 
 

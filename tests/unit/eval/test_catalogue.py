@@ -2,12 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from mcl_clip.errors import UserError
-from mcl_clip.eval.catalogue import discover, find_sets, layout_of, open_set
-from mcl_clip.eval.tasks.classification import ClassificationTask
-from mcl_clip.eval.tasks.multilabel import MultilabelTask
-from mcl_clip.eval.tasks.pairs import PairTask
-from mcl_clip.eval.tasks.retrieval import RetrievalTask
+from mcl_clip.core.errors import UserError
+from mcl_clip.eval.classification import ClassificationTask, MultilabelTask
+from mcl_clip.eval.datasets import discover, find_sets, layout_of, open_set
+from mcl_clip.eval.pairs import PairTask
+from mcl_clip.eval.retrieval import RetrievalTask
 from tests.unit.data.tars import picture, write_tar
 from tests.unit.eval.sets import (
     name_classes,

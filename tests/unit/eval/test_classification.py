@@ -9,15 +9,12 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 from torch.nn import functional as F
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.writing import LabelledImage, write_classification_set
-from mcl_clip.errors import UserError
-from mcl_clip.eval.run import Encoder, run_task
-from mcl_clip.eval.suite import Task, result_record
-from mcl_clip.eval.tasks.classification import (
-    ClassificationSet,
-    ClassificationTask,
-)
+from mcl_clip.eval.classification import ClassificationSet, ClassificationTask
+from mcl_clip.eval.evaluate import Encoder, run_task
+from mcl_clip.eval.task import Task, result_record
 from tests.unit.data.tars import picture, write_tar
 from tests.unit.eval.sets import CLASSES, Constant, Noise, encoder_of, make_tower, noise_png, write_classification
 from tests.unit.eval.sets import TEMPLATES as PROMPTS
@@ -166,8 +163,8 @@ def test_sets_too_small_for_read_outs():
 def test_blocks_change_no_score(monkeypatch):
     images, texts, labels = random_features(60, 7)
     whole, outcomes = task_of(labels, classes=7).score(images, texts)
-    monkeypatch.setattr("mcl_clip.eval.tasks.classification.SCORED_IMAGES", 7)
-    monkeypatch.setattr("mcl_clip.eval.tasks.classification.AVERAGED_CLASSES", 2)
+    monkeypatch.setattr("mcl_clip.eval.classification.SCORED_IMAGES", 7)
+    monkeypatch.setattr("mcl_clip.eval.classification.AVERAGED_CLASSES", 2)
     parts, parts_outcomes = task_of(labels, classes=7).score(images, texts)
     assert parts == whole
     assert np.array_equal(parts_outcomes["ranks"], outcomes["ranks"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 from mcl_clip.eval.embed import FileImages, embed_images
 
 

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from mcl_clip.errors import UserError
-from mcl_clip.eval.image_folder import open_image_folder
-from mcl_clip.eval.run import run_task
-from mcl_clip.eval.tasks.classification import ClassificationTask
+from mcl_clip.core.errors import UserError
+from mcl_clip.eval.classification import ClassificationTask
+from mcl_clip.eval.datasets import open_image_folder
+from mcl_clip.eval.evaluate import run_task
 from tests.unit.eval.sets import encoder_of, noise_png, write_image_folder
 
 FOLDERS = {"red_fox": 3, "owl": 2, "Bee": 4}

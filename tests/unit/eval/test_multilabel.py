@@ -6,14 +6,13 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.reader import Reader
-from mcl_clip.errors import UserError
-from mcl_clip.eval.catalogue import open_set
+from mcl_clip.eval.classification import ClassificationSet, MultilabelTask, average_precision, open_multilabel
+from mcl_clip.eval.datasets import open_set
 from mcl_clip.eval.embed import FileImages
-from mcl_clip.eval.run import run_task
-from mcl_clip.eval.suite import Task
-from mcl_clip.eval.tasks.classification import ClassificationSet
-from mcl_clip.eval.tasks.multilabel import MultilabelTask, average_precision, open_multilabel
+from mcl_clip.eval.evaluate import run_task
+from mcl_clip.eval.task import Task
 from tests.unit.data.tars import write_tar
 from tests.unit.eval.sets import CLASSES, TEMPLATES, Constant, Noise, encoder_of, noise_png, npy, write_multilabel
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 from mcl_clip.eval.embed import FileImages
-from mcl_clip.eval.suite import Task, result_record
-from mcl_clip.eval.tasks.pairs import PairItem, PairSet, PairTask
+from mcl_clip.eval.pairs import PairItem, PairSet, PairTask
+from mcl_clip.eval.task import Task, result_record
 
 PATTERNS = tuple(f"pattern {number}" for number in range(9))
 

@@ -5,8 +5,8 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
-from mcl_clip.distributed import permutation
-from mcl_clip.eval.readout import knn_predictions, linear_predictions, project
+from mcl_clip.core.distributed import permutation
+from mcl_clip.eval.probes import knn_predictions, linear_predictions, project
 
 
 def linear_accuracy(features, labels, num_classes):

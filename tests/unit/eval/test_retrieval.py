@@ -15,16 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.eval import retrieval
 from mcl_clip.eval.embed import _batches_of_rank, _in_order
-from mcl_clip.eval.suite import result_record
-from mcl_clip.eval.tasks import retrieval
-from mcl_clip.eval.tasks.retrieval import (
-    RetrievalSet,
-    RetrievalTask,
-    embed_retrieval,
-    recall_metrics,
-)
+from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask, embed_retrieval, recall_metrics
+from mcl_clip.eval.task import result_record
 
 CAPTIONS = [5, 5, 7, 1, 0, 5, 6, 5, 5, 2, 5]
 

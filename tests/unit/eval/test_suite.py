@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from mcl_clip.eval.suite import result_record, results_table, run_results
-from mcl_clip.statistics import bootstrap_interval
+from mcl_clip.core.stats import bootstrap_interval
+from mcl_clip.eval.task import result_record
+from mcl_clip.results.text import results_table, run_results
 
 RECALLS = {
     f"{side}_{name}": value

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from mcl_clip.distributed import seed_of, torch_generator
+from mcl_clip.core.distributed import seed_of, torch_generator
+from mcl_clip.model.clip import create_clip, lock
 from mcl_clip.model.grad_cache import add_gradients
-from mcl_clip.model.towers import create_tower, lock
 
 ROWS = 10
 VIT = {
@@ -142,7 +142,7 @@ def test_open_clips_towers_with_patch_dropout_and_locked_parts(locked):
     """And the features are unit vectors whose graph ends where parameters are locked."""
 
     def made():
-        model = create_tower(model_cfg=VIT).model.double()
+        model = create_clip(model_cfg=VIT).model.double()
         lock(model, **locked)
         return model.train()
 

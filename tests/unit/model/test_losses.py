@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks.loss_memory import kept_for_backward
-from mcl_clip.distributed import random_words
+from mcl_clip.core.distributed import random_words
 from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
 
 ROWS, DIM = 23, 6

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mcl_clip.model.multistage import MultistageCLIP, combine_features
-from mcl_clip.model.sharing import have_same_text_tower
-from mcl_clip.model.towers import create_tower
+from mcl_clip.model.clip import create_clip
+from mcl_clip.model.multistage import MultistageCLIP, combine_features, have_same_text_tower
 
 SCALES = (1.0, 3.0, 0.5)
 
@@ -25,7 +24,7 @@ def make_cfg(embed_dim=24, *, custom=False, quick_gelu=False):
 
 def make_stages(*, shared, cfg=None):
     """Three towers whose image features have norms of about 1 : 3 : 0.5."""
-    towers = [create_tower(model_cfg=cfg or make_cfg(), seed=seed) for seed in range(3)]
+    towers = [create_clip(model_cfg=cfg or make_cfg(), seed=seed) for seed in range(3)]
     text = {k: v for k, v in towers[0].model.state_dict().items() if not k.startswith(("visual.", "logit_"))}
     for tower, scale in zip(towers, SCALES, strict=True):
         tower.model.eval()
@@ -230,7 +229,7 @@ def test_combined_features_are_finite_and_of_unit_length(dtype, combine):
 
 @torch.no_grad()
 def test_stages_may_have_different_dimensions(tmp_path):
-    towers = [create_tower(model_cfg=make_cfg(dim), seed=dim) for dim in (8, 24)]
+    towers = [create_clip(model_cfg=make_cfg(dim), seed=dim) for dim in (8, 24)]
     model = combined(towers)
     assert not model.shared_text_tower
     model.save(tmp_path)

@@ -2,9 +2,8 @@ import open_clip
 import pytest
 import torch
 
-from mcl_clip.model.multistage import MultistageCLIP
-from mcl_clip.model.sharing import count_shared_blocks
-from mcl_clip.model.towers import create_tower
+from mcl_clip.model.clip import create_clip
+from mcl_clip.model.multistage import MultistageCLIP, count_shared_blocks
 from tests.unit.model.test_multistage import combined
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -14,7 +13,7 @@ VISION = {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_s
 def make_stages(*, unlocked=1, custom=False, vision=VISION, stages=3):
     """Copies of one tower, each with its last `unlocked` blocks, and what follows them, changed."""
     cfg = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT, **({"custom_text": True} if custom else {})}
-    towers = [create_tower(model_cfg=cfg, seed=0) for _ in range(stages)]
+    towers = [create_clip(model_cfg=cfg, seed=0) for _ in range(stages)]
     for number, tower in enumerate(towers[1:], 1):
         generator = torch.Generator().manual_seed(number)
         visual = tower.model.visual
@@ -71,7 +70,7 @@ def test_blocks_that_compute_otherwise_are_not_shared():
 
 
 def test_other_towers_run_apart():
-    towers = [create_tower(model_cfg={"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1],
+    towers = [create_clip(model_cfg={"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1],
               "width": 8, "head_width": 32}, "text_cfg": TEXT}, seed=0) for _ in range(2)]  # fmt: skip
     expected = towers[0].model.eval().encode_image(images())
     model = combined(towers)
@@ -85,7 +84,7 @@ def test_a_single_stage_shares_nothing():
 
 def test_in_training_each_stage_draws_its_own_patch_dropout():
     cfg = {"embed_dim": 24, "vision_cfg": {**VISION, "image_size": 64, "patch_dropout": 0.5}, "text_cfg": TEXT}
-    model = combined([create_tower(model_cfg=cfg, seed=0) for _ in range(2)])
+    model = combined([create_clip(model_cfg=cfg, seed=0) for _ in range(2)])
     pictures = torch.nn.functional.interpolate(images(), size=64)
     first, second = model.train().encode_image_stages(pictures)
     assert (first - second).abs().max() > 0.01

@@ -4,11 +4,10 @@ import open_clip
 import pytest
 import torch
 
-from mcl_clip.data.batches import without_padding
-from mcl_clip.errors import UserError
-from mcl_clip.model.encode import encode_texts
-from mcl_clip.model.speed import FirstTokenBlock, do_less, prepare_training, takes_short_texts
-from mcl_clip.model.towers import lock
+from mcl_clip.core.errors import UserError
+from mcl_clip.data.loader import without_padding
+from mcl_clip.model.clip import encode_texts, lock
+from mcl_clip.model.fast_paths import FirstTokenBlock, prepare_training, takes_short_texts, use_fast_paths
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
 VISION = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8}
@@ -38,7 +37,7 @@ def make(name, dtype=torch.float64):
         for parameter in plain.parameters():  # biases start at 0, some scales small
             parameter.data += 0.05 * torch.randn(parameter.shape, dtype=dtype)
     less = copy.deepcopy(plain)
-    do_less(less)
+    use_fast_paths(less)
     return plain, less
 
 
@@ -75,7 +74,7 @@ def test_weights_and_copies_stay_exchangeable():
     images, tokens = batch()
     again = copy.deepcopy(less).eval()
     again.load_state_dict(plain.state_dict())
-    do_less(again)  # a second time changes nothing
+    use_fast_paths(again)  # a second time changes nothing
     assert torch.equal(again(images, tokens)["image_features"], less.eval()(images, tokens)["image_features"])
 
 

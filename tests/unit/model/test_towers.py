@@ -8,15 +8,15 @@ import open_clip
 import pytest
 import torch
 
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import (
-    Tower,
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.clip import (
+    ClipBundle,
     count_truncated,
-    create_tower,
-    load_tower,
+    create_clip,
+    load_clip,
     load_weights,
     lock,
-    save_tower,
+    save_clip,
     trainable_summary,
 )
 
@@ -54,9 +54,9 @@ def assert_equal_models(first, second):
 
 @pytest.mark.parametrize("cfg", [VIT_CFG, RESNET_CFG, CUSTOM_CFG], ids=["vit", "resnet", "custom"])
 def test_saved_tower_is_equal_here_and_in_plain_open_clip(cfg, tmp_path):
-    tower = create_tower(model_cfg=cfg, preprocess={"mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}, seed=3)
-    save_tower(tower, tmp_path / "model")
-    again = load_tower(tmp_path / "model")
+    tower = create_clip(model_cfg=cfg, preprocess={"mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}, seed=3)
+    save_clip(tower, tmp_path / "model")
+    again = load_clip(tmp_path / "model")
     plain, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}", output_dict=True)
     batch = inputs(tower)
     expected = outputs(tower.model, *batch)
@@ -79,7 +79,7 @@ def test_saved_files_follow_the_umask_and_replace_the_old_folder(tmp_path):
     try:
         (tmp_path / "model").mkdir()
         (tmp_path / "model/stale.safetensors").touch()
-        save_tower(create_tower(model_cfg=VIT_CFG), tmp_path / "model")
+        save_clip(create_clip(model_cfg=VIT_CFG), tmp_path / "model")
     finally:
         os.umask(before)
     files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
@@ -87,7 +87,7 @@ def test_saved_files_follow_the_umask_and_replace_the_old_folder(tmp_path):
 
 
 def test_a_random_tower_is_no_reason_to_warn(caplog):
-    create_tower(model_cfg=VIT_CFG)
+    create_clip(model_cfg=VIT_CFG)
     assert not caplog.records
     logging.getLogger().warning("still heard")
     assert caplog.messages == ["still heard"]
@@ -95,22 +95,22 @@ def test_a_random_tower_is_no_reason_to_warn(caplog):
 
 def test_seed_decides_the_weights_and_the_global_generator_is_left_alone():
     state = torch.random.get_rng_state()
-    first, same, other = (create_tower(model_cfg=VIT_CFG, seed=seed) for seed in (1, 1, 2))
+    first, same, other = (create_clip(model_cfg=VIT_CFG, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert_equal_models(first.model, same.model)
     assert not torch.equal(first.model.visual.proj, other.model.visual.proj)
 
 
 def test_loading_leaves_the_global_generator_alone(tmp_path):
-    save_tower(create_tower(model_cfg=VIT_CFG), tmp_path)
+    save_clip(create_clip(model_cfg=VIT_CFG), tmp_path)
     state = torch.random.get_rng_state()
-    load_tower(tmp_path)
+    load_clip(tmp_path)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", ["epoch_3.pt", "weights.safetensors"])
 def test_pretrained_may_be_a_checkpoint_of_an_earlier_training(name, tmp_path):
-    tower = create_tower(model_cfg=VIT_CFG, seed=5)
+    tower = create_clip(model_cfg=VIT_CFG, seed=5)
     state = {f"module.{key}": value.half() for key, value in tower.model.state_dict().items()}
     if name.endswith(".pt"):
         torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"lr": 1e-3}}, tmp_path / name)
@@ -118,28 +118,28 @@ def test_pretrained_may_be_a_checkpoint_of_an_earlier_training(name, tmp_path):
         from safetensors.torch import save_file
 
         save_file(state, tmp_path / name)
-    loaded = create_tower(model_cfg=VIT_CFG, pretrained=str(tmp_path / name), seed=6)
+    loaded = create_clip(model_cfg=VIT_CFG, pretrained=str(tmp_path / name), seed=6)
     assert loaded.is_pretrained
     assert all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters())
     torch.testing.assert_close(loaded.model.visual.proj, tower.model.visual.proj.half().float(), rtol=0, atol=0)
 
 
 def test_weights_that_could_run_code_are_refused(tmp_path):
-    torch.save({"state_dict": {}, "args": math.sqrt, "path": Tower}, tmp_path / "epoch.pt")
+    torch.save({"state_dict": {}, "args": math.sqrt, "path": ClipBundle}, tmp_path / "epoch.pt")
     with pytest.raises(UserError, match=r"epoch\.pt holds more than tensors"):
-        create_tower(model_cfg=VIT_CFG, pretrained=str(tmp_path / "epoch.pt"))
+        create_clip(model_cfg=VIT_CFG, pretrained=str(tmp_path / "epoch.pt"))
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    save_tower(create_tower(model_cfg=RESNET_CFG), tmp_path)
+    save_clip(create_clip(model_cfg=RESNET_CFG), tmp_path)
     with pytest.raises(UserError, match="do not fit this model"):
-        create_tower(model_cfg=VIT_CFG, pretrained=str(tmp_path / "open_clip_model.safetensors"))
+        create_clip(model_cfg=VIT_CFG, pretrained=str(tmp_path / "open_clip_model.safetensors"))
     with pytest.raises(UserError, match="do not fit this model"):
-        load_weights(create_tower(model_cfg=VIT_CFG).model, str(tmp_path))
+        load_weights(create_clip(model_cfg=VIT_CFG).model, str(tmp_path))
 
 
 def test_broken_and_missing_weights_are_errors(tmp_path):
-    model = create_tower(model_cfg=VIT_CFG).model
+    model = create_clip(model_cfg=VIT_CFG).model
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"torn\.safetensors do not fit"):
         load_weights(model, str(tmp_path / "torn.safetensors"))
@@ -153,12 +153,12 @@ def test_broken_and_missing_weights_are_errors(tmp_path):
 
 
 def test_folder_without_weights_is_an_error_not_a_random_model(tmp_path):
-    save_tower(create_tower(model_cfg=VIT_CFG), tmp_path / "model")
+    save_clip(create_clip(model_cfg=VIT_CFG), tmp_path / "model")
     (tmp_path / "model/open_clip_model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights"):
-        load_tower(tmp_path / "model")
+        load_clip(tmp_path / "model")
     with pytest.raises(UserError, match=r"no open_clip_config\.json"):
-        load_tower(tmp_path)
+        load_clip(tmp_path)
 
 
 def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
@@ -167,16 +167,16 @@ def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", fail)
     with pytest.raises(UserError, match=r"cannot make RN50 openai: .*no route to host; without a network, give a"):
-        create_tower(architecture="RN50", pretrained="openai")
+        create_clip(architecture="RN50", pretrained="openai")
 
 
 def test_unknown_names_list_close_ones():
     with pytest.raises(UserError, match=r"no architecture 'ViT-B-23' \(close: .*ViT-B-32.*list_models"):
-        create_tower(architecture="ViT-B-23")
+        create_clip(architecture="ViT-B-23")
     with pytest.raises(UserError, match=r"tag of ViT-B-32 \(close: openai.*laion2b_s34b_b79k"):
-        create_tower(architecture="ViT-B-32", pretrained="openia")
+        create_clip(architecture="ViT-B-32", pretrained="openia")
     with pytest.raises(UserError, match="there are no tags for it"):
-        create_tower(model_cfg=VIT_CFG, pretrained="openai")
+        create_clip(model_cfg=VIT_CFG, pretrained="openai")
 
 
 @pytest.mark.parametrize(
@@ -194,40 +194,40 @@ def test_unknown_names_list_close_ones():
 )
 def test_mistakes_are_explained(options, message):
     with pytest.raises(UserError, match=message):
-        create_tower(**options)
+        create_clip(**options)
 
 
 def test_size_changes_the_tower_and_survives(tmp_path):
-    tower = create_tower(model_cfg=VIT_CFG, preprocess={"size": 48})
+    tower = create_clip(model_cfg=VIT_CFG, preprocess={"size": 48})
     assert tower.model.visual.positional_embedding.shape[0] == 3 * 3 + 1
-    save_tower(tower, tmp_path)
-    assert load_tower(tmp_path).preprocess_cfg["size"] == tower.preprocess_cfg["size"]
-    smaller = create_tower(architecture=f"local-dir:{tmp_path}", preprocess={"size": 32})
+    save_clip(tower, tmp_path)
+    assert load_clip(tmp_path).preprocess_cfg["size"] == tower.preprocess_cfg["size"]
+    smaller = create_clip(architecture=f"local-dir:{tmp_path}", preprocess={"size": 32})
     assert smaller.model.visual.positional_embedding.shape[0] == 2 * 2 + 1
     assert smaller.image_transform.transforms[0].size == 32
 
 
 def test_activation_of_the_tag_is_stored(tmp_path, monkeypatch):
-    source = create_tower(model_cfg={**VIT_CFG, "quick_gelu": True}, seed=8)
-    save_tower(source, tmp_path / "hub")
+    source = create_clip(model_cfg={**VIT_CFG, "quick_gelu": True}, seed=8)
+    save_clip(source, tmp_path / "hub")
     tag_cfg = {"file": str(tmp_path / "hub/open_clip_model.safetensors"), "quick_gelu": True, "mean": (0.5, 0.5, 0.5)}
     (tmp_path / "tiny.json").write_text(json.dumps(VIT_CFG))
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"tiny": VIT_CFG})
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"openai": tag_cfg})
 
-    tower = create_tower(architecture="tiny", pretrained="openai")
+    tower = create_clip(architecture="tiny", pretrained="openai")
     assert tower.model_cfg["quick_gelu"] is True
     assert tower.preprocess_cfg["mean"] == [0.5, 0.5, 0.5]
-    save_tower(tower, tmp_path / "copy")
+    save_clip(tower, tmp_path / "copy")
     batch = inputs(tower)
-    for model in (tower.model, load_tower(tmp_path / "copy").model):
+    for model in (tower.model, load_clip(tmp_path / "copy").model):
         assert torch.equal(outputs(model, *batch)["image_features"], outputs(source.model, *batch)["image_features"])
 
 
 def test_activation_of_a_file_must_be_that_of_its_config(tmp_path):
-    save_tower(create_tower(model_cfg={**VIT_CFG, "quick_gelu": True}), tmp_path)
+    save_clip(create_clip(model_cfg={**VIT_CFG, "quick_gelu": True}), tmp_path)
     with pytest.raises(UserError, match="was trained with quick_gelu=True, model_cfg has quick_gelu=False"):
-        create_tower(model_cfg=VIT_CFG, pretrained=str(tmp_path / "open_clip_model.safetensors"))
+        create_clip(model_cfg=VIT_CFG, pretrained=str(tmp_path / "open_clip_model.safetensors"))
 
 
 def trained_names(model):
@@ -236,7 +236,7 @@ def trained_names(model):
 
 @pytest.mark.parametrize("cfg", [VIT_CFG, CUSTOM_CFG], ids=["clip", "custom"])
 def test_locked_text_tower_keeps_every_text_weight(cfg):
-    model = create_tower(model_cfg=cfg).model
+    model = create_clip(model_cfg=cfg).model
     lock(model, text=True)
     assert all(name.startswith(("visual.", "logit_")) for name in trained_names(model))
     assert "logit_scale" in trained_names(model)
@@ -253,7 +253,7 @@ def test_locked_text_tower_keeps_every_text_weight(cfg):
 
 def test_vit_is_locked_as_in_open_clip():
     for groups in range(6):
-        ours, plain = (create_tower(model_cfg=VIT_CFG).model for _ in range(2))
+        ours, plain = (create_clip(model_cfg=VIT_CFG).model for _ in range(2))
         lock(ours, image_unlocked_groups=groups)
         plain.lock_image_tower(unlocked_groups=groups, freeze_bn_stats=True)
         assert trained_names(ours) == trained_names(plain)
@@ -262,7 +262,7 @@ def test_vit_is_locked_as_in_open_clip():
 
 @pytest.mark.parametrize(("groups", "first"), [(0, None), (1, "attnpool"), (2, "layer4"), (5, "layer1"), (6, "conv1")])
 def test_resnet_is_locked_from_the_stem_on(groups, first):
-    model = create_tower(model_cfg=RESNET_CFG).model
+    model = create_clip(model_cfg=RESNET_CFG).model
     lock(model, image_unlocked_groups=groups)
     parts = ["conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "layer1", "layer2", "layer3", "layer4", "attnpool"]
     expected = set(parts[parts.index(first) :]) if first else set()
@@ -277,9 +277,9 @@ def test_resnet_is_locked_from_the_stem_on(groups, first):
 
 
 def test_locked_resnet_still_loads_in_plain_open_clip(tmp_path):
-    tower = create_tower(model_cfg=RESNET_CFG)
+    tower = create_clip(model_cfg=RESNET_CFG)
     lock(tower.model, image_unlocked_groups=2)
-    save_tower(tower, tmp_path)
+    save_clip(tower, tmp_path)
     plain, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}", output_dict=True)
     batch = inputs(tower)
     expected, got = outputs(tower.model, *batch), outputs(plain, *batch)
@@ -287,7 +287,7 @@ def test_locked_resnet_still_loads_in_plain_open_clip(tmp_path):
 
 
 def test_patterns_lock_by_name():
-    model = create_tower(model_cfg=VIT_CFG).model
+    model = create_clip(model_cfg=VIT_CFG).model
     lock(model, patterns=[r"^visual\..*mlp", r"^token_embedding"])
     names = {name for name, _ in model.named_parameters()}
     expected = {n for n in names if (n.startswith("visual.") and "mlp" in n) or n.startswith("token_embedding")}
@@ -308,11 +308,11 @@ def test_patterns_lock_by_name():
 )
 def test_impossible_locks_are_explained(options, message):
     with pytest.raises(UserError, match=message):
-        lock(create_tower(model_cfg=VIT_CFG).model, **options)
+        lock(create_clip(model_cfg=VIT_CFG).model, **options)
 
 
 def test_summary_counts_by_part():
-    model = create_tower(model_cfg=VIT_CFG).model
+    model = create_clip(model_cfg=VIT_CFG).model
     lock(model, text=True, image_unlocked_groups=1)
     total = sum(parameter.numel() for parameter in model.parameters())
     visual = sum(parameter.numel() for parameter in model.visual.parameters())
@@ -323,7 +323,7 @@ def test_summary_counts_by_part():
 
 
 def test_texts_longer_than_the_context_are_cut_and_counted():
-    tower = create_tower(model_cfg=VIT_CFG)
+    tower = create_clip(model_cfg=VIT_CFG)
     assert tower.context_length == 16
     texts = ["dog " * count for count in (1, 14, 15, 40)]
     tokens = tower.tokenizer(texts)
@@ -350,12 +350,12 @@ def hugging_face_name(tmp_path):
 
 def test_hugging_face_tokenizer_travels_with_the_folder(hugging_face_name, tmp_path):
     cfg = {**CUSTOM_CFG, "text_cfg": {**TEXT_CFG, "vocab_size": 8, "hf_tokenizer_name": hugging_face_name}}
-    tower = create_tower(model_cfg=cfg)
+    tower = create_clip(model_cfg=cfg)
     tokens = tower.tokenizer(["dog cat", "dog " * 17, "cow"])
     assert count_truncated(tower.tokenizer, ["dog cat", "dog " * 17, "cow"]) == 1
-    save_tower(tower, tmp_path / "model")
+    save_clip(tower, tmp_path / "model")
     (tmp_path / "words").rename(tmp_path / "gone")
-    again = load_tower(tmp_path / "model")
+    again = load_clip(tmp_path / "model")
     assert torch.equal(again.tokenizer(["dog cat", "dog " * 17, "cow"]), tokens)
     with pytest.raises(UserError, match=r"the tokenizer .*words cannot be loaded"):
-        create_tower(model_cfg=cfg)
+        create_clip(model_cfg=cfg)

@@ -13,15 +13,15 @@ from safetensors.numpy import save_file
 from sklearn.metrics import normalized_mutual_info_score
 
 from mcl_clip import UserError
+from mcl_clip.core.distributed import permutation
+from mcl_clip.core.stats import compare_paired, mcnemar_exact
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.distributed import permutation
-from mcl_clip.eval.suite import result_record
+from mcl_clip.eval.task import result_record
+from mcl_clip.model.clip import create_clip, save_clip
 from mcl_clip.model.multistage import MultistageCLIP
-from mcl_clip.model.towers import create_tower, save_tower
 from mcl_clip.publish.card import About, card
 from mcl_clip.publish.hub import MARKER
-from mcl_clip.publish.wording import public_name, safe
-from mcl_clip.statistics import compare_paired, mcnemar_exact
+from mcl_clip.results.text import public_name, safe
 from tests.unit.data.tars import pairs, write_tar
 
 ROWS, HELD_OUT = 60, 3
@@ -710,7 +710,7 @@ def test_examples_of_each_form(run, repo, form, count, loss):
 
 @pytest.mark.parametrize("form", ["multistage", "open_clip"])
 def test_examples_run(run, tmp_path, monkeypatch, form):
-    towers = [create_tower(model_cfg=MODEL_CFG, seed=seed) for seed in (0, 1)]
+    towers = [create_clip(model_cfg=MODEL_CFG, seed=seed) for seed in (0, 1)]
     folder = tmp_path / "FOLDER"
     if form == "multistage":
         MultistageCLIP(
@@ -718,7 +718,7 @@ def test_examples_run(run, tmp_path, monkeypatch, form):
             model_cfgs=[MODEL_CFG] * 2, tokenizer=towers[0].tokenizer,
         ).save(folder)  # fmt: skip
     else:
-        save_tower(towers[0], folder)
+        save_clip(towers[0], folder)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     codes = [code for code in blocks(card(run, form=form, stage=0)) if "transformers" not in code]

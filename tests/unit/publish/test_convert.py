@@ -8,9 +8,9 @@ import transformers
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, pipeline
 
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import Tower, create_tower
-from mcl_clip.publish.convert import features_of, transformers_features, write_clip_model, write_clip_tokenizer
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.clip import ClipBundle, create_clip
+from mcl_clip.publish.hf_clip import features_of, transformers_features, write_clip_model, write_clip_tokenizer
 
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 TEXTS = ["a dog", "two red cars in the rain", "many " * 40, "x"]
@@ -39,7 +39,7 @@ def make_cfg(*, vision=None, text=None, **more):
 
 def make_tower(cfg, **options):
     """A tower all of whose weights are random, those too that begin as zeros or ones."""
-    tower = create_tower(model_cfg=cfg, **options)
+    tower = create_clip(model_cfg=cfg, **options)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in tower.model.parameters():
@@ -153,7 +153,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_clip_model_cannot_express_is_refused(what, tmp_path):
-    tower = create_tower(model_cfg=REFUSED[what])
+    tower = create_clip(model_cfg=REFUSED[what])
     with pytest.raises(UserError) as caught:
         write_clip_model(tmp_path, tower)
     assert f"the model has {what}, which the CLIPModel" in str(caught.value)
@@ -162,12 +162,14 @@ def test_what_a_clip_model_cannot_express_is_refused(what, tmp_path):
 
 def test_more_that_a_clip_model_cannot_express_is_refused(tmp_path):
     with pytest.raises(UserError, match="resize_mode='longest'"):
-        write_clip_model(tmp_path, create_tower(model_cfg=make_cfg(), preprocess={"resize_mode": "longest"}))
+        write_clip_model(tmp_path, create_clip(model_cfg=make_cfg(), preprocess={"resize_mode": "longest"}))
     coca = open_clip.CoCa(
         embed_dim=16, multimodal_cfg={"width": 16, "heads": 2, "layers": 1, "context_length": 8},
         text_cfg=make_cfg()["text_cfg"], vision_cfg={**make_cfg()["vision_cfg"], "attn_pooler_heads": 2},
     )  # fmt: skip
-    tower = Tower(model=coca, model_cfg=make_cfg(), preprocess_cfg={"size": 32}, tokenizer=len, is_pretrained=False)
+    tower = ClipBundle(
+        model=coca, model_cfg=make_cfg(), preprocess_cfg={"size": 32}, tokenizer=len, is_pretrained=False
+    )
     with pytest.raises(UserError, match="the model has a CoCa"):
         write_clip_model(tmp_path, tower)
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 from mcl_clip.publish.hub import MARKER, Published, check_repo_name, find_token, upload
 from tests.hub import TOKEN, Hub, Refusal, online
 

@@ -17,13 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, dynamic_module_utils
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 from mcl_clip.model import modeling_multistage_clip
+from mcl_clip.model.clip import create_clip
 from mcl_clip.model.modeling_multistage_clip import MultistageCLIPConfig, MultistageCLIPModel, fit_tokens
 from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.processing_multistage_clip import MultistageCLIPImageProcessor
-from mcl_clip.model.towers import create_tower
-from mcl_clip.publish.convert import features_of, transformers_features, write_transformers_files
+from mcl_clip.publish.hf_clip import features_of, transformers_features, write_transformers_files
 
 TEXTS = ["a dog", "it\u2019s two &amp; three RED cars", "many " * 40, "x <|endoftext|> y", ""]
 CODE = sorted(modeling_multistage_clip.CODE_FILES)
@@ -79,7 +79,7 @@ def make_cfg(**more):
 
 
 def make_model(*, cfg=None, shared=True, preprocess=None, **options):
-    towers = [create_tower(model_cfg=cfg or make_cfg(), seed=seed, preprocess=preprocess) for seed in range(3)]
+    towers = [create_clip(model_cfg=cfg or make_cfg(), seed=seed, preprocess=preprocess) for seed in range(3)]
     text = {k: v for k, v in towers[0].model.state_dict().items() if not k.startswith(("visual.", "logit_"))}
     for tower in towers[1:] if shared else ():
         tower.model.load_state_dict(text, strict=False)

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from mcl_clip.errors import UserError
-from mcl_clip.model.towers import create_tower
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.clip import create_clip
 from mcl_clip.publish.weights import mix_weights
 from tests.unit.eval.sets import MODEL
 
 
 def towers(count=3, **changes):
-    return [create_tower(model_cfg={**MODEL, **changes}, seed=seed) for seed in range(count)]
+    return [create_clip(model_cfg={**MODEL, **changes}, seed=seed) for seed in range(count)]
 
 
 def test_weights_are_the_weighted_mean_of_each_tensor():

@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from mcl_clip.distributed import random_words
-from mcl_clip.report.album import SIDES_PX, TRAINING, Album
+from mcl_clip.core.distributed import random_words
+from mcl_clip.report.thumbnails import SIDES_PX, TRAINING, Thumbnails
 
 NOISE_PX = 200
 
@@ -17,14 +17,14 @@ def noise(number: int) -> Image.Image:
     return Image.fromarray(words.astype(np.uint8).reshape(NOISE_PX, NOISE_PX, 3))
 
 
-def album_of(wanted: int, max_bytes: int) -> tuple[Album, list[str]]:
+def album_of(wanted: int, max_bytes: int) -> tuple[Thumbnails, list[str]]:
     read = []
 
     def pictures(numbers):
         read.extend(numbers)
         yield from (None if number == 1 else noise(number) for number in numbers)
 
-    album = Album({TRAINING: pictures})
+    album = Thumbnails({TRAINING: pictures})
     places = [album.want(TRAINING, number, f"number {number}") for number in (*range(wanted), 0)]
     album.develop(max_bytes)
     assert sorted(read) == list(range(wanted))  # each is read once
@@ -63,7 +63,7 @@ def test_a_picture_that_cannot_be_decoded_has_no_copy():
 
 
 def test_without_sources_nothing_is_read():
-    album = Album({})
+    album = Thumbnails({})
     place = album.want("somewhere", 3, "words")
     album.develop(10**9)
     assert album.uri(place) == ""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mcl_clip.report.curves import POINTS, _curves, _with_shares
+from mcl_clip.report.training import POINTS, _curves, _with_shares
 
 
 def test_stages_follow_each_other_on_one_axis():

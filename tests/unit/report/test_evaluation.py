@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mcl_clip.publish.facts import Result
 from mcl_clip.report.attributes import _rows
 from mcl_clip.report.evaluation import _confusion, _confusion_part, _most_confused, _parts_table, _recall_plot
+from mcl_clip.results.record import Result
 
 
 def result(metrics, outcomes=None, **record) -> Result:

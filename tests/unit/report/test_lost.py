@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from mcl_clip.artifacts import DONE
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.errors import UserError
-from mcl_clip.report.lost import what_was_lost
+from mcl_clip.results.data_losses import data_losses
 from tests.unit.data.tars import pairs, write_tar
 
 
@@ -36,7 +36,7 @@ def run(tmp_path):
 
 
 def test_nothing_was_lost(run):
-    assert what_was_lost(run) == ["nothing"]
+    assert data_losses(run) == ["nothing"]
 
 
 def test_bad_samples_by_shard_and_reason(run):
@@ -50,7 +50,7 @@ def test_bad_samples_by_shard_and_reason(run):
         run / "stage-0/embed/bad_samples.jsonl",
         *({"step": 0, "row": row, "shard": f"s3://me:secret@x/{row}.tar", "reason": "bad_json"} for row in range(7)),
     )
-    assert what_was_lost(run) == [
+    assert data_losses(run) == [
         "stage 0: embedding could not decode 7 samples",
         *(f"stage 0: embedding: s3://x/{row}.tar: bad_json 1" for row in range(5)),
         "stage 0: embedding: 2 more shards: 2 samples",
@@ -67,7 +67,7 @@ def test_duplicates_and_rows_without_weight_are_sums_over_all_steps(run):
         {"step": 5, "set/acc1": 0.5},
         step(10, duplicates=234.0, rows_without_weight=1.0),
     )
-    assert what_was_lost(run) == [
+    assert data_losses(run) == [
         "stage 1: 1,234 times another row with an equal caption or picture was left out of a row's negatives",
         "stage 1: 3 of 160 times a row had too few negatives in its batch, and no weight",
     ]
@@ -78,7 +78,7 @@ def test_duplicates_that_were_not_masked(run):
     config["stages"][0]["train"]["mask_duplicates"] = False
     (run / "config.json").write_text(json.dumps(config))
     write_lines(run / "stage-0/train/metrics.jsonl", step(10, duplicates=2.0))
-    assert what_was_lost(run) == [
+    assert data_losses(run) == [
         "stage 0: 2 times another row with an equal caption or picture was kept among a row's negatives"
     ]
 
@@ -86,19 +86,19 @@ def test_duplicates_that_were_not_masked(run):
 def test_merged_groups(run):
     groups = {"rows_relaxed": 30, "groups": [{"size": 30}, {"size": 70}]}
     (run / "stage-1/train/groups.json").write_text(json.dumps(groups))
-    assert what_was_lost(run) == ["stage 1: 30 of 100 rows are in groups of several labels, merged to have enough rows"]
+    assert data_losses(run) == ["stage 1: 30 of 100 rows are in groups of several labels, merged to have enough rows"]
 
 
 def test_starts(run):
     write_lines(run / "launches.jsonl", *[{"time": "t"}] * 3)
-    assert what_was_lost(run) == ["the run was started 3 times"]
+    assert data_losses(run) == ["the run was started 3 times"]
 
 
 def test_steps_that_are_not_saved(run):
     for stage in (0, 1):
         write_lines(run / f"stage-{stage}/train/metrics.jsonl", step(10), step(14))
         (run / f"stage-{stage}/train/checkpoints/step-000000005").mkdir()
-    assert what_was_lost(run) == [
+    assert data_losses(run) == [
         "stage 1: steps 11 to 14 are not in a checkpoint; if training stops now, they are trained again"
     ]
 
@@ -106,12 +106,12 @@ def test_steps_that_are_not_saved(run):
 def test_samples_that_are_not_pairs(run, tmp_path):
     write_tar(tmp_path / "x.tar", [*pairs(5), ("alone.jpg", b"x"), ("b.txt", b"x"), ("c.txt", b"x")])
     ShardIndex.build([str(tmp_path / "x.tar")]).save(run / "index/index.arrow")
-    assert what_was_lost(run) == ["index: 3 samples of the shards are not pairs (missing_image 2, missing_text 1)"]
+    assert data_losses(run) == ["index: 3 samples of the shards are not pairs (missing_image 2, missing_text 1)"]
 
 
 def test_something_else_than_a_run(tmp_path):
     with pytest.raises(UserError, match=r"is not a run directory: it has no config\.json"):
-        what_was_lost(tmp_path)
+        data_losses(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_something_else_than_a_run(tmp_path):
 def test_damaged_files(run, name, text):
     (run / "stage-1" / name).write_text(text)
     with pytest.raises(UserError, match=rf"the counts in {run / 'stage-1'} are damaged"):
-        what_was_lost(run)
+        data_losses(run)

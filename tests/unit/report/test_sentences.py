@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mcl_clip.publish.facts import Result, Run
 from mcl_clip.report.sentences import combined_sentences, stage_sentences
+from mcl_clip.results.record import Result, RunRecord
 
 QUERIES = 400
 
@@ -27,11 +27,11 @@ def result(name: str, label: str, right: float, *, classes: int = 10, metric: st
     return found
 
 
-def run_of(shares: dict[str, dict[str, float]], agreement=None) -> Run:
+def run_of(shares: dict[str, dict[str, float]], agreement=None) -> RunRecord:
     results = {
         name: {label: result(name, label, share) for label, share in of_set.items()} for name, of_set in shares.items()
     }
-    return Run(
+    return RunRecord(
         config={},
         launches=[],
         data=None,

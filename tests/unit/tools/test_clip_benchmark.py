@@ -8,11 +8,11 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
-from mcl_clip.artifacts import read_jsonl
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_jsonl
+from mcl_clip.eval.evaluate import evaluate
 from mcl_clip.tools import clip_benchmark as module
 from mcl_clip.tools.clip_benchmark import accuracy, load_model, main, with_defaults
-from mcl_clip.tools.evaluate import evaluate
 from tests.unit.eval.sets import make_multistage, write_classification, write_multilabel, write_retrieval, write_tower
 
 MODELS = """

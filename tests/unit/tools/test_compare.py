@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mcl_clip import UserError
-from mcl_clip.statistics import compare_paired, holm, mcnemar_exact
-from mcl_clip.tools.compare import compare_models, comparison_records, comparison_text, find_results
+from mcl_clip.core.stats import compare_paired, holm, mcnemar_exact
+from mcl_clip.results.compare import compare_models, comparison_records, comparison_text, find_results
 from tests.commands import run_command
 
 UNITS = np.repeat(np.arange(20, dtype=np.int32), 2)

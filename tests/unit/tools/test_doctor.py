@@ -8,10 +8,11 @@ import open_clip
 import pytest
 import torch
 
-from mcl_clip.artifacts import DONE, Phase
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.errors import UserError
-from mcl_clip.multistage.suppression import diagnose
+from mcl_clip.runs.phase import Phase
+from mcl_clip.stages.diagnose import diagnose
 from mcl_clip.tools.doctor import data, machine, needs, stages, weights
 from mcl_clip.tools.doctor.findings import Finding, as_bytes, as_duration, attempt, finding_text
 from tests.unit.data.tars import pairs, write_tar
@@ -22,7 +23,7 @@ MODEL = {
     "text_cfg": {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
 }
 TOWER = needs.TowerSize(parameters=1_000_000, trained=600_000, saved_bytes=10_000, pixels=3072, dim=16)
-PLAN = needs.StagePlan(
+PLAN = needs.StageEstimate(
     steps=100, global_batch_size=64, warmup_steps=10, groups="labels", min_group_size=32, min_negatives=1,
     precision="fp32", grad_cache_rows=0, loss_chunk_rows=0, has_average=False, clusters=(10,), has_projection=False,
     tower=TOWER,
@@ -422,7 +423,7 @@ def test_remote_shards_that_do_not_answer(monkeypatch):
 
 
 def test_rows_of_an_epoch(shards):
-    rows = data.Rows(index=ShardIndex.build([str(shards / "00.tar")]), per_list=(100, 300), is_whole=True)
+    rows = data.RowCounts(index=ShardIndex.build([str(shards / "00.tar")]), per_list=(100, 300), is_whole=True)
     assert rows.per_epoch((), 1000) == 400 - 20
     assert rows.per_epoch((0.5, 2), 10) == 50 + 600 - 10
 

@@ -7,17 +7,16 @@ import open_clip
 import pytest
 import torch
 
-from mcl_clip import commands
-from mcl_clip.artifacts import read_jsonl
-from mcl_clip.errors import UserError
-from mcl_clip.eval.catalogue import discover
-from mcl_clip.eval.run import Encoder, run_task
-from mcl_clip.eval.suite import results_table
+from mcl_clip.cli import commands
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_jsonl
+from mcl_clip.eval import evaluate as module
+from mcl_clip.eval.datasets import discover
+from mcl_clip.eval.evaluate import Encoder, evaluate, run_task
+from mcl_clip.model.clip import load_clip
 from mcl_clip.model.multistage import MultistageCLIP
-from mcl_clip.model.names import find_models
-from mcl_clip.model.towers import load_tower
-from mcl_clip.tools import evaluate as module
-from mcl_clip.tools.evaluate import evaluate
+from mcl_clip.model.resolve import find_models
+from mcl_clip.results.text import results_table
 from tests.commands import run_command
 from tests.unit.eval.sets import (
     make_multistage,
@@ -95,7 +94,7 @@ def test_records_and_outcomes(here):
     assert out == module.Path("evaluations/tower")
     found = records(out)
     assert list(found) == SETS
-    tower = load_tower(here / "tower")
+    tower = load_clip(here / "tower")
     encoder = Encoder(model=tower.model, image_transform=tower.image_transform, tokenizer=tower.tokenizer, device=CPU,
                       batch_size=5)  # fmt: skip
     for name, task in discover(here / "sets").items():
@@ -183,7 +182,7 @@ def test_other_data_models_and_precisions_are_measured(here, monkeypatch):
 
 
 def test_bf16_runs_the_towers_in_bfloat16(here):
-    tower = load_tower(here / "tower")
+    tower = load_clip(here / "tower")
     make = partial(Encoder, model=tower.model, image_transform=tower.image_transform, tokenizer=tower.tokenizer,
                    device=CPU)  # fmt: skip
     (task,) = discover(here / "sets", ("birds",)).values()
@@ -195,9 +194,9 @@ def test_bf16_runs_the_towers_in_bfloat16(here):
 
 
 def test_settings_of_the_model_count_as_the_model(here):
-    one, two = (load_tower(here / "tower") for _ in range(2))
+    one, two = (load_clip(here / "tower") for _ in range(2))
     two.preprocess_cfg = {**two.preprocess_cfg, "mean": [0.5, 0.5, 0.5]}
-    assert module._digest(one) == module._digest(load_tower(here / "tower"))
+    assert module._digest(one) == module._digest(load_clip(here / "tower"))
     assert module._digest(one) != module._digest(two)
     assert module._digest(one) != module._digest(MultistageCLIP.load(here / "multistage"))
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mcl_clip.errors import UserError
-from mcl_clip.tools.experiment import CONTROLS, Plan, control_arms, is_done, run_arms, table
+from mcl_clip.core.errors import UserError
+from mcl_clip.tools.experiment import CONTROLS, ExperimentPlan, control_arms, is_done, run_arms, table
 
 STAND_IN = """
 import argparse, json, sys
@@ -64,7 +64,7 @@ def plan(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(STAND_IN)
     arms = control_arms((), {"oracle": ("--control", "single", "--plain")})
-    return Plan(
+    return ExperimentPlan(
         recipe=recipe, out=tmp_path / "out", seeds=(1, 2), arms=arms, figures=FIGURES, low="single", high="oracle"
     )
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mcl_clip import commands
-from mcl_clip.errors import UserError
+from mcl_clip.cli import commands
+from mcl_clip.core.errors import UserError
 from mcl_clip.tools import launch as module
 from mcl_clip.tools.launch import Placement, launch, place, read_placement
 

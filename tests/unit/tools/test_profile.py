@@ -5,8 +5,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mcl_clip.data.batches import PairBatch, TrainingLoader
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
+from mcl_clip.data.loader import PairBatch, TrainingLoader
 from mcl_clip.tools import profile
 from mcl_clip.tools.profile import (
     PARTS,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
-from mcl_clip.errors import UserError
 from mcl_clip.tools.reshard import carry_labels, reshard
 from tests.unit.data.http_ranges import serve
 from tests.unit.data.tars import FORMATS, noise, pairs, read_tar, write_tar

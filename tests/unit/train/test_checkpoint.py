@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 from mcl_clip.train import checkpoint
 from mcl_clip.train.checkpoint import TrainState, checkpoints, load_newest, save_checkpoint
 from mcl_clip.train.optim import ExponentialAverage, create_optimizer

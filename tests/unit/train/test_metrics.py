@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from mcl_clip.artifacts import read_jsonl
-from mcl_clip.distributed import rank
-from mcl_clip.errors import UserError
+from mcl_clip.core.distributed import rank
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_jsonl
 from mcl_clip.train.metrics import BadSamples, Meter, StepLog
 
 

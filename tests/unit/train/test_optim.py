@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mcl_clip.errors import UserError
+from mcl_clip.core.errors import UserError
 from mcl_clip.train.optim import ExponentialAverage, create_optimizer, lr_at, set_lr
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6, "lr_multipliers": {}, "weight_decays": {}}

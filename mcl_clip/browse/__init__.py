@@ -1,1 +1,0 @@
-"""A page on this machine to search the pictures of a run with, stage by stage: `serve.serve`."""

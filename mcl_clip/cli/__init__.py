@@ -1,0 +1,1 @@
+"""The command line: recipes and the `mcl-clip` command."""

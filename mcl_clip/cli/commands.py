@@ -1,0 +1,645 @@
+"""What `mcl-clip` does: a function a command. `mcl_clip.__main__` lists them."""
+
+import runpy
+import shlex
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+
+from mcl_clip.cli.recipe import create_accelerator, lost_lines, parse, speaking_once
+from mcl_clip.config import EvalConfig, ExperimentConfig, RunConfig, check_range
+from mcl_clip.core.console import has_colours, run_program
+from mcl_clip.core.distributed import is_main, world_size
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE, append_jsonl, atomic_path, read_run_config, write_json
+from mcl_clip.core.progress import be_quiet
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.shards import expand_shards
+from mcl_clip.eval.evaluate import evaluate
+from mcl_clip.publish.export import EVERYTHING, Export, export_run
+from mcl_clip.publish.hub import check_repo_name, check_target, find_token, upload
+from mcl_clip.report.controls import runs_with_controls
+from mcl_clip.report.page import write_report
+from mcl_clip.results.compare import compare_models, comparison_records, comparison_text, find_results
+from mcl_clip.results.text import results_table
+from mcl_clip.runs.phases import RunContext, only, train
+from mcl_clip.runs.pipeline import check_stages, load_index, plan_phases, with_control
+from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
+from mcl_clip.tools.browse import serve
+from mcl_clip.tools.checkup import diagnoses, examine, status_lines
+from mcl_clip.tools.doctor.findings import as_bytes, finding_text
+from mcl_clip.tools.experiment import ExperimentPlan, control_arms, run_arms, table
+from mcl_clip.tools.launch import launch, place, read_placement
+from mcl_clip.tools.profile import (
+    Setup,
+    borrowed,
+    hints,
+    lend_stages,
+    machine_of,
+    profile_text,
+    profile_training,
+    steps_of_profile,
+)
+from mcl_clip.tools.reshard import reshard
+
+ROWS_TO_CACHE = 50_000  # up to which a profile caches text features as the run does; of more it only says so
+PROFILE_OPTIONS = ("--stage", "--steps", "--warmup", "--out")
+PLACEMENT_OPTIONS = (
+    *("--num-processes", "--config-file", "--num-machines", "--machine-rank"),
+    *("--main-process-ip", "--main-process-port"),
+)
+
+
+def index(shards: tuple[str, ...], /) -> None:
+    """Index shards: one pass over the tar headers.
+
+    The index is written as index.arrow beside local shards.
+
+    Args:
+        shards: paths or URLs with braces and globs, or folders.
+    """
+    made = ShardIndex.build(expand_shards(shards))
+    made.write_beside()
+    print(f"{len(made.shards)} shards, {len(made)} rows, digest {made.digest}")
+    if skipped := made.skipped_by_reason():
+        print("left out: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
+
+
+def status(run: Path, /) -> None:
+    """Print how far a run is, what was lost on the way, and what it measured.
+
+    Args:
+        run: the run directory.
+    """
+    print("\n".join([*status_lines(run, has_colours=has_colours()), *diagnoses(run), *lost_lines(run)]))
+    if table := results_table(run):
+        print(table)
+
+
+def report(run: Path, /, *, max_mb: float = 10.0, images: bool = True, out: Path | None = None) -> None:
+    """Write report.html: what each stage learned, as one page to look at.
+
+    It is written after each stage by the run itself; this writes it again, of a run that goes on too.
+
+    Args:
+        run: the run directory.
+        max_mb: largest size of the page, in 10^6 bytes; pictures are made smaller, then fewer.
+        images: with pictures of the data; --no-images for a page that may be shown where the data may not.
+        out: the file; by default report.html in the run directory.
+    """
+    check_range("max-mb", max_mb, 0.01)
+    started = time.monotonic()
+    path = write_report(run, images=images, max_mb=max_mb, out=out)
+    print(f"{path}: {as_bytes(path.stat().st_size)}, in {time.monotonic() - started:.1f} s")
+
+
+def browse(run: Path, /, *, port: int = 7860, gallery: str = "", open: bool = False, device: str | None = None) -> None:
+    """Search the pictures of a run in the browser, stage by stage.
+
+    By a text, a picture of yours, or one that was found. The page is for this machine alone (127.0.0.1).
+
+    Args:
+        run: the run directory; a run that goes on shows the stages that are done.
+        port: of the page; 0 takes a free one.
+        gallery: the evaluation set to show first, or train for the training pairs.
+        open: open the page in the browser.
+        device: where queries are encoded, such as cuda:1; by default a GPU where there is one.
+    """
+    check_range("port", port, 0, 65535)
+    where = _device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    serve(run, port=port, gallery=gallery, open_browser=open, device=where)
+
+
+def init(name: str = "", /, *, out: Path | None = None) -> None:
+    """Copy a recipe to start from; without a name, list the recipes.
+
+    Args:
+        name: of a recipe, such as photos.
+        out: the file; by default NAME.py here. Nothing is overwritten.
+    """
+    folder = _recipes_folder()
+    recipes = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    if not name:
+        width = max(map(len, recipes))
+        for each, path in recipes.items():
+            print(f"{each:<{width}}  {_first_line(path)}")
+        return
+    if name not in recipes:
+        raise UserError(f"there is no recipe {name!r}; there are {', '.join(recipes)}")
+    target = out or Path(f"{Path(name).name}.py")
+    if target.exists():
+        raise UserError(f"{target} is there already; give --out another name")
+    with atomic_path(target) as path:
+        shutil.copyfile(recipes[name], path)
+    print(f"{target}: change it, then `mcl-clip doctor {target}` and `mcl-clip launch {target}`")
+
+
+def _recipes_folder() -> Path:
+    """The recipes of the repository or, of an installed package, what lies beside it."""
+    places = (
+        Path(__file__).parents[1] / "recipes",
+        Path(sysconfig.get_path("data")) / "share" / "mcl_clip" / "recipes",
+    )
+    found = next((place for place in places if (place / "photos.py").is_file()), None)
+    if found is None:
+        raise UserError(f"the recipes are in none of {', '.join(map(str, places))}; install mcl_clip again")
+    return found
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].strip().strip('"')
+
+
+def reshard_run(run: Path, out: Path, /, *, stage: int, rows_per_shard: int = 10_000) -> None:
+    """Copy the shards of a run in the order of its groups.
+
+    Reads become sequential. Use the result with `--stages.K.train.resharded OUT --stages.K.train.run-rows 32`.
+
+    Args:
+        run: the run directory.
+        out: an empty or new folder for the shards.
+        stage: the stage whose groups decide the order; the labels of the stages before it must be done.
+        rows_per_shard: samples of a shard.
+    """
+    labels = run / f"stage-{stage - 1}" / "labels"
+    if stage < 1 or not (labels / DONE).exists():
+        raise UserError(f"--stage {stage} needs the labels of stage {stage - 1}, and {labels} is not done")
+    config = read_run_config(run)
+    settings = config["stages"][min(stage, len(config["stages"]) - 1)]["train"]
+    sizes = [settings.get(name) for name in ("min_group_size", "global_batch_size")]
+    if not all(type(number) is int for number in (config.get("seed"), *sizes)):
+        raise UserError(
+            f"{run / 'config.json'} has no seed or no sizes of groups; run the recipe again to write it anew"
+        )
+    source = ShardIndex.load(run / "index" / "index.arrow")
+    found = group_labels(
+        read_labels(labels, len(source)),
+        min_group_size=sizes[0] or default_min_group_size(sizes[1]),
+    )
+    made = reshard(source, found.group_of, out, rows_per_shard=rows_per_shard, seed=config["seed"])
+    print(f"{len(made.shards)} shards, {len(made)} rows in {len(found.groups)} groups, in {out}")
+
+
+def evaluate_model(
+    model: str,
+    /,
+    *,
+    data: Path,
+    tasks: tuple[str, ...] = (),
+    out: Path | None = None,
+    each: bool = False,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    combine: Literal["concat", "mean_cosine"] | None = None,
+) -> None:
+    """Measure a model on evaluation sets, with intervals.
+
+    The same command again continues where it stopped. `accelerate launch -m mcl_clip eval ...` shares the images among
+    processes; the figures stay the same.
+
+    Args:
+        model: a run directory (its combined model), RUN/stage-K, an exported folder, ARCHITECTURE/TAG of open_clip
+            such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME or local-dir:FOLDER.
+        data: a set, or a folder with sets up to two levels below it. Layouts: CLIP_benchmark's (retrieval,
+            classification, multilabel), a folder of images for each class, pairs.json.
+        tasks: names of the sets to use, as folders below DATA; all by default.
+        out: folder for results.jsonl and outcomes-*.npz; by default evaluations/ and the name of the model.
+        each: also measure every stage of a run.
+        batch_size: images, and texts, of a forward pass of one process.
+        workers: loader processes of each process; 0 for none.
+        device: such as cpu or cuda:1; by default a GPU where there is one. Only for a single process.
+        precision: bf16 runs the towers in bfloat16 autocast.
+        combine: how the stages of a multistage model are combined, in place of its own way.
+    """
+    check_range("batch-size", batch_size, 1)
+    check_range("workers", workers, 0)
+    accelerator = create_accelerator()
+    with speaking_once():
+        found = evaluate(
+            model,
+            data=data,
+            tasks=tasks,
+            out=out,
+            each=each,
+            device=_device(device) if device else accelerator.device,
+            batch_size=batch_size,
+            num_workers=workers,
+            precision=precision,
+            combine=combine,
+        )
+        if is_main():
+            print(f"{results_table(found)}\nin {found}")
+    accelerator.end_training()
+
+
+def _device(name: str) -> torch.device:
+    if world_size() > 1:
+        raise UserError(
+            f"--device {name} cannot be shared by {world_size()} processes, which have one each; leave it out"
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def compare(a: str, b: str, /, *, resamples: int = 10_000, out: Path | None = None) -> None:
+    """Compare two models query by query: A - B with 95 % intervals.
+
+    On the sets that both were evaluated on. Intervals are from a paired bootstrap over queries, or over images (units)
+    where several queries belong to one. `only A/B` counts the queries that only A, or only B, gets right; p is
+    McNemar's exact test of these, and Holm the same, adjusted for the number of tests of the set.
+
+    Args:
+        a: a run directory (its combined model), RUN/stage-K (that stage alone), a folder that `mcl-clip eval` wrote, or
+            one of these with :LABEL for the model that the tables call LABEL, as in RUN:stages-0-1-concat.
+        b: the other model, named likewise.
+        resamples: bootstrap draws; 10,000 take about a second per metric of 25,000 images.
+        out: file for the same figures as JSON lines.
+    """
+    check_range("resamples", resamples, 100)
+    comparison = compare_models(find_results(a), find_results(b), resamples=resamples)
+    print(comparison_text(comparison))
+    if out:
+        with atomic_path(out) as path:
+            for record in comparison_records(comparison):
+                append_jsonl(path, record)
+
+
+def experiment(
+    recipe: Path,
+    /,
+    *,
+    out: Path,
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
+    arms: tuple[str, ...] = (),
+    arguments: str = "",
+    jobs: int = 1,
+    launcher: str = sys.executable,
+    resamples: int = 2000,
+) -> None:
+    """Run a recipe beside its controls over several seeds.
+
+    Prints one table with intervals. Arms: `mcl` (the recipe), the controls of `--control`, and those that the recipe's
+    EXPERIMENT adds. The same command continues; with everything done it prints the table again.
+
+    Args:
+        recipe: a file with RECIPE and, for the columns of the table, EXPERIMENT.
+        out: folder for the runs, table.md and results.jsonl.
+        seeds: training seeds; the data stays the same.
+        arms: which arms to run; all by default.
+        arguments: further arguments of the recipe for every arm, in one string.
+        jobs: runs at the same time, which share the processor cores.
+        launcher: what starts a run, such as "accelerate launch --config_file recipes/accelerate/eight_gpus.yaml".
+        resamples: bootstrap draws.
+    """
+    check_range("jobs", jobs, 1)
+    check_range("resamples", resamples, 100)
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise UserError(f"--seeds {seeds} must be one or more different numbers")
+    config, settings = _experiment_of(recipe)
+    shared = shlex.split(arguments)
+    if config.publish.repo or any(argument.startswith("--publish.") for argument in shared):
+        raise UserError("every arm and seed of an experiment would be published in one place; leave out --publish")
+    chosen = control_arms(arms, settings.arms)
+    twins = [with_control(replace(config, control=name), rows=0).stages for name in ("ensemble", "no-groups")]
+    if not arms and twins[0] == twins[1]:
+        print("no-groups is left out: stages from scratch without groups are the ensemble")
+        del chosen["no-groups"]
+    plan = ExperimentPlan(
+        recipe=recipe,
+        out=out,
+        seeds=seeds,
+        arms={name: (*shared, *own) for name, own in chosen.items()},  # what makes an arm comes last and holds
+        figures=settings.figures,
+        high=settings.high if settings.high in chosen and "single" in chosen else None,
+    )
+    run_arms(plan, launcher=shlex.split(launcher), jobs=jobs)
+    print(table(plan, resamples=resamples))
+    for run in runs_with_controls(out):
+        print(f"report: {write_report(run)}")
+
+
+def launch_recipe(
+    recipe: Path,
+    /,
+    *,
+    num_processes: int | None = None,
+    config_file: Path | None = None,
+    num_machines: int | None = None,
+    machine_rank: int | None = None,
+    main_process_ip: str | None = None,
+    main_process_port: int | None = None,
+) -> None:
+    """Run a recipe in several processes.
+
+    `mcl-clip launch RECIPE [--num-processes N] [arguments of the recipe]`; `python RECIPE --help` lists the latter.
+    The recipe and its arguments are checked before processes start. SIGTERM and SIGUSR1 stop the job with a checkpoint
+    and exit code 0 (or --machine.preempt-exit-code), Ctrl-C with 130; a second one stops at once. If a process fails,
+    the job ends with its message and its exit code. No process stays behind.
+
+    Args:
+        recipe: a file with RECIPE; its own arguments follow it.
+        num_processes: training processes over all machines; by default one for each GPU, or one.
+        config_file: a configuration of Accelerate, as in recipes/accelerate; options given here come before it.
+        num_machines: machines; the command runs on each.
+        machine_rank: number of this machine, from 0.
+        main_process_ip: address of machine 0.
+        main_process_port: a port there; by default 29500, or a free one on a single machine.
+    """
+    given = {
+        "num_processes": num_processes,
+        "num_machines": num_machines,
+        "machine_rank": machine_rank,
+        "main_process_ip": main_process_ip,
+        "main_process_port": main_process_port,
+    }
+    settings = read_placement(config_file) if config_file else {}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    placement = place(settings, gpus=torch.cuda.device_count())
+    arguments = _split_placement(sys.argv[1:])[1]
+    config = parse(_recipe_of(recipe), arguments)
+    check_stages(config, processes=placement.num_processes)
+    command = [sys.executable, str(recipe), *arguments]
+    sys.exit(launch(command, placement, planned_codes={0, 130, config.machine.preempt_exit_code}))
+
+
+def _split_placement(
+    arguments: Sequence[str], options: Sequence[str] = PLACEMENT_OPTIONS
+) -> tuple[list[str], list[str]]:
+    """Arguments of the command, whose `options` may also stand behind the recipe, and those of the recipe."""
+    own, following = _split_at_recipe(arguments)
+    of_recipe = []
+    while following:
+        argument = following.pop(0)
+        name, equals, _ = argument.partition("=")
+        if name.replace("_", "-") in options:
+            own += [argument] if equals else [argument, *following[:1]]
+            following = following if equals else following[1:]
+        else:
+            of_recipe.append(argument)
+    return own, of_recipe
+
+
+def doctor(recipe: Path, /, *, processes: int = 0) -> None:
+    """Find what will fail, or go badly, before a job runs.
+
+    `mcl-clip doctor RECIPE [arguments of the recipe]`; `python RECIPE --help` lists the latter. Looks at packages,
+    devices, shards and a sample of what is in them, evaluation sets, weights, steps, groups, memory, disk and, if there
+    is one, the run directory. Writes nothing. Exit code 1 if something will fail, 0 otherwise.
+
+    Args:
+        recipe: a file with RECIPE; its own arguments follow it.
+        processes: training processes; 0 is one for each GPU of this machine, or one. Stands before the recipe.
+    """
+    check_range("processes", processes, 0)
+    config = parse(_recipe_of(recipe), _split_at_recipe(sys.argv[1:])[1])
+    levels = []
+    on_terminal = sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns if on_terminal else 0
+    for finding in examine(config, processes=processes, make_accelerator=create_accelerator):
+        print(finding_text(finding, columns=columns, has_colours=has_colours()), flush=True)
+        levels.append(finding.level)
+    failures, warnings = levels.count("FAIL"), levels.count("warning")
+    print(f"{failures or 'nothing'} will fail, {warnings or 'no'} warning{'s' * (warnings != 1)}")
+    if failures:
+        sys.exit(1)
+
+
+def profile(
+    recipe: Path, /, *, stage: int | None = None, steps: int = 20, warmup: int = 5, out: Path | None = None
+) -> None:
+    """Measure where a training step spends its time.
+
+    `mcl-clip profile RECIPE [--stage K] [arguments of the recipe]`; `python RECIPE --help` lists the latter. Trains a
+    few steps as the recipe would, in a temporary folder (below TMPDIR), and says what to change. The run directory is
+    only read: a later stage needs the earlier ones done there. `accelerate launch -m mcl_clip profile ...` measures
+    several processes, of one machine.
+
+    Args:
+        recipe: a file with RECIPE; its own arguments follow it.
+        stage: which stage, from 0; by default the first that trains.
+        steps: steps that are measured.
+        warmup: steps before, which are not.
+        out: file for the same figures as JSON: seconds of a step by part, shares, samples per second, bytes, hints.
+    """
+    check_range("steps", steps, 1)
+    check_range("warmup", warmup, 1)
+    config = parse(_recipe_of(recipe), _split_placement(sys.argv[1:], PROFILE_OPTIONS)[1])
+    accelerator = create_accelerator()
+    with speaking_once():
+        check_stages(config)
+        if config.machine.threads:
+            torch.set_num_threads(config.machine.threads)
+        with borrowed(config.run_dir) as folder:
+            index, sources = load_index(replace(config, run_dir=folder))
+            config = with_control(config, rows=len(index))
+            number = _stage_to_profile(config, stage)
+            lend_stages(folder, config.run_dir, number)
+            ready = config.machine.workers * config.machine.prefetch_batches
+            trial = _trial(config, number, folder=folder, steps=steps_of_profile(steps, warmup, ready), rows=len(index))
+            run = RunContext(config=trial, accelerator=accelerator, index=index, sources=sources, tasks={})
+            _check_earlier(run, number, config.run_dir)
+            found = profile_training(
+                partial(train, run, number),
+                accelerator,
+                steps=steps,
+                warmup_steps=warmup,
+                ready_batches=ready,
+                show_progress=config.machine.progress,
+            )
+        setup = _setup(config, number, accelerator)
+        if is_main():
+            print(profile_text(found, setup))
+            if out:
+                write_json(out, {"stage": number, **found.record(), "hints": hints(found, setup)})
+    accelerator.end_training()
+
+
+def _stage_to_profile(config: RunConfig, stage: int | None) -> int:
+    trained = [number for number, one in enumerate(config.stages) if one.train.steps]
+    if stage is None and trained:
+        return trained[0]
+    if stage not in trained:
+        raise UserError(
+            f"--stage {stage} is not a stage that trains; those of this recipe are {', '.join(map(str, trained))}"
+        ).on_every_process()
+    return stage
+
+
+def _trial(config: RunConfig, stage: int, *, folder: Path, steps: int, rows: int) -> RunConfig:
+    """The recipe in another folder, with a stage that trains long enough and does nothing beside it."""
+    settings = config.stages[stage].train
+    settings = replace(settings, steps=max(settings.steps, steps))
+    if rows > ROWS_TO_CACHE or config.stages[stage].train.steps * settings.global_batch_size < 2 * rows:
+        settings = replace(settings, lock=replace(settings.lock, cached_texts=False))
+    stages = [replace(one, train=settings) if number == stage else one for number, one in enumerate(config.stages)]
+    machine = replace(config.machine, save_steps=0, save_minutes=0, progress=False)
+    return replace(config, run_dir=folder, stages=tuple(stages), machine=machine, eval=EvalConfig())
+
+
+def _check_earlier(run: RunContext, stage: int, run_dir: Path) -> None:
+    """Refuse a stage before what it is made from is done."""
+    (phase,) = [phase for phase in plan_phases(run) if phase.name == f"stage-{stage}/train"]
+    if missing := [earlier.name for earlier in phase.inputs if not (earlier.folder / DONE).exists()]:
+        raise UserError(
+            f"--stage {stage} trains from {', '.join(missing)}, not done in {run_dir}; run the recipe so far, or give "
+            f"the --run-dir of a run that has it"
+        ).on_every_process()
+
+
+def _setup(config: RunConfig, stage: int, accelerator: Accelerator) -> Setup:
+    settings = config.stages[stage].train
+    return Setup(
+        stage=stage,
+        workers=config.machine.workers,
+        jpeg=settings.augment.jpeg,
+        is_text_locked=settings.lock.text,
+        cached_texts=settings.lock.cached_texts,
+        **only(settings, "global_batch_size", "loss_chunk_rows", "grad_cache_rows", "precision"),
+        **machine_of(accelerator),
+    )
+
+
+def export(run: Path, folder: Path, /, *, what: Annotated[Export, tyro.conf.OmitArgPrefixes] = EVERYTHING) -> None:
+    """Write a run as a folder that others can load.
+
+    It is loaded back in every way it is made for. By default all stages as one model, for `mcl_clip.load` and
+    transformers (trust_remote_code); in it, plain open_clip loads each stage_K. With --stage or --average a single
+    model, as an open_clip folder or a CLIPModel.
+
+    Args:
+        run: the run directory.
+        folder: a new or empty folder, or an earlier export, which is replaced.
+        what: of the run.
+    """
+    print(_export_text(folder, export_run(run, folder, what)))
+
+
+def push(
+    run: Path,
+    repo: str,
+    /,
+    *,
+    private: bool = False,
+    revision: str = "main",
+    create_pr: bool = False,
+    dry_run: bool = False,
+    what: Annotated[Export, tyro.conf.OmitArgPrefixes] = EVERYTHING,
+) -> None:
+    """Publish a run on the Hugging Face Hub, with a model card.
+
+    RUN/upload is written and loaded back first. The same command again continues, or does nothing. A README.md that was
+    edited on the Hub is kept once the line that says so is removed from it.
+
+    Args:
+        run: the run directory.
+        repo: where to, as ORG/NAME; made if it does not exist.
+        private: make a new repository one that only its owner sees.
+        revision: branch; made if it does not exist.
+        create_pr: propose the files in a pull request.
+        dry_run: write and check RUN/upload, and list it; nothing is sent.
+        what: of the run.
+    """
+    check_repo_name(repo)
+    check_target(revision, create_pr)
+    if not dry_run:
+        find_token()
+    folder = run / "upload"
+    print(_export_text(folder, export_run(run, folder, what, repo=repo, revision=revision)))
+    if dry_run:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            print(f"  {path.relative_to(folder)}  {as_bytes(path.stat().st_size)}")
+        print("nothing was sent")
+        return
+    message = f"{run.resolve().name}: {what.form} model, written by mcl_clip {version('mcl_clip')}"
+    published = upload(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
+    print(f"{published.url}\ncommit {published.commit}" + ("" if published.changed else ": nothing has changed"))
+
+
+def _export_text(folder: Path, differences: Mapping[str, float]) -> str:
+    size = as_bytes(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    ways = ", ".join(f"{name} {difference:.1g}" for name, difference in differences.items())
+    return f"{folder}: {size}; loaded back, with the largest difference of features by: {ways}"
+
+
+def _split_at_recipe(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments up to the first Python file, and what follows."""
+    end = next((place for place, argument in enumerate(arguments, 1) if argument.endswith(".py")), len(arguments))
+    return list(arguments[:end]), list(arguments[end:])
+
+
+def _recipe_of(recipe: Path) -> RunConfig:
+    config = _names_of(recipe).get("RECIPE")
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{recipe} has no RECIPE = RunConfig(...)")
+    return config
+
+
+def _names_of(recipe: Path) -> dict[str, Any]:
+    if not recipe.is_file():
+        raise UserError(f"there is no recipe {recipe}; give the path of a Python file with RECIPE")
+    return runpy.run_path(str(recipe))
+
+
+def _experiment_of(recipe: Path) -> tuple[RunConfig, ExperimentConfig]:
+    names = _names_of(recipe)
+    config, settings = names.get("RECIPE"), names.get("EXPERIMENT")
+    if not isinstance(config, RunConfig) or not isinstance(settings, ExperimentConfig):
+        raise UserError(
+            f"{recipe} has no RECIPE = RunConfig(...) with EXPERIMENT = ExperimentConfig(...), which says what the "
+            f"table shows"
+        )
+    return config, settings
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
+    "launch": launch_recipe,
+    "doctor": doctor,
+    "profile": profile,
+    "experiment": experiment,
+    "status": status,
+    "report": report,
+    "browse": browse,
+    "eval": evaluate_model,
+    "compare": compare,
+    "export": export,
+    "push": push,
+    "index": index,
+    "reshard": reshard_run,
+}
+SPLITS: dict[str, Callable[[Sequence[str]], tuple[list[str], list[str]]]] = {  # of commands with a recipe's arguments
+    "launch": _split_placement,
+    "doctor": _split_at_recipe,
+    "profile": partial(_split_placement, options=PROFILE_OPTIONS),
+}
+
+
+def command() -> None:
+    """The `mcl-clip` command, from `sys.argv`."""
+    run_program(_command)
+
+
+def _command() -> None:
+    if "--quiet" in sys.argv:
+        be_quiet()
+        sys.argv.remove("--quiet")
+    split = SPLITS.get(sys.argv[1] if sys.argv[1:] else "")
+    arguments = split(sys.argv[1:])[0] if split else sys.argv[1:]
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mcl-clip", args=arguments)

@@ -1,1 +1,0 @@
-"""Evaluation tasks, one file each."""

@@ -1,0 +1,217 @@
+"""What the name of a model means: a run, one of its stages, an exported folder, a model of open_clip or on the Hub."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from torch import Tensor, nn
+
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_run_config
+from mcl_clip.model.clip import ClipBundle, create_clip, load_clip
+from mcl_clip.model.fast_paths import use_fast_paths
+from mcl_clip.model.multistage import CONFIG_NAME, MultistageCLIP, read_config
+from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME
+
+SINGLE_STAGE = re.compile(r"stage-(\d+)")
+HUB = "hf-hub:"
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+STAGE_FILES = tuple(f"stage_*/{pattern}" for pattern in (*TOKENIZER_FILES, "*.safetensors"))
+Loaded = MultistageCLIP | ClipBundle
+
+
+def load(
+    name: str | Path, *, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[..., Tensor]]:
+    """A model in float32 and eval mode, its image transform and its tokenizer, as from open_clip.
+
+    Args:
+        name: a run directory (its combined model), `RUN/stage-K`, an exported folder, `hf-hub:ORG/NAME[@REVISION]`,
+            `local-dir:FOLDER`, or `ARCHITECTURE/TAG` of open_clip such as `ViT-B-32/laion2b_s34b_b79k`.
+        device: where the model is to be.
+
+    Returns:
+        The model, with `encode_image(images, normalize=False)` and `encode_text(tokens, normalize=False)`; the
+        transform from a PIL image to floats, [3, height, width]; the tokenizer from a list of texts to tokens.
+
+    Raises:
+        UserError: if there is no such model, or it cannot be loaded.
+    """
+    loaded = find_models(str(name))[0].load()
+    model = loaded if isinstance(loaded, MultistageCLIP) else loaded.model
+    return model.to(device).eval(), loaded.image_transform, loaded.tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model to measure, not loaded yet.
+
+    `model` and `pretrained` are what CLIP_benchmark calls its name and its weights, `label` tells it from others in
+    one folder of results, and `stage` is the last one in it.
+    """
+
+    model: str
+    pretrained: str
+    label: str
+    load: Callable[[], Loaded]
+    stage: int = 0
+
+
+def find_models(name: str, *, each: bool = False) -> list[Candidate]:
+    """What `name` means: the folder of a run, of one of its stages or of a model, or the name of a model of open_clip.
+
+    Args:
+        name: `RUN` (its combined model), `RUN/stage-K`, an exported folder, `ARCHITECTURE/TAG`,
+            `hf-hub:ORG/NAME[@REVISION]` or `local-dir:FOLDER`.
+        each: all stages of a run, too.
+
+    Raises:
+        UserError: if it is none of these, or a run has no such model yet.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file() and any(folder.glob("stage-*")):
+        return _models_of_run(folder, each)
+    if each:
+        raise UserError(f"--each measures all stages of a run, and {name} is not a run directory; leave it out")
+    if SINGLE_STAGE.fullmatch(folder.name) and (folder.parent / "config.json").is_file():
+        return [_stage_of_run(folder.parent, int(folder.name.removeprefix("stage-")))]
+    if (folder / CONFIG_NAME).is_file():
+        return [_exported(folder, "multistage model", _name(folder))]
+    if (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        load = partial(load_clip, folder)
+        return [
+            Candidate(model="open_clip model", pretrained=_name(folder), label=_file_name(_name(folder)), load=load)
+        ]
+    if folder.is_dir():
+        raise UserError(
+            f"{folder} holds no model: it is not a run directory (config.json and stage-K), and has no {CONFIG_NAME} "
+            f"or {OPEN_CLIP_CONFIG_NAME}"
+        )
+    if name.startswith(HUB):
+        return [_on_the_hub(name)]
+    if name.startswith("local-dir:"):
+        weights = name.removeprefix("local-dir:")
+        load = partial(create_clip, architecture=name)
+        return [Candidate(model=name, pretrained=weights, label=_file_name(weights), load=load)]
+    return [_known_to_open_clip(name)]
+
+
+def _models_of_run(run: Path, each: bool) -> list[Candidate]:
+    folder, num_stages = run / "combined" / "model", len(read_run_config(run)["stages"])
+    stages = [_stage_of_run(run, stage) for stage in range(num_stages)] if each else []
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"{run} has no combined model yet; finish the run, or name one of its stages as {run}/stage-0")
+    combined = _exported(folder, _architecture(run), f"{_name(run)}/combined")
+    return [*stages, replace(combined, label=_file_name(_name(run)))]
+
+
+def _stage_of_run(run: Path, stage: int) -> Candidate:
+    folder = run / f"stage-{stage}" / "train" / "model"
+    if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        done = sorted(path.parts[-4] for path in run.glob(f"stage-*/train/model/{OPEN_CLIP_CONFIG_NAME}"))
+        raise UserError(f"{run} has no trained stage-{stage} yet; it has {', '.join(done) or 'none'}")
+    return Candidate(
+        model=_architecture(run),
+        pretrained=f"{_name(run)}/stage-{stage}",
+        label=f"{_file_name(_name(run))}-stage-{stage}",
+        load=partial(load_clip, folder),
+        stage=stage,
+    )
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _file_name(name: str) -> str:
+    """The name without what has a meaning in paths."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
+def _architecture(run: Path) -> str:
+    architecture: str = read_run_config(run).get("tower", {}).get("architecture") or "model given in the recipe"
+    return architecture
+
+
+def _exported(folder: Path, model: str, pretrained: str) -> Candidate:
+    return Candidate(
+        model=model,
+        pretrained=pretrained,
+        label=_file_name(pretrained),
+        load=partial(_load_multistage, folder),
+        stage=len(_config_of(folder)["stages"]) - 1,
+    )
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    try:
+        return read_config(folder)
+    except ValueError as error:
+        raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
+
+
+def _load_multistage(folder: Path) -> MultistageCLIP:
+    try:
+        model = MultistageCLIP.load(folder)
+        for stage in model.stages:
+            use_fast_paths(stage)
+        return model
+    except Exception as error:  # damaged weights and settings raise errors of many kinds
+        raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
+
+
+def _known_to_open_clip(name: str) -> Candidate:
+    architecture, _, tag = name.rpartition("/")
+    known = open_clip.list_models()
+    if name.replace("/", "-") in known:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))) or "none"
+        raise UserError(f"{name} names an architecture without weights; write {name}/TAG, with one of its tags: {tags}")
+    if architecture.replace("/", "-") not in known:
+        raise UserError(
+            f"there is no folder {name}, and open_clip has no architecture {architecture or name!r}; name a run "
+            f"directory, an exported folder, ARCHITECTURE/TAG such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME or "
+            f"local-dir:FOLDER"
+        )
+    load = partial(create_clip, architecture=architecture, pretrained=tag)
+    return Candidate(model=architecture.replace("/", "-"), pretrained=tag, label=_file_name(name), load=load)
+
+
+def _on_the_hub(name: str) -> Candidate:
+    """A multistage model, or a model of open_clip, in a repository of the Hub."""
+    weights = name.removeprefix(HUB)
+    repo, _, revision = weights.partition("@")
+    try:
+        hf_hub_download(repo, CONFIG_NAME, revision=revision or None)
+    except EntryNotFoundError:  # also if it is not in the cache and there is no network
+        if not revision:
+            load = partial(create_clip, architecture=name)
+            return Candidate(model=name, pretrained=weights, label=_file_name(weights), load=load)
+        files = (OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME, *TOKENIZER_FILES)
+        folder = _download(repo, revision, files)
+        load = partial(load_clip, folder)
+        return Candidate(model=name, pretrained=weights, label=_file_name(weights), load=load)
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise _not_loaded(name, error) from error
+    return _exported(_download(repo, revision, (CONFIG_NAME, *STAGE_FILES)), name, weights)
+
+
+def _download(repo: str, revision: str, files: tuple[str, ...]) -> Path:
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise _not_loaded(f"{HUB}{repo}@{revision}".rstrip("@"), error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(
+        f"{name} cannot be had from the Hub: {reason}; check the name and the network, and log in with `hf auth login` "
+        f"if it is private"
+    )

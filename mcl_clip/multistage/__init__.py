@@ -1,1 +1,0 @@
-"""What happens between stages: embed, cluster, label."""

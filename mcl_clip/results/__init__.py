@@ -1,0 +1,1 @@
+"""Reading, scoring and comparing what runs have measured."""

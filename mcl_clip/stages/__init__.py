@@ -1,0 +1,1 @@
+"""What happens between the stages: embedding, clusters, pseudo-labels, combination."""

@@ -1,0 +1,305 @@
+"""Spherical k-means over the features of one stage.
+
+For given features the result does not depend on the number of processes or threads: near ties are decided in float64,
+and sums are exact. Float16 features are multiples of 2^-24, so a float64 sum of up to 2^28 of them is exact in any
+order, and a row can be taken out of it again; processes add the sums as integers.
+
+A row is looked at again only when its cluster may change (Hamerly 2010): the cosine of a unit vector with a centroid
+changes by no more than the centroid moves.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float16, Float32, Int64
+from torch import Tensor
+
+from mcl_clip.core.distributed import (
+    Name,
+    all_reduce_sum,
+    gather_objects,
+    is_main,
+    on_main,
+    permutation,
+    rank,
+    torch_generator,
+    world_size,
+)
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.progress import Progress
+
+CHUNK_ROWS = 16_384
+BLOCK_ROWS = 2048  # what is made of them on the way stays in the cache, and in memory that the process has already
+FEATURE_UNIT = 2.0**24
+SIMILARITY_UNIT = 2.0**32
+TIE_MARGIN = 1e-5
+TIE_UNIT = 2.0**-40  # what is nearer than this in float64 is equal, and the first centroid is taken
+UNIT_LIMIT = 1.001  # length of a unit feature in float16
+ROWS_IN_FULL_FIT = 20_000_000
+SAMPLE_STEPS = 30
+ReadRows = Callable[[int, int], Float16[np.ndarray, "rows dim"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """K unit centroids, the cluster of every row, and how the fit went.
+
+    Attributes:
+        centroids: float32, unit.
+        assignments: cluster of each row; rows that are zero (bad samples) are in cluster 0.
+        trace: objective (mean of 1 - cosine) and number of empty clusters of each pass.
+    """
+
+    centroids: Float32[np.ndarray, "clusters dim"]
+    assignments: Int64[np.ndarray, "rows"]
+    trace: list[dict[str, float]] = field(default_factory=list)
+
+
+def spherical_kmeans(
+    rows: ReadRows,
+    *,
+    num_rows: int,
+    num_clusters: int,
+    name: tuple[Name, ...],
+    num_starts: int = 8,
+    max_passes: int = 20,
+    tolerance: float = 1e-5,
+    sample_rows: int = 0,
+    device: torch.device | None = None,
+) -> Clustering:
+    """Cluster unit features by cosine: k-means++ starts on a sample, then Lloyd passes over all rows.
+
+    Above 20 million rows the fit is on the sample alone, with one pass for the assignments. Every process must be able
+    to read every row.
+
+    Args:
+        rows: gives the float16 unit features of rows start to stop - 1; zeros are bad samples and ignored.
+        num_rows: how many rows there are.
+        num_clusters: K.
+        name: name of the draws.
+        num_starts: k-means++ starts on the sample, of which the best goes on.
+        max_passes: most passes over all rows.
+        tolerance: stop when the objective gains less than this share.
+        sample_rows: size of the sample; 0 means 256 K, at least 20,000.
+        device: where distances are computed.
+
+    Raises:
+        UserError: if there are fewer distinct good rows than clusters.
+    """
+    device = device or torch.device("cpu")
+    wanted = sample_rows or max(20_000, 256 * num_clusters)
+    centroids = on_main(lambda: _fit_sample(rows, num_rows, num_clusters, name, num_starts, wanted)).to(device)
+    members = _Members(rows, _chunks(num_rows), centroids)
+    trace: list[dict[str, float]] = []
+    passes, done = max_passes if num_rows <= ROWS_IN_FULL_FIT else 0, False
+    for number in Progress(range(passes + 1), desc="k-means", unit="pass", show=is_main()):
+        members.move_to(centroids)
+        sums, sizes = all_reduce_sum(members.sums()), all_reduce_sum(members.sizes())
+        empty, objective = int((sizes == 0).sum()), _objective(sums, sizes, centroids)
+        gain = trace[-1]["objective"] - objective if number else np.inf
+        trace.append({"pass": number, "objective": objective, "empty_clusters": empty})
+        if number == passes or done:
+            break
+        done = not empty and gain < tolerance * max(objective, 1e-12)
+        centroids = _new_centroids(members, sums, sizes)
+    assignments = torch.zeros(num_rows, dtype=torch.int32, device=device)
+    for (start, stop), cluster in zip(members.chunks, members.clusters, strict=True):
+        assignments[start:stop] = cluster.where(cluster < num_clusters, 0)
+    all_reduce_sum(assignments)
+    return Clustering(centroids=centroids.cpu().numpy(), assignments=assignments.long().cpu().numpy(), trace=trace)
+
+
+class _Members:
+    """The cluster of each row of some chunks, and the sum of each cluster.
+
+    Attributes:
+        chunks: start and end of each.
+        clusters: int64 for each chunk; K for bad samples, and for rows that no pass has seen.
+        leads: float32 for each chunk; the cosine with the own centroid is at least that much above all others.
+    """
+
+    def __init__(
+        self, rows: ReadRows, chunks: list[tuple[int, int]], centroids: Float32[Tensor, "clusters dim"]
+    ) -> None:
+        self.rows, self.chunks, self.centroids = rows, chunks, centroids
+        sizes, device = [stop - start for start, stop in chunks], centroids.device
+        self.clusters = [torch.full((size,), len(centroids), device=device) for size in sizes]
+        self.leads = [torch.full((size,), -torch.inf, device=device) for size in sizes]
+        self._sums = torch.zeros(len(centroids) + 1, centroids.shape[1], dtype=torch.float64, device=device)
+
+    def move_to(self, centroids: Float32[Tensor, "clusters dim"]) -> None:
+        """Each row to the cluster of its nearest centroid."""
+        moved = (centroids.double() - self.centroids.double()).norm(dim=1) * UNIT_LIMIT
+        lost = torch.cat([moved + moved.max(), moved.new_zeros(1)]).float()
+        self.centroids = centroids
+        for (start, stop), clusters, leads in zip(self.chunks, self.clusters, self.leads, strict=True):
+            doubtful = (leads.sub_(lost[clusters]) < TIE_MARGIN).nonzero()[:, 0]
+            if not len(doubtful):
+                continue
+            chunk = self.rows(start, stop)
+            for some in torch.split(doubtful, BLOCK_ROWS):
+                features = torch.from_numpy(chunk[some.cpu().numpy()]).to(centroids.device).float()
+                nearest, leads[some] = _nearest(features, centroids)
+                changed = (nearest != clusters[some]).nonzero()[:, 0]
+                self._sums.index_add_(0, clusters[some[changed]], features[changed].double(), alpha=-1)
+                self._sums.index_add_(0, nearest[changed], features[changed].double())
+                clusters[some] = nearest
+
+    def sums(self) -> Int64[Tensor, "clusters dim"]:
+        """The sum of each cluster, in units of 2^-24."""
+        return (self._sums[:-1] * FEATURE_UNIT).long()
+
+    def sizes(self) -> Int64[Tensor, "clusters"]:
+        """How many rows are in each cluster."""
+        sizes = torch.zeros(len(self._sums), dtype=torch.int64, device=self._sums.device)
+        for clusters in self.clusters:
+            sizes += clusters.bincount(minlength=len(sizes))
+        return sizes[:-1]
+
+
+def _chunks(num_rows: int) -> list[tuple[int, int]]:
+    """Start and end of this process's chunks of the fixed grid."""
+    return all_chunks(num_rows)[rank() :: world_size()]
+
+
+def _nearest(
+    features: Float32[Tensor, "rows dim"], centroids: Float32[Tensor, "clusters dim"]
+) -> tuple[Int64[Tensor, "rows"], Float32[Tensor, "rows"]]:
+    """Number of the nearest centroid, and how far its cosine is above all others; K and infinity for zeros."""
+    similarity = features @ centroids.T
+    best, cluster = similarity.max(1)
+    lead = best - similarity.scatter_(1, cluster[:, None], -torch.inf).amax(1)
+    near = ((lead < TIE_MARGIN) | (best == 0)).nonzero()[:, 0]
+    cluster[near] = (features[near].double() @ centroids.double().T / TIE_UNIT).round().argmax(1)
+    bad = near[~features[near].any(1)]
+    cluster[bad], lead[bad] = len(centroids), torch.inf
+    return cluster, lead
+
+
+def _objective(
+    sums: Int64[Tensor, "clusters dim"], sizes: Int64[Tensor, "clusters"], centroids: Float32[Tensor, "clusters dim"]
+) -> float:
+    """Mean of 1 - cosine with the own centroid. Whole numbers are added, so that their order cannot matter."""
+    products = sums.double() / FEATURE_UNIT * centroids.double()
+    total = int((products * SIMILARITY_UNIT).round().long().sum())
+    return 1 - total / SIMILARITY_UNIT / max(1, int(sizes.sum()))
+
+
+def _directions(
+    sums: Int64[Tensor, "clusters dim"], otherwise: Float32[Tensor, "clusters dim"]
+) -> Float32[Tensor, "clusters dim"]:
+    """Unit vectors along the sums; `otherwise` where a sum is zero."""
+    directions = torch.nn.functional.normalize(sums.double(), dim=1).float()
+    return torch.where(sums.any(1)[:, None], directions, otherwise)
+
+
+def _new_centroids(
+    members: _Members, sums: Int64[Tensor, "clusters dim"], sizes: Int64[Tensor, "clusters"]
+) -> Float32[Tensor, "clusters dim"]:
+    """Mean directions; an empty cluster starts anew from a far point of the biggest cluster."""
+    fresh = _directions(sums, members.centroids)
+    empty = (sizes == 0).nonzero()[:, 0].tolist()
+    if not empty:
+        return fresh
+    for cluster, row in zip(empty, _farthest(members, int(sizes.argmax()), len(empty)), strict=False):
+        point = torch.from_numpy(members.rows(row, row + 1)).float().to(fresh.device)
+        fresh[cluster] = torch.nn.functional.normalize(point)[0]
+    return fresh
+
+
+def _farthest(members: _Members, cluster: int, count: int) -> list[int]:
+    """The rows of a cluster that are least like its centroid, over all processes."""
+    candidates: list[tuple[float, int]] = []
+    centroid = members.centroids[cluster].double()
+    for (start, stop), clusters in zip(members.chunks, members.clusters, strict=True):
+        inside = (clusters == cluster).nonzero()[:, 0].cpu()
+        features = torch.from_numpy(members.rows(start, stop)[inside.numpy()]).to(centroid.device)
+        values, order = (features.double() * centroid).sum(1).float().cpu().sort(stable=True)
+        rows = start + inside[order[:count]]
+        candidates += zip(values[:count].tolist(), rows.tolist(), strict=True)
+    return [row for _, row in sorted(pair for mine in gather_objects(candidates) for pair in mine)[:count]]
+
+
+def _fit_sample(
+    rows: ReadRows, num_rows: int, num_clusters: int, name: tuple[Name, ...], num_starts: int, wanted: int
+) -> Float32[Tensor, "clusters dim"]:
+    """The best of several k-means++ starts, each followed by Lloyd steps, on a fixed sample."""
+    chosen = np.sort(permutation(num_rows, *name, "sample")[:wanted]) if num_rows > wanted else np.arange(num_rows)
+    sample = np.concatenate([_some(rows, chosen, start, stop) for start, stop in all_chunks(num_rows)])
+    sample = sample[sample.any(1)]
+    distinct: set[bytes] = set()
+    for feature in sample:
+        distinct.add(feature.tobytes())
+        if len(distinct) == num_clusters:
+            break
+    else:
+        raise UserError(
+            f"{num_clusters} clusters need at least as many distinct samples, and there are {len(distinct)}; use a "
+            f"smaller --stages.K.cluster.num-clusters"
+        )
+    generators = [torch_generator(*name, "start", start) for start in range(num_starts)]
+    starts = _plus_plus(torch.from_numpy(sample).float(), num_clusters, generators)
+    fits = [_fit_start(sample, centroids) for centroids in starts]
+    best_objective, best = fits[0]
+    for objective, centroids in fits[1:]:
+        if objective < best_objective - 1e-9:
+            best_objective, best = objective, centroids
+    return best
+
+
+def _fit_start(
+    sample: Float16[np.ndarray, "rows dim"], centroids: Float32[Tensor, "clusters dim"]
+) -> tuple[float, Float32[Tensor, "clusters dim"]]:
+    """Lloyd steps on the sample: the objective before the last one, and the centroids after it."""
+    members = _Members(lambda start, stop: sample[start:stop], all_chunks(len(sample)), centroids)
+    for _ in range(SAMPLE_STEPS):
+        members.move_to(centroids)
+        centroids = _directions(members.sums(), members.centroids)
+        if torch.equal(centroids, members.centroids):
+            break
+    return _objective(members.sums(), members.sizes(), members.centroids), centroids
+
+
+def all_chunks(num_rows: int) -> list[tuple[int, int]]:
+    """Return the borders (start, stop) of the fixed chunks of `num_rows` rows."""
+    return [(start, min(start + CHUNK_ROWS, num_rows)) for start in range(0, num_rows, CHUNK_ROWS)]
+
+
+def _some(rows: ReadRows, chosen: np.ndarray, start: int, stop: int) -> Float16[np.ndarray, "chosen dim"]:
+    inside = chosen[(chosen >= start) & (chosen < stop)] - start
+    picked: np.ndarray = rows(start, stop)[inside]
+    return picked
+
+
+def _plus_plus(
+    features: Float32[Tensor, "rows dim"], num_clusters: int, generators: list[torch.Generator]
+) -> list[Float32[Tensor, "clusters dim"]]:
+    """Greedy k-means++ starts (Arthur & Vassilvitskii 2007) for the distance 1 - cosine, one for each generator.
+
+    Of several candidates, each drawn in proportion to its distance from what is chosen, the one that helps most. All
+    starts go on together, so that the features are read once for all of them.
+    """
+    trials = 2 + int(math.log(num_clusters))
+    chosen = [[int(torch.randint(len(features), (1,), generator=generator))] for generator in generators]
+    distances = list(_distances(features, [numbers[0] for numbers in chosen]))
+    while len(chosen[0]) < num_clusters:
+        candidates: list[int] = []
+        for numbers, distance, generator in zip(chosen, distances, generators, strict=True):
+            distance[numbers] = 0
+            mass = distance.cumsum(0, dtype=torch.float64)
+            points = torch.rand(trials, generator=generator, dtype=torch.float64) * mass[-1]
+            candidates += torch.searchsorted(mass, points, right=True).clamp(max=len(features) - 1).tolist()
+        drawn = torch.split(_distances(features, candidates), trials)
+        for number, numbers in enumerate(chosen):
+            nearer = torch.minimum(distances[number], drawn[number])
+            best = int(nearer.sum(1, dtype=torch.float64).argmin())
+            numbers.append(candidates[number * trials + best])
+            distances[number] = nearer[best].clone()
+    return [features[numbers] for numbers in chosen]
+
+
+def _distances(features: Float32[Tensor, "rows dim"], others: list[int]) -> Float32[Tensor, "others rows"]:
+    return (1 - features[others] @ features.T).clamp_(min=0)

@@ -1,0 +1,196 @@
+"""Pseudo-labels that accumulate over stages, and the groups that batches are made of.
+
+The label of a row before stage s is the tuple of its clusters in all earlier stages (Multistage Contrastive Learning;
+CLIP-MoE, arXiv 2409.19291, equation 1). Labels are never changed; groups are derived from them for each stage, so that
+none is too small to make batches.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import read_json
+from mcl_clip.data.storage import load_numbers
+
+Prefix = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabels:
+    """One number a row for the clusters of all stages so far, in mixed radix: the first stage counts most.
+
+    Attributes:
+        values: the numbers.
+        radix: number of clusters of each stage.
+    """
+
+    values: Int64[np.ndarray, "rows"]
+    radix: tuple[int, ...]
+
+    def refine(self, assignments: Int64[np.ndarray, "rows"], num_clusters: int) -> "PseudoLabels":
+        """Labels with one more stage; rows that differ before differ after.
+
+        Raises:
+            UserError: if the numbers do not fit 63 bits, or a cluster number is not below `num_clusters`.
+        """
+        if math.prod(self.radix) * num_clusters >= 2**63:
+            raise UserError(
+                f"clusters {self.radix} and {num_clusters} make over 2^63 labels; use fewer stages or clusters"
+            )
+        if len(assignments) and not 0 <= assignments.min() <= assignments.max() < num_clusters:
+            raise UserError(
+                f"assignments run from {assignments.min()} to {assignments.max()}, with {num_clusters} clusters; "
+                f"cluster again"
+            )
+        return PseudoLabels(values=self.values * num_clusters + assignments, radix=(*self.radix, num_clusters))
+
+    def prefix(self, label: int) -> Prefix:
+        """The clusters of each stage that a label stands for."""
+        digits = []
+        for clusters in reversed(self.radix):
+            label, digit = divmod(label, clusters)
+            digits.append(digit)
+        return tuple(reversed(digits))
+
+    def summary(self) -> dict[str, Any]:
+        """How many labels there are, and how large."""
+        _, sizes = np.unique(self.values, return_counts=True)
+        return {
+            "radix": list(self.radix),
+            "labels": len(sizes),
+            "smallest": int(sizes.min()),
+            "median": float(np.median(sizes)),
+            "largest": int(sizes.max()),
+            "histogram": _histogram(sizes),
+        }
+
+
+def no_labels(num_rows: int) -> PseudoLabels:
+    """The labels before stage 0: all rows are alike."""
+    return PseudoLabels(values=np.zeros(num_rows, np.int64), radix=())
+
+
+def read_labels(folder: Path, num_rows: int) -> PseudoLabels:
+    """The labels in `labels.npy` and `labels.json` of a folder.
+
+    Raises:
+        UserError: if the files are damaged, do not fit together, or hold another number of rows.
+    """
+    values = load_numbers(folder / "labels.npy", num_rows)
+    summary = read_json(folder / "labels.json")
+    radix = summary.get("radix") if isinstance(summary, dict) else None
+    if not isinstance(radix, list) or not all(type(clusters) is int and clusters > 0 for clusters in radix):
+        raise UserError(f"{folder / 'labels.json'} has no list of clusters ('radix'); delete {folder} and run again")
+    if len(values) and not 0 <= values.min() <= values.max() < math.prod(radix) < 2**63:
+        raise UserError(
+            f"{folder / 'labels.npy'} holds labels from {values.min()} to {values.max()}, with {radix} clusters; "
+            f"delete {folder} and run the recipe again"
+        )
+    return PseudoLabels(values=values.astype(np.int64), radix=tuple(radix))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Rows that are each other's negatives: all labels in `labels`, which share `prefix`."""
+
+    prefix: Prefix
+    labels: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The groups of a stage and the group of every row."""
+
+    groups: tuple[Group, ...]
+    group_of: Int64[np.ndarray, "rows"]
+
+    def record(self) -> dict[str, Any]:
+        """What `groups.json` holds."""
+        sizes = [group.size for group in self.groups]
+        return {
+            "num_groups": len(sizes),
+            "smallest": min(sizes),
+            "median": float(np.median(sizes)),
+            "largest": max(sizes),
+            "rows_relaxed": sum(group.size for group in self.groups if len(group.labels) > 1),
+            "groups": [
+                {
+                    "group": number,
+                    "prefix": [*group.prefix] if len(group.labels) == 1 else [*group.prefix, "*"],
+                    "labels": len(group.labels),
+                    "size": group.size,
+                }
+                for number, group in enumerate(self.groups)
+            ],
+        }
+
+
+def default_min_group_size(global_batch_size: int) -> int:
+    """The smallest group unless a recipe says otherwise: an eighth of a batch, at least 32 rows."""
+    return max(32, global_batch_size // 8)
+
+
+def group_labels(labels: PseudoLabels, *, min_group_size: int) -> Groups:
+    """Groups of at least `min_group_size` rows, as long as there are that many.
+
+    Among the children of one prefix, those with fewer rows are pooled; a pool that is still too small takes in its
+    smallest big sibling; if there is none it moves up to the next shorter prefix. Groups are numbered by their first
+    label.
+    """
+    values, inverse, sizes = np.unique(labels.values, return_inverse=True, return_counts=True)
+    units = [
+        Group(prefix=labels.prefix(int(value)), labels=(int(value),), size=int(size))
+        for value, size in zip(values, sizes, strict=True)
+    ]
+    done: list[Group] = []
+    for depth in range(len(labels.radix) - 1, -1, -1):
+        small = [unit for unit in units if unit.size < min_group_size]
+        done += [unit for unit in units if unit.size >= min_group_size]
+        units, done = _pool_small(small, done, depth, min_group_size)
+    groups = sorted(done + units, key=lambda group: group.labels)
+    number_of = {label: number for number, group in enumerate(groups) for label in group.labels}
+    group_of = np.array([number_of[int(value)] for value in values], np.int64)[inverse]
+    return Groups(groups=tuple(groups), group_of=group_of)
+
+
+def _pool_small(
+    small: Sequence[Group], done: list[Group], depth: int, min_group_size: int
+) -> tuple[list[Group], list[Group]]:
+    """Pool what is too small under each prefix of `depth` clusters.
+
+    Returns what must move up, and the finished groups.
+    """
+    pools: dict[Prefix, list[Group]] = {}
+    for unit in small:
+        pools.setdefault(unit.prefix[:depth], []).append(unit)
+    siblings: dict[Prefix, list[Group]] = {}
+    for group in done:
+        siblings.setdefault(group.prefix[:depth], []).append(group)
+    up, taken = [], set()
+    for prefix, units in pools.items():
+        pool = _join(units, prefix)
+        if pool.size < min_group_size and prefix in siblings:
+            smallest = min(siblings[prefix], key=lambda group: (group.size, group.labels))
+            taken.add(smallest.labels)
+            pool = _join([pool, smallest], prefix)
+        up.append(pool)
+    return up, [group for group in done if group.labels not in taken]
+
+
+def _join(units: Iterable[Group], prefix: Prefix) -> Group:
+    units = list(units)
+    labels = tuple(sorted(label for unit in units for label in unit.labels))
+    return Group(prefix=prefix, labels=labels, size=sum(unit.size for unit in units))
+
+
+def _histogram(sizes: np.ndarray) -> dict[str, int]:
+    """Number of labels by power of two of their size."""
+    powers, counts = np.unique(np.floor(np.log2(sizes)).astype(int), return_counts=True)
+    return {f"{2**power}-{2 ** (power + 1) - 1}": int(count) for power, count in zip(powers, counts, strict=True)}

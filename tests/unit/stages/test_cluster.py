@@ -1,0 +1,295 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
+
+from mcl_clip.core.distributed import torch_generator
+from mcl_clip.core.errors import UserError
+from mcl_clip.stages import kmeans as cluster
+from mcl_clip.stages.kmeans import Clustering, spherical_kmeans
+from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+
+
+def planted(rows: int, clusters: int, noise: float, dim: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, clusters, rows)
+    return unit(unit(draw.normal(size=(clusters, dim)))[truth] + noise * draw.normal(size=(rows, dim))), truth
+
+
+def fit(features: np.ndarray, clusters: int, **options) -> Clustering:
+    return spherical_kmeans(
+        lambda start, stop: features[start:stop],
+        num_rows=len(features),
+        num_clusters=clusters,
+        **{"name": (0, "test"), **options},
+    )
+
+
+def objective(features: np.ndarray, assignments: np.ndarray) -> float:
+    """Mean of 1 - cosine to the mean direction of each cluster."""
+    features = features.astype(np.float64)
+    sums = np.zeros((assignments.max() + 1, features.shape[1]))
+    np.add.at(sums, assignments, features)
+    return 1 - np.linalg.norm(sums, axis=1).sum() / len(features)
+
+
+@pytest.mark.parametrize(("clusters", "noise"), [(5, 0.1), (20, 0.15), (12, 1.0)])
+def test_the_objective_is_as_good_as_scikit_learns(clusters, noise):
+    features, _ = planted(3000, clusters, noise)
+    found = fit(features, clusters, num_starts=16)
+    mine = objective(features, found.assignments)
+    theirs = objective(features, KMeans(clusters, n_init=16, random_state=0).fit(features.astype(np.float64)).labels_)
+    assert mine <= 1.01 * theirs
+    assert found.trace[-1]["objective"] == pytest.approx(mine, abs=1e-3)  # features in float16 are unit to 1e-3
+
+
+def test_planted_clusters_are_found():
+    features, truth = planted(2000, 8, 0.08)
+    found = fit(features, 8)
+    assert len({*zip(truth, found.assignments, strict=True)}) == 8
+    np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1, atol=1e-6)
+    means = np.stack([features[found.assignments == k].astype(np.float64).sum(0) for k in range(8)])
+    assert ((found.centroids * means).sum(1) / np.linalg.norm(means, axis=1) > 0.9999).all()
+
+
+def test_each_row_is_with_its_nearest_centroid_and_passes_gain(monkeypatch):
+    monkeypatch.setattr(cluster, "CHUNK_ROWS", 100)
+    features, _ = planted(950, 30, 1.0)
+    found = fit(features, 7)
+    similarity = features.astype(np.float64) @ found.centroids.astype(np.float64).T
+    np.testing.assert_array_equal(found.assignments, similarity.argmax(1))
+    objectives = [step["objective"] for step in found.trace]
+    assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(objectives))
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """How many rows were compared with centroids in each call."""
+    counts, nearest = [], cluster._nearest
+
+    def counted(features, centroids):
+        counts.append(len(features))
+        return nearest(features, centroids)
+
+    monkeypatch.setattr(cluster, "_nearest", counted)
+    return counts
+
+
+@pytest.mark.parametrize(("clusters", "noise"), [(1, 1.0), (7, 1.0), (20, 0.3)])
+def test_rows_that_are_not_looked_at_again_would_not_have_moved(monkeypatch, looked_at, clusters, noise):
+    monkeypatch.setattr(cluster, "CHUNK_ROWS", 500)
+    monkeypatch.setattr(cluster, "BLOCK_ROWS", 64)
+    features, _ = planted(3000, 30, noise)
+    features[::70] = 0
+    some, calls = fit(features, clusters, tolerance=0.0, sample_rows=200), sum(looked_at)
+    monkeypatch.setattr(cluster, "UNIT_LIMIT", 1e6)  # every centroid may have come near every row
+    every = fit(features, clusters, tolerance=0.0, sample_rows=200)
+    np.testing.assert_array_equal(some.assignments, every.assignments)
+    assert some.centroids.tobytes() == every.centroids.tobytes()
+    assert some.trace == every.trace
+    assert calls < (0.9 * (sum(looked_at) - calls) if clusters > 1 else 2 * (200 + 3000))
+
+
+def test_sums_stay_exact_while_rows_move():
+    features, _ = planted(3000, 30, 1.0)
+    directions = torch.from_numpy(planted(60, 60, 0.0)[0]).float()
+    members = cluster._Members(lambda start, stop: features[start:stop], [(0, 1000), (1000, 3000)], directions[:6])
+    for number in range(10):
+        members.move_to(directions[6 * number : 6 * number + 6])
+        assignments = torch.cat(members.clusters).numpy()
+        whole = (features.astype(np.float64) * 2**24).astype(np.int64)
+        expected = np.stack([whole[assignments == k].sum(0) for k in range(6)])
+        np.testing.assert_array_equal(members.sums().numpy(), expected)
+        assert members.sizes().tolist() == np.bincount(assignments, minlength=6).tolist()
+
+
+def test_a_row_as_near_to_two_centroids_goes_to_the_first_in_any_company():
+    draw = np.random.default_rng(0)
+    half = unit(draw.normal(size=(300, 256)))
+    features = torch.from_numpy(np.concatenate([half, half], axis=1)).float() / 2**0.5
+    left, right = torch.nn.functional.normalize(torch.from_numpy(draw.normal(size=(2, 256))), dim=1).float()
+    centroids = torch.stack([torch.cat([left, right]), torch.cat([right, left])])
+    for size in (1, 7, 300):
+        for some in features.split(size):
+            assert not cluster._nearest(some, centroids)[0].any()
+
+
+@pytest.mark.parametrize("clusters", [1, 6])
+def test_the_objective_is_that_of_each_row_with_its_centroid(clusters):
+    features, _ = planted(2000, 30, 1.0)
+    features[::50] = 0
+    found = fit(features, clusters)
+    own = (features.astype(np.float64) * found.centroids[found.assignments]).sum(1)
+    assert found.trace[-1]["objective"] == pytest.approx(np.mean(1 - own[features.any(1)]), abs=1e-7)
+
+
+def test_a_start_does_not_depend_on_those_beside_it():
+    features = torch.from_numpy(planted(1000, 30, 1.0)[0]).float()
+
+    def generators():
+        return [torch_generator("test", start) for start in range(3)]
+
+    together = cluster._plus_plus(features, 9, generators())
+    alone = [cluster._plus_plus(features, 9, [generator])[0] for generator in generators()]
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_the_draw_is_seeded_and_leaves_the_global_generator_alone():
+    features, _ = planted(800, 30, 1.0)
+    state = torch.get_rng_state()
+    one, same, other = (fit(features, 6, name=name, num_starts=1) for name in ((0, "a"), (0, "a"), (1, "a")))
+    np.testing.assert_array_equal(one.assignments, same.assignments)
+    assert (one.assignments != other.assignments).any()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_bad_rows_count_for_nothing(monkeypatch):
+    monkeypatch.setattr(cluster, "CHUNK_ROWS", 64)
+    features, truth = planted(500, 4, 0.05)
+    with_bad = np.insert(features, np.arange(0, 500, 10), 0, axis=0)
+    is_bad = ~with_bad.any(1)
+    found = fit(with_bad, 4)
+    assert (found.assignments[is_bad] == 0).all()
+    assert len({*zip(truth, found.assignments[~is_bad], strict=True)}) == 4
+
+
+def test_a_small_sample_still_fits_all_rows(monkeypatch):
+    monkeypatch.setattr(cluster, "CHUNK_ROWS", 128)
+    features, truth = planted(2000, 5, 0.05)
+    found = fit(features, 5, sample_rows=60)
+    assert len({*zip(truth, found.assignments, strict=True)}) == 5
+
+
+def test_many_rows_are_fitted_on_the_sample_alone(monkeypatch):
+    monkeypatch.setattr(cluster, "ROWS_IN_FULL_FIT", 1000)
+    features, truth = planted(2000, 5, 0.05)
+    found = fit(features, 5, sample_rows=300)
+    assert len(found.trace) == 1
+    assert len({*zip(truth, found.assignments, strict=True)}) == 5
+
+
+def test_one_cluster_and_as_many_as_rows():
+    features, _ = planted(40, 3, 0.5)
+    assert not fit(features, 1).assignments.any()
+    assert sorted(fit(features, 40).assignments) == list(range(40))
+
+
+def test_too_few_distinct_rows_are_refused():
+    features, _ = planted(3, 3, 0.1)
+    message = "4 clusters need at least as many distinct samples, and there are 3; use a smaller --stages.K.cluster"
+    for repeats in (1, 200):
+        with pytest.raises(UserError, match=message):
+            fit(np.repeat(features, repeats, axis=0), 4)
+    with pytest.raises(UserError, match="there are 0"):
+        fit(np.zeros((10, 4), np.float16), 1)
+
+
+def two_views(num_rows=4000, dim=12, correlations=(0.95, 0.6), seed=0):
+    """Image and text features that share two causes under much noise of their own; row 5 has a bad picture.
+
+    Returns float16 unit features of both sides, and the causes.
+    """
+    draw = np.random.default_rng(seed)
+    causes = draw.normal(size=(num_rows, 2))
+    sides = []
+    for _ in range(2):
+        kept = np.sqrt(correlations)
+        shared = kept * causes + np.sqrt(1 - kept**2) * draw.normal(size=causes.shape)
+        own = draw.normal(size=(num_rows, dim - 2)) * np.r_[3.0, np.ones(dim - 3)]
+        features = np.concatenate([shared, own], axis=1) @ np.linalg.qr(draw.normal(size=(dim, dim)))[0] + 0.5
+        sides.append((features / 10).astype(np.float16))  # of any length: the metric is one of given features
+    sides[0][5] = 0
+    return *sides, causes
+
+
+def shared_metric(image, text):
+    return fit_shared_metric(lambda a, b: image[a:b], lambda a, b: text[a:b], len(image))
+
+
+def test_the_metric_weighs_directions_by_the_odds_of_a_common_cause():
+    """rho / (1 - rho^2) on each canonical direction, and next to nothing on what only one side has."""
+    image, text, _ = two_views()
+    good = np.arange(len(image)) != 5
+    projections = shared_metric(image, text)
+    moved = [
+        (side[good].astype(np.float64) - projection.mean) @ projection.matrix
+        for side, projection in zip((image, text), projections, strict=True)
+    ]
+    rho = np.array([0.95, 0.6])
+    for side in moved:
+        assert np.abs(side.mean(0)).max() < 0.02
+        assert np.allclose(side.var(0)[:2], rho / (1 - rho**2), rtol=0.1)
+        assert side.var(0)[2:].max() < 0.1
+    assert np.allclose([np.corrcoef(moved[0][:, i], moved[1][:, i])[0, 1] for i in range(2)], rho, atol=0.03)
+
+
+def test_projected_features_are_unit_vectors_and_bad_rows_stay_zeros():
+    image, text, _ = two_views()
+    image_side, text_side = shared_metric(image, text)
+    projected = image_side(image)
+    assert projected.dtype == np.float16
+    assert not projected[5].any()
+    assert np.allclose(np.linalg.norm(np.delete(projected, 5, 0).astype(np.float64), axis=1), 1, atol=2e-3)
+    assert text_side(text)[5].any()
+
+
+def test_a_row_with_one_bad_side_does_not_move_the_metric():
+    image, text, _ = two_views()
+    absurd = text.copy()
+    absurd[5] = 100
+    for found, expected in zip(shared_metric(image, absurd), shared_metric(image, text), strict=True):
+        np.testing.assert_array_equal(found.matrix, expected.matrix)
+
+
+def test_directions_of_noise_are_not_raised():
+    image, text, _ = two_views()
+    tiny = (np.random.default_rng(1).normal(size=(len(image), 1)) * 1e-4).astype(np.float16)
+    image, text = np.concatenate([image, tiny], axis=1), np.concatenate([text, tiny], axis=1)
+    projection = shared_metric(image, text)[0]
+    without = projection.matrix.copy()
+    without[-1] = 0
+    weight = ((image[:, -1:].astype(np.float64) @ projection.matrix[-1:]).var(0)).sum()
+    assert weight < 0.1 * (image.astype(np.float64) @ without).var(0).sum()
+
+
+def test_the_metric_keeps_what_plain_clusters_mix():
+    """What both sides share is in small directions; clusters of the features as they are follow the large ones."""
+    draw = np.random.default_rng(0)
+    shared = draw.integers(0, 4, 3000)
+    centres = draw.normal(size=(4, 8))
+
+    def side():
+        own = 6 * draw.normal(size=(3000, 2))
+        features = np.concatenate([own, centres[shared] + 0.1 * draw.normal(size=(3000, 8))], axis=1)
+        return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+
+    def agreement(of):
+        found = spherical_kmeans(lambda a, b: of[a:b], num_rows=3000, num_clusters=8, name=("w",), num_starts=2)
+        return normalized_mutual_info_score(found.assignments, shared)
+
+    image, text = side(), side()
+    for features, projection in zip((image, text), shared_metric(image, text), strict=True):
+        assert agreement(projection(features)) > agreement(features) + 0.2
+
+
+def test_projected_rows_are_computed_once_and_leave_no_file(tmp_path):
+    image, text, _ = two_views()
+    projection, asked = shared_metric(image, text)[0], []
+
+    def rows(start, stop):
+        asked.append((start, stop))
+        return image[start:stop]
+
+    with projected_rows(rows, len(image), projection, tmp_path / "image.tmp") as projected:
+        for _ in range(3):
+            assert np.array_equal(projected(100, 900), projection(image[100:900]))
+        assert asked == [(0, len(image))]
+    assert not list(tmp_path.iterdir())
