@@ -49,7 +49,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 FILES = {"/page.js": "text/javascript", "/page.css": "text/css"}
-_FOLDER = Path(__file__).parent / "page"
+_FOLDER = Path(__file__).parent / "browse_page"
 
 logger = logging.getLogger(__name__)
 
