@@ -1,0 +1,1 @@
+"""A run: its phases in order, what each depends on, and what each does."""
