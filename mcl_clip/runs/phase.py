@@ -1,11 +1,8 @@
-"""Phases, their fingerprints, and the lock of a run directory."""
+"""Phases with fingerprints that detect changed settings, and the lock of a run directory."""
 
-import hashlib
 import json
 import logging
-import math
 import os
-import shutil
 import socket
 import threading
 import time
@@ -15,31 +12,36 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from mcl_clip.core.files import DONE, STARTED, canonical_json, fingerprint, read_json, write_json
+
 from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE, STARTED, canonical_json, fingerprint, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-PASSING = {"checkpoints", "texts"}  # folders of what a finished phase can do without
-SECONDS_TO_WRITE_LOCK = 10.0
+TRANSIENT_FOLDERS = {"checkpoints", "texts"}  # not outputs: a finished phase no longer needs them
+LOCK_WRITE_S = 10.0  # an incomplete lock file older than this belongs to a process that died while writing it
 HEARTBEAT_S = 30.0
-SILENT_S = 600.0  # without a heartbeat, a job on another host counts as dead
+SILENT_S = 600.0  # a job on another host without a heartbeat for this long is considered dead
 
 
 class StaleArtifactError(UserError):
-    """A finished phase was made from other settings or inputs than the ones asked for now."""
-
+    """A phase was finished or begun with settings or inputs other than the requested ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One part of a run: reads finished phases, writes only its own folder.
+    """One step of a run, which reads finished phases and writes to its own folder only.
 
-    `settings` is everything that determines the result and is not a file of an earlier phase (no paths).
-    `run` continues from whatever it finds in its folder. A phase that `grows` is made again, without a question, when
-    all that it was made from is still there and something was added: another stage, another evaluation set. Hence an
-    input that grows counts by its settings and its own inputs. A phase that `keeps_nothing` begins anew each time, so
-    that it may have begun with other settings.
+    Attributes:
+        name: for messages and for the records of the phases that depend on this one.
+        folder: where it writes.
+        settings: everything that determines the result, except files of earlier phases. No paths.
+        run: do the work, continuing from what the folder already holds.
+        inputs: the phases that it reads.
+        grows: run again, without an error, when its settings and inputs are the earlier ones plus new ones, such as
+            another stage or evaluation set. As an input of other phases, it is represented by its settings and inputs,
+            so that those phases recognize the growth as well.
+        keeps_nothing: an unfinished phase starts from scratch, so its settings may differ from those it began with.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Phase:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Settings and, through the fingerprints of the inputs, everything that led to them."""
+        """Hash of the settings and of the fingerprints of the inputs, hence of all settings that led to them."""
         return fingerprint(self._made_from)
 
     @cached_property
@@ -66,158 +68,147 @@ class Phase:
         return {"settings": json.loads(canonical_json(self.settings)), "inputs": inputs}
 
     def state(self) -> str:
-        """`done`, `stale`, `partial` or `missing`."""
+        """Return `done`, `stale`, `partial` or `missing`."""
         if not (self.folder / DONE).exists():
-            has_leftovers = self.folder.exists() and any(self.folder.iterdir())
-            return "partial" if has_leftovers else "missing"
-        if self._has_grown():
+            has_files = self.folder.exists() and any(self.folder.iterdir())
+            return "partial" if has_files else "missing"
+        if self._has_grown(DONE):
             return "partial"
         return "stale" if self.difference() else "done"
 
     def difference(self, marker: str = DONE) -> str:
-        """What differs between the finished, or begun, phase and the one asked for; empty if nothing."""
-        record = self._record(marker)
+        """Describe how the finished or begun phase differs from the requested one; empty if it does not."""
+        record = self._read_marker(marker)
         if record["fingerprint"] == self.fingerprint:
-            changed = [name for name, size in record.get("outputs", {}).items() if self._size(name) != size]
-            return f"its output {changed[0]} is missing or has another size" if changed else ""
+            for name, size in record.get("outputs", {}).items():
+                path = self.folder / name
+                if not path.is_file() or path.stat().st_size != size:
+                    return f"its output {name} is missing or has another size"
+            return ""
         before, now = record["made_from"], self._made_from
-        fields = _differences(before["settings"], now["settings"], "")
-        names = sorted({*before["inputs"], *now["inputs"]})
-        inputs = [name for name in names if before["inputs"].get(name) != now["inputs"].get(name)]
-        if fields:
+        if fields := _differences(before["settings"], now["settings"]):
             return "; ".join(fields)
-        return f"its input {inputs[0]} was made anew" if inputs else "its settings changed"
+        for name in sorted({*before["inputs"], *now["inputs"]}):
+            if before["inputs"].get(name) != now["inputs"].get(name):
+                return f"its input {name} has changed"
+        return "its settings changed"
 
     def check(self) -> bool:
-        """Whether the phase is done.
+        """Return whether the phase is done.
 
         Raises:
             StaleArtifactError: if it was done with other settings or inputs; names what changed.
         """
-        if not (self.folder / DONE).exists() or self._has_grown():
+        if not (self.folder / DONE).exists() or self._has_grown(DONE):
             return False
         self._refuse_if_different(DONE)
         return True
 
     def begin(self) -> None:
-        """Note what the phase is made from, before anything is written.
+        """Record the settings and inputs of the phase, before it writes anything.
 
         Raises:
-            StaleArtifactError: if it was begun with other settings or inputs, so that its leftovers cannot be used.
+            StaleArtifactError: if it was begun with other settings or inputs, so that its files cannot be reused.
         """
         if (self.folder / STARTED).exists() and not self.keeps_nothing and not self._has_grown(STARTED):
             self._refuse_if_different(STARTED)
         write_json(self.folder / STARTED, {"fingerprint": self.fingerprint, "made_from": self._made_from})
 
-    def _refuse_if_different(self, marker: str) -> None:
-        if difference := self.difference(marker):
-            raise StaleArtifactError(
-                f"{self.folder} is {'finished' if marker == DONE else 'begun'} but does not match this recipe: "
-                f"{difference}. Use the earlier setting, another --run-dir, or delete {self.folder} to make it anew"
-            )
-
     def mark_done(self) -> None:
-        """Write the marker that makes the phase count as finished. No other process may still write to its folder."""
-        for leftover in self.folder.rglob(".*.tmp-*"):  # of processes that were killed while they wrote
-            leftover.unlink()
+        """Write the marker of a finished phase. No other process may still be writing to its folder."""
+        for temporary in self.folder.rglob(".*.tmp-*"):  # of processes that were killed while writing
+            temporary.unlink()
         files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path.name not in (DONE, STARTED))
         outputs = {
             str(path.relative_to(self.folder)): path.stat().st_size
             for path in files
-            if not PASSING.intersection(path.relative_to(self.folder).parts)
+            if not TRANSIENT_FOLDERS.intersection(path.relative_to(self.folder).parts)
         }
         record = {"fingerprint": self.fingerprint, "made_from": self._made_from, "outputs": outputs}
         write_json(self.folder / DONE, {**record, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
-    def _has_grown(self, marker: str = DONE) -> bool:
-        return self.grows and _contains(self._made_from, self._record(marker)["made_from"])
+    def _refuse_if_different(self, marker: str) -> None:
+        if difference := self.difference(marker):
+            raise StaleArtifactError(
+                f"{self.folder} is {'finished' if marker == DONE else 'begun'} but does not match this recipe: "
+                f"{difference}. Use the earlier setting, another --run-dir, or delete {self.folder} to run it again"
+            )
 
-    def _record(self, marker: str) -> dict[str, Any]:
-        """What a marker file says."""
+    def _has_grown(self, marker: str) -> bool:
+        return self.grows and _is_extended(self._read_marker(marker)["made_from"], self._made_from)
+
+    def _read_marker(self, marker: str) -> dict[str, Any]:
         record = read_json(self.folder / marker)
         try:
-            parts = (record["made_from"], *(record["made_from"][name] for name in ("settings", "inputs")))
-            is_whole = all(isinstance(part, dict) for part in (*parts, record.get("outputs", {})))
-            is_whole &= isinstance(record["fingerprint"], str)
+            made_from = record["made_from"]
+            parts = (made_from, made_from["settings"], made_from["inputs"], record.get("outputs", {}))
+            is_valid = isinstance(record["fingerprint"], str) and all(isinstance(part, dict) for part in parts)
         except (LookupError, TypeError):
-            is_whole = False
-        if not is_whole:
+            is_valid = False
+        if not is_valid:
             raise UserError(
-                f"{self.folder / marker} does not say what this phase was made from; restore it, or delete "
-                f"{self.folder} to make the phase anew"
+                f"{self.folder / marker} lacks the settings and inputs of this phase; restore the file, or delete "
+                f"{self.folder} to run the phase again"
             )
-        found: dict[str, Any] = record
-        return found
-
-    def _size(self, name: str) -> int:
-        path = self.folder / name
-        return path.stat().st_size if path.is_file() else -1
+        valid: dict[str, Any] = record
+        return valid
 
 
-
-def _contains(now: Any, before: Any) -> bool:
-    """Whether `now` is `before` with, at most, further keys in its objects."""
+def _is_extended(before: Any, now: Any) -> bool:
+    """Return whether `now` is `before` with additional keys in its objects, at any depth."""
     if isinstance(before, dict) and isinstance(now, dict):
-        kept = (key in now and (now[key] == value or _contains(now[key], value)) for key, value in before.items())
+        kept = (key in now and (now[key] == value or _is_extended(value, now[key])) for key, value in before.items())
         return now != before and all(kept)
     return False
 
 
-
-def _differences(before: Any, now: Any, path: str) -> list[str]:
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(set(before) | set(now))
         return [
             text
-            for key in keys
+            for key in sorted({*before, *now})
             for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         ]
     return [] if before == now else [f"{path} was {before!r} and is now {now!r}"]
-
 
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for this job.
 
-    The lock of a dead process on this host is taken over. What a process on another host does cannot be seen: its lock
-    is touched every half minute, and taken over when that has not happened for ten.
+    The lock of a dead process on this host is taken over. Processes on other hosts cannot be observed, so a job updates
+    the modification time of its lock every 30 s, and a lock is taken over after 10 minutes without an update.
 
     Raises:
         UserError: if a living job holds it.
     """
     path = run_dir / "lock"
-    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "process": _start_time(os.getpid())})
-    _take(path, mine)
+    token = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "process": _start_time(os.getpid())})
     released = threading.Event()
-    threading.Thread(target=_touch, args=(path, mine, released), daemon=True).start()
+
+    def is_ours() -> bool:  # a job that was suspended for long may have lost the lock
+        try:
+            return path.read_text(errors="replace") == token
+        except OSError:
+            return False
+
+    def send_heartbeats() -> None:
+        while not released.wait(HEARTBEAT_S):
+            if is_ours():
+                with suppress(OSError):  # the file system may be unavailable for a moment
+                    os.utime(path)
+
+    _acquire(path, token)
+    threading.Thread(target=send_heartbeats, daemon=True).start()
     try:
         yield
     finally:
         released.set()
-        if _holds(path, mine):
+        if is_ours():
             path.unlink(missing_ok=True)
 
 
-
-def _touch(path: Path, mine: str, released: threading.Event) -> None:
-    while not released.wait(HEARTBEAT_S):
-        if _holds(path, mine):
-            with suppress(OSError):  # a file system that is away for a moment
-                os.utime(path)
-
-
-
-def _holds(path: Path, mine: str) -> bool:
-    """Whether the lock is still ours: a job that slept for long may have lost it."""
-    try:
-        return path.read_text(errors="replace") == mine
-    except OSError:
-        return False
-
-
-
-def _take(path: Path, mine: str) -> None:
+def _acquire(path: Path, token: str) -> None:
     for _ in range(3):
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -225,10 +216,9 @@ def _take(path: Path, mine: str) -> None:
             _remove_if_dead(path)
             continue
         with os.fdopen(handle, "w") as file:
-            file.write(mine)
+            file.write(token)
         return
-    raise UserError(f"{path} is taken again and again by other jobs; give each job its own --run-dir")
-
+    raise UserError(f"other jobs keep taking {path}; give each job its own --run-dir")
 
 
 def _remove_if_dead(path: Path) -> None:
@@ -237,46 +227,46 @@ def _remove_if_dead(path: Path) -> None:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
         return
-    owner = _owner(text)
-    if owner is None and age_s < SECONDS_TO_WRITE_LOCK:  # else its owner died between making the file and writing to it
-        raise UserError(f"{path.parent} is being taken by another job; give this one another --run-dir")
-    if owner is None or (owner["host"] == socket.gethostname() and _start_time(owner["pid"]) != owner["process"]):
+    owner = _parse_owner(text)
+    if owner is None:
+        if age_s < LOCK_WRITE_S:  # its owner may be between creating the file and writing to it
+            raise UserError(f"another job is just starting in {path.parent}; give this job another --run-dir")
         path.unlink(missing_ok=True)
         return
-    if owner["host"] != socket.gethostname() and age_s > SILENT_S:
+    if owner["host"] == socket.gethostname():
+        is_dead = _start_time(owner["pid"]) != owner["process"]
+    elif is_dead := age_s > SILENT_S:
         logger.warning(
-            "%s was held by process %d on %s, which has given no sign of life for %d minutes; it is taken over",
+            "%s: taking over from process %d on %s, which has not updated its lock for %d minutes",
             *(path.parent, owner["pid"], owner["host"], age_s // 60),
         )
-        path.unlink(missing_ok=True)
-        return
-    raise UserError(
-        f"{path.parent} is in use by process {owner['pid']} on {owner['host']}; wait for it, or give this job another "
-        f"--run-dir (if that process is surely dead, delete {path})"
-    )
+    if not is_dead:
+        raise UserError(
+            f"{path.parent} is in use by process {owner['pid']} on {owner['host']}; wait for it, or give this job "
+            f"another --run-dir (if you are sure that process is dead, delete {path})"
+        )
+    path.unlink(missing_ok=True)
 
 
-
-def _owner(text: str) -> dict[str, Any] | None:
-    """The process that a lock names, if it is written completely."""
+def _parse_owner(text: str) -> dict[str, Any] | None:
+    """Return the process named in a lock file; None if the file is incomplete."""
     try:
         owner = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    kinds = {"host": str, "pid": int, "process": str}
-    is_whole = isinstance(owner, dict) and all(type(owner.get(name)) is kind for name, kind in kinds.items())
-    return owner if is_whole else None
-
+    types = {"host": str, "pid": int, "process": str}
+    is_complete = isinstance(owner, dict) and all(type(owner.get(name)) is kind for name, kind in types.items())
+    return owner if is_complete else None
 
 
 def _start_time(pid: int) -> str:
-    """What tells a process from a later one with the same number; empty if there is no such process."""
+    """Return what distinguishes a process from a later one with the same PID; empty if there is no such process."""
     if Path("/proc/self/stat").exists():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         except (FileNotFoundError, ProcessLookupError):
             return ""
-        is_zombie = fields[0] in "ZX"  # dead, and its parent has not asked how it went
+        is_zombie = fields[0] in "ZX"  # dead, but not yet reaped by its parent
         return "" if is_zombie else fields[19]
     try:
         os.kill(pid, 0)
@@ -285,4 +275,3 @@ def _start_time(pid: int) -> str:
     except PermissionError:
         pass
     return "alive"
-

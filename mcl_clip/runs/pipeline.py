@@ -37,7 +37,20 @@ from mcl_clip.results.text import result_rows
 from mcl_clip.eval.classification import ClassificationSet, ClassificationTask
 from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.runs.controls import equal_compute_steps
-from mcl_clip.runs.phases import ROW_MAP, RunContext, cluster, combine, embed, evaluate, first_step, label, min_group_size, only, publish, train
+from mcl_clip.runs.phases import (
+    ROW_MAP,
+    RunContext,
+    cluster,
+    combine,
+    embed,
+    evaluate,
+    first_step,
+    label,
+    min_group_size,
+    only,
+    publish,
+    train,
+)
 from mcl_clip.results.record import COMBINED
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token
 from mcl_clip.report.clusters import contact_sheets

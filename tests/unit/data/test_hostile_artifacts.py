@@ -258,7 +258,9 @@ def test_the_configuration_of_a_run(tmp_path, value):
 @pytest.mark.parametrize("value", [[], {}, {"fingerprint": "0"}, {"fingerprint": "0", "made_from": {"settings": []}}])
 def test_a_marker_of_another_shape(tmp_path, value):
     write_json(tmp_path / DONE, value)
-    with pytest.raises(UserError, match=r"DONE\.json does not say what this phase was made from; restore it, or"):
+    with pytest.raises(
+        UserError, match=r"DONE\.json lacks the settings and inputs of this phase; restore the file, or"
+    ):
         Phase(name="x", folder=tmp_path, settings={}, run=lambda: None).check()
 
 
