@@ -33,8 +33,10 @@ from mcl_clip.report.controls import runs_with_controls
 from mcl_clip.report.page import write_report
 from mcl_clip.results.compare import compare_models, comparison_records, comparison_text, find_results
 from mcl_clip.results.text import results_table
-from mcl_clip.runs.phases import RunContext, only, train
-from mcl_clip.runs.pipeline import check_stages, load_index, plan_phases, with_control
+from mcl_clip.runs.context import RunContext, load_index, only
+from mcl_clip.runs.controls import with_control
+from mcl_clip.runs.pipeline import check_stages, plan_phases
+from mcl_clip.runs.train_phase import train
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.tools.browse import serve
 from mcl_clip.tools.checkup import diagnoses, examine, status_lines

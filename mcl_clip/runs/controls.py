@@ -1,37 +1,73 @@
-"""What the stages are compared with.
+"""Controls: what the stages are compared with, at equal compute.
 
-A multistage model has more compute, more dimensions, and warm restarts of the learning rate beside its groups. All
-controls have its compute; those in several stages also have its dimensions and restarts.
+Besides its groups, a multistage model has more compute, more dimensions and several warm restarts of the learning rate.
+Every control has the same compute; the controls with several stages also have the same dimensions and restarts.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
 
+from mcl_clip.config import RunConfig
 from mcl_clip.core.distributed import Name, permutation
 
-FORWARD_SHARE = 1 / 3  # of a training step's compute: backward costs twice what forward does
+FORWARD_SHARE = 1 / 3  # of the compute of a training step: the backward pass costs twice the forward pass
+DEFAULT_IFM_EPSILON = 0.1
+
+
+def with_control(config: RunConfig, *, rows: int) -> RunConfig:
+    """Return the recipe of the control that `config` asks for: other stages of the same total compute.
+
+    Args:
+        config: the recipe.
+        rows: number of rows of the data.
+    """
+    stages = config.stages
+    trained = [stage.train for stage in stages if stage.train.steps]
+    if config.control == "none" or not trained:
+        return config
+    if config.control in ("single", "ifm"):
+        train = trained[0]
+        steps = equal_compute_steps(
+            [(stage.train.steps, stage.train.global_batch_size) for stage in stages],
+            rows=rows,
+            global_batch_size=train.global_batch_size,
+        )
+        epsilon = (train.ifm_epsilon or DEFAULT_IFM_EPSILON) if config.control == "ifm" else train.ifm_epsilon
+        warmup_steps = round(train.warmup_steps * steps / train.steps)
+        train = replace(train, steps=steps, warmup_steps=warmup_steps, ifm_epsilon=epsilon)
+        return replace(config, stages=(replace(stages[0], train=train),))
+    groups: Literal["none", "random"] = "random" if config.control == "random-groups" else "none"
+    later = [  # neighbors in resharded shards share a group, so a control reads the original shards
+        replace(stage, train=replace(stage.train, groups=groups, resharded="", run_rows=1)) for stage in stages[1:]
+    ]
+    if config.control == "ensemble":
+        start: Literal["base", "scratch"] = "base" if config.tower.is_pretrained else "scratch"
+        later = [replace(stage, start=start) for stage in later]
+    return replace(config, stages=(stages[0], *later))
 
 
 def equal_compute_steps(stages: Sequence[tuple[int, int]], *, rows: int, global_batch_size: int) -> int:
-    """Steps of a single stage that cost as much as several stages, the embedding of all rows after each included.
+    """Return the steps of a single stage that cost as much as several stages, each of which embeds all rows at its end.
 
     Args:
         stages: steps and global batch size of each stage.
-        rows: rows that are embedded after each stage.
-        global_batch_size: of the single stage.
+        rows: number of rows that each stage embeds.
+        global_batch_size: batch size of the single stage.
     """
     images = sum(steps * batch for steps, batch in stages) + len(stages) * rows * FORWARD_SHARE
     return round(images / global_batch_size)
 
 
 def shuffled_groups(groups: Int64[np.ndarray, "rows"], *, name: tuple[Name, ...]) -> Int64[np.ndarray, "rows"]:
-    """The same groups, of the same sizes, with rows drawn at random; rows in group -1 (held out) stay there.
+    """Return groups of the same sizes with randomly assigned rows; held-out rows (group -1) stay held out.
 
     Args:
         groups: group of each row.
-        name: name of the draw.
+        name: name of the random permutation.
     """
     trained = np.flatnonzero(groups >= 0)
     shuffled = groups.copy()

@@ -20,8 +20,11 @@ from mcl_clip.data.row_order import Source
 from mcl_clip.eval.task import Task
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH, make_tokenizer
 from mcl_clip.report.page import REPORT
-from mcl_clip.runs.phases import RunContext, diagnosis, min_group_size, only
-from mcl_clip.runs.pipeline import check_held_out, check_publishing, check_stages, open_tasks, plan_phases, with_control
+from mcl_clip.runs.context import RunContext, only, open_tasks
+from mcl_clip.runs.controls import with_control
+from mcl_clip.runs.eval_phase import diagnosis
+from mcl_clip.runs.pipeline import check_held_out, check_publishing, check_stages, plan_phases
+from mcl_clip.runs.train_phase import min_group_size
 from mcl_clip.tools.doctor import data, machine, needs, stages, weights
 from mcl_clip.tools.doctor.findings import Finding, attempt
 from mcl_clip.train.trackers import check_trackers

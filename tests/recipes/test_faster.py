@@ -15,9 +15,9 @@ from mcl_clip import TowerConfig
 from mcl_clip.config import AugmentConfig, LockConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.model.clip import encode_texts
-from mcl_clip.runs import phases
+from mcl_clip.runs import train_phase
 from mcl_clip.runs.phase import StaleArtifactError
-from mcl_clip.runs.phases import start_tower
+from mcl_clip.runs.train_phase import start_clip
 from mcl_clip.stages import embed
 from mcl_clip.stages.embed import part_name, read_part
 from tests.recipes.runs import Killer, execute, files, load_recipe, records, with_stages
@@ -104,9 +104,9 @@ def test_features_that_are_drawn_or_asked_for_in_a_step_are_not_cached(recipe, m
     """A text tower with dropout gives other features each time; CoCa wants texts with every picture."""
 
     def with_dropout(*given):
-        tower = start_tower(*given)
-        tower.model.dropout = nn.Dropout(0.1)
-        return tower
+        clip = start_clip(*given)
+        clip.model.dropout = nn.Dropout(0.1)
+        return clip
 
     caplog.set_level("INFO")
     coca = {**recipe.tower.model, "multimodal_cfg": {"width": 16, "heads": 2, "layers": 1, "context_length": 12}}
@@ -115,7 +115,7 @@ def test_features_that_are_drawn_or_asked_for_in_a_step_are_not_cached(recipe, m
     coca["custom_text"] = True
     stage = {**TEXT_LOCKED, "steps": 26}
     execute(with_stages(replace(recipe, run_dir=recipe.run_dir / "coca", tower=TowerConfig(model=coca)), stage))
-    monkeypatch.setattr(phases, "start_tower", with_dropout)
+    monkeypatch.setattr(train_phase, "start_clip", with_dropout)
     execute(with_stages(replace(recipe, run_dir=recipe.run_dir / "dropout"), stage))
     assert "the text tower is locked" not in caplog.text
 
@@ -135,7 +135,7 @@ def test_few_steps_leave_captions_to_the_tower(recipe, caplog):
     ("target", "call", "after"),
     [
         ("mcl_clip.stages.embed:texts_part_name", 6, False),
-        ("mcl_clip.runs.phases:write_text_features", 1, True),
+        ("mcl_clip.runs.train_phase:write_text_features", 1, True),
         pytest.param("mcl_clip.train.loop:save_checkpoint", 6, True, marks=pytest.mark.slow),
     ],
     ids=["between shards", "before the training", "after a checkpoint"],

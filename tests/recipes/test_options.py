@@ -145,9 +145,9 @@ def test_a_run_without_evaluation_sets(recipe):
 
 def test_two_sets_of_one_name_are_refused(recipe, path):
     colours = str(path.parent / "colours")
-    with pytest.raises(UserError, match=r"two of .* have the same name; write NAME=FOLDER"):
+    with pytest.raises(UserError, match="two evaluation sets are both called colours; write NAME=FOLDER"):
         execute(recipe, "--eval.classification", colours, colours)
-    with pytest.raises(UserError, match="a retrieval and a classification set are both called retrieval"):
+    with pytest.raises(UserError, match="two evaluation sets are both called retrieval"):
         execute(recipe, "--eval.classification", f"retrieval={colours}")
 
 

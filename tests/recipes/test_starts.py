@@ -16,9 +16,9 @@ from mcl_clip.config import LockConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_json
 from mcl_clip.model.clip import create_clip, save_clip
+from mcl_clip.runs.context import RunContext, load_index
 from mcl_clip.runs.phase import StaleArtifactError
-from mcl_clip.runs.phases import RunContext, _resharded
-from mcl_clip.runs.pipeline import load_index
+from mcl_clip.runs.train_phase import open_resharded
 from tests.recipes.runs import (
     execute,
     files,
@@ -38,7 +38,7 @@ def test_a_stage_trains_from_resharded_shards(copy, recipe, tmp_path, monkeypatc
     assert "200 rows in 3 groups" in capsys.readouterr().out
     index, sources = load_index(recipe)
     run = RunContext(config=recipe, accelerator=create_accelerator(), index=index, sources=sources, tasks={})
-    new_index, groups, _ = _resharded(run, tmp_path / "grouped", run.labels(1).values)
+    new_index, groups, _ = open_resharded(run, tmp_path / "grouped", run.labels(1).values)
     by_key = {index.key(row): group for row, group in enumerate(run.labels(1).values)}
     assert [by_key[new_index.key(row)] for row in range(200)] == groups.tolist()
     assert (np.diff(groups) >= 0).all()  # group after group
@@ -113,5 +113,5 @@ def test_the_weights_count_by_their_bytes(recipe, tmp_path):
 def test_scratch_is_not_for_pretrained_towers(recipe, tmp_path):
     save_clip(create_clip(model_cfg=recipe.tower.model), tmp_path / "published")
     recipe = replace(recipe, tower=TowerConfig(architecture=f"local-dir:{tmp_path / 'published'}"))
-    with pytest.raises(UserError, match=r"--stages.1.start scratch is a new random draw, and .* are pretrained"):
+    with pytest.raises(UserError, match=r"--stages.1.start scratch means random weights, and .* are pretrained"):
         execute(with_stages(recipe, {}, {"start": "scratch"}))

@@ -1,0 +1,176 @@
+"""What all phases of a run share, and the data and evaluation sets that it is made of."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from mcl_clip.config import RunConfig
+from mcl_clip.core.distributed import check_same, on_main, permutation
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import STARTED
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.reader import Reader
+from mcl_clip.data.row_order import Source
+from mcl_clip.data.shards import expand_shards
+from mcl_clip.eval.classification import ClassificationSet, ClassificationTask
+from mcl_clip.eval.datasets import open_set
+from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask
+from mcl_clip.eval.task import Task
+from mcl_clip.model.clip import ClipBundle, load_clip
+from mcl_clip.model.fast_paths import takes_short_texts
+from mcl_clip.runs.phase import StaleArtifactError
+from mcl_clip.stages.embed import EmbeddingTable
+from mcl_clip.stages.pseudo_labels import PseudoLabels, no_labels, read_labels
+from mcl_clip.train.interrupt import Interrupt
+from mcl_clip.train.trackers import Trackers
+
+RESULTS = "mcl_clip.results"  # logger of the tables of results, which are printed in quiet runs as well
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Settings, data, devices and services of a run, and readers of what its phases have written."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    index: ShardIndex
+    sources: tuple[Source, ...]
+    tasks: dict[str, Task]
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    trackers: Trackers = field(default_factory=Trackers)
+
+    def folder(self, stage: int, phase: str) -> Path:
+        """Return the folder that a phase of a stage writes to."""
+        return self.config.run_dir / f"stage-{stage}" / phase
+
+    def first_step(self, stage: int) -> int:
+        """Return the number of training steps in all stages before `stage`."""
+        return sum(earlier.train.steps for earlier in self.config.stages[:stage])
+
+    @cached_property
+    def held_out(self) -> Int64[np.ndarray, "held_out"]:
+        """Rows that are never trained on, in ascending order."""
+        count = min(self.config.data.holdout_rows, len(self.index) // 20)
+        return np.sort(permutation(len(self.index), self.config.seed, "held out")[:count])
+
+    def clip(self, stage: int) -> ClipBundle:
+        """Load the trained model of a stage to the device of this process."""
+        clip = load_clip(self.folder(stage, "train") / "model")
+        clip.model.to(self.accelerator.device)
+        return clip
+
+    def embeddings(self, stage: int) -> EmbeddingTable:
+        """Open the features of all rows under a stage."""
+        return EmbeddingTable(self.folder(stage, "embed"), self.index)
+
+    def labels(self, stages: int) -> PseudoLabels:
+        """Read the pseudo-labels of all rows after the first `stages` stages."""
+        if stages == 0:
+            return no_labels(len(self.index))
+        return read_labels(self.folder(stages - 1, "labels"), len(self.index))
+
+    def reader(self, index: ShardIndex) -> Reader:
+        """Create a reader of the rows of an index."""
+        machine = self.config.machine
+        return Reader(index, remote=machine.remote, cache_dir=machine.cache_dir, cache_gb=machine.cache_gb)
+
+    def batch_options(self, clip: ClipBundle) -> dict[str, Any]:
+        """Return the arguments that all loaders of image-text batches have in common."""
+        machine, data = self.config.machine, self.config.data
+        return {
+            "tokenizer": clip.tokenizer,
+            "short_texts": takes_short_texts(clip.model),
+            "num_workers": machine.workers,
+            "prefetch_batches": machine.prefetch_batches,
+            "device": self.accelerator.device,
+            "max_pixels": data.max_pixels,
+            "json_key": data.caption_key,
+        }
+
+    def embed_task(self, task: Task, model: nn.Module, clip: ClipBundle) -> dict[str, Tensor]:
+        """Embed an evaluation set with `model`, using the preprocessing and tokenizer of `clip`."""
+        return task.embed(
+            model,
+            image_transform=clip.image_transform,
+            tokenizer=clip.tokenizer,
+            device=self.accelerator.device,
+            batch_size=self.config.eval.batch_size,
+            num_workers=self.config.machine.workers,
+        )
+
+
+def load_index(config: RunConfig) -> tuple[ShardIndex, tuple[Source, ...]]:
+    """Return the index of the training shards, and the rows and weight of each list of shards.
+
+    The index is kept in the run directory, and rebuilt when a shard was added, removed or changed.
+
+    Raises:
+        UserError: if there are no shards, or no shard holds a pair.
+        StaleArtifactError: if the run was begun with other data.
+    """
+    if not config.data.train:
+        raise UserError("--data.train names no shards; give paths, URLs or folders with .tar files")
+    lists = [expand_shards(spec) for spec in config.data.train]
+    path = config.run_dir / "index" / "index.arrow"
+    on_main(partial(_update_index, path, [url for urls in lists for url in urls]))
+    index = ShardIndex.load(path)
+    check_same(index.digest, "the index of the training shards")
+    if skipped := index.skipped_by_reason():
+        logger.info("index: %d rows; skipped: %s", len(index), skipped)
+    weights = config.data.weights or (1.0,) * len(lists)
+    shards = iter(index.shards)
+    rows = [sum(shard.rows for shard in islice(shards, len(urls))) for urls in lists]
+    return index, tuple(Source(rows=n, weight=weight) for n, weight in zip(rows, weights, strict=True))
+
+
+def _update_index(path: Path, urls: list[str]) -> None:
+    before = ShardIndex.load(path) if path.exists() else None
+    if before is not None and [shard.url for shard in before.shards] == urls:
+        with suppress(UserError):  # a shard has changed
+            before.check_unchanged()
+            return
+    index = ShardIndex.build(urls)
+    run_dir = path.parents[1]
+    if before is not None and index.digest != before.digest and any(run_dir.glob(f"stage-*/*/{STARTED}")):
+        raise StaleArtifactError(
+            f"{run_dir} was begun with other data ({len(before)} rows then, {len(index)} now, with other keys or "
+            f"sizes); use the earlier --data.train, or another --run-dir"
+        )
+    index.save(path)
+
+
+def open_tasks(config: RunConfig) -> dict[str, Task]:
+    """Open the evaluation sets of a recipe, by name; a folder without a name is called like its last part.
+
+    Raises:
+        UserError: if a set is not in its layout, or two have the same name.
+    """
+    kinds: tuple[tuple[Sequence[str], Callable[[Path, str], Task]], ...] = (
+        (config.eval.retrieval, lambda folder, name: RetrievalTask(name, RetrievalSet.open(folder))),
+        (config.eval.classification, lambda folder, name: ClassificationTask(name, ClassificationSet.open(folder))),
+        (config.eval.sets, open_set),
+    )
+    tasks: dict[str, Task] = {}
+    for values, open_task in kinds:
+        for value in values:
+            name, folder = value.split("=", 1) if "=" in value else (Path(value).name, value)
+            if name in tasks:
+                raise UserError(f"two evaluation sets are both called {name}; write NAME=FOLDER")
+            tasks[name] = open_task(Path(folder), name)
+    return tasks
+
+
+def only(settings: Any, *names: str) -> dict[str, Any]:
+    """Return some attributes as keyword arguments."""
+    return {name: getattr(settings, name) for name in names}

@@ -1,0 +1,192 @@
+"""The phases that measure and deliver: evaluate a stage, combine all stages into one model, publish it."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from mcl_clip.core.distributed import is_main, on_main
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import append_jsonl, atomic_dir, atomic_path, read_jsonl, write_json
+from mcl_clip.core.stats import normalized_mutual_information
+from mcl_clip.data.storage import load_tensors
+from mcl_clip.eval.classification import ClassificationTask, at_width_of_one_stage
+from mcl_clip.eval.task import label_of, result_record
+from mcl_clip.model.clip import load_clip
+from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
+from mcl_clip.publish.card import About
+from mcl_clip.publish.export import Export, export_run
+from mcl_clip.publish.hub import upload
+from mcl_clip.results.record import COMBINED
+from mcl_clip.results.text import results_table
+from mcl_clip.runs.context import RESULTS, RunContext
+from mcl_clip.stages.combine import fit_combination
+from mcl_clip.stages.diagnose import diagnose
+from mcl_clip.stages.embed import SIDES
+from mcl_clip.stages.shared_metric import Projection
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(run: RunContext, s: int) -> None:
+    """Embed the evaluation sets with the model of a stage; score this stage alone and all stages so far combined."""
+    clip, out = run.clip(s), run.folder(s, "eval")
+    for name, task in run.tasks.items():
+        run.interrupt.check()
+        path = out / f"features-{name}.safetensors"
+        if not path.exists():
+            features = run.embed_task(task, clip.model, clip)
+            if is_main():
+                with atomic_path(path) as temporary:
+                    save_file(features, temporary)
+    models: list[tuple[str, Sequence[int], str | None]] = [(f"stage-{s}", [s], None)]
+    if s:
+        models += [(f"stages-0-{s}-{combination}", range(s + 1), combination) for combination in COMBINATIONS]
+    on_main(partial(score_stages, run, out, models))
+    logging.getLogger(RESULTS).info("after stage %d\n%s", s, results_table(run.config.run_dir))
+    settings = asdict(run.config.stages[s].train)
+    if is_main() and (sentence := diagnosis(run.config.run_dir, s, settings=settings, rows=len(run.index))):
+        logger.info("stage %d: %s", s, sentence)
+
+
+def diagnosis(run_dir: Path, s: int, *, settings: Mapping[str, Any], rows: int) -> str:
+    """Return a sentence on feature suppression in an evaluated stage; empty for stages not trained by the plain loss.
+
+    Args:
+        run_dir: the run directory.
+        s: the stage.
+        settings: its training settings, as in config.json.
+        rows: number of rows of the data.
+    """
+    if settings.get("loss") != "clip" or settings.get("ifm_epsilon"):
+        return ""
+    folder = run_dir / f"stage-{s}"
+    records = [record for record in read_jsonl(folder / "train" / "metrics.jsonl") if "negatives_per_row" in record]
+    if not records:
+        return ""
+    last = records[-max(1, len(records) // 10) :]
+    return diagnose(
+        loss=float(np.mean([record["loss"] for record in last])),
+        negatives=float(np.mean([record["negatives_per_row"] for record in last])),
+        scores={
+            record["dataset"]: record["metrics"]["main_metric"]
+            for record in read_jsonl(folder / "eval" / "results.jsonl")
+            if label_of(record) == f"stage-{s}"
+        },
+        rows=rows,
+        global_batch_size=settings["global_batch_size"],
+    )
+
+
+def combine(run: RunContext) -> None:
+    """Fit the temperature of the multistage model on held-out rows, save and score it. Runs on the main process only.
+
+    Raises:
+        UserError: if fewer than two held-out rows could be decoded.
+    """
+    config, out = run.config, run.config.run_dir / COMBINED
+    stages = range(len(config.stages))
+    tables, rows = [run.embeddings(s) for s in stages], run.held_out
+    if len(rows):
+        is_decoded = np.all([table.take(rows, "image").any(1) for table in tables], axis=0)
+        rows = rows[is_decoded]
+    if len(rows) < 2:
+        raise UserError(f"{len(rows)} held-out rows are too few to fit the logit scale; raise --data.holdout-rows")
+    features = [[torch.from_numpy(table.take(rows, side)) for table in tables] for side in SIDES]
+    fitted = fit_combination(*features, combine=config.combine, loss=config.stages[0].train.loss)
+    clips = [load_clip(run.folder(s, "train") / "model") for s in stages]
+    model = MultistageCLIP(
+        [clip.model for clip in clips],
+        combine=fitted.combine,
+        logit_scale=fitted.logit_scale,
+        logit_bias=fitted.logit_bias,
+        preprocess_cfg=clips[0].preprocess_cfg,
+        model_cfgs=[clip.model_cfg for clip in clips],
+        tokenizer=clips[0].tokenizer,
+    )
+    with atomic_dir(out / "model") as folder:
+        model.save(folder)
+    write_json(out / "combination.json", {**asdict(fitted), "held_out_rows": len(rows)})
+    score_stages(run, out, [("combined", stages, fitted.combine)])
+    logging.getLogger(RESULTS).info("all stages\n%s", results_table(config.run_dir))
+
+
+def publish(run: RunContext) -> None:
+    """Export the multistage model, load it back, and upload it to the Hub. Runs on the main process only."""
+    config, out = run.config.publish, run.config.run_dir / "publish"
+    about = About(license=config.license, datasets=config.datasets, description=config.description)
+    export = Export(compact=config.compact, about=about)
+    export_run(run.config.run_dir, out / "model", export, repo=config.repo, revision=config.revision)
+    published = upload(
+        out / "model", config.repo, private=config.private, revision=config.revision, create_pr=config.create_pr
+    )
+    write_json(out / "published.json", asdict(published))
+    logger.info("published at %s, commit %s", published.url, published.commit)
+
+
+def score_stages(run: RunContext, out: Path, models: Iterable[tuple[str, Sequence[int], str | None]]) -> None:
+    """Score stages and combinations of stages from their stored features; write results.jsonl and the outcomes.
+
+    Args:
+        run: the run.
+        out: folder of the files; results.jsonl is replaced.
+        models: label, stages, and how these are combined (None for a single stage).
+    """
+    records = []
+    for label, stages, combination in models:
+        for name, base_task in run.tasks.items():
+            started = time.perf_counter()
+            stored = [load_tensors(run.folder(s, "eval") / f"features-{name}.safetensors", *SIDES) for s in stages]
+            image, text = (
+                combine_features([features[side] for features in stored], combination or "concat") for side in SIDES
+            )
+            task = at_width_of_one_stage(base_task, [features["image"].shape[1] for features in stored])
+            metrics, outcomes = task.score(image, text)
+            if combination is None and isinstance(task, ClassificationTask):
+                metrics |= _cluster_agreement(run, stages[0], task, image)
+            outcomes_file = f"outcomes-{name}-{label}.npz"
+            with atomic_path(out / outcomes_file) as path, path.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **outcomes)
+            records.append(
+                result_record(
+                    task,
+                    metrics,
+                    model=run.config.tower.architecture or "model given in the recipe",
+                    pretrained=f"{run.config.run_dir.name}/{label}",
+                    stage=stages[-1],
+                    combine=combination,
+                    dtype="fp32",
+                    seconds=time.perf_counter() - started,
+                    outcomes=outcomes,
+                    outcomes_file=outcomes_file,
+                )
+            )
+    with atomic_path(out / "results.jsonl") as path:
+        path.touch()
+        for record in records:
+            append_jsonl(path, record)
+
+
+def _cluster_agreement(
+    run: RunContext, s: int, task: ClassificationTask, image_features: Float[Tensor, "images dim"]
+) -> dict[str, float]:
+    """Return the mutual information of a stage's image clusters and a set's classes; empty without image clusters."""
+    stored = load_tensors(run.folder(s, "cluster") / "centroids.safetensors")
+    if "image" not in stored:
+        return {}
+    features = F.normalize(image_features)
+    if "image.matrix" in stored:
+        projection = Projection(mean=stored["image.mean"].numpy(), matrix=stored["image.matrix"].numpy())
+        features = torch.from_numpy(projection(features.numpy())).float()
+    clusters = (features @ stored["image"].T).argmax(1).numpy()
+    return {"cluster_nmi": normalized_mutual_information(clusters, task.data.labels)}

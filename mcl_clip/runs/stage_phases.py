@@ -1,0 +1,126 @@
+"""The phases between the training of two stages: embed all rows, cluster their features, refine the pseudo-labels."""
+
+import logging
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from mcl_clip.core.distributed import barrier, is_main
+from mcl_clip.core.files import atomic_path, write_json
+from mcl_clip.data.decode import evaluation_transform
+from mcl_clip.data.loader import captioned_batches
+from mcl_clip.data.storage import load_numbers, load_tensors
+from mcl_clip.model.clip import ClipBundle, load_clip
+from mcl_clip.model.multistage import have_same_text_tower
+from mcl_clip.runs.context import RunContext
+from mcl_clip.stages.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
+from mcl_clip.stages.kmeans import Clustering, ReadRows, spherical_kmeans
+from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
+from mcl_clip.train.metrics import BadSamples
+
+logger = logging.getLogger(__name__)
+
+
+def embed(run: RunContext, s: int) -> None:
+    """Write the features of all rows under the model of a stage, and record the samples that cannot be decoded."""
+    config, out = run.config, run.folder(s, "embed")
+    clip = run.clip(s)
+    texts = _reusable_texts(run, s, clip)
+    options = run.batch_options(clip) | ({} if texts is None else {"tokenizer": None})
+    transform = evaluation_transform(clip.preprocess_cfg)
+    with run.interrupt.deferred():
+        embed_shards(
+            clip.model,
+            run.index,
+            batches=partial(captioned_batches, run.reader(run.index), transform=transform, **options),
+            preprocess_cfg=clip.preprocess_cfg,
+            dim=clip.model_cfg["embed_dim"],
+            out=out,
+            device=run.accelerator.device,
+            batch_size=config.eval.batch_size,
+            precision=config.stages[s].train.precision,
+            show_progress=config.machine.progress,
+            is_stopping=run.interrupt.noticed,
+            texts=texts,
+        )
+    run.interrupt.check()
+    barrier()
+    max_bad = config.data.max_bad_fraction
+    bad = BadSamples(out / "bad_samples.jsonl", max_fraction=max_bad, rows=len(run.index), step=-1)
+    if is_main():
+        bad.add(bad_samples(out, run.index))
+        pads_with_zero = not clip.model_cfg["text_cfg"].get("hf_tokenizer_name")
+        if pads_with_zero and (full := full_captions(out, run.index)):
+            length = clip.context_length
+            logger.info("stage %d: %d captions fill all %d tokens; longer ones are truncated", s, full, length)
+    bad.flush(0, len(run.index))
+    if bad.count:
+        logger.info("stage %d: %d samples could not be decoded: %s", s, bad.count, bad.by_reason())
+
+
+def _reusable_texts(run: RunContext, s: int, clip: ClipBundle) -> EmbeddingTable | None:
+    """Return the features of the previous stage if its text tower is the same and ran in the same precision."""
+    stages = run.config.stages
+    if s == 0 or not stages[s].train.lock.text or stages[s].train.precision != stages[s - 1].train.precision:
+        return None
+    before = load_clip(run.folder(s - 1, "train") / "model")
+    if not have_same_text_tower([before.model, clip.model], [before.model_cfg, clip.model_cfg]):
+        return None
+    logger.info("stage %d: the text features are those of the stage before", s)
+    return run.embeddings(s - 1)
+
+
+def cluster(run: RunContext, s: int) -> None:
+    """Cluster the image features of a stage, its text features, or both."""
+    settings, out = run.config.stages[s].cluster, run.folder(s, "cluster")
+    num_clusters = {"image": settings.num_clusters, "text": settings.text_clusters or settings.num_clusters}
+    table = run.embeddings(s)
+    features: dict[str, ReadRows] = {side: partial(table.rows, side=side) for side in SIDES}
+    projections = {}
+    if settings.metric == "shared":
+        fitted = fit_shared_metric(features["image"], features["text"], len(table))
+        projections = dict(zip(SIDES, fitted, strict=True))
+    results: dict[str, Clustering] = {}
+    stored: dict[str, np.ndarray] = {}
+    for side in SIDES if settings.on == "product" else (settings.on,):
+        with ExitStack() as stack:
+            rows = features[side]
+            if side in projections:
+                projection = projections[side]
+                stored |= {f"{side}.mean": projection.mean, f"{side}.matrix": projection.matrix}
+                rows = stack.enter_context(projected_rows(rows, len(table), projection, out / f"{side}.tmp"))
+            results[side] = spherical_kmeans(
+                rows,
+                num_rows=len(table),
+                num_clusters=num_clusters[side],
+                name=(run.config.seed, s, "cluster", side),
+                num_starts=settings.num_starts,
+                max_passes=settings.max_passes,
+                device=run.accelerator.device,
+            )
+    if is_main():
+        stored |= {side: result.centroids for side, result in results.items()}
+        with atomic_path(out / "centroids.safetensors") as path:
+            save_file({name: torch.from_numpy(array) for name, array in stored.items()}, path)
+        for side, result in results.items():
+            with atomic_path(out / f"assignments-{side}.npy") as path, path.open("wb") as file:
+                np.save(file, result.assignments.astype(np.int32))
+        write_json(out / "trace.json", {side: result.trace for side, result in results.items()})
+
+
+def label(run: RunContext, s: int) -> None:
+    """Refine the pseudo-labels of the earlier stages by the clusters of this one. Runs on the main process only."""
+    labels, clusters, out = run.labels(s), run.folder(s, "cluster"), run.folder(s, "labels")
+    for path in sorted(clusters.glob("assignments-*.npy")):
+        side = path.stem.removeprefix("assignments-")
+        num_clusters = len(load_tensors(clusters / "centroids.safetensors", side)[side])
+        labels = labels.refine(load_numbers(path, len(run.index)).astype(np.int64), num_clusters)
+    with atomic_path(out / "labels.npy") as path, path.open("wb") as file:
+        np.save(file, labels.values)
+    summary = labels.summary()
+    write_json(out / "labels.json", summary)
+    sizes = (summary[name] for name in ("labels", "smallest", "median", "largest"))
+    logger.info("stage %d: %d labels; smallest %d, median %g, largest %d rows", s, *sizes)

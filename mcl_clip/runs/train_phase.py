@@ -1,0 +1,300 @@
+"""The training phase of a stage: start weights, batches by pseudo-label group, cached texts, settings of the loop."""
+
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from jaxtyping import Int64
+from torch import nn
+
+from mcl_clip.config import RunConfig, StageConfig
+from mcl_clip.core.distributed import barrier, is_main, seed_of, world_size
+from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import write_json
+from mcl_clip.data.batch_plan import BatchPlan
+from mcl_clip.data.decode import train_transform
+from mcl_clip.data.features import TextFeatures
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.loader import TrainingLoader, captioned_batches
+from mcl_clip.data.reader import Reader
+from mcl_clip.data.row_order import Source
+from mcl_clip.data.shards import expand_shards
+from mcl_clip.data.storage import load_numbers
+from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip, trainable_summary
+from mcl_clip.model.clip import lock as lock_parameters
+from mcl_clip.model.fast_paths import prepare_training
+from mcl_clip.model.multistage import combine_features
+from mcl_clip.runs.context import RunContext, only
+from mcl_clip.runs.controls import shuffled_groups
+from mcl_clip.stages.embed import SIDES, write_text_features
+from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, no_labels
+from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
+from mcl_clip.train.optim import create_optimizer
+
+logger = logging.getLogger(__name__)
+
+TEXTS = "texts"  # folder of cached caption features, removed at the end of the stage
+CAPTION_SAMPLE_ROWS = 64  # rows from which the number of captions per row is estimated
+ROW_MAP = "row_map.npy"  # in a folder of resharded shards: the original row of each of its rows
+IDENTITY_COLUMNS = ("image_size", "text_size")  # bytes of each row: recognize samples without reading them
+
+
+def train(run: RunContext, s: int) -> None:
+    """Train the model of a stage on batches of its groups."""
+    config, stage, out = run.config, run.config.stages[s], run.folder(s, "train")
+    settings = stage.train
+    clip = start_clip(run, s)
+    if settings.steps:
+        _prepare_bias(clip.model, settings.loss)
+        lock_parameters(
+            clip.model,
+            text=settings.lock.text,
+            image_unlocked_groups=settings.lock.image_unlocked_groups,
+            patterns=settings.lock.patterns,
+        )
+        logger.info("stage %d: %s", s, trainable_summary(clip.model))
+        prepare_training(
+            clip.model,
+            compiled=settings.compiled,
+            patch_dropout=settings.patch_dropout,
+            grad_checkpointing=settings.grad_checkpointing,
+        )
+        clip.model = _synchronize_batch_norm(clip.model.to(run.accelerator.device), s, settings.grad_cache_rows)
+        plan, groups, reader = _batch_plan(run, s)
+        loader = TrainingLoader(
+            plan,
+            reader,
+            transform=train_transform(clip.preprocess_cfg, **asdict(settings.augment)),
+            texts=_cached_texts(run, s, clip, reader.index),
+            **run.batch_options(clip),
+        )
+        train_stage(
+            run.accelerator,
+            clip.model,
+            loader=loader,
+            objective=Objective(
+                groups=groups,
+                preprocess_cfg=clip.preprocess_cfg,
+                **only(settings, "loss", "ifm_epsilon", "precision", "min_negatives", "mask_duplicates"),
+                **only(settings, "grad_cache_rows", "loss_chunk_rows"),
+            ),
+            optimizer=create_optimizer(
+                clip.model,
+                **only(settings, "lr", "weight_decay", "betas", "eps", "lr_multipliers", "weight_decays"),
+            ),
+            schedule=Schedule(
+                total_steps=settings.steps,
+                lr=settings.lr,
+                warmup_steps=settings.warmup_steps,
+                shape=settings.schedule,
+                max_grad_norm=settings.max_grad_norm or math.inf,
+            ),
+            intervals=Intervals(
+                evaluate_steps=config.eval.every_steps,
+                **only(config.machine, "log_steps", "save_steps", "save_minutes", "keep_checkpoints"),
+            ),
+            out=out,
+            seed=(config.seed, s),
+            average_decay=settings.average_decay,
+            max_bad_fraction=config.data.max_bad_fraction,
+            evaluate=partial(_evaluate, run, clip),
+            show_progress=config.machine.progress,
+            track=partial(_track, run, s),
+            interrupt=run.interrupt,
+        )
+        run.accelerator.free_memory()
+    if is_main():
+        save_clip(clip, out / "model")
+        shutil.rmtree(out / TEXTS, ignore_errors=True)
+
+
+def start_stage(config: RunConfig, s: int) -> int | None:
+    """Return the stage whose trained model stage `s` starts from; None if it starts from the tower of the recipe."""
+    start = config.stages[s].start
+    if s == 0 or start == "scratch" or (start == "base" and config.tower.is_pretrained):
+        return None
+    return 0 if start == "base" else s - 1
+
+
+def start_clip(run: RunContext, s: int) -> ClipBundle:
+    """Create or load the model that a stage starts from."""
+    config, tower = run.config, run.config.tower
+    if (earlier := start_stage(config, s)) is not None:
+        return load_clip(run.folder(earlier, "train") / "model")
+    return create_clip(
+        architecture=tower.architecture,
+        model_cfg=tower.model or None,
+        pretrained=tower.pretrained,
+        preprocess=tower.preprocess,
+        seed=seed_of(config.seed, "tower", s if config.stages[s].start == "scratch" else 0),
+    )
+
+
+def min_group_size(stage: StageConfig) -> int:
+    """Return the smallest number of rows of a group in a stage."""
+    return stage.train.min_group_size or default_min_group_size(stage.train.global_batch_size)
+
+
+def _prepare_bias(model: nn.Module, loss: str) -> None:
+    """Train `logit_bias` only if the loss uses it, in a form that DistributedDataParallel supports."""
+    has_bias = getattr(model, "logit_bias", None) is not None
+    if has_bias and loss == "clip":
+        model.logit_bias.requires_grad_(False)
+    elif has_bias:
+        # The model returns the parameter itself, which DDP regards as unused; a product with it is used.
+        model.register_forward_hook(lambda _, __, out: {**out, "logit_bias": out["logit_bias"] * 1})
+    elif loss == "siglip":
+        raise UserError(
+            "--stages.K.train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, beside "
+            "embed_dim in the recipe's TowerConfig(model=...), or use an architecture that has it"
+        ).on_every_process()
+
+
+def _synchronize_batch_norm(model: nn.Module, s: int, grad_cache_rows: int) -> nn.Module:
+    """Make trainable BatchNorm layers, if any, use statistics of the global batch; locked ones are of another class.
+
+    Raises:
+        UserError: with gradient caching, or on several CPU processes.
+    """
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return model
+    if grad_cache_rows:
+        raise UserError(
+            f"--stages.{s}.train.grad-cache-rows {grad_cache_rows} cannot be used with BatchNorm, whose statistics of "
+            f"{grad_cache_rows} rows are not those of the batch; use 0, lock the layers with BatchNorm "
+            f"(--stages.{s}.train.lock.image-unlocked-groups), or use a tower with LayerNorm"
+        ).on_every_process()
+    if world_size() == 1:
+        return model
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"the image tower has BatchNorm, which cannot be synchronized over {world_size()} CPU processes; use one "
+            f"process, GPUs, or a tower with LayerNorm"
+        ).on_every_process()
+    synchronized: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return synchronized
+
+
+def _batch_plan(run: RunContext, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"], Reader]:
+    """Return the batches of a stage, the group of each row (-1 for held-out rows), and a reader of the rows."""
+    config, settings = run.config, run.config.stages[s].train
+    labels = no_labels(len(run.index)) if settings.groups == "none" else run.labels(s)
+    grouping = group_labels(labels, min_group_size=min_group_size(config.stages[s]))
+    groups = grouping.group_of.copy()
+    groups[run.held_out] = -1
+    if settings.groups == "random":
+        groups = shuffled_groups(groups, name=(config.seed, s, "random groups"))
+    index, sources = run.index, run.sources
+    if settings.resharded:
+        index, groups, sources = open_resharded(run, Path(settings.resharded), groups)
+    plan = BatchPlan(
+        shard_of=index.shard_of,
+        groups=groups,
+        global_batch_size=settings.global_batch_size,
+        seed=config.seed,
+        stage=s,
+        sources=sources,
+        window_shards=settings.window_shards,
+        run_rows=settings.run_rows,
+        cache_dir=config.machine.cache_dir or config.run_dir / "index",
+    )
+    rows = plan.rows_per_epoch
+    if rows < settings.global_batch_size:
+        logger.warning(
+            "stage %d: the data has %d rows, fewer than a global batch of %d; each batch has %d valid rows",
+            *(s, rows, settings.global_batch_size, rows),
+        )
+    statistics = plan.statistics(min_negatives=settings.min_negatives)  # collective if the plan is on disk
+    if is_main():
+        record = {
+            **grouping.record(),
+            "assignment": settings.groups,
+            "held_out_rows": len(run.held_out),
+            "epoch_0": asdict(statistics),
+        }
+        write_json(run.folder(s, "train") / "groups.json", record)
+        logger.info(
+            "stage %d: %d groups (smallest %d, median %g rows; %d rows in merged groups); %d batches per epoch, %.0f "
+            "%% of rows in batches of a single group, %.0f negatives per row",
+            *(s, *(record[name] for name in ("num_groups", "smallest", "median", "rows_relaxed"))),
+            *(statistics.batches, 100 * statistics.share_homogeneous, statistics.mean_negatives),
+        )
+    return plan, groups, run.reader(index)
+
+
+def open_resharded(
+    run: RunContext, folder: Path, groups: Int64[np.ndarray, "rows"]
+) -> tuple[ShardIndex, Int64[np.ndarray, "rows"], tuple[Source, ...]]:
+    """Return the index of resharded shards, the groups in the order of its rows, and no sources.
+
+    Raises:
+        UserError: if the shards do not hold the samples of this run, or lists of shards have weights.
+    """
+    if any(source.weight != 1 for source in run.sources):
+        raise UserError(f"--data.weights {run.config.data.weights} cannot be used with resharded shards in {folder}")
+    index = ShardIndex.build(expand_shards(folder))
+    row_map = load_numbers(folder / ROW_MAP, len(index))
+    if len(index) != len(run.index) or row_map.min() < 0 or row_map.max() >= len(index):
+        raise UserError(f"{folder} has {len(index)} rows and this run {len(run.index)}; reshard from this run again")
+    if not all(np.array_equal(getattr(index, name), getattr(run.index, name)[row_map]) for name in IDENTITY_COLUMNS):
+        raise UserError(f"{folder} holds other samples than this run; reshard from this run again")
+    return index, groups[row_map], ()
+
+
+def _cached_texts(run: RunContext, s: int, clip: ClipBundle, index: ShardIndex) -> TextFeatures | None:
+    """Embed all captions once if the text tower is locked and that takes less work than embedding them in each step."""
+    settings, out = run.config.stages[s].train, run.folder(s, "train") / TEXTS
+    named_modules = clip.model.named_modules()
+    has_dropout = any(isinstance(m, nn.Dropout) and m.p for name, m in named_modules if "visual" not in name)
+    runs_without_texts = isinstance(clip.model, open_clip.CLIP | open_clip.CustomTextCLIP)  # CoCa needs tokens
+    if not settings.lock.text or not settings.lock.cached_texts or has_dropout or not runs_without_texts:
+        return None
+    options = run.batch_options(clip) | {"transform": None, "short_texts": False, "device": torch.device("cpu")}
+    sample_rows = np.unique(np.linspace(0, len(index) - 1, CAPTION_SAMPLE_ROWS).astype(np.int64))
+    without_tokens = options | {"tokenizer": None, "num_workers": 0}
+    (sample,) = captioned_batches(run.reader(index), [sample_rows], **without_tokens)
+    num_captions = len(index) * max(1.0, len(sample.caption_of) / max(1, len(sample.rows)))
+    if settings.steps * settings.global_batch_size < 2 * num_captions:
+        return None
+    with run.interrupt.deferred():
+        write_text_features(
+            clip.model,
+            index,
+            batches=partial(captioned_batches, run.reader(index), **options),
+            dim=clip.model_cfg["embed_dim"],
+            out=out,
+            device=run.accelerator.device,
+            batch_size=run.config.eval.batch_size,
+            precision=settings.precision,
+            show_progress=run.config.machine.progress,
+            is_stopping=run.interrupt.noticed,
+        )
+    run.interrupt.check()
+    barrier()
+    logger.info("stage %d: the text tower is locked; the features of its captions are read from %s", s, out)
+    return TextFeatures(out, index, clip.model_cfg["embed_dim"])
+
+
+def _evaluate(run: RunContext, clip: ClipBundle, model: nn.Module) -> dict[str, float]:
+    """Return the metrics of all evaluation sets as `SET/METRIC`, for an evaluation within a stage."""
+    metrics = {}
+    for name, task in run.tasks.items():
+        features = run.embed_task(task, model, clip)
+        scores, _ = task.score(*(combine_features([features[side]], "concat") for side in SIDES))
+        metrics.update({f"{name}/{metric}": value for metric, value in scores.items()})
+    return metrics
+
+
+def _track(run: RunContext, s: int, record: Mapping[str, Any], step: int) -> None:
+    """Log a training record to the trackers, at its step counted over all stages."""
+    values = {name: value for name, value in record.items() if name not in ("step", "group_loss")}
+    values |= {f"group_loss/{name}": value for name, value in record.get("group_loss", {}).items()}
+    run.trackers.log({f"stage-{s}/{name}": value for name, value in values.items()}, step=run.first_step(s) + step)
