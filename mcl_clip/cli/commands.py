@@ -42,7 +42,7 @@ from mcl_clip.tools.browse import serve
 from mcl_clip.tools.checkup import diagnoses, examine, status_lines
 from mcl_clip.tools.doctor.findings import as_bytes, finding_text
 from mcl_clip.tools.experiment import ExperimentPlan, control_arms, run_arms, table
-from mcl_clip.tools.launch import launch, place, read_placement
+from mcl_clip.tools.launch import launch, read_placement, resolve_placement
 from mcl_clip.tools.profile import (
     Setup,
     borrowed,
@@ -373,7 +373,7 @@ def launch_recipe(
     }
     settings = read_placement(config_file) if config_file else {}
     settings |= {name: value for name, value in given.items() if value is not None}
-    placement = place(settings, gpus=torch.cuda.device_count())
+    placement = resolve_placement(settings, gpus=torch.cuda.device_count())
     arguments = _split_placement(sys.argv[1:])[1]
     config = parse(_recipe_of(recipe), arguments)
     check_stages(config, processes=placement.num_processes)

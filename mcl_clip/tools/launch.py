@@ -1,7 +1,7 @@
-"""Start a program in several processes that live and die together, and end with the exit code that tells why.
+"""Run a program in several processes that start, stop and fail together, and return the exit code of the cause.
 
-The processes get the variables of `torchrun`, as Accelerate reads them, and configuration files are those of
-`accelerate launch`. Its own launcher turns every exit code into 1 and, on SIGTERM, leaves processes behind.
+The processes get the environment variables of `torchrun`, which Accelerate reads, and configuration files are those of
+`accelerate launch`. Accelerate's own launcher turns every exit code into 1 and leaves processes behind on SIGTERM.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,27 +23,27 @@ from mcl_clip.core.distributed import count_cores
 from mcl_clip.core.errors import UserError
 from mcl_clip.train.interrupt import SAME_REQUEST_S, SIGNALS
 
-LAST_WORDS_S = 5.0  # of the other processes, once one has failed
+GRACE_PERIOD_S = 5.0  # for the other processes to print their errors after one has failed
 POLL_S = 0.1
 DEFAULT_PORT = 29500
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 LOOPBACK = "127.0.0.1"
-KINDS = ("NO", "MULTI_GPU", "MULTI_CPU")
+DISTRIBUTED_TYPES = ("NO", "MULTI_GPU", "MULTI_CPU")
 
 Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How many processes there are, on which machines, and where they meet.
+    """Number and location of the processes, and the address at which they meet.
 
     Attributes:
-        num_processes: over all machines; 0 is one for each GPU of this machine, or one.
-        num_machines: machines, with equally many processes each.
+        num_processes: over all machines; 0 is one for each GPU, or one per machine without GPUs.
+        num_machines: machines, with the same number of processes each.
         machine_rank: number of this machine.
         main_process_ip: address of machine 0.
-        main_process_port: a port there; 0 is a free one, where there is one machine.
-        gpu_ids: numbers of the GPUs to use, with commas; `all` or none.
+        main_process_port: a port of machine 0; 0 is a free port on a single machine.
+        gpu_ids: comma-separated numbers of the GPUs to use; `all` or empty for none.
     """
 
     num_processes: int = 0
@@ -54,106 +54,98 @@ class Placement:
     gpu_ids: str = "all"
 
     @property
-    def here(self) -> int:
-        """Processes of this machine."""
+    def local_processes(self) -> int:
+        """Number of processes on this machine."""
         return self.num_processes // self.num_machines
 
 
 def read_placement(config_file: Path) -> dict[str, Any]:
-    """The fields of a `Placement` that a configuration of Accelerate sets.
+    """Read the fields of a `Placement` that an Accelerate configuration sets.
 
     Raises:
-        UserError: if it is not one, or asks for what this launcher does not do.
+        UserError: if the file is not a configuration, or asks for something that this launcher does not support.
     """
-    from accelerate.commands.config.config_args import load_config_from_file  # takes a second
+    from accelerate.commands.config.config_args import load_config_from_file  # takes a second to import
 
     try:
         config = vars(load_config_from_file(str(config_file)))
-    except Exception as error:  # YAML, JSON and Accelerate have errors of their own
+    except Exception as error:  # YAML, JSON and Accelerate raise errors of their own
         raise UserError(
             f"{config_file} is not a configuration of Accelerate ({' '.join(str(error).split())}); take one from "
-            f"recipes/accelerate, or make one with `accelerate config`"
+            f"recipes/accelerate, or create one with `accelerate config`"
         ) from error
-    kind = getattr(config["distributed_type"], "value", config["distributed_type"])
-    extras = [name for name, value in config.items() if name.endswith("_config") and value]
-    if kind not in KINDS or extras:
+    distributed_type = getattr(config["distributed_type"], "value", config["distributed_type"])
+    plugins = [name for name, value in config.items() if name.endswith("_config") and value]
+    if distributed_type not in DISTRIBUTED_TYPES or plugins:
         raise UserError(
-            f"{config_file} asks for {extras[0] if extras else f'distributed_type {kind}'}, and processes are started "
-            f"for plain data parallelism only; use a configuration from recipes/accelerate"
+            f"{config_file} asks for {plugins[0] if plugins else f'distributed_type {distributed_type}'}, but only "
+            f"plain data parallelism is supported; use a configuration from recipes/accelerate"
         )
     if config["mixed_precision"] not in (None, "no"):
         raise UserError(
-            f"{config_file} asks for mixed_precision {config['mixed_precision']}; precision is a setting of each "
-            f"stage, --stages.K.train.precision"
+            f"{config_file} asks for mixed_precision {config['mixed_precision']}, but precision is a setting of each "
+            f"stage; use --stages.K.train.precision"
         )
     names = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
-    found = {name: config[name] for name in names if config.get(name) not in (None, "")}
+    settings = {name: config[name] for name in names if config.get(name) not in (None, "")}
     if config["use_cpu"]:
-        found["gpu_ids"] = ""
-    return found
+        settings["gpu_ids"] = ""
+    return settings
 
 
-def place(settings: Mapping[str, Any], *, gpus: int) -> Placement:
-    """Where the processes go, on a machine with so many GPUs.
+def resolve_placement(settings: Mapping[str, Any], *, gpus: int) -> Placement:
+    """Fill in the defaults of a placement on a machine with `gpus` GPUs, and check it.
 
     Raises:
-        UserError: if they do not fit.
+        UserError: if the processes do not fit the machines or the GPUs.
     """
-    asked = Placement(**settings)
-    chosen = [number for number in str(asked.gpu_ids).split(",") if number]
-    gpus = gpus if asked.gpu_ids == "all" else len(chosen)
-    processes = asked.num_processes or max(1, gpus) * asked.num_machines
-    placement = Placement(**{**settings, "num_processes": processes})
-    _check_machines(placement)
-    if gpus and placement.here > gpus:
-        raise UserError(
-            f"{placement.here} processes on this machine need a GPU each, and it has {gpus}; use --num-processes "
-            f"{gpus * placement.num_machines}"
-        )
-    if placement.num_machines > 1:
-        return placement
-    changes = {"main_process_ip": LOOPBACK, "main_process_port": placement.main_process_port or _free_port()}
-    return Placement(**{**settings, "num_processes": processes, **changes})
-
-
-def _check_machines(placement: Placement) -> None:
+    placement = Placement(**settings)
     machines = placement.num_machines
-    if placement.num_processes < 1 or machines < 1 or placement.num_processes % machines:
+    if placement.gpu_ids != "all":
+        gpus = len([number for number in str(placement.gpu_ids).split(",") if number])
+    processes = placement.num_processes or max(1, gpus) * machines
+    if processes < 1 or machines < 1 or processes % machines:
         raise UserError(
-            f"--num-processes {placement.num_processes} on --num-machines {machines} cannot be; use a multiple of the "
-            f"number of machines, each of which has equally many"
+            f"--num-processes {processes} cannot be divided among --num-machines {machines}; use a multiple of the "
+            f"number of machines"
         )
     if not 0 <= placement.machine_rank < machines:
         raise UserError(f"--machine-rank {placement.machine_rank} is not from 0 to {machines - 1}")
     if machines > 1 and not placement.main_process_ip:
         raise UserError(f"{machines} machines need --main-process-ip, the address of machine 0")
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind((LOOPBACK, 0))
-        port: int = found.getsockname()[1]
-        return port
+    placement = replace(placement, num_processes=processes)
+    if gpus and placement.local_processes > gpus:
+        raise UserError(
+            f"{placement.local_processes} processes on this machine need a GPU each, and it has {gpus}; use "
+            f"--num-processes {gpus * machines}"
+        )
+    if machines > 1:
+        return placement
+    if not placement.main_process_port:
+        with socket.socket() as probe:
+            probe.bind((LOOPBACK, 0))
+            placement = replace(placement, main_process_port=probe.getsockname()[1])
+    return replace(placement, main_process_ip=LOOPBACK)
 
 
 def launch(command: Sequence[str], placement: Placement, *, planned_codes: Collection[int] = (0,)) -> int:
-    """Run a command in all processes of this machine to their end; the exit code of the job. For the main thread.
+    """Run a command in all processes of this machine and return the exit code of the job. For the main thread.
 
-    SIGTERM, SIGUSR1 and Ctrl-C are handed on once; a second one kills all. A process that fails takes the others with
-    it. On Linux they also end with this process, whatever ends it.
+    The first SIGTERM, SIGUSR1 or Ctrl-C is forwarded; a second one kills all processes. When a process fails, the
+    others are killed after a grace period. On Linux, the processes also die with this one, however it ends.
 
     Args:
         command: the program and its arguments.
-        placement: how many processes, and where.
-        planned_codes: exit codes after which the others are left to end by themselves.
+        placement: number and location of the processes.
+        planned_codes: exit codes of a process after which the others are left to finish.
     """
     if not hasattr(os, "killpg"):
         raise UserError(f"mcl-clip launch needs Linux or macOS, not {sys.platform}; use accelerate launch")
-    with _noted_signals() as requests:
+    with _recorded_signals() as signals:
         processes: list[Process] = []
         try:
-            processes += _start(command, placement)
-            return _Job(processes, placement, planned_codes).wait(requests)
+            processes += _start(command, placement)  # keeps those already started if a later one fails
+            return _wait(processes, placement, planned_codes, signals)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -162,131 +154,123 @@ def launch(command: Sequence[str], placement: Placement, *, planned_codes: Colle
 
 
 @contextmanager
-def _noted_signals() -> Iterator[list[tuple[float, int]]]:
-    """The signals that arrive in the block, with their times."""
-    requests: list[tuple[float, int]] = []
-    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup and & ask
-    before = {
-        number: signal.signal(number, lambda number, _: requests.append((time.monotonic(), number)))
-        for number in heeded
+def _recorded_signals() -> Iterator[list[tuple[float, int]]]:
+    """Collect the times and numbers of the signals that arrive in the block."""
+    signals: list[tuple[float, int]] = []
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as set by nohup and &
+    previous = {
+        number: signal.signal(number, lambda number, _: signals.append((time.monotonic(), number)))
+        for number in handled
     }
     try:
-        yield requests
+        yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _start(command: Sequence[str], placement: Placement) -> Iterator[Process]:
-    """The processes, each in a group of its own, so that Ctrl-C at a terminal reaches this one alone.
+    """Start the processes, each in a session of its own, so that Ctrl-C in a terminal reaches only the launcher.
 
-    They start with the signals held back, for a program that is still loading has nothing to save; `Interrupt` lets
-    them through.
+    Their signals are blocked at first, because a program that is still loading has nothing to save;
+    `Interrupt` unblocks them.
     """
-    end_with_parent = None
+    die_with_parent = None
     if sys.platform == "linux":
-        end_with_parent = partial(_end_with_parent, ctypes.CDLL(None, use_errno=True).prctl, os.getpid())
-    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        die_with_parent = partial(_die_with_parent, ctypes.CDLL(None, use_errno=True).prctl, os.getpid())
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        for number in range(placement.here):
+        for number in range(placement.local_processes):
             yield subprocess.Popen(
                 command,
                 env=_environment(placement, number),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=end_with_parent,  # noqa: PLW1509  # a single system call
+                preexec_fn=die_with_parent,  # noqa: PLW1509  # a single system call
             )
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
-def _end_with_parent(prctl: Any, parent: int) -> None:
+def _die_with_parent(prctl: Any, parent: int) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent:  # the parent died before the call
         os._exit(1)
 
 
 def _environment(placement: Placement, number: int) -> dict[str, str]:
-    """The variables of process `number` of this machine."""
-    added: dict[str, object] = {}
-    if placement.here > 1:
-        added["OMP_NUM_THREADS"] = max(1, count_cores() // placement.here)
+    """Return the environment variables of process `number` of this machine."""
+    environment, local = dict(os.environ), placement.local_processes
+    if local > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // local)))
     if placement.num_machines == 1 and sys.platform == "linux":
-        added["GLOO_SOCKET_IFNAME"] = "lo"  # else found by the name of the host, which need not resolve
-    environment = {**{name: str(value) for name, value in added.items()}, **os.environ}
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the default uses the host name, which may not resolve
     if placement.gpu_ids != "all":
         environment["CUDA_VISIBLE_DEVICES"] = str(placement.gpu_ids)
-    if placement.num_processes == 1:
-        return environment
-    fixed = {
-        "RANK": placement.machine_rank * placement.here + number,
-        "LOCAL_RANK": number,
-        "WORLD_SIZE": placement.num_processes,
-        "LOCAL_WORLD_SIZE": placement.here,
-        "MASTER_ADDR": placement.main_process_ip,
-        "MASTER_PORT": placement.main_process_port or DEFAULT_PORT,
-    }
-    return {**environment, **{name: str(value) for name, value in fixed.items()}}
+    if placement.num_processes > 1:
+        environment |= {
+            "RANK": str(placement.machine_rank * local + number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(placement.num_processes),
+            "LOCAL_WORLD_SIZE": str(local),
+            "MASTER_ADDR": str(placement.main_process_ip),
+            "MASTER_PORT": str(placement.main_process_port or DEFAULT_PORT),
+        }
+    return environment
 
 
-class _Job:
-    """The processes of this machine until the last one has ended."""
-
-    def __init__(self, processes: Sequence[Process], placement: Placement, planned_codes: Collection[int]) -> None:
-        self._running = dict(enumerate(processes))
-        self._placement, self._planned_codes = placement, planned_codes
-        self._code, self._failed_at = 0, math.inf
-
-    def wait(self, requests: Sequence[tuple[float, int]]) -> int:
-        """The exit code, of the first process that failed; hands on the first of the requests meanwhile."""
-        is_handed_on = False
-        while self._running:
-            if requests and not is_handed_on:
-                is_handed_on = True
-                for process in self._running.values():
-                    process.send_signal(requests[0][1])
-            if requests and requests[-1][0] - requests[0][0] > SAME_REQUEST_S:
-                _say(f"stopped at once by {signal.Signals(requests[-1][1]).name}")
-                self._code = 128 + requests[-1][1]
-                break
-            self._collect()
-            if time.monotonic() > self._failed_at + LAST_WORDS_S:
-                break
-            time.sleep(POLL_S)
-        return self._code
-
-    def _collect(self) -> None:
-        ended = {number: code for number, process in self._running.items() if (code := process.poll()) is not None}
-        for number, code in ended.items():
-            _kill(self._running.pop(number))  # what it has started
-            if code in self._planned_codes:
-                self._code = self._code or code
-            elif self._failed_at == math.inf:
-                self._failed_at = time.monotonic()
-                self._code = 128 - code if code < 0 else code
-                if code < 0:
-                    _say(_death(self._placement, number, -code))
+def _wait(
+    processes: Sequence[Process],
+    placement: Placement,
+    planned_codes: Collection[int],
+    signals: Sequence[tuple[float, int]],
+) -> int:
+    """Wait for the processes, forward the first signal, and return the exit code of the first process that failed."""
+    running = dict(enumerate(processes))
+    exit_code, failed_at, is_forwarded = 0, math.inf, False
+    while running and time.monotonic() < failed_at + GRACE_PERIOD_S:
+        if signals and not is_forwarded:
+            is_forwarded = True
+            for process in running.values():
+                process.send_signal(signals[0][1])
+        if signals and signals[-1][0] - signals[0][0] > SAME_REQUEST_S:
+            _print_error(f"stopped at once by {signal.Signals(signals[-1][1]).name}")
+            return 128 + signals[-1][1]
+        exit_codes = {number: process.poll() for number, process in running.items()}
+        for number, code in exit_codes.items():
+            if code is None:
+                continue
+            _kill(running.pop(number))  # its children
+            if code in planned_codes:
+                exit_code = exit_code or code
+            elif failed_at == math.inf:
+                failed_at = time.monotonic()
+                exit_code = code if code >= 0 else _report_death(placement, number, -code)
+        time.sleep(POLL_S)
+    return exit_code
 
 
-def _death(placement: Placement, process: int, number: int) -> str:
-    rank = placement.machine_rank * placement.here + process
+def _report_death(placement: Placement, process: int, number: int) -> int:
+    """Name the process that a signal ended, and return the exit code for that signal."""
+    rank = placement.machine_rank * placement.local_processes + process
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    why = " (as the system does when memory runs out)" if number == signal.SIGKILL else ""
-    others = ", and takes the others with it" if placement.num_processes > 1 else ""
-    return (
-        f"error: process {rank} of {placement.num_processes} was ended by {name}{why}{others}; the same command "
+    hint = " (the system does this when memory runs out)" if number == signal.SIGKILL else ""
+    others = ", and the others are stopped" if placement.num_processes > 1 else ""
+    _print_error(
+        f"error: process {rank} of {placement.num_processes} was killed by {name}{hint}{others}; the same command "
         f"continues from the newest checkpoint"
     )
+    return 128 + number
 
 
 def _kill(process: Process) -> None:
-    """End a process and all that it started."""
+    """Kill a process and everything that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # gone; macOS says the latter of a process that has just ended
+    except (ProcessLookupError, PermissionError):  # already gone; on macOS the latter, for a process that just ended
         return
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

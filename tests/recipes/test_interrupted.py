@@ -251,7 +251,7 @@ def test_a_killed_process_ends_the_job_and_is_what_the_user_reads(path, tmp_path
     code, output = launched.end()
     assert time.monotonic() - started < 60
     assert code == 128 + signal.SIGKILL
-    assert "error: process 1 of 2 was ended by SIGKILL" in output.splitlines()[-1]
+    assert "error: process 1 of 2 was killed by SIGKILL" in output.splitlines()[-1]
     assert "Traceback" not in output
     assert "onnection" not in output
 

@@ -14,10 +14,10 @@ import pytest
 from mcl_clip.cli import commands
 from mcl_clip.core.errors import UserError
 from mcl_clip.tools import launch as module
-from mcl_clip.tools.launch import Placement, launch, place, read_placement
+from mcl_clip.tools.launch import Placement, launch, read_placement, resolve_placement
 
 REPOSITORY = Path(__file__).parents[3]
-TWO = place({"num_processes": 2}, gpus=0)
+TWO = resolve_placement({"num_processes": 2}, gpus=0)
 HEADER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -90,14 +90,14 @@ def test_processes_know_their_places(tmp_path, monkeypatch):
         found = (tmp_path / f"env-{rank}").read_text()
         threads, port = max(1, cores // 2), TWO.main_process_port
         assert found == f"{rank} {rank} 2 2 127.0.0.1 {port} {threads} - lo"
-    second = place(
+    second = resolve_placement(
         {"num_processes": 4, "num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.7", "gpu_ids": "2,3"},
         gpus=4,
     )
     assert launch(command(tmp_path, body), second) == 0
     assert (tmp_path / "env-3").read_text() == f"3 1 4 2 10.0.0.7 29500 {max(1, cores // 2)} 2,3 -"
     (tmp_path / "env-0").unlink()
-    assert launch(command(tmp_path, body), place({}, gpus=0)) == 0
+    assert launch(command(tmp_path, body), resolve_placement({}, gpus=0)) == 0
     assert (tmp_path / "env-0").read_text() == "- - - - - - - - lo"  # as without a launcher
 
 
@@ -113,7 +113,7 @@ def test_a_signal_is_handed_on_once_and_the_code_is_that_of_the_processes(tmp_pa
 
 
 def test_a_process_that_ends_as_planned_leaves_the_others_their_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(module, "GRACE_PERIOD_S", 0.1)
     body = LISTENING.replace("sys.exit", "time.sleep(1.5 * (1 - rank)); (folder / f'saved-{rank}').touch(); sys.exit")
     while_it_runs(tmp_path, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert launch(command(tmp_path, body + WAITING, EXIT=0), TWO) == 0
@@ -144,7 +144,7 @@ def test_a_second_signal_kills_all(tmp_path, monkeypatch, capfd):
 
 
 def test_the_first_failure_ends_the_job_with_its_code(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(module, "LAST_WORDS_S", 0.3)
+    monkeypatch.setattr(module, "GRACE_PERIOD_S", 0.3)
     body = LISTENING + "if rank: sys.exit('error: the disk is full')\ntime.sleep(60)\n"
     started = time.monotonic()
     assert launch(command(tmp_path, body), TWO) == 1
@@ -158,19 +158,19 @@ def test_the_first_of_several_failures_counts(tmp_path):
 
 
 def test_a_killed_process_is_named(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(module, "LAST_WORDS_S", 0.3)
+    monkeypatch.setattr(module, "GRACE_PERIOD_S", 0.3)
     while_it_runs(tmp_path, lambda pids: os.kill(pids[1], signal.SIGKILL))
     assert launch(command(tmp_path, LISTENING + WAITING), TWO) == 128 + signal.SIGKILL
     assert capfd.readouterr().err == (
-        "error: process 1 of 2 was ended by SIGKILL (as the system does when memory runs out), and takes the others "
-        "with it; the same command continues from the newest checkpoint\n"
+        "error: process 1 of 2 was killed by SIGKILL (the system does this when memory runs out), and the others "
+        "are stopped; the same command continues from the newest checkpoint\n"
     )
     assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
 def test_what_a_process_has_started_ends_with_it(tmp_path):
     body = "import subprocess\n(folder / 'child').write_text(str(subprocess.Popen(['sleep', '60']).pid))\nsys.exit(2)\n"
-    assert launch(command(tmp_path, body), place({}, gpus=0)) == 2
+    assert launch(command(tmp_path, body), resolve_placement({}, gpus=0)) == 2
     wait_for(lambda: not is_alive(int((tmp_path / "child").read_text())))
 
 
@@ -188,19 +188,19 @@ def test_no_process_outlives_a_killed_launcher(tmp_path):
 
 def test_a_configuration_of_accelerate(tmp_path):
     folder = REPOSITORY / "recipes/accelerate"
-    assert place(read_placement(folder / "two_cpu_processes.yaml"), gpus=0).num_processes == 2
+    assert resolve_placement(read_placement(folder / "two_cpu_processes.yaml"), gpus=0).num_processes == 2
     nodes = {**read_placement(folder / "two_nodes.yaml"), "machine_rank": 1, "main_process_ip": "node0"}
-    assert place(nodes, gpus=8) == Placement(
+    assert resolve_placement(nodes, gpus=8) == Placement(
         num_processes=16, num_machines=2, machine_rank=1, main_process_ip="node0", main_process_port=0
     )
     (tmp_path / "cpu.yaml").write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\n")
-    assert place(read_placement(tmp_path / "cpu.yaml"), gpus=4).gpu_ids == ""
+    assert resolve_placement(read_placement(tmp_path / "cpu.yaml"), gpus=4).gpu_ids == ""
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("distributed_type: FSDP\n", "asks for distributed_type FSDP, and processes are started for plain data"),
+        ("distributed_type: FSDP\n", "asks for distributed_type FSDP, but only plain data parallelism is supported"),
         ("distributed_type: MULTI_GPU\nfsdp_config: {fsdp_version: 2}\n", "asks for fsdp_config"),
         ("distributed_type: MULTI_GPU\nmixed_precision: bf16\n", "precision is a setting of each stage"),
         ("distributed_type: MULTI_GPU\nnum_gpus: 2\n", "is not a configuration of Accelerate"),
@@ -218,7 +218,7 @@ def test_other_configurations_are_refused(tmp_path, text, sentence):
     [
         ({"num_processes": 8}, 4, r"8 processes on this machine need a GPU each, and it has 4; use --num-processes 4"),
         ({"num_processes": 3, "gpu_ids": "0,2"}, 4, "and it has 2; use --num-processes 2"),
-        ({"num_processes": -1}, 0, "--num-processes -1 on --num-machines 1 cannot be"),
+        ({"num_processes": -1}, 0, "--num-processes -1 cannot be divided among --num-machines 1"),
         ({"num_processes": 3, "num_machines": 2}, 0, "use a multiple of the number of machines"),
         ({"num_processes": 4, "num_machines": 2}, 2, "2 machines need --main-process-ip"),
         ({"machine_rank": 1}, 0, "--machine-rank 1 is not from 0 to 0"),
@@ -226,18 +226,18 @@ def test_other_configurations_are_refused(tmp_path, text, sentence):
 )  # fmt: skip
 def test_processes_that_do_not_fit_are_refused(settings, gpus, sentence):
     with pytest.raises(UserError, match=sentence):
-        place(settings, gpus=gpus)
+        resolve_placement(settings, gpus=gpus)
 
 
 @pytest.mark.parametrize(("gpus", "processes"), [(0, 1), (1, 1), (4, 4)])
 def test_by_default_each_gpu_has_a_process(gpus, processes):
-    assert place({}, gpus=gpus).num_processes == processes
+    assert resolve_placement({}, gpus=gpus).num_processes == processes
 
 
 def test_a_port_is_free(tmp_path):
-    ports = {place({}, gpus=0).main_process_port for _ in range(3)}
+    ports = {resolve_placement({}, gpus=0).main_process_port for _ in range(3)}
     assert all(port > 1023 for port in ports)
-    assert place({"main_process_port": 29501}, gpus=0).main_process_port == 29501
+    assert resolve_placement({"main_process_port": 29501}, gpus=0).main_process_port == 29501
 
 
 def run_command(monkeypatch, *arguments):
