@@ -1,11 +1,11 @@
-"""Copy samples into group order, so that the batches of a later stage read runs of neighbours."""
+"""Copy samples into group order, so that the batches of a later stage read runs of neighboring rows."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, Shaped
+from jaxtyping import Integer
 
 from mcl_clip.core.distributed import is_main, permutation
 from mcl_clip.core.errors import UserError
@@ -16,8 +16,8 @@ from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import Shard
 from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.data.tar import end_of_archive
+from mcl_clip.runs.train_phase import ROW_MAP
 
-ROW_MAP_NAME = "row_map.npy"
 _BATCH_BYTES = 64 << 20
 
 
@@ -30,56 +30,43 @@ def reshard(
     seed: int,
     reader: Reader | None = None,
 ) -> ShardIndex:
-    """The index of new shards in `out` that hold the samples of `index`, group after group, shuffled within each.
+    """Write shards to `out` with the samples of `index` group after group, shuffled within each; return their index.
 
-    Samples keep every byte of all their members. Beside the shards stand `index.arrow` and `row_map.npy`, which holds
-    the old row of each new one. Where keys repeat, shards come out smaller: a key may stand in a shard only once.
+    All members of a sample are copied byte by byte. The folder also gets `index.arrow`, and `row_map.npy` with the old
+    row of each new row. Where keys repeat, shards are smaller, because a key may occur only once in a shard.
 
     Args:
-        index: The samples to copy.
-        groups: The group of each row.
-        out: A folder that is empty or does not exist; it appears when all is written.
-        rows_per_shard: Most samples in a shard.
-        seed: Names the shuffle.
-        reader: How to read remote shards; made with its defaults if not given.
+        index: the samples to copy.
+        groups: the group of each row.
+        out: an empty or new folder; it appears when everything is written.
+        rows_per_shard: largest number of samples in a shard.
+        seed: seed of the shuffle.
+        reader: how to read remote shards; by default a `Reader` with its defaults.
 
     Raises:
-        UserError: if the folder holds something, the disk is too small, or an argument does not fit.
+        UserError: if the folder is not empty, the disk is too small, or an argument is invalid.
     """
     out = Path(out).absolute()
     _check(index, groups, out, rows_per_shard)
     source = Reader(index) if reader is None else reader
     if source.index is not index:
-        raise UserError("the reader reads another index than the one to reshard; make it from the same index")
-    row_map, counts = _order(index, groups, rows_per_shard, seed)
+        raise UserError("the reader reads another index than the one to reshard; create it from the same index")
+    row_map = _group_order(index, groups, seed)
+    ends = _shard_ends(index.key_numbers()[row_map], rows_per_shard)
     total = int(index.sample_size.sum())
     with (
         atomic_dir(out) as folder,
         Progress(total=total, desc="resharding", unit="B", unit_scale=True, show=is_main()) as bar,
     ):
         shards, offsets = [], []
-        for number, rows in enumerate(np.split(row_map, np.cumsum(counts)[:-1])):
+        for number, rows in enumerate(np.split(row_map, ends)):
             path = folder / f"{number:06d}.tar"
             offsets.append(_write_shard(source, rows, path, bar))
             size, stamp = stat(str(path), RetryPolicy())
             shards.append(Shard(str(path), size, stamp, first_row=0, rows=len(rows), skipped={}))
-        np.save(folder / ROW_MAP_NAME, row_map, allow_pickle=False)
+        np.save(folder / ROW_MAP, row_map, allow_pickle=False)
         index.relocated(row_map, shards, np.concatenate(offsets)).save(folder / INDEX_NAME)
     return ShardIndex.load(out / INDEX_NAME)
-
-
-def carry_labels(labels: Shaped[np.ndarray, "old *columns"], row_map: Integer[np.ndarray, "new"]) -> np.ndarray:
-    """Values by old row as values by new row.
-
-    Raises:
-        UserError: if there is not one value for each row.
-    """
-    if len(labels) != len(row_map):
-        raise UserError(
-            f"{len(labels)} labels do not fit {len(row_map)} rows; use those of the index that was resharded"
-        )
-    carried: np.ndarray = labels[row_map]
-    return carried
 
 
 def _check(index: ShardIndex, groups: np.ndarray, out: Path, rows_per_shard: int) -> None:
@@ -97,52 +84,47 @@ def _check(index: ShardIndex, groups: np.ndarray, out: Path, rows_per_shard: int
         )
 
 
-def _order(index: ShardIndex, groups: np.ndarray, rows_per_shard: int, seed: int) -> tuple[np.ndarray, list[int]]:
-    """Old rows in new order, and how many of them each shard takes.
+def _group_order(index: ShardIndex, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Return the rows in their new order: sorted by group, shuffled within each.
 
-    Where keys repeat in a group, all first rows of a key come before all second ones, and so on: the longest runs of
-    different keys, hence the fewest short shards.
+    Where keys repeat in a group, the first rows of all keys come before all second rows, and so on. This gives the
+    longest runs of different keys, and hence the fewest short shards.
     """
-    shuffled = permutation(len(index), seed, "reshard")
-    order = shuffled[np.argsort(groups[shuffled], kind="stable")]
-    keys = index.key_numbers()
-    repeats = _repeats(groups[order], keys[order])
-    order = order[np.lexsort((repeats, groups[order]))]
-    return order, _cut(keys[order], rows_per_shard)
-
-
-def _repeats(groups: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """How often the same key stood before in the same group."""
-    order = np.lexsort((keys, groups))  # stable: equal pairs stay in their order
-    places = np.arange(len(order))
+    order = permutation(len(index), seed, "reshard")
+    order = order[np.argsort(groups[order], kind="stable")]
+    groups, keys = groups[order], index.key_numbers()[order]
+    # Number the occurrences of each (group, key) pair: in pair order, the distance to the first row of the pair.
+    by_pair = np.lexsort((keys, groups))  # stable, so that equal pairs keep their order
+    positions = np.arange(len(order))
     is_first = np.ones(len(order), bool)
-    is_first[1:] = (np.diff(keys[order]) != 0) | (np.diff(groups[order]) != 0)
-    repeats = np.empty_like(places)
-    repeats[order] = places - np.maximum.accumulate(np.where(is_first, places, 0))
-    return repeats
+    is_first[1:] = (np.diff(keys[by_pair]) != 0) | (np.diff(groups[by_pair]) != 0)
+    occurrence = np.empty_like(positions)
+    occurrence[by_pair] = positions - np.maximum.accumulate(np.where(is_first, positions, 0))
+    ordered: np.ndarray = order[np.lexsort((occurrence, groups))]
+    return ordered
 
 
-def _cut(keys: np.ndarray, rows_per_shard: int) -> list[int]:
-    """Sizes of runs of at most `rows_per_shard` different keys."""
-    counts: list[int] = []
+def _shard_ends(keys: np.ndarray, rows_per_shard: int) -> list[int]:
+    """Return where to cut the rows into shards of at most `rows_per_shard` different keys; the last end is left out."""
+    ends: list[int] = []
     seen: set[int] = set()
-    for key in keys.tolist():
+    for row, key in enumerate(keys.tolist()):
         if len(seen) == rows_per_shard or key in seen:
-            counts.append(len(seen))
+            ends.append(row)
             seen = set()
         seen.add(key)
-    return [*counts, len(seen)]
+    return ends
 
 
 def _write_shard(reader: Reader, rows: np.ndarray, path: Path, bar: Any) -> np.ndarray:
-    """Where each sample starts in the shard at `path` that now holds them."""
+    """Write the samples of `rows` to the shard at `path`; return the offset of each."""
     sizes: np.ndarray = reader.index.sample_size[rows]
     ends: np.ndarray = np.cumsum(sizes)
     with path.open("wb") as file:
         for batch in np.split(rows, np.flatnonzero(np.diff(ends // _BATCH_BYTES)) + 1):
-            for whole in reader.read_whole(batch):
-                file.write(whole)
-                bar.update(len(whole))
+            for sample in reader.read_whole(batch):
+                file.write(sample)
+                bar.update(len(sample))
         file.write(end_of_archive(int(ends[-1])))
     starts: np.ndarray = ends - sizes
     return starts

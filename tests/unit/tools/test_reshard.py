@@ -8,7 +8,7 @@ import webdataset as wds
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
-from mcl_clip.tools.reshard import carry_labels, reshard
+from mcl_clip.tools.reshard import reshard
 from tests.unit.data.http_ranges import serve
 from tests.unit.data.tars import FORMATS, noise, pairs, read_tar, write_tar
 
@@ -109,15 +109,6 @@ def test_the_shuffle_has_a_name(index, tmp_path):
     np.testing.assert_array_equal(maps[0], maps[1])
     assert (maps[0] != maps[2]).any()
     assert (maps[0] != np.arange(len(index))).any()
-
-
-def test_labels_are_carried_over(index, tmp_path):
-    labels = np.arange(len(index))[:, None] * np.array([1, 10])
-    reshard(index, groups_of(index), tmp_path / "new", rows_per_shard=7, seed=0)
-    row_map = np.load(tmp_path / "new" / "row_map.npy")
-    np.testing.assert_array_equal(carry_labels(labels, row_map), labels[row_map])
-    with pytest.raises(UserError, match=r"3 labels do not fit 32 rows"):
-        carry_labels(np.zeros(3), np.arange(32))
 
 
 def test_keys_that_repeat_never_meet_in_a_shard(tmp_path):
