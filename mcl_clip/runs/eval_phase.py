@@ -43,7 +43,7 @@ def evaluate(run: RunContext, s: int) -> None:
     clip, out = run.clip(s), run.folder(s, "eval")
     for name, task in run.tasks.items():
         run.interrupt.check()
-        path = out / f"features-{name}.safetensors"
+        path = out / f"features-{name}.safetensors"  # later stages combine these without embedding again
         if not path.exists():
             features = run.embed_task(task, clip.model, clip)
             if is_main():

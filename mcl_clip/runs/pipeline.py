@@ -59,7 +59,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
     on_main(partial(check_publishing, config))
     with _locked(config.run_dir):
         index, sources = load_index(config)
-        config = with_control(config, rows=len(index))
+        config = with_control(config, rows=len(index))  # the steps of equal compute depend on the number of rows
         tasks = open_tasks(config)
         trackers = Trackers(
             config.machine.trackers if is_main() else (),
@@ -186,6 +186,7 @@ def plan_phases(run: RunContext) -> list[Phase]:
         embedded.append(plan("embed", partial(embed, run, s), embed_settings, trained[-1:]))
         clustered.append(plan("cluster", partial(cluster, run, s), cluster_settings, embedded[-1:]))
         labeled.append(plan("labels", label_on_main, {}, [clustered[-1], *labeled[-1:]]))
+        # The evaluation of combined stages reads the stored features of all earlier evaluations.
         eval_inputs = [*trained, *clustered, *evaluated]
         evaluated.append(plan("eval", partial(evaluate, run, s), {"sets": sets}, eval_inputs, grows=True))
         phases += [trained[-1], embedded[-1], clustered[-1], labeled[-1], evaluated[-1]]

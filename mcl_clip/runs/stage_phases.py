@@ -31,7 +31,7 @@ def embed(run: RunContext, s: int) -> None:
     texts = _reusable_texts(run, s, clip)
     options = run.batch_options(clip) | ({} if texts is None else {"tokenizer": None})
     transform = evaluation_transform(clip.preprocess_cfg)
-    with run.interrupt.deferred():
+    with run.interrupt.deferred():  # a stop waits for the end of a shard, which is what can be resumed
         embed_shards(
             clip.model,
             run.index,
@@ -48,6 +48,7 @@ def embed(run: RunContext, s: int) -> None:
         )
     run.interrupt.check()
     barrier()
+    # step -1 discards earlier records: all of them are in the files of the shards
     max_bad = config.data.max_bad_fraction
     bad = BadSamples(out / "bad_samples.jsonl", max_fraction=max_bad, rows=len(run.index), step=-1)
     if is_main():

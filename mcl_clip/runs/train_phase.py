@@ -257,11 +257,13 @@ def _cached_texts(run: RunContext, s: int, clip: ClipBundle, index: ShardIndex) 
     runs_without_texts = isinstance(clip.model, open_clip.CLIP | open_clip.CustomTextCLIP)  # CoCa needs tokens
     if not settings.lock.text or not settings.lock.cached_texts or has_dropout or not runs_without_texts:
         return None
+    # Tokens keep their padding and stay on the CPU: the features are stored with hashes of the whole token sequence.
     options = run.batch_options(clip) | {"transform": None, "short_texts": False, "device": torch.device("cpu")}
     sample_rows = np.unique(np.linspace(0, len(index) - 1, CAPTION_SAMPLE_ROWS).astype(np.int64))
     without_tokens = options | {"tokenizer": None, "num_workers": 0}
     (sample,) = captioned_batches(run.reader(index), [sample_rows], **without_tokens)
     num_captions = len(index) * max(1.0, len(sample.caption_of) / max(1, len(sample.rows)))
+    # Each row of a batch embeds one caption. Caching pays when the stage sees each caption about twice.
     if settings.steps * settings.global_batch_size < 2 * num_captions:
         return None
     with run.interrupt.deferred():
