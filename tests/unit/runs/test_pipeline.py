@@ -1,0 +1,80 @@
+"""The plan of a run: phases, inputs and fingerprints."""
+
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from accelerate import Accelerator
+
+from mcl_clip.config import AugmentConfig, LockConfig, PublishConfig, RunConfig, StageConfig, TowerConfig, TrainConfig
+from mcl_clip.core.files import fingerprint
+from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.row_order import Source
+from mcl_clip.eval.task import Task
+from mcl_clip.runs.context import RunContext
+from mcl_clip.runs.pipeline import plan_phases
+
+TRAIN = TrainConfig(steps=100, global_batch_size=64, lr=1e-3, warmup_steps=10)
+STAGE = StageConfig(train=TRAIN)
+SCRATCH = RunConfig(run_dir=Path("run"), tower=TowerConfig(model={"embed_dim": 8}), stages=(STAGE, STAGE))
+PRETRAINED = replace(
+    SCRATCH,
+    tower=TowerConfig(architecture="ViT-B-32", pretrained="openai"),
+    stages=(
+        replace(STAGE, train=replace(TRAIN, steps=0)),
+        replace(STAGE, start="base", train=replace(TRAIN, lock=LockConfig(text=True), precision="bf16")),
+        replace(STAGE, train=replace(TRAIN, augment=AugmentConfig(jpeg="exact"), compiled=True)),
+    ),
+    publish=PublishConfig(repo="someone/model"),
+)
+
+
+class Index(ShardIndex):
+    digest = "0123"
+
+    def __init__(self):
+        pass
+
+    def __len__(self):
+        return 500
+
+
+def planned(config):
+    return plan_phases(
+        RunContext(
+            config=config,
+            accelerator=Mock(Accelerator),
+            index=Index(),
+            sources=(Source(rows=500, weight=1.0),),
+            tasks={"photos": Mock(Task, sha256="4567")},
+        )
+    )
+
+
+def test_each_phase_depends_on_what_it_reads():
+    assert {phase.name: [before.name for before in phase.inputs] for phase in planned(SCRATCH)} == {
+        "stage-0/train": [],
+        "stage-0/embed": ["stage-0/train"],
+        "stage-0/cluster": ["stage-0/embed"],
+        "stage-0/labels": ["stage-0/cluster"],
+        "stage-0/eval": ["stage-0/train", "stage-0/cluster"],
+        "stage-1/train": ["stage-0/train", "stage-0/labels"],
+        "stage-1/embed": ["stage-1/train"],
+        "stage-1/cluster": ["stage-1/embed"],
+        "stage-1/labels": ["stage-1/cluster", "stage-0/labels"],
+        "stage-1/eval": ["stage-0/train", "stage-1/train", "stage-0/cluster", "stage-1/cluster", "stage-0/eval"],
+        "combined": [
+            *("stage-0/train", "stage-1/train", "stage-0/embed", "stage-1/embed"),
+            *("stage-0/eval", "stage-1/eval"),
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(SCRATCH, "cb582bec99a725830fbbbdd14711993e"), (PRETRAINED, "42ca124f97a5bb281176b2eceb45aa4a")],
+)
+def test_runs_begun_with_earlier_versions_continue(config, expected):
+    """A changed fingerprint refuses to continue every existing run: leave new fields out at their defaults."""
+    assert fingerprint({phase.name: phase.fingerprint for phase in planned(config)}) == expected
