@@ -82,7 +82,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
         on_main(partial(_write_launch, config, accelerator))
         for phase in phases:
             if phase.name not in todo:
-                logger.info("%s: done before", phase.name)
+                logger.info("%s: already done", phase.name)
         run.trackers.start()
         try:
             for phase in phases:
@@ -109,7 +109,7 @@ def _check_phases(phases: Sequence[Phase]) -> list[str]:
     """Return the names of the phases to run; refuse mismatched settings before anything is written."""
     todo = [phase for phase in phases if not phase.check()]
     if todo:
-        todo[0].begin()
+        todo[0].begin()  # refuses what an interrupted run with other settings left
     return [phase.name for phase in todo]
 
 
@@ -295,9 +295,8 @@ def check_held_out(run: RunContext) -> None:
     """
     if len(run.held_out) < 2:
         raise UserError(
-            f"--data.holdout-rows {run.config.data.holdout_rows} of {len(run.index)} rows are {len(run.held_out)} "
-            f"held-out rows (at most a twentieth), too few to fit the logit scale; they must be 2 or more, which takes "
-            f"at least 40 rows"
+            f"--data.holdout-rows {run.config.data.holdout_rows} gives {len(run.held_out)} held-out rows of "
+            f"{len(run.index)} (at most a twentieth), too few to fit the logit scale; at least 2 of 40 are needed"
         ).on_every_process()
 
 

@@ -70,7 +70,7 @@ def _reusable_texts(run: RunContext, s: int, clip: ClipBundle) -> EmbeddingTable
     before = load_clip(run.folder(s - 1, "train") / "model")
     if not have_same_text_tower([before.model, clip.model], [before.model_cfg, clip.model_cfg]):
         return None
-    logger.info("stage %d: the text features are those of the stage before", s)
+    logger.info("stage %d: the text features of the previous stage are reused", s)
     return run.embeddings(s - 1)
 
 

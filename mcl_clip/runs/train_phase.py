@@ -153,7 +153,7 @@ def _prepare_bias(model: nn.Module, loss: str) -> None:
         model.register_forward_hook(lambda _, __, out: {**out, "logit_bias": out["logit_bias"] * 1})
     elif loss == "siglip":
         raise UserError(
-            "--stages.K.train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, beside "
+            "--stages.K.train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, next to "
             "embed_dim in the recipe's TowerConfig(model=...), or use an architecture that has it"
         ).on_every_process()
 
@@ -281,7 +281,7 @@ def _cached_texts(run: RunContext, s: int, clip: ClipBundle, index: ShardIndex) 
         )
     run.interrupt.check()
     barrier()
-    logger.info("stage %d: the text tower is locked; the features of its captions are read from %s", s, out)
+    logger.info("stage %d: the text tower is locked; caption features are read from %s", s, out)
     return TextFeatures(out, index, clip.model_cfg["embed_dim"])
 
 

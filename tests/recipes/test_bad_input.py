@@ -77,7 +77,7 @@ def test_options_that_do_not_parse(recipe, capsys, monkeypatch, arguments, sente
         (["--stages.0.train.loss", "siglip"], "siglip needs a tower with a bias: put init_logit_bias"),
         (["--stages.0.train.lr-multipliers", "visual.nothing", "0.1"], "'visual.nothing' matches none of the"),
         (["--stages.0.cluster.num-clusters", "500"], "500 clusters need at least as many distinct samples"),
-        (["--data.holdout-rows", "1"], "--data.holdout-rows 1 of 200 rows are 1 held-out rows"),
+        (["--data.holdout-rows", "1"], "--data.holdout-rows 1 gives 1 held-out rows of 200"),
     ],
 )  # fmt: skip
 def test_wrong_options(recipe, capsys, monkeypatch, arguments, sentence):
@@ -111,7 +111,7 @@ def test_a_truncated_tar(recipe, capsys, monkeypatch, tmp_path):
 def test_too_few_rows(recipe, capsys, monkeypatch, tmp_path):
     shards = write_shards(tmp_path / "shards", rows=30)
     sentence = fail(capsys, monkeypatch, recipe, "--data.train", shards)
-    assert "of 30 rows are 1 held-out rows" in sentence
+    assert "gives 1 held-out rows of 30 " in sentence
     assert "at least 40 rows" in sentence
 
 

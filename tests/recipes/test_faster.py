@@ -50,7 +50,7 @@ def losses(run):
 
 def test_text_features_from_disk_train_as_the_locked_tower_does(locked, recipe):
     run, lines = locked
-    said = r"stage 1: the text tower is locked; the features of its captions are read from .*texts"
+    said = r"stage 1: the text tower is locked; caption features are read from .*texts"
     assert any(re.fullmatch(said, line) for line in lines)
     without = {**TEXT_LOCKED, "lock": LockConfig(text=True, cached_texts=False)}
     uncached = execute(with_stages(recipe, {}, without))
@@ -66,7 +66,7 @@ def test_text_features_from_disk_train_as_the_locked_tower_does(locked, recipe):
 
 def test_the_embedding_takes_over_text_features_of_the_same_tower(locked):
     run, lines = locked
-    assert "stage 1: the text features are those of the stage before" in lines
+    assert "stage 1: the text features of the previous stage are reused" in lines
     for number in range(4):
         first, second = (read_part(run / f"stage-{stage}/embed" / part_name(number), 50) for stage in (0, 1))
         np.testing.assert_array_equal(first.text, second.text)

@@ -114,7 +114,7 @@ def test_a_second_run_does_nothing(copy, recipe, caplog):
     with caplog.at_level("INFO", "mcl_clip"):
         execute(recipe)
     assert files(copy) == before
-    assert caplog.text.count("done before") == 11
+    assert caplog.text.count("already done") == 11
     assert "done in" not in caplog.text
     assert len(records(copy / "launches.jsonl")) == 2
 
