@@ -1,4 +1,4 @@
-"""Features of evaluation sets: images and texts shared among processes, each exactly once."""
+"""Image and text features of evaluation sets, embedded by all processes together, each sample exactly once."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,33 +18,33 @@ from mcl_clip.core import distributed
 from mcl_clip.core.errors import UserError, explain_os_error
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.decode import BadSampleError, decode_image
-from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.reader import Reader
+from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.model.clip import encode_texts
 
 MAX_BOX_PIXELS = 50_000_000
+READ_ROWS = 256
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Pictures by number. It must be picklable: workers read from copies of it."""
+    """Images addressed by row. It must be picklable, because loader workers read from copies of it."""
 
     def __len__(self) -> int:
-        """How many pictures there are."""
+        """Return the number of images."""
 
     def images(self, rows: Int[np.ndarray, " batch"]) -> Iterator[Image.Image]:
-        """The pictures of `rows` as RGB, in their order.
+        """Yield the images of `rows` as RGB, in the given order.
 
         Raises:
-            UserError: for one that cannot be decoded.
+            UserError: if an image cannot be decoded.
         """
 
 
 @dataclass(frozen=True)
 class ReaderImages:
-    """The images of a reader's rows."""
+    """The images of a `Reader`."""
 
     reader: Reader
 
@@ -52,20 +52,19 @@ class ReaderImages:
         return len(self.reader.index)
 
     def images(self, rows: Int[np.ndarray, " batch"]) -> Iterator[Image.Image]:
-        """The pictures of `rows`, decoded strictly."""
+        """Yield the images of `rows`; see `ImageSource`."""
         for sample in self.reader.read(rows):
             try:
                 yield decode_image(sample.image)
             except BadSampleError as error:
-                raise bad_sample(self.reader.index, sample.row, error) from error
+                raise bad_sample(self.reader, sample.row, error) from error
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Pictures in files of their own, each whole or cut to a box.
+    """Image files, each used whole or cropped to a box.
 
-    A box is (left, top, width, height) in pixels. What it holds beyond the border of the picture is black, as with
-    PIL's `crop`.
+    A box is (left, top, width, height) in pixels. The part of it outside the image is black, as in PIL's `crop`.
     """
 
     paths: tuple[Path, ...]
@@ -79,7 +78,7 @@ class FileImages:
         return len(self.paths)
 
     def images(self, rows: Int[np.ndarray, " batch"]) -> Iterator[Image.Image]:
-        """The pictures of `rows`; see `ImageSource`."""
+        """Yield the images of `rows`; see `ImageSource`."""
         for row in rows.tolist():
             path, box = self.paths[row], self.boxes[row] if self.boxes is not None else None
             try:
@@ -102,6 +101,81 @@ def _crop(image: Image.Image, box: Box, path: Path) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def find_shards(root: Path, split: str) -> list[Path]:
+    """List the tar files in `root/split` (CLIP_benchmark's layout, with nshards.txt), or else in `root` itself.
+
+    Raises:
+        UserError: if `root` has neither layout, or a tar file is missing.
+    """
+    folder = root / split
+    if not folder.is_dir():
+        # Natural order: 2.tar comes before 10.tar.
+        shards = sorted(
+            root.glob("*.tar"), key=lambda p: [(int(n or 0), t) for t, n in re.findall(r"(\D*)(\d*)", p.name)]
+        )
+        if not shards:
+            raise UserError(f"{root} is not an evaluation set: it has neither a folder {split!r} nor tar files")
+        return shards
+    counter = folder / "nshards.txt"
+    if not counter.is_file():
+        raise UserError(f"{counter} is missing; it holds the number of tar files in {folder}")
+    text = counter.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise UserError(f"{counter} holds {text!r}; it must hold the number of tar files in {folder}")
+    shards = [folder / f"{number}.tar" for number in range(int(text))]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise UserError(
+            f"{counter} says {text} tar files, but {', '.join(missing[:5])} is not in {folder}; copy the set again"
+        )
+    return shards
+
+
+def read_samples(reader: Reader) -> Iterator[RawSample]:
+    """Yield all samples of a reader in row order."""
+    size = len(reader.index)
+    for start in range(0, size, READ_ROWS):
+        yield from reader.read(np.arange(start, min(start + READ_ROWS, size)))
+
+
+def bad_sample(reader: Reader, row: int, error: BadSampleError) -> UserError:
+    """Return the error for a sample that cannot be decoded; evaluation skips no samples, so scores stay comparable."""
+    index = reader.index
+    shard = index.shards[int(index.shard_of[row])].url
+    return UserError(f"sample {index.key(row)} in {shard} cannot be decoded ({error.reason}); write the set again")
+
+
+def check_finite(features: Float[Tensor, "rows dim"], side: str) -> None:
+    """Raise a UserError if any row of the `image` or `text` features has an infinite or NaN value."""
+    largest = torch.linalg.vector_norm(features, torch.inf, dim=1)  # a reduction: allocates no copy of the features
+    if broken := int((~torch.isfinite(largest)).sum()):
+        raise UserError(f"{broken} of {len(features)} {side} features are not finite; the model has diverged")
+
+
+def embed_set(
+    model: Any,
+    source: Reader | ImageSource,
+    texts: Sequence[str],
+    *,
+    image_transform: Callable[[Any], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    device: torch.device | str,
+    batch_size: int,
+    num_workers: int,
+) -> dict[str, Tensor]:
+    """Compute the `image` and `text` features of a set; see `embed_images` and `embed_texts`."""
+    return {
+        "image": embed_images(
+            model,
+            source,
+            image_transform=image_transform,
+            device=device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        ),
+        "text": embed_texts(model, texts, tokenizer=tokenizer, device=device, batch_size=batch_size),
+    }
+
+
 def embed_images(
     model: Any,
     source: Reader | ImageSource,
@@ -111,21 +185,21 @@ def embed_images(
     batch_size: int,
     num_workers: int,
 ) -> Float[Tensor, "images dim"]:
-    """Un-normalised float32 features of all images of a source, on the CPU, equal on all processes.
+    """Compute un-normalized float32 features of all images, on the CPU and identical on all processes.
 
-    Batches are cut at the same places whatever the number of processes, so that it does not change the features.
+    The batches do not depend on the number of processes, so neither do the features.
 
     Args:
-        model: anything with `encode_image`; set to eval mode meanwhile.
-        source: the images, or a reader of them.
-        image_transform: from a PIL image to floats.
-        device: where the model is.
-        batch_size: images in a forward pass of one process.
-        num_workers: processes that read and transform images; 0 for none.
+        model: any object with `encode_image`; a module is in eval mode meanwhile.
+        source: the images, or a reader of samples with images.
+        image_transform: maps a PIL image to a float tensor.
+        device: the device of the model.
+        batch_size: images per forward pass and process.
+        num_workers: loader worker processes; 0 loads in the main process.
 
     Raises:
-        UserError: if an image cannot be decoded.
-        RuntimeError: if the processes together have not embedded each image exactly once.
+        UserError: on all processes, if an image cannot be decoded on any of them.
+        RuntimeError: if the processes together did not embed each image exactly once.
     """
     source = ReaderImages(source) if isinstance(source, Reader) else source
     device, size = torch.device(device), len(source)
@@ -139,7 +213,7 @@ def embed_images(
         generator=distributed.torch_generator("evaluation"),
     )
     parts, failure = [], ""
-    with _evaluating(model), torch.no_grad(), _bar(batches, "images") as bar:
+    with _eval_mode(model), torch.no_grad(), _progress_bar(batches, "images") as bar:
         dtype = next(model.parameters()).dtype if isinstance(model, nn.Module) else torch.float32
         for pixels in loader:
             if isinstance(pixels, UserError):
@@ -147,9 +221,7 @@ def embed_images(
                 break
             parts.append(model.encode_image(pixels.to(device, dtype, non_blocking=True)).float())
             bar.update(len(pixels))
-    failures = [other for other in distributed.gather_objects(failure) if other]
-    if failures:
-        raise UserError(failures[0]).on_every_process()
+    raise_on_all_processes(failure)
     return _gather_rows(parts, batches, size, "images", device)
 
 
@@ -161,63 +233,31 @@ def embed_texts(
     device: torch.device | str,
     batch_size: int,
 ) -> Float[Tensor, "texts dim"]:
-    """Un-normalised float32 features of texts, on the CPU, equal on all processes; see `embed_images`."""
+    """Compute un-normalized float32 features of texts, on the CPU and identical on all processes.
+
+    See `embed_images`.
+    """
     device = torch.device(device)
     batches = _batches_of_rank(len(texts), batch_size)
     parts = []
-    with _evaluating(model), torch.no_grad(), _bar(batches, "texts") as bar:
+    with _eval_mode(model), torch.no_grad(), _progress_bar(batches, "texts") as bar:
         for batch in batches:
-            tokens = tokenizer([texts[number] for number in batch])
+            tokens = tokenizer([texts[row] for row in batch])
             parts.append(encode_texts(model, tokens, device).float())
             bar.update(len(batch))
     return _gather_rows(parts, batches, len(texts), "texts", device)
 
 
-def _bar(batches: Sequence[np.ndarray], unit: str) -> Any:
-    return Progress(total=sum(map(len, batches)), desc=unit, unit=unit[:-1], show=distributed.is_main())
-
-
-def find_shards(root: Path, split: str) -> list[Path]:
-    """The tar files of `root/split` (CLIP_benchmark's layout, with nshards.txt), or of `root` itself.
-
-    Raises:
-        UserError: if the layout is neither.
-    """
-    folder = root / split
-    if not folder.is_dir():
-        shards = sorted(root.glob("*.tar"), key=_natural_order)
-        if not shards:
-            raise UserError(f"{root} is not an evaluation set: it has neither a folder {split!r} nor tar files")
-        return shards
-    counter = folder / "nshards.txt"
-    if not counter.is_file():
-        raise UserError(f"{counter} is missing; it holds the number of tar files in {folder}")
-    text = counter.read_text(encoding="utf-8").strip()
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise UserError(f"{counter} holds {text!r}; it must hold the number of tar files in {folder}")
-    shards = [folder / f"{number}.tar" for number in range(int(text))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise UserError(
-            f"{counter} says {text} tar files, but {', '.join(missing[:5])} is not in {folder}; copy it anew"
-        )
-    return shards
-
-
-def _natural_order(path: Path) -> list[tuple[int, str]]:
-    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", path.name)]
-
-
-def bad_sample(index: ShardIndex, row: int, error: BadSampleError) -> UserError:
-    """Evaluation is strict: a sample that cannot be decoded is an error."""
-    shard = index.shards[int(index.shard_of[row])].url
-    return UserError(f"sample {index.key(row)} in {shard} cannot be decoded ({error.reason}); write the set again")
+def raise_on_all_processes(failure: str) -> None:
+    """Raise the same UserError on every process if any of them passes a message; called by all with "" for none."""
+    if failures := [message for message in distributed.gather_objects(failure) if message]:
+        raise UserError(failures[0]).on_every_process()
 
 
 class _ImageBatches(Dataset[Tensor | UserError]):
-    """Rows to a batch of images, in a worker.
+    """Map rows to a batch of transformed images, in a loader worker.
 
-    User errors are handed over as values: raised in a worker they would arrive with its traceback in their message.
+    User errors are returned as values: one raised in a worker would carry the worker's traceback in its message.
     """
 
     def __init__(self, source: ImageSource, image_transform: Callable[[Any], Tensor]):
@@ -235,16 +275,20 @@ class _ImageBatches(Dataset[Tensor | UserError]):
 def _batches_of_rank(
     size: int, batch_size: int, rank: int | None = None, world_size: int | None = None
 ) -> list[np.ndarray]:
-    """The batches of a process, int64 row numbers: neighbours among batches that no number of processes changes."""
+    """Return the int64 row batches of a process: a contiguous share of a list that is the same for any world size."""
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
     batches = [np.arange(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
     return batches[len(batches) * rank // world_size : len(batches) * (rank + 1) // world_size]
 
 
+def _progress_bar(batches: Sequence[np.ndarray], unit: str) -> Any:
+    return Progress(total=sum(map(len, batches)), desc=unit, unit=unit[:-1], show=distributed.is_main())
+
+
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode, and afterwards the mode that each module was in."""
+def _eval_mode(model: Any) -> Iterator[None]:
+    """Put all modules in eval mode, and restore the mode of each of them afterwards."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for module, _ in modes:
         module.training = False
@@ -256,30 +300,29 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _gather_rows(
-    parts: list[Tensor], batches: list[np.ndarray], size: int, what: str, device: torch.device
+    parts: list[Tensor], batches: list[np.ndarray], size: int, unit: str, device: torch.device
 ) -> Float[Tensor, "size dim"]:
-    """Rows of all processes in order of their numbers, on the CPU."""
-    rows = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *batches]))
-    shapes = distributed.gather_objects((len(rows), parts[0].shape[1] if parts else 0))
+    """Gather the features of all processes on the CPU, in row order.
+
+    Raises:
+        RuntimeError: if a row is missing or occurs twice.
+    """
+    local_rows = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *batches]))
+    shapes = distributed.gather_objects((len(local_rows), parts[0].shape[1] if parts else 0))
+    # Collectives need equal shapes: all processes pad to the longest, with row -1. One without batches knows no dim.
     longest, dim = max(count for count, _ in shapes), max(dim for _, dim in shapes)
-    features = torch.zeros(longest, dim, device=device)
-    numbers = torch.full((longest,), -1, device=device)
+    padded = torch.zeros(longest, dim, device=device)
+    padded_rows = torch.full((longest,), -1, device=device)
     if parts:
-        features[: len(rows)] = torch.cat(parts)
-        numbers[: len(rows)] = rows.to(device)
-    return _in_order(distributed.gather(features).cpu(), distributed.gather(numbers).cpu(), size, what)
-
-
-def _in_order(
-    features: Float[Tensor, "padded dim"], numbers: Int[Tensor, " padded"], size: int, what: str
-) -> Float[Tensor, "size dim"]:
-    """Rows by number; number -1 is padding."""
-    is_row = numbers >= 0
-    seen = torch.bincount(numbers[is_row], minlength=size)
-    if len(seen) != size or not bool((seen == 1).all()):
+        padded[: len(local_rows)] = torch.cat(parts)
+        padded_rows[: len(local_rows)] = local_rows.to(device)
+    features, rows = distributed.gather(padded).cpu(), distributed.gather(padded_rows).cpu()
+    is_row = rows >= 0
+    counts = torch.bincount(rows[is_row], minlength=size)
+    if len(counts) != size or not bool((counts == 1).all()):
         raise RuntimeError(
-            f"{int((seen == 0).sum())} of {size} {what} were not embedded, {int((seen > 1).sum())} more than once"
+            f"{int((counts == 0).sum())} of {size} {unit} were not embedded, {int((counts > 1).sum())} more than once"
         )
-    ordered = torch.empty(size, features.shape[1])
-    ordered[numbers[is_row]] = features[is_row]
+    ordered = torch.empty(size, dim)
+    ordered[rows[is_row]] = features[is_row]
     return ordered

@@ -1,35 +1,35 @@
-"""Fine-grained sets, where a few images and texts that differ in one respect must be told apart.
+"""Fine-grained sets, where a model must distinguish a few images and texts that differ in one respect.
 
-A set is a folder with two files; the pictures may lie anywhere. `pairs.json` says what it is:
+A set is a folder with two files; the images may be anywhere. `pairs.json` describes the set:
 
     {"format": 1, "name": "mmvp-vlm", "rule": "pair_t2i", "images": "/data/MMVP_VLM/MLLM_VLM Images",
      "source": "MMVP-VLM, Questions.csv", "average": "groups", "min_group_size": 1}
 
-`images` is the folder that pictures are named from, absolute or seen from this folder. `average` (`items` if not given)
-says what `accuracy` is the mean of; groups of fewer than `min_group_size` (1) items have no accuracy of their own and
-stay out of the mean over groups. `pairs.jsonl` holds an item a line:
+`images` is the folder of the images, absolute or relative to this folder. `average` (default: `items`) is what
+`accuracy` is the mean of; groups of fewer than `min_group_size` (default: 1) items have no accuracy of their own and
+are not in the mean over groups. `pairs.jsonl` holds one item per line:
 
     {"id": "1", "group": "Texts", "images": ["Texts/1.jpg", {"path": "Texts/2.jpg", "box": [4, 0, 90, 60]}],
      "texts": ["a photo of a 7", "a photo of a 9"], "match": [[0, 0], [1, 1]], "together": {"set": "digits"}}
 
-A box is (left, top, width, height) in pixels. `match` pairs numbers of images with numbers of texts. Items with the
-same id under a kind in `together` (optional) also count as one, right only where all of them are. Texts are embedded as
-they stand, so they hold their prompt.
+A box is (left, top, width, height) in pixels. `match` pairs image indices with text indices. Items with the same id
+under a kind in `together` (optional) also count as one, correct only if all of them are. Texts are embedded as they
+are, so they include their prompt.
 
-Rules, with what independent random scores would reach. Ties count against the model: one that says nothing scores 0.
+Rules, with the accuracy of independent random scores. Ties count as errors: a model with constant features scores 0.
 
 `pair_t2i` (MMVP-VLM; 1/4): two images, two texts; both texts must be nearer to their own image.
 `winoground` (1/6): as above, and both images must be nearer to their own text (Thrush et al. 2022, group score).
 `text_choice` (SugarCrepe, ARO, What'sUp; 1/k): one image must be nearer to its own text than to the k - 1 others.
 
-The official MMVP procedure gives a tie to the second image. It differs from `pair_t2i` only where the second text is
-exactly as near to both images and the first text chooses rightly: right there, wrong here.
+The official MMVP procedure gives a tie to the second image. It differs from `pair_t2i` only if the second text is
+equally near to both images and the first text is correct: it counts the pair as correct, `pair_t2i` as wrong.
 """
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,19 +42,18 @@ from torch.nn import functional as F
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_json
-from mcl_clip.eval.embed import Box, FileImages, embed_images, embed_texts
+from mcl_clip.eval.embed import Box, FileImages, check_finite, embed_set
 
 FORMAT = 1
 RULES = ("pair_t2i", "winoground", "text_choice")
 AVERAGES = ("items", "groups")
 CHUNK = 512
-_HEADLINES = {"pair_t2i": "image_score", "winoground": "group_score"}
-_RESERVED_KINDS = ("micro", "macro")
+_RESERVED_KINDS = ("micro", "macro")  # `micro_accuracy` and `macro_accuracy` are metrics of every set
 
 
 @dataclass(frozen=True)
 class PairItem:
-    """Row numbers of images and texts: text i belongs to image i, further texts to none."""
+    """An item as rows of images and texts: text i belongs to image i, further texts to none."""
 
     id: str
     group: str
@@ -65,7 +64,7 @@ class PairItem:
 
 @dataclass(frozen=True)
 class PairSet:
-    """Items over pictures and texts that each appear once, in the order in which the items first name them."""
+    """Items over images and texts, each stored once in the order of first use."""
 
     name: str
     rule: str
@@ -78,16 +77,16 @@ class PairSet:
 
     @classmethod
     def open(cls, root: Path) -> "PairSet":
-        """The set in `root`, see the module's docstring.
+        """Open the set in `root`; the module's docstring describes the files.
 
         Raises:
-            UserError: if a file or picture is missing, or something in them is not as described there.
+            UserError: if a file or image is missing, or a value is invalid.
         """
         settings = _read_settings(root / "pairs.json")
-        pictures: dict[_Picture, int] = {}
-        texts: dict[str, int] = {}
+        image_rows: dict[_ImageRef, int] = {}
+        text_rows: dict[str, int] = {}
         items = tuple(
-            _parse_item(line, where, settings["rule"], pictures, texts)
+            _parse_item(line, where, settings["rule"], image_rows, text_rows)
             for line, where in json_lines(root / "pairs.jsonl")
         )
         repeated = [name for name, count in Counter(item.id for item in items).items() if count > 1]
@@ -95,20 +94,28 @@ class PairSet:
             problem = f"has the id {repeated[0]!r} twice" if repeated else "has no items"
             raise UserError(f"{root / 'pairs.jsonl'} {problem}; write the set again")
         folder = root / settings["images"]
-        paths = tuple(folder / picture.path for picture in pictures)
-        found = cls(
+        paths = tuple(folder / image.path for image in image_rows)
+        sizes = {path: path.stat().st_size for path in dict.fromkeys(paths) if path.is_file()}
+        if missing := [path for path in dict.fromkeys(paths) if path not in sizes]:
+            raise UserError(
+                f"{len(missing)} of {len(set(paths))} images are missing, the first is {missing[0]}; correct 'images' "
+                f"in pairs.json (now {folder}), or restore them"
+            )
+        pair_set = cls(
             name=settings["name"],
             rule=settings["rule"],
             items=items,
-            images=FileImages(paths, tuple(picture.box for picture in pictures)),
-            image_sizes=_sizes(paths, folder),
-            texts=tuple(texts),
+            images=FileImages(paths, tuple(image.box for image in image_rows)),
+            image_sizes=tuple(sizes[path] for path in paths),
+            texts=tuple(text_rows),
             average=settings["average"],
             min_group_size=settings["min_group_size"],
         )
-        if not found.group_sizes:
-            raise UserError(f"no group in {root} has {found.min_group_size} items; lower min_group_size in pairs.json")
-        return found
+        if not pair_set.group_sizes:
+            raise UserError(
+                f"no group in {root} has {pair_set.min_group_size} items; lower min_group_size in pairs.json"
+            )
+        return pair_set
 
     @property
     def group_sizes(self) -> dict[str, int]:
@@ -118,13 +125,13 @@ class PairSet:
 
     @property
     def sha256(self) -> str:
-        """Digest of rule, items, boxes, texts and the sizes of the pictures' files, wherever these lie."""
+        """Digest of rule, items, boxes, texts and the sizes of the image files, wherever these are."""
         items = [[item.id, item.group, item.images, item.texts, dict(item.together)] for item in self.items]
         content = [self.rule, self.average, self.min_group_size, items, self.images.boxes, self.image_sizes, self.texts]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class _Picture(NamedTuple):
+class _ImageRef(NamedTuple):
     path: str
     box: Box | None
 
@@ -132,29 +139,31 @@ class _Picture(NamedTuple):
 def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; a pair set has pairs.json and pairs.jsonl, as data_prep/pairs.py writes")
-    found = read_json(path)
-    found = {"average": "items", "min_group_size": 1, **(found if isinstance(found, dict) else {})}
-    if found.get("format") != FORMAT:
-        raise UserError(f"{path} has the format {found.get('format')!r}; this version reads format {FORMAT}")
+    content = read_json(path)
+    settings = {"average": "items", "min_group_size": 1, **(content if isinstance(content, dict) else {})}
+    if settings.get("format") != FORMAT:
+        raise UserError(f"{path} has the format {settings.get('format')!r}; this version reads format {FORMAT}")
     for name, values in (("rule", RULES), ("average", AVERAGES)):
-        if found.get(name) not in values:
-            raise UserError(f"{path} has the {name} {found.get(name)!r}; it must be one of {', '.join(values)}")
+        if settings.get(name) not in values:
+            raise UserError(f"{path} has the {name} {settings.get(name)!r}; it must be one of {', '.join(values)}")
     for name in ("name", "images"):
-        if not isinstance(found.get(name), str):
-            raise UserError(f"{path} has {found.get(name)!r} for {name!r}; it must be a text")
-    if not _is_count(found["min_group_size"], 1):
-        raise UserError(f"{path} has the min_group_size {found['min_group_size']!r}; it must be a number from 1 on")
-    return found
+        if not isinstance(settings.get(name), str):
+            raise UserError(f"{path} has {settings.get(name)!r} for {name!r}; it must be a string")
+    if not _is_int(settings["min_group_size"], 1):
+        raise UserError(
+            f"{path} has the min_group_size {settings['min_group_size']!r}; it must be an integer, 1 or more"
+        )
+    return settings
 
 
-def json_lines(path: Path) -> Iterable[tuple[Any, str]]:
-    """The values of a JSON-lines file, each with its place in words.
+def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the values of a JSON-lines file, each with its location for error messages.
 
     Raises:
         UserError: if there is no such file, or a line is not JSON.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing; it has an item a line")
+        raise UserError(f"{path} is missing; it has one item per line")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
@@ -163,42 +172,44 @@ def json_lines(path: Path) -> Iterable[tuple[Any, str]]:
                 raise UserError(f"{path}, line {number} is not JSON ({error}); restore the file") from error
 
 
-def _parse_item(line: Any, where: str, rule: str, pictures: dict[_Picture, int], texts: dict[str, int]) -> PairItem:
-    """An item; its pictures and texts get the next free rows where they are new."""
+def _parse_item(
+    line: Any, where: str, rule: str, image_rows: dict[_ImageRef, int], text_rows: dict[str, int]
+) -> PairItem:
+    """Parse an item; new images and texts are added to `image_rows` and `text_rows`."""
     if not isinstance(line, dict) or not {"id", "group", "images", "texts", "match"} <= line.keys():
         raise UserError(f"{where}: an item is an object with id, group, images, texts and match")
     for name in ("id", "group"):
         if not isinstance(line[name], str) or not line[name]:
-            raise UserError(f"{where}: {name} is {line[name]!r}; it must be a text")
+            raise UserError(f"{where}: {name} is {line[name]!r}; it must be a string that is not empty")
     for name in ("images", "texts"):
         if not isinstance(line[name], list) or not line[name]:
-            raise UserError(f"{where}: {name} is {line[name]!r}; it must be a list")
+            raise UserError(f"{where}: {name} is {line[name]!r}; it must be a list that is not empty")
     if wrong := [text for text in line["texts"] if not isinstance(text, str) or not text.strip()]:
-        raise UserError(f"{where}: {wrong[0]!r} is no text")
-    named = [_picture(value, where) for value in line["images"]]
-    order = _order_of_texts(line["match"], rule, len(named), len(line["texts"]), where)
+        raise UserError(f"{where}: the text {wrong[0]!r} is empty or not a string")
+    images = [_parse_image(value, where) for value in line["images"]]
+    order = _order_texts(line["match"], rule, len(images), len(line["texts"]), where)
     return PairItem(
         id=line["id"],
         group=line["group"],
-        images=tuple(pictures.setdefault(picture, len(pictures)) for picture in named),
-        texts=tuple(texts.setdefault(line["texts"][number], len(texts)) for number in order),
-        together=_together(line.get("together", {}), where),
+        images=tuple(image_rows.setdefault(image, len(image_rows)) for image in images),
+        texts=tuple(text_rows.setdefault(line["texts"][number], len(text_rows)) for number in order),
+        together=_parse_together(line.get("together", {}), where),
     )
 
 
-def _picture(value: Any, where: str) -> _Picture:
+def _parse_image(value: Any, where: str) -> _ImageRef:
     path, box = (value.get("path"), value.get("box")) if isinstance(value, dict) else (value, None)
     if not isinstance(path, str) or not path:
         raise UserError(f"{where}: the image {value!r} is neither a path nor an object with path and box")
     if box is None:
-        return _Picture(path, None)
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_count(number) for number in box):
+        return _ImageRef(path, None)
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_int(number) for number in box):
         raise UserError(f"{where}: the box {box!r} is not [left, top, width, height] in whole pixels")
-    return _Picture(path, (box[0], box[1], box[2], box[3]))
+    return _ImageRef(path, (box[0], box[1], box[2], box[3]))
 
 
-def _order_of_texts(match: Any, rule: str, num_images: int, num_texts: int, where: str) -> list[int]:
-    """Numbers of the texts: those of the images in their order, then the others."""
+def _order_texts(match: Any, rule: str, num_images: int, num_texts: int, where: str) -> list[int]:
+    """Return text indices: those of the images in their order, then the others."""
     if rule == "text_choice" and (num_images != 1 or num_texts < 2):
         raise UserError(
             f"{where}: {num_images} images and {num_texts} texts; {rule} takes one image, two texts or more"
@@ -207,8 +218,8 @@ def _order_of_texts(match: Any, rule: str, num_images: int, num_texts: int, wher
         raise UserError(f"{where}: {num_images} images and {num_texts} texts; {rule} takes two of each")
     pairs = match if isinstance(match, list) else [match]
     for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_count(number, 0) for number in pair):
-            raise UserError(f"{where}: match has {pair!r}; it must hold pairs [image, text] of numbers from 0 on")
+        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_int(number, 0) for number in pair):
+            raise UserError(f"{where}: match has {pair!r}; it must hold pairs [image, text] of indices from 0")
         if pair[0] >= num_images or pair[1] >= num_texts:
             raise UserError(f"{where}: match has {pair!r}, beyond {num_images} images and {num_texts} texts")
     text_of = dict(pairs)
@@ -218,32 +229,21 @@ def _order_of_texts(match: Any, rule: str, num_images: int, num_texts: int, wher
     return own + [number for number in range(num_texts) if number not in own]
 
 
-def _together(value: Any, where: str) -> dict[str, str]:
+def _parse_together(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value.values()):
-        raise UserError(f"{where}: together is {value!r}; it must be an object with texts")
-    if taken := [kind for kind in value if kind in _RESERVED_KINDS]:
-        raise UserError(f"{where}: together has the kind {taken[0]!r}, which means something else; choose another word")
+        raise UserError(f"{where}: together is {value!r}; it must be an object of strings")
+    if reserved := [kind for kind in value if kind in _RESERVED_KINDS]:
+        raise UserError(f"{where}: together has the kind {reserved[0]!r}, which is reserved; choose another name")
     return value
 
 
-def _is_count(value: Any, low: int | None = None) -> bool:
+def _is_int(value: Any, low: int | None = None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and (low is None or value >= low)
-
-
-def _sizes(paths: Sequence[Path], folder: Path) -> tuple[int, ...]:
-    """Bytes of the files."""
-    sizes = {path: path.stat().st_size for path in dict.fromkeys(paths) if path.is_file()}
-    if missing := [path for path in dict.fromkeys(paths) if path not in sizes]:
-        raise UserError(
-            f"{len(missing)} of {len(set(paths))} pictures are missing, the first is {missing[0]}; correct 'images' "
-            f"in pairs.json (now {folder}), or restore them"
-        )
-    return tuple(sizes[path] for path in paths)
 
 
 @dataclass(frozen=True)
 class PairTask:
-    """A pair set as a task of the suite."""
+    """Accuracy on one pair set; see `Task`."""
 
     name: str
     data: PairSet
@@ -251,49 +251,57 @@ class PairTask:
 
     @property
     def sha256(self) -> str:
-        """Digest of what is measured on."""
+        """Digest of the evaluated data."""
         return self.data.sha256
 
-    def embed(
-        self, model: Any, *, image_transform: Any, tokenizer: Any, num_workers: int, **options: Any
-    ) -> dict[str, Tensor]:
-        """Raw features: `image` of every picture (cut to its box), `text` of every text, each once."""
-        images = embed_images(
-            model, self.data.images, image_transform=image_transform, num_workers=num_workers, **options
-        )
-        return {"image": images, "text": embed_texts(model, self.data.texts, tokenizer=tokenizer, **options)}
+    def embed(self, model: Any, **options: Any) -> dict[str, Tensor]:
+        """Compute the features of every image (cropped to its box) and every text, each once; see `embed_set`."""
+        return embed_set(model, self.data.images, self.data.texts, **options)
 
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Shares of the items that are right, and for each of them the outcomes that it is the mean of.
+        """Compute accuracies, and for each of them the per-item outcomes that it is the mean of.
 
         `micro_accuracy` is the mean over items, `macro_accuracy` over groups, and `accuracy` the one that the set
-        asks for; `accuracy/GROUP` for each group; `KIND_accuracy` over the ids of each kind in `together`. Sets of two
-        images have `image_score` (each text finds its image), `text_score` (each image its text) and `group_score`
-        (both), over items; the rule says which of them makes an item right.
+        asks for. There is `accuracy/GROUP` for each group, and `KIND_accuracy` over the ids of each kind in `together`.
+        Sets of two images have `image_score` (each text retrieves its image), `text_score` (each image its text) and
+        `group_score` (both), over items; the rule decides which of them makes an item correct.
 
-        `unit:METRIC` stands beside where items share a picture or an id in `together`, directly or through others.
+        `unit:METRIC` is among the outcomes if items share an image or an id in `together`, directly or through others.
 
         Raises:
-            UserError: if features are not finite, or not as many as the set has pictures and texts.
+            UserError: if features are not finite, or their number is not that of the set's images and texts.
         """
-        _check_features(image_features, text_features, self.data)
-        scores = _item_scores(image_features, text_features, self.data.items)
-        right, outcomes = _outcomes_by_rule(scores, self.data)
-        groups = np.array([item.group for item in self.data.items])
-        is_in = {group: groups == group for group in self.data.group_sizes}
-        outcomes["micro_accuracy"] = right
-        outcomes["macro_accuracy"] = _contributions_to_mean_of_groups(right, is_in)
-        outcomes["accuracy"] = outcomes[{"items": "micro", "groups": "macro"}[self.data.average] + "_accuracy"]
-        unit = _units(self.data)
+        data, items = self.data, self.data.items
+        for side, features, count in (
+            ("image", image_features, len(data.images)),
+            ("text", text_features, len(data.texts)),
+        ):
+            if len(features) != count:
+                raise UserError(f"{len(features)} {side} features for a set with {count} of them; embed it again")
+            check_finite(features, side)
+        correct, outcomes = _apply_rule(_item_scores(image_features, text_features, items), data)
+        groups = np.array([item.group for item in items])
+        members_of = {group: groups == group for group in data.group_sizes}
+        # Weights with which the mean over items is the mean over groups.
+        weights = np.zeros(len(items))
+        for members in members_of.values():
+            weights[members] = len(items) / (len(members_of) * members.sum())
+        outcomes["micro_accuracy"] = correct
+        outcomes["macro_accuracy"] = correct * weights
+        outcomes["accuracy"] = outcomes["micro_accuracy" if data.average == "items" else "macro_accuracy"]
+        unit = _dependent_units(data)
         units = dict.fromkeys(outcomes, unit)
-        for group, members in is_in.items():
-            outcomes[f"accuracy/{group}"], units[f"accuracy/{group}"] = right[members], unit[members]
-        for kind in sorted({kind for item in self.data.items for kind in item.together}):
-            found = _items_by_id(self.data.items, kind)
-            outcomes[f"{kind}_accuracy"] = np.array([right[numbers].all() for numbers in found])
-            units[f"{kind}_accuracy"] = np.array([unit[numbers[0]] for numbers in found], np.int32)
+        for group, members in members_of.items():
+            outcomes[f"accuracy/{group}"], units[f"accuracy/{group}"] = correct[members], unit[members]
+        for kind in sorted({kind for item in items for kind in item.together}):
+            rows_of: defaultdict[str, list[int]] = defaultdict(list)
+            for row, item in enumerate(items):
+                if kind in item.together:
+                    rows_of[item.together[kind]].append(row)
+            outcomes[f"{kind}_accuracy"] = np.array([correct[rows].all() for rows in rows_of.values()])
+            units[f"{kind}_accuracy"] = np.array([unit[rows[0]] for rows in rows_of.values()], np.int32)
         metrics = {name: float(values.mean(dtype=np.float64)) for name, values in outcomes.items()}
         stored = {
             name: values if values.dtype == bool else values.astype(np.float32) for name, values in outcomes.items()
@@ -301,7 +309,7 @@ class PairTask:
         return metrics, stored | {f"unit:{name}": of for name, of in units.items() if len(np.unique(of)) < len(of)}
 
     def describe(self) -> dict[str, Any]:
-        """What a record says of the task; `groups` counts the items of each group."""
+        """Describe the set for the record; `groups` counts the items of each group."""
         return {
             "key": f"pairs/{self.name}",
             "task": "image_text_pairs",
@@ -313,82 +321,55 @@ class PairTask:
         }
 
 
-def _check_features(images: Tensor, texts: Tensor, data: PairSet) -> None:
-    for what, features, count in (("image", images, len(data.images)), ("text", texts, len(data.texts))):
-        if len(features) != count:
-            raise UserError(f"{len(features)} {what} features for a set with {count} of them; embed it again")
-        if broken := int((~torch.isfinite(features).all(dim=1)).sum()):
-            raise UserError(f"{broken} of {count} {what} features are not finite; the model has diverged")
-
-
 def _item_scores(
     images: Float[Tensor, "images dim"], texts: Float[Tensor, "texts dim"], items: Sequence[PairItem]
 ) -> Float32[np.ndarray, "scores"]:
-    """Cosines of every image of an item with every text of it, image by image, item after item.
+    """Compute the cosines of every image of an item with every text of it, image by image, item by item.
 
-    In float32, summed in float64: equal features get equal scores.
+    They are summed in float64 and rounded to float32, so that equal features get equal scores.
     """
     image_rows = torch.tensor([image for item in items for image in item.images for _ in item.texts])
     text_rows = torch.tensor([text for item in items for _ in item.images for text in item.texts])
     scores = torch.empty(len(image_rows))
     for start in range(0, len(scores), CHUNK):
         part = slice(start, start + CHUNK)
-        one, other = F.normalize(images[image_rows[part]].double()), F.normalize(texts[text_rows[part]].double())
-        scores[part] = (one * other).sum(dim=1)
-    found: np.ndarray = scores.numpy()
-    return found
+        image, text = F.normalize(images[image_rows[part]].double()), F.normalize(texts[text_rows[part]].double())
+        scores[part] = (image * text).sum(dim=1)
+    array: np.ndarray = scores.numpy()
+    return array
 
 
-def _outcomes_by_rule(
+def _apply_rule(
     scores: Float32[np.ndarray, "scores"], data: PairSet
 ) -> tuple[Bool[np.ndarray, "items"], dict[str, np.ndarray]]:
-    """Which items are right, and by name the outcomes that only some rules have."""
+    """Return which items are correct, and by name the outcomes that only some rules have."""
     if data.rule == "text_choice":
         starts = np.cumsum([0, *(len(item.texts) for item in data.items[:-1])])
         others = scores.copy()
         others[starts] = -np.inf
-        right: np.ndarray = scores[starts] > np.maximum.reduceat(others, starts)
-        return right, {}
-    of_item = scores.reshape(-1, 2, 2)  # item, image, text
-    own, other_image, other_text = of_item[:, [0, 1], [0, 1]], of_item[:, [1, 0], [0, 1]], of_item[:, [0, 1], [1, 0]]
+        correct: np.ndarray = scores[starts] > np.maximum.reduceat(others, starts)
+        return correct, {}
+    by_item = scores.reshape(-1, 2, 2)  # item, image, text
+    own, other_image, other_text = by_item[:, [0, 1], [0, 1]], by_item[:, [1, 0], [0, 1]], by_item[:, [0, 1], [1, 0]]
     by_text, by_image = (np.logical_and(*(own > other).T) for other in (other_image, other_text))
     outcomes = {"image_score": by_text, "text_score": by_image, "group_score": np.logical_and(by_text, by_image)}
-    return outcomes[_HEADLINES[data.rule]], outcomes
+    return outcomes["image_score" if data.rule == "pair_t2i" else "group_score"], outcomes
 
 
-def _contributions_to_mean_of_groups(
-    right: Bool[np.ndarray, "items"], is_in: Mapping[str, Bool[np.ndarray, "items"]]
-) -> Float[np.ndarray, "items"]:
-    """Numbers whose mean over all items is the mean of the groups' accuracies."""
-    weights = np.zeros(len(right))
-    for members in is_in.values():
-        weights[members] = len(right) / (len(is_in) * members.sum())
-    return right * weights
-
-
-def _items_by_id(items: Sequence[PairItem], kind: str) -> list[list[int]]:
-    """Numbers of the items that share an id of this kind, id after id."""
-    found: dict[str, list[int]] = {}
-    for number, item in enumerate(items):
-        if kind in item.together:
-            found.setdefault(item.together[kind], []).append(number)
-    return list(found.values())
-
-
-def _units(data: PairSet) -> Int32[np.ndarray, "items"]:
-    """A number for each item, equal for those that share a picture's file or an id, directly or through others."""
+def _dependent_units(data: PairSet) -> Int32[np.ndarray, "items"]:
+    """Label each item with its connected component: items that share an image file or an id in `together`."""
     first: dict[Hashable, int] = {}
     parent = list(range(len(data.items)))
 
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = number = parent[parent[number]]
-        return number
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
 
-    for number, item in enumerate(data.items):
-        for shared in (*(data.images.paths[row] for row in item.images), *item.together.items()):
-            one, other = root(number), root(first.setdefault(shared, number))
+    for row, item in enumerate(data.items):
+        for shared in (*(data.images.paths[image] for image in item.images), *item.together.items()):
+            one, other = root(row), root(first.setdefault(shared, row))
             parent[max(one, other)] = min(one, other)
-    roots = np.array([root(number) for number in range(len(parent))])
+    roots = np.array([root(row) for row in range(len(parent))])
     numbers: np.ndarray = np.unique(roots, return_inverse=True)[1].astype(np.int32)
     return numbers

@@ -1,11 +1,8 @@
-"""Zero-shot retrieval with several captions an image, as CLIP_benchmark defines it.
-
-Embedding and scoring are apart: raw features of several stages, embedded once, can be combined and scored in any way.
-"""
+"""Zero-shot image-text retrieval with several captions per image, as CLIP_benchmark defines it."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,135 +16,111 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.data.decode import BadSampleError, decode_captions
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
-from mcl_clip.eval.embed import bad_sample, embed_images, embed_texts, find_shards
+from mcl_clip.eval.embed import bad_sample, check_finite, embed_set, find_shards, read_samples
 
-READ_ROWS = 256
-IMAGE_BLOCK = 4096  # images scored at once, and texts against them
+IMAGE_BLOCK = 4096  # images scored at once, against TEXT_CHUNK texts
 TEXT_CHUNK = 256
-ROWS_AT_ONCE = 2048  # of features, where there is no product to make
-DENSE_SHARE = 1 / 128  # of scores close to one that decides; with more, a product in float64 is faster
+ROWS_AT_ONCE = 2048  # feature rows at once where no score matrix is computed
+DENSE_SHARE = 1 / 128  # share of scores to recompute above which a whole float64 product is faster
 
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Images with their captions, in the order of the shards.
+    """Images with their captions, in shard order.
 
-    `captions[i]` are the captions of the image in row i; `texts` are all of them in this order.
+    `captions[i]` are the captions of the image in row i; `texts` are all of them, image by image.
     """
 
-    index: ShardIndex
     reader: Reader
     captions: tuple[tuple[str, ...], ...]
 
     @classmethod
     def open(cls, root: Path, *, split: str = "test") -> "RetrievalSet":
-        """The set in `root`: `root/test/nshards.txt` with `root/test/0.tar, 1.tar ...`, or tar files in `root` itself.
+        """Open `root/test/0.tar, 1.tar ...` with `root/test/nshards.txt`, or the tar files in `root` itself.
 
         Raises:
-            UserError: if the layout is not that, a sample is incomplete, or there are no captions.
+            UserError: if `root` has neither layout, a sample is incomplete or broken, or there are no captions.
         """
         index = ShardIndex.build([str(path) for path in find_shards(Path(root), split)])
-        incomplete = {reason: count for reason, count in index.skipped_by_reason().items() if count}
-        if incomplete:
+        if incomplete := {reason: count for reason, count in index.skipped_by_reason().items() if count}:
+            counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(incomplete.items()))
             raise UserError(
-                f"{root} has samples that cannot be used ({_counts_text(incomplete)}); a score on the rest would not "
-                f"be comparable, so write the set again"
+                f"{root} has samples that cannot be used ({counts}); a score on the rest would not be comparable, so "
+                f"write the set again"
             )
         reader = Reader(index)
-        captions = tuple(_read_captions(index, reader))
+        captions = tuple(_read_captions(reader))
         if not any(captions):
             raise UserError(f"the {len(index)} samples in {root} have no captions; a retrieval set has a .txt a sample")
-        return cls(index, reader, captions)
+        return cls(reader, captions)
 
     @property
     def keys(self) -> list[str]:
         """The key of each image."""
-        return [self.index.key(row) for row in range(len(self.index))]
+        return [self.reader.index.key(row) for row in range(len(self.captions))]
 
     @property
     def texts(self) -> list[str]:
-        """All captions, image after image."""
+        """All captions, image by image."""
         return [caption for captions in self.captions for caption in captions]
 
     @property
     def image_of_text(self) -> Int[np.ndarray, " texts"]:
-        """The row of the image that each caption belongs to."""
+        """The image row of each caption."""
         return np.repeat(np.arange(len(self.captions)), [len(captions) for captions in self.captions])
 
     @property
     def sha256(self) -> str:
-        """Digest of keys, member sizes and captions in order: numbers are comparable only where it is equal."""
-        digest = hashlib.sha256(self.index.digest.encode())
+        """Digest of keys, member sizes and captions in order."""
+        digest = hashlib.sha256(self.reader.index.digest.encode())
         for key, captions in zip(self.keys, self.captions, strict=True):
             digest.update("\0".join((key, *captions)).encode() + b"\n\0")
         return digest.hexdigest()
 
 
-def _counts_text(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in sorted(counts.items()))
-
-
-def _read_captions(index: ShardIndex, reader: Reader) -> Iterator[tuple[str, ...]]:
-    for start in range(0, len(index), READ_ROWS):
-        for sample in reader.read(np.arange(start, min(start + READ_ROWS, len(index)))):
-            try:
-                yield tuple(decode_captions(sample.text, sample.text_format))
-            except BadSampleError as error:
-                if error.reason != "empty_caption":
-                    raise bad_sample(index, sample.row, error) from error
-                yield ()
+def _read_captions(reader: Reader) -> Iterator[tuple[str, ...]]:
+    for sample in read_samples(reader):
+        try:
+            yield tuple(decode_captions(sample.text, sample.text_format))
+        except BadSampleError as error:
+            if error.reason != "empty_caption":  # an image without captions stays in the gallery
+                raise bad_sample(reader, sample.row, error) from error
+            yield ()
 
 
 @dataclass(frozen=True)
-class RawFeatures:
-    """Un-normalised float32 features of a whole retrieval set, on the CPU, equal on all processes."""
+class RetrievalTask:
+    """Text-to-image and image-to-text retrieval on one set; see `Task`."""
 
-    image: Float[Tensor, "images dim"]
-    text: Float[Tensor, "texts dim"]
-    keys: list[str]
-    image_of_text: Int[np.ndarray, " texts"]
+    name: str
+    data: RetrievalSet
+    main_metric = "mean_recall@1"
 
+    @property
+    def sha256(self) -> str:
+        """Digest of the evaluated data."""
+        return self.data.sha256
 
-def embed_retrieval(
-    model: Any,
-    retrieval_set: RetrievalSet,
-    *,
-    image_transform: Callable[[Any], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    device: torch.device | str,
-    batch_size: int,
-    num_workers: int,
-) -> RawFeatures:
-    """Features of all images and captions; every process does its part and gets them all.
+    def embed(self, model: Any, **options: Any) -> dict[str, Tensor]:
+        """Compute the features of all images and captions; see `embed_set`."""
+        return embed_set(model, self.data.reader, self.data.texts, **options)
 
-    Batches are cut at the same places whatever the number of processes, so that it does not change the features.
+    def score(
+        self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Return metrics and outcomes; see `recall_metrics`."""
+        return recall_metrics(image_features, text_features, self.data.image_of_text)
 
-    Args:
-        model: anything with `encode_image` and `encode_text`; set to eval mode meanwhile.
-        retrieval_set: what to embed.
-        image_transform: from a PIL image to floats.
-        tokenizer: from texts to tokens.
-        device: where the model is.
-        batch_size: images, and texts, in a forward pass of one process.
-        num_workers: processes that read and transform images; 0 for none.
-
-    Raises:
-        UserError: if an image cannot be decoded.
-        RuntimeError: if the processes together have not embedded each sample exactly once.
-    """
-    return RawFeatures(
-        image=embed_images(
-            model,
-            retrieval_set.reader,
-            image_transform=image_transform,
-            device=device,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        ),
-        text=embed_texts(model, retrieval_set.texts, tokenizer=tokenizer, device=device, batch_size=batch_size),
-        keys=retrieval_set.keys,
-        image_of_text=retrieval_set.image_of_text,
-    )
+    def describe(self) -> dict[str, Any]:
+        """Describe the set for the record; `captions_per_image` counts images by their number of captions."""
+        counts = Counter(len(captions) for captions in self.data.captions)
+        return {
+            "key": f"retrieval/{self.name.removeprefix('wds/')}",
+            "task": "zeroshot_retrieval",
+            "n_images": len(self.data.captions),
+            "n_texts": len(self.data.texts),
+            "captions_per_image": {str(number): counts[number] for number in sorted(counts)},
+        }
 
 
 def recall_metrics(
@@ -159,91 +132,71 @@ def recall_metrics(
     chunk: int = TEXT_CHUNK,
     normalize: bool = True,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Recalls and ranks of cross-modal retrieval, and the outcome of each query.
+    """Compute recalls and ranks of cross-modal retrieval, and the outcome of each query.
 
-    `image_retrieval_recall@k` is the share of captions whose image is among the k best images;
-    `text_retrieval_recall@k` the share of images with at least one caption among the k best captions. Ties count
-    against the model. An image without captions is a miss. Median ranks start at 1.
+    `image_retrieval_recall@k` is the share of captions whose image is among the top k images, and
+    `text_retrieval_recall@k` the share of images with at least one caption among the top k captions. Ties count as
+    errors, and so does an image without captions. Median ranks start at 1.
 
     Args:
-        image_features: of either length.
-        text_features: of either length.
-        image_of_text: the row of each caption's image.
+        image_features: features of any norm.
+        text_features: features of any norm.
+        image_of_text: image row of each caption.
         ks: the k of the recalls.
-        chunk: captions scored at once, against at most 4096 images; changes no result. Needs some
-            4096 x (`chunk` x 10 + dimensions x 12) bytes, however many images and captions there are.
-        normalize: score by cosine; otherwise by the inner product of the features as they are.
+        chunk: captions scored at once, against at most 4096 images; does not change the result. Uses about
+            4096 x (`chunk` x 10 + dim x 12) bytes, whatever the number of images and captions.
+        normalize: score by cosine similarity; otherwise by the inner product of the given features.
 
     Returns:
-        metrics by name, and outcomes: under `image_retrieval` (by caption) and `text_retrieval` (by image) the number
-        of wrong items ahead of the best right one, int32; under the name of each recall and mean reciprocal rank what
-        it is the mean of, by caption, or by image; with `unit:` before the name of one by caption, the images.
-        `mean_recall@k` is by image: half is whether its captions are found, half is its share in the other recall.
+        metrics by name, and outcomes by name: `image_retrieval` (per caption) and `text_retrieval` (per image) are
+        int32 counts of negatives ranked ahead of the best positive; each recall and mean reciprocal rank has the values
+        it is the mean of, per caption or per image, and per-caption ones have their images under `unit:NAME`.
+        `mean_recall@k` is per image: the average of its own hit and its share of the caption recall.
 
     Raises:
-        UserError: if features are not finite, or do not fit to each other.
+        UserError: if features are not finite, or the sizes do not match.
     """
-    _check_features(image_features, text_features, image_of_text)
-    images, texts = (_FeatureRows.of(features, normalize=normalize) for features in (image_features, text_features))
-    of = torch.from_numpy(image_of_text).to(image_features.device, torch.int64)
-    sides = {
-        side: ranks.to(torch.int32).cpu().numpy()
-        for side, ranks in zip(("image_retrieval", "text_retrieval"), _ranks(images, texts, of, chunk), strict=True)
-    }
-    galleries = {"image_retrieval": len(image_features), "text_retrieval": len(text_features)}
-    outcomes = _outcomes(sides, galleries, image_of_text, ks)
-    metrics = {name: float(values.mean()) for name, values in outcomes.items()}
-    for k in ks:  # without the rounding of shares that are not whole
-        metrics[f"mean_recall@{k}"] = sum(metrics[f"{side}_recall@{k}"] for side in sides) / 2
-    for side, ranks in sides.items():
-        metrics[f"{side}_median_rank"] = float(np.floor(np.median(ranks)) + 1)
-    units = {f"unit:{name}": image_of_text.astype(np.int32) for name in outcomes if name.startswith("image_retrieval")}
-    return metrics, {**sides, **{name: _small(values) for name, values in outcomes.items()}, **units}
+    for side, features in (("image", image_features), ("text", text_features)):
+        check_finite(features, side)
+    num_images, num_texts = len(image_features), len(text_features)
+    if num_texts != len(image_of_text) or not num_texts or not num_images:
+        raise UserError(f"{num_images} images, {num_texts} texts and {len(image_of_text)} pairs do not fit together")
+    if image_of_text.min() < 0 or image_of_text.max() >= num_images:
+        raise UserError(f"captions belong to images 0 to {num_images - 1}, not to {image_of_text.max()}")
+    images, texts = (_FeatureRows.scaled(part, normalize=normalize) for part in (image_features, text_features))
+    positives = torch.from_numpy(image_of_text).to(image_features.device, torch.int64)
+    by_text, by_image = (part.to(torch.int32).cpu().numpy() for part in _ranks(images, texts, positives, chunk))
+    ranks = {"image_retrieval": by_text, "text_retrieval": by_image}
 
-
-def _outcomes(
-    sides: Mapping[str, np.ndarray], galleries: Mapping[str, int], image_of_text: np.ndarray, ks: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """For each metric that is a mean, what it is the mean of."""
-    found: dict[str, np.ndarray] = {
-        f"{side}_recall@{k}": ranks < min(k, galleries[side]) for side, ranks in sides.items() for k in ks
-    }
-    num_images, num_texts = galleries["image_retrieval"], galleries["text_retrieval"]
+    outcomes: dict[str, np.ndarray] = {}
+    for side, gallery_size in (("image_retrieval", num_images), ("text_retrieval", num_texts)):
+        # Without a positive the rank is the size of the gallery, which is a miss for any k.
+        outcomes |= {f"{side}_recall@{k}": ranks[side] < min(k, gallery_size) for k in ks}
     for k in ks:
-        hits = np.bincount(image_of_text, weights=found[f"image_retrieval_recall@{k}"], minlength=num_images)
-        found[f"mean_recall@{k}"] = (found[f"text_retrieval_recall@{k}"] + hits * num_images / num_texts) / 2
-    for side, ranks in sides.items():
-        found[f"{side}_mean_reciprocal_rank"] = 1 / (ranks + 1.0)
-    return found
-
-
-def _small(values: np.ndarray) -> np.ndarray:
-    return values if values.dtype == bool else values.astype(np.float32)
-
-
-def _check_features(images: Tensor, texts: Tensor, image_of_text: np.ndarray) -> None:
-    for what, features in (("image", images), ("text", texts)):
-        broken = sum(
-            int((~torch.isfinite(features[rows]).all(dim=1)).sum()) for rows in _slices(len(features), ROWS_AT_ONCE)
-        )
-        if broken:
-            raise UserError(f"{broken} of {len(features)} {what} features are not finite; the model has diverged")
-    if len(texts) != len(image_of_text) or not len(texts) or not len(images):
-        raise UserError(f"{len(images)} images, {len(texts)} texts and {len(image_of_text)} pairs do not fit together")
-    if image_of_text.min() < 0 or image_of_text.max() >= len(images):
-        raise UserError(f"captions belong to images 0 to {len(images) - 1}, not to {image_of_text.max()}")
+        hits = np.bincount(image_of_text, weights=outcomes[f"image_retrieval_recall@{k}"], minlength=num_images)
+        outcomes[f"mean_recall@{k}"] = (outcomes[f"text_retrieval_recall@{k}"] + hits * num_images / num_texts) / 2
+    for side in ranks:
+        outcomes[f"{side}_mean_reciprocal_rank"] = 1 / (ranks[side] + 1.0)
+    metrics = {name: float(values.mean()) for name, values in outcomes.items()}
+    for k in ks:  # from the two recalls, so without the rounding of per-image shares
+        metrics[f"mean_recall@{k}"] = sum(metrics[f"{side}_recall@{k}"] for side in ranks) / 2
+    for side in ranks:
+        metrics[f"{side}_median_rank"] = float(np.floor(np.median(ranks[side])) + 1)
+    units = {f"unit:{name}": image_of_text.astype(np.int32) for name in outcomes if name.startswith("image_retrieval")}
+    stored = {name: values if values.dtype == bool else values.astype(np.float32) for name, values in outcomes.items()}
+    return metrics, ranks | stored | units
 
 
 @dataclass(frozen=True)
 class _FeatureRows:
-    """Features of one side; they are divided only where they are used, so that no copy of them is kept."""
+    """Features of one side, scaled row by row on access, so that no scaled copy of them all exists."""
 
     features: Float[Tensor, "rows dim"]
     divisors: Float[Tensor, "rows 1"]
 
     @classmethod
-    def of(cls, features: Float[Tensor, "rows dim"], *, normalize: bool) -> "_FeatureRows":
-        """Rows over their lengths, or all over one power of two, which keeps their order and the sums finite."""
+    def scaled(cls, features: Float[Tensor, "rows dim"], *, normalize: bool) -> "_FeatureRows":
+        """Divide rows by their norms, or all by one power of two, which keeps their order and prevents overflow."""
         if normalize:
             features = features.float()
             return cls(features, torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-12))
@@ -257,55 +210,53 @@ class _FeatureRows:
     def __getitem__(self, rows: slice | Int[Tensor, " some"]) -> Float[Tensor, "some dim"]:
         return self.features[rows] / self.divisors[rows]
 
-    def longest(self) -> Float[Tensor, ""]:
-        """The greatest length of a divided row."""
+    def max_norm(self) -> Float[Tensor, ""]:
+        """Return the largest norm of a scaled row."""
         parts = _slices(len(self), ROWS_AT_ONCE)
         return torch.stack([torch.linalg.vector_norm(self[rows], dim=1).amax() for rows in parts]).amax()
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _ranks(
     images: _FeatureRows, texts: _FeatureRows, image_of_text: Int[Tensor, " texts"], chunk: int
 ) -> tuple[Int[Tensor, " texts"], Int[Tensor, " images"]]:
-    """Wrong items scored at least as high as the best right one, by text and by image; each product is made once.
+    """Count, by text and by image, the negatives that score at least as high as the best positive.
 
-    Nothing is sorted: scores are compared with the best right one's, known before. What the order hangs on are inner
-    products in float64, rounded to float32, so that equal items get equal scores wherever they stand.
+    Nothing is sorted: the scores of positives are computed first, and each block of the score matrix is compared with
+    them in both directions. The comparisons are as exact as inner products in float64, rounded to float32, so equal
+    items get equal scores in any block.
     """
     best_of_text = torch.cat(
         [_pair_scores(texts[rows], images[image_of_text[rows]]) for rows in _slices(len(texts), ROWS_AT_ONCE)]
     )
-    best_of_image = best_of_text.new_full((len(images),), -torch.inf)  # with nothing right, all are ahead
+    best_of_image = best_of_text.new_full((len(images),), -torch.inf)  # without a positive, all texts are ahead
     best_of_image.scatter_reduce_(0, image_of_text, best_of_text, "amax")
     ahead_of_text, ahead_of_image = (
         torch.zeros_like(best, dtype=torch.int64) for best in (best_of_text, best_of_image)
     )
-    scorer = _Scorer.of(images, texts, chunk)
+    scorer = _Scorer.allocate(images, texts, chunk)
     for block in _slices(len(images), IMAGE_BLOCK):
         gallery, best_image = images[block], best_of_image[block]
         for rows in _slices(len(texts), chunk):
             best_text = best_of_text[rows, None]
             scores, spare = scorer.scores(texts[rows], gallery, best_text, best_image)
-            _forget(scores, image_of_text[rows] - block.start)
-            # Sums of zeros and ones in float32: several times as fast as of booleans, and exact up to 2^24.
+            # Mask the positive of each text, whose column may lie outside this block.
+            column = image_of_text[rows] - block.start
+            inside = column.clamp(0, scores.shape[1] - 1)
+            masked = scores.gather(1, inside[:, None]).masked_fill_((inside == column)[:, None], -torch.inf)
+            scores.scatter_(1, inside[:, None], masked)
+            # Sums of zeros and ones in float32 are several times as fast as of booleans, and exact up to 2^24.
             ahead_of_text[rows] += torch.ge(scores, best_text, out=spare).sum(dim=1).long()
             ahead_of_image[block] += torch.ge(scores, best_image, out=spare).sum(dim=0).long()
     return ahead_of_text, ahead_of_image
 
 
-def _forget(scores: Float[Tensor, "texts images"], right: Int[Tensor, " texts"]) -> None:
-    """Make the scores at `right`, a column for each row that may lie outside, minus infinity."""
-    inside = right.clamp(0, scores.shape[1] - 1)
-    found = scores.gather(1, inside[:, None])
-    scores.scatter_(1, inside[:, None], found.masked_fill_((inside == right)[:, None], -torch.inf))
-
-
 @dataclass(frozen=True)
 class _Scorer:
-    """Scores of a chunk of texts and a block of images, exact wherever they are close to one that decides."""
+    """Reusable buffers for score blocks, and the rounding error `bound` of a float32 score.
+
+    Scores are computed in float32, and recomputed in float64 where they are within `bound` of a score that they are
+    compared with.
+    """
 
     buffer: Float[Tensor, " size"]
     spare: Float[Tensor, " size"]
@@ -314,15 +265,19 @@ class _Scorer:
     is_fast: bool
 
     @classmethod
-    def of(cls, images: _FeatureRows, texts: _FeatureRows, chunk: int) -> "_Scorer":
-        """With room for `chunk` texts."""
+    def allocate(cls, images: _FeatureRows, texts: _FeatureRows, chunk: int) -> "_Scorer":
+        """Allocate buffers for `chunk` texts and a block of images."""
         device, size = images.features.device, min(chunk, len(texts)) * min(IMAGE_BLOCK, len(images))
         buffer, spare = (torch.empty(size, device=device) for _ in range(2))
-        # A sum of n products in float32 is off by at most n * eps / 2 times the product of the lengths (Higham,
-        # Accuracy and Stability of Numerical Algorithms, section 3.1); twice that, and some for the other roundings.
-        bound = images.longest() * texts.longest() * (images.features.shape[1] + 8) * torch.finfo(torch.float32).eps
+        # A float32 sum of n products is off by at most n * eps / 2 times the product of the norms (Higham, Accuracy
+        # and Stability of Numerical Algorithms, section 3.1); twice that, and some more for the other roundings.
+        bound = images.max_norm() * texts.max_norm() * (images.features.shape[1] + 8) * torch.finfo(torch.float32).eps
         near = torch.empty(size, dtype=torch.bool, device=device)
-        return cls(buffer, spare, near, bound.float(), is_fast=_float32_is_whole())
+        try:  # the bound does not hold for products in TF32 or bfloat16
+            is_fast = torch.get_float32_matmul_precision() == "highest"
+        except RuntimeError:  # set per backend
+            is_fast = False
+        return cls(buffer, spare, near, bound.float(), is_fast)
 
     def scores(
         self,
@@ -331,9 +286,9 @@ class _Scorer:
         best_text: Float[Tensor, "texts 1"],
         best_image: Float[Tensor, " images"],
     ) -> tuple[Float[Tensor, "texts images"], Float[Tensor, "texts images"]]:
-        """The scores, valid until the next call, and another buffer of their shape.
+        """Return the scores, valid until the next call, and a scratch buffer of the same shape.
 
-        What compares with `best_text` and `best_image` by `>=` compares as the exact scores do.
+        Comparisons of the scores with `best_text` and `best_image` by `>=` give the same result as exact scores.
         """
         shape = (len(queries), len(gallery))
         scores, spare, near = (part[: shape[0] * shape[1]].view(shape) for part in (self.buffer, self.spare, self.near))
@@ -354,49 +309,9 @@ class _Scorer:
 
 
 def _pair_scores(queries: Float[Tensor, "pairs dim"], gallery: Float[Tensor, "pairs dim"]) -> Float[Tensor, " pairs"]:
-    """The score of each row with the row beside it: the inner product in float64, rounded to float32."""
+    """Return the inner product of corresponding rows, computed in float64 and rounded to float32."""
     return queries.double().mul_(gallery).sum(dim=1).float()
 
 
-def _float32_is_whole() -> bool:
-    """Whether products of float32 are made in float32, and not in TF32 or bfloat16."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set for each backend apart
-        return False
-
-
-@dataclass(frozen=True)
-class RetrievalTask:
-    """Retrieval on one set, as a task of the suite."""
-
-    name: str
-    data: RetrievalSet
-    main_metric = "mean_recall@1"
-
-    @property
-    def sha256(self) -> str:
-        """Digest of what is measured on."""
-        return self.data.sha256
-
-    def embed(self, model: Any, **options: Any) -> dict[str, Tensor]:
-        """Raw `image` and `text` features, see `embed_retrieval`."""
-        raw = embed_retrieval(model, self.data, **options)
-        return {"image": raw.image, "text": raw.text}
-
-    def score(
-        self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Metrics, and the outcomes of all queries."""
-        return recall_metrics(image_features, text_features, self.data.image_of_text)
-
-    def describe(self) -> dict[str, Any]:
-        """What a record says of the task; `captions_per_image` counts images by their number of captions."""
-        counts = Counter(len(captions) for captions in self.data.captions)
-        return {
-            "key": f"retrieval/{self.name.removeprefix('wds/')}",
-            "task": "zeroshot_retrieval",
-            "n_images": len(self.data.captions),
-            "n_texts": len(self.data.texts),
-            "captions_per_image": {str(number): counts[number] for number in sorted(counts)},
-        }
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

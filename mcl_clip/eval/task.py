@@ -1,9 +1,10 @@
-"""What a task is, and the results of a run as records and as a table.
+"""The protocol of an evaluation task, and the record of a result in results.jsonl.
 
-Embedding and scoring are apart: the raw features of each stage are stored, so combinations cost no second pass.
+Embedding and scoring are separate steps, so stored features of several stages can be combined and scored without
+another forward pass.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,43 +18,44 @@ from mcl_clip.core.files import read_jsonl
 from mcl_clip.core.stats import bootstrap_interval
 
 SCHEMA = 1
+RESULTS = "results.jsonl"
 PACKAGES = {"mcl_clip": "mcl_clip", "open_clip": "open_clip_torch", "torch": "torch"}
 RESAMPLES = 2000
 
 
 @runtime_checkable
 class Task(Protocol):
-    """An evaluation: one file in `mcl_clip/eval`."""
+    """An evaluation on one data set; each kind of task is a module in `mcl_clip/eval`."""
 
     @property
     def name(self) -> str:
-        """What the user calls the set."""
+        """Name of the set, as given by the user."""
 
     @property
     def main_metric(self) -> str:
-        """The metric to quote where there is place for one."""
+        """Name of the metric to report where only one is shown."""
 
     @property
     def sha256(self) -> str:
-        """Digest of what is measured on: figures are comparable only where it is equal."""
+        """Digest of the evaluated data: metrics are comparable only if it is equal."""
 
     def embed(
         self, model: Any, *, image_transform: Any, tokenizer: Any, num_workers: int, **options: Any
     ) -> dict[str, Tensor]:
-        """Un-normalised `image` and `text` features of the set, equal on all processes."""
+        """Compute un-normalized `image` and `text` features of the set, identical on all processes."""
 
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Metrics, and the outcomes of all queries.
+        """Return metrics and per-query outcomes.
 
-        For each metric that is a mean over queries, `outcomes[METRIC]` holds what it is the mean of, float32 or bool.
-        Where queries depend on each other, `outcomes["unit:METRIC"]` says what each belongs to, int32. Other arrays may
-        stand beside them under names that are no metrics.
+        For each metric that is a mean over queries, `outcomes[METRIC]` holds the values it is the mean of, float32 or
+        bool. Where queries depend on each other, `outcomes["unit:METRIC"]` holds the int32 group of each, which the
+        bootstrap resamples as a whole. Arrays under other names are allowed.
         """
 
     def describe(self) -> dict[str, Any]:
-        """`key`, `task` (CLIP_benchmark's word), `n_images` and more, for the record."""
+        """Return `key`, `task` (CLIP_benchmark's name), `n_images`, `n_texts` and more, for the record."""
 
 
 def result_record(
@@ -71,22 +73,28 @@ def result_record(
     label: str | None = None,
     language: str = "en",
 ) -> dict[str, Any]:
-    """One result as JSON: what CLIP_benchmark writes, and what makes two figures comparable.
+    """Build the JSON record of one result: CLIP_benchmark's fields, and what is needed to compare two results.
 
     Args:
-        task: what was measured.
-        metrics: what came out.
+        task: the evaluated task.
+        metrics: metrics by name.
         model: name of the architecture.
-        pretrained: which weights.
-        stage: the last stage that was used.
-        combine: how stages were combined; None for a single one.
-        dtype: in which the towers ran, such as `fp32`.
-        seconds: time it took.
-        outcomes: of the queries, see `Task.score`; metrics that have them get 95 % intervals.
-        outcomes_file: name of the .npz file beside the record that holds them.
-        label: what tells the model from others in the same folder; by default the last part of `pretrained`.
-        language: of the texts.
+        pretrained: name of the weights.
+        stage: index of the last stage used.
+        combine: how stages are combined; None for a single stage.
+        dtype: precision of the encoders, such as `fp32`.
+        seconds: wall time of the evaluation.
+        outcomes: per-query outcomes, see `Task.score`; metrics that have them get 95 % intervals.
+        outcomes_file: name of the .npz file beside the record that holds the outcomes.
+        label: identifies the model among others in the same folder; by default the last part of `pretrained`.
+        language: language of the texts.
     """
+    outcomes = outcomes or {}
+    intervals = {
+        name: list(bootstrap_interval(outcomes[name], outcomes.get(f"unit:{name}"), resamples=RESAMPLES))
+        for name in metrics
+        if name in outcomes
+    }
     return {
         "schema": SCHEMA,
         **task.describe(),
@@ -99,7 +107,7 @@ def result_record(
         "combine": combine,
         "main_metric": task.main_metric,
         "metrics": {**metrics, "main_metric": metrics[task.main_metric]},
-        "ci95": _intervals(metrics, outcomes or {}),
+        "ci95": intervals,
         "outcomes": outcomes_file,
         "data_sha256": task.sha256,
         "dtype": dtype,
@@ -108,45 +116,40 @@ def result_record(
     }
 
 
-def _intervals(metrics: Iterable[str], outcomes: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    return {
-        name: list(bootstrap_interval(outcomes[name], outcomes.get(f"unit:{name}"), resamples=RESAMPLES))
-        for name in metrics
-        if name in outcomes
-    }
-
-
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The records in a folder's results.jsonl; none if there is no file.
+    """Read the records in a folder's results.jsonl; return an empty list without the file.
 
     Raises:
-        UserError: if a record is not one that `result_record` makes.
+        UserError: if a record does not have the form that `result_record` gives it.
     """
-    records = read_jsonl(folder / "results.jsonl")
+    records = read_jsonl(folder / RESULTS)
     for number, record in enumerate(records, 1):
         if not _is_result(record):
             raise UserError(
-                f"record {number} of {folder / 'results.jsonl'} is not a result; restore the file, or delete it and "
-                f"evaluate again"
+                f"record {number} of {folder / RESULTS} is not a result; restore the file, or delete it and evaluate "
+                f"again"
             )
     return records
 
 
 def _is_result(record: Mapping[str, Any]) -> bool:
-    texts, counts = ("key", "task", "pretrained"), ("n_images", "n_texts")
-    is_named = all(isinstance(record.get(name), str) for name in texts) and isinstance(record.get("label", ""), str)
-    is_counted = all(type(record.get(name)) is int for name in counts) and isinstance(record.get("stage"), int | None)
+    """Check the types of all fields that readers use, so that a damaged file is an error here and not in a report."""
+    names = all(isinstance(record.get(name), str) for name in ("key", "task", "pretrained"))
+    counts = all(type(record.get(name)) is int for name in ("n_images", "n_texts"))
+    optional = all(isinstance(record.get(name), str | None) for name in ("main_metric", "outcomes"))
+    stage_and_label = isinstance(record.get("stage"), int | None) and isinstance(record.get("label", ""), str)
     metrics, intervals = record.get("metrics"), record.get("ci95", {})
-    if not (is_named and is_counted and isinstance(metrics, dict) and isinstance(intervals, dict)):
+    if not (names and counts and optional and stage_and_label):
         return False
-    numbers = [*metrics.values(), *(end for ends in intervals.values() if isinstance(ends, list) for end in ends)]
-    is_measured = all(type(number) in (int, float, type(None)) for number in numbers)
-    main, outcomes = record.get("main_metric"), record.get("outcomes")
-    is_told = all(value is None or isinstance(value, str) for value in (main, outcomes))
-    return is_measured and is_told and all(isinstance(ends, list) and len(ends) == 2 for ends in intervals.values())
+    if not (isinstance(metrics, dict) and isinstance(intervals, dict)):
+        return False
+    if not all(isinstance(bounds, list) and len(bounds) == 2 for bounds in intervals.values()):
+        return False
+    numbers = [*metrics.values(), *(bound for bounds in intervals.values() for bound in bounds)]
+    return all(type(number) in (int, float, type(None)) for number in numbers)
 
 
 def label_of(record: Mapping[str, Any]) -> str:
-    """Which model of a run, or of a folder, a record is about."""
+    """Return the label of the model that a record is about; records of older versions have none."""
     label: str = record.get("label") or record["pretrained"].rsplit("/", 1)[-1]
     return label

@@ -20,7 +20,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl, atomic_dir, atomic_path, read_jsonl, write_json
 from mcl_clip.core.stats import normalized_mutual_information
 from mcl_clip.data.storage import load_tensors
-from mcl_clip.eval.classification import ClassificationTask, at_width_of_one_stage
+from mcl_clip.eval.classification import ClassificationTask, probe_at_stage_width
 from mcl_clip.eval.task import label_of, result_record
 from mcl_clip.model.clip import load_clip
 from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
@@ -150,7 +150,7 @@ def score_stages(run: RunContext, out: Path, models: Iterable[tuple[str, Sequenc
             image, text = (
                 combine_features([features[side] for features in stored], combination or "concat") for side in SIDES
             )
-            task = at_width_of_one_stage(base_task, [features["image"].shape[1] for features in stored])
+            task = probe_at_stage_width(base_task, [features["image"].shape[1] for features in stored])
             metrics, outcomes = task.score(image, text)
             if combination is None and isinstance(task, ClassificationTask):
                 metrics |= _cluster_agreement(run, stages[0], task, image)

@@ -403,7 +403,7 @@ def test_whatsup_that_is_not_whole(pairs, tmp_path, coco):
         ([[1, "right"]], r"x.json, entry 0: neither an object nor \[image, right caption, wrong caption\]"),
         ([{"image_path": "a.jpeg", "caption_options": []}], "entry 0 has no captions"),
         ([{"image_path": "a.jpeg"}], "entry 0: caption_options is None"),
-        ([[1, "right", 5]], "line 1: 5 is no text"),
+        ([[1, "right", 5]], "line 1: the text 5 is empty or not a string"),
     ]:
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=sentence):

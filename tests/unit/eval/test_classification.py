@@ -138,19 +138,19 @@ def test_metrics_are_means_of_their_outcomes(labels):
     assert outcomes["ranks"].dtype == np.int32
 
 
-def test_the_read_out_at_the_width_of_one_stage():
+def test_the_linear_probe_at_the_width_of_one_stage():
     images, texts, labels = random_features(60, 5, dim=12)
     wide = torch.cat([images, images.flip(1)], 1)
-    at_width, _ = task_of(labels, classes=5, readout_width=12).score(wide, torch.cat([texts, texts], 1))
+    at_width, _ = task_of(labels, classes=5, probe_width=12).score(wide, torch.cat([texts, texts], 1))
     assert list(at_width)[-1] == "linear_acc1_width_12"
     own, _ = task_of(labels, classes=5).score(images, texts)
     assert at_width["linear_acc1_width_12"] == pytest.approx(own["linear_acc1"], abs=0.1)
     for width in (0, 24, 99):  # nothing to compare
-        metrics, _ = task_of(labels, classes=5, readout_width=width).score(wide, torch.cat([texts, texts], 1))
+        metrics, _ = task_of(labels, classes=5, probe_width=width).score(wide, torch.cat([texts, texts], 1))
         assert not any("width" in name for name in metrics)
 
 
-def test_sets_too_small_for_read_outs():
+def test_sets_too_small_for_probes():
     images, texts, _ = random_features(4, 2)
     metrics, _ = task_of([0, 1, 1, 0], classes=2).score(images, texts)
     assert list(metrics) == ["acc1", "mean_per_class_recall"]
@@ -194,7 +194,7 @@ def test_figures_are_those_of_open_clip_torch_and_scikit_learn(tmp_path):
         device=torch.device("cpu"),
         batch_size=13,
     )
-    metrics = dict(run_task(task, encoder))
+    metrics = run_task(task, encoder)[0]
     assert metrics["acc1"] == (top[:, 0] == labels).mean()
     assert metrics["acc5"] == (top == labels[:, None]).any(1).mean()
     assert metrics["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, top[:, 0]))
@@ -204,11 +204,11 @@ def test_figures_are_those_of_open_clip_torch_and_scikit_learn(tmp_path):
 def test_models_that_know_nothing_are_at_chance(tmp_path):
     labels = np.arange(210) % 7
     task = ClassificationTask("set", ClassificationSet.open(write_classification(tmp_path / "set", labels)))
-    constant = dict(run_task(task, encoder_of(Constant())))
+    constant = run_task(task, encoder_of(Constant()))[0]
     assert (constant["acc1"], constant["acc5"], constant["mean_per_class_recall"]) == (0, 0, 0)
     assert constant["linear_acc1"] <= 1 / 7
     assert constant["knn_acc1"] <= 1 / 7
-    noise = dict(run_task(task, encoder_of(Noise())))
+    noise = run_task(task, encoder_of(Noise()))[0]
     for name in ("acc1", "mean_per_class_recall", "linear_acc1", "knn_acc1"):
         assert noise[name] == pytest.approx(1 / 7, abs=0.07)  # three standard deviations
     assert noise["acc5"] == pytest.approx(5 / 7, abs=0.1)
@@ -263,8 +263,8 @@ def test_the_digest_tells_prompts_and_labels_apart(root):
 @pytest.mark.parametrize(
     ("file", "text", "sentence"),
     [
-        ("classnames.txt", None, r"classnames.txt is missing; a classification set has one name, or template, a line"),
-        ("classnames.txt", "\n \n", r"classnames.txt is empty; write one name, or template, a line"),
+        ("classnames.txt", None, r"classnames.txt is missing; a classification set has one name, or template, per"),
+        ("classnames.txt", "\n \n", r"classnames.txt is empty; write one name, or template, per line"),
         ("classnames.txt", "red\ngreen\n", r"has the label '2'; labels are numbers below 2, the number of classes"),
         ("zeroshot_classification_templates.txt", "a photo\n", r"the template 'a photo' in .* has no \{c\}"),
         ("zeroshot_classification_templates.txt", None, r"zeroshot_classification_templates.txt is missing"),

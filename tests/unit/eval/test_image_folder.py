@@ -50,7 +50,7 @@ class Knowing:
 
 
 def test_a_folder_is_measured(root):
-    metrics = dict(run_task(ClassificationTask("animals", open_image_folder(root)), encoder_of(Knowing())))
+    metrics = run_task(ClassificationTask("animals", open_image_folder(root)), encoder_of(Knowing()))[0]
     assert metrics["acc1"] == metrics["mean_per_class_recall"] == 1
 
 
@@ -124,11 +124,13 @@ def test_other_ids_need_names(imagenet, tmp_path):
 
 def test_mistakes(root, tmp_path):
     (root / "classnames.txt").write_text("a\nb\n")
-    with pytest.raises(UserError, match=r"classnames.txt has 2 names for 3 folders with images; write one name a line"):
+    with pytest.raises(
+        UserError, match=r"classnames.txt has 2 names for 3 folders with images; write one name per line"
+    ):
         open_image_folder(root)
     (root / "classnames.txt").unlink()
     (root / "owl/x.tiff").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"owl/x.tiff is not one of jpg, jpeg, png, webp; convert it, or take it away"):
+    with pytest.raises(UserError, match=r"owl/x.tiff is not one of jpg, jpeg, png, webp; convert it, or remove it"):
         open_image_folder(root)
     with pytest.raises(UserError, match="holds 1 folders with images; a classification set has one for each class"):
         open_image_folder(write_image_folder(tmp_path / "one", {"a": 2}))

@@ -446,20 +446,20 @@ def test_the_digest_tells_sets_apart(root):
         (None, {"format": 2}, "has the format 2; this version reads format 1"),
         (None, {"rule": "best"}, "has the rule 'best'; it must be one of pair_t2i, winoground, text_choice"),
         (None, {"average": "all"}, "has the average 'all'; it must be one of items, groups"),
-        (None, {"name": 3}, "has 3 for 'name'; it must be a text"),
-        (None, {"images": None}, "has None for 'images'; it must be a text"),
-        (None, {"min_group_size": 0}, "has the min_group_size 0; it must be a number from 1 on"),
+        (None, {"name": 3}, "has 3 for 'name'; it must be a string"),
+        (None, {"images": None}, "has None for 'images'; it must be a string"),
+        (None, {"min_group_size": 0}, "has the min_group_size 0; it must be an integer, 1 or more"),
         (None, {"min_group_size": 3}, "no group in .* has 3 items; lower min_group_size"),
-        (None, {"images": "nowhere"}, r"4 of 4 pictures are missing, the first is .*red.png; correct 'images'"),
+        (None, {"images": "nowhere"}, r"4 of 4 images are missing, the first is .*red.png; correct 'images'"),
         (None, {"rule": "text_choice"}, "line 1: 2 images and 2 texts; text_choice takes one image, two texts or more"),
         (1, {"id": "1"}, "has the id '1' twice"),
-        (1, {"id": ""}, "line 2: id is ''; it must be a text"),
-        (1, {"group": 5}, "line 2: group is 5; it must be a text"),
-        (1, {"images": "red.png"}, "line 2: images is 'red.png'; it must be a list"),
-        (1, {"texts": ["x", " "]}, "line 2: ' ' is no text"),
-        (1, {"texts": ["x", 7]}, "line 2: 7 is no text"),
+        (1, {"id": ""}, "line 2: id is ''; it must be a string that is not empty"),
+        (1, {"group": 5}, "line 2: group is 5; it must be a string that is not empty"),
+        (1, {"images": "red.png"}, "line 2: images is 'red.png'; it must be a list that is not empty"),
+        (1, {"texts": ["x", " "]}, "line 2: the text ' ' is empty or not a string"),
+        (1, {"texts": ["x", 7]}, "line 2: the text 7 is empty or not a string"),
         (1, {"texts": ["x"]}, "line 2: 2 images and 1 texts; pair_t2i takes two of each"),
-        (1, {"images": ["red.png", "gone.png"]}, r"1 of 4 pictures are missing, the first is .*gone.png"),
+        (1, {"images": ["red.png", "gone.png"]}, r"1 of 4 images are missing, the first is .*gone.png"),
         (1, {"images": ["red.png", 4]}, "line 2: the image 4 is neither a path nor an object with path and box"),
         (1, {"images": ["red.png", {"box": [0, 0, 1, 1]}]}, "line 2: the image .* is neither a path nor an object"),
         (1, {"images": ["red.png", {"path": "blue.png", "box": [0, 0, 1]}]}, r"line 2: the box \[0, 0, 1\] is not"),
@@ -473,8 +473,8 @@ def test_the_digest_tells_sets_apart(root):
         (1, {"match": [[0, 0], [0, 1], [1, 1]]}, "line 2: match is .*; it must give each image one text of its own"),
         (1, {"match": [[0, 0]]}, "line 2: match is .*; it must give each image one text of its own"),
         (1, {"match": []}, "line 2: match is .*; it must give each image one text of its own"),
-        (1, {"together": {"set": 4}}, "line 2: together is .*; it must be an object with texts"),
-        (1, {"together": {"macro": "a"}}, "line 2: together has the kind 'macro', which means something else"),
+        (1, {"together": {"set": 4}}, "line 2: together is .*; it must be an object of strings"),
+        (1, {"together": {"macro": "a"}}, "line 2: together has the kind 'macro', which is reserved"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_set_are_named(root, line, values, sentence):
@@ -499,7 +499,7 @@ def test_sets_that_are_not_whole(root):
     with pytest.raises(UserError, match=r"line 1: an item is an object with id"):
         PairSet.open(root)
     (root / "pairs.jsonl").unlink()
-    with pytest.raises(UserError, match=r"pairs.jsonl is missing; it has an item a line"):
+    with pytest.raises(UserError, match=r"pairs.jsonl is missing; it has one item per line"):
         PairSet.open(root)
     (root / "pairs.json").write_text("[1]")
     with pytest.raises(UserError, match=r"pairs.json has the format None"):

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.eval import retrieval
-from mcl_clip.eval.embed import _batches_of_rank, _in_order
-from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask, embed_retrieval, recall_metrics
+from mcl_clip.eval.embed import _batches_of_rank, _gather_rows
+from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask, recall_metrics
 from mcl_clip.eval.task import result_record
 
 CAPTIONS = [5, 5, 7, 1, 0, 5, 6, 5, 5, 2, 5]
@@ -409,7 +409,8 @@ def tokenizer(texts):
 
 def embed(root, model, **options):
     arguments = {"batch_size": 4, "num_workers": 0, "device": "cpu", **options}
-    return embed_retrieval(model, RetrievalSet.open(root), image_transform=transform, tokenizer=tokenizer, **arguments)
+    task = RetrievalTask("set", RetrievalSet.open(root))
+    return task.embed(model, image_transform=transform, tokenizer=tokenizer, **arguments)
 
 
 def test_features_are_those_of_each_sample(tmp_path):
@@ -419,12 +420,13 @@ def test_features_are_those_of_each_sample(tmp_path):
     features = embed(tmp_path, model)
     for row in range(len(CAPTIONS)):
         expected = torch.tensor([row * 20 % 256, row * 7 % 256, 100]).float()
-        torch.testing.assert_close(features.image[row], expected, rtol=0, atol=3.0)  # JPEG
+        torch.testing.assert_close(features["image"][row], expected, rtol=0, atol=3.0)  # JPEG
     texts = [(row, number, 1) for row, count in enumerate(CAPTIONS) for number in range(count)]
-    assert features.text.tolist() == [list(map(float, text)) for text in texts]
-    assert features.image_of_text.tolist() == [row for row, _, _ in texts]
-    assert features.keys[3] == "s0000003"
-    assert (features.image.dtype, features.text.dtype) == (torch.float32, torch.float32)
+    assert features["text"].tolist() == [list(map(float, text)) for text in texts]
+    data = RetrievalSet.open(tmp_path)
+    assert data.image_of_text.tolist() == [row for row, _, _ in texts]
+    assert data.keys[3] == "s0000003"
+    assert (features["image"].dtype, features["text"].dtype) == (torch.float32, torch.float32)
     assert (model.training, model.frozen.training) == (True, False)
 
 
@@ -437,8 +439,8 @@ def test_any_object_with_two_encoders_is_a_model(tmp_path):
 
     expected = embed(tmp_path, ColorModel())
     features = embed(tmp_path, Encoders())
-    assert torch.equal(features.image, expected.image)
-    assert torch.equal(features.text, expected.text)
+    assert torch.equal(features["image"], expected["image"])
+    assert torch.equal(features["text"], expected["text"])
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 1, "batch_size": 100}, {"batch_size": 1}])
@@ -446,8 +448,8 @@ def test_workers_and_batches_change_nothing(options, tmp_path):
     write_set(tmp_path / "test")
     state = torch.random.get_rng_state()
     expected, features = embed(tmp_path, ColorModel()), embed(tmp_path, ColorModel(), **options)
-    assert torch.equal(features.image, expected.image)
-    assert torch.equal(features.text, expected.text)
+    assert torch.equal(features["image"], expected["image"])
+    assert torch.equal(features["text"], expected["text"])
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -479,24 +481,29 @@ def test_processes_share_the_same_batches(size, world_size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def in_order(features, rows, size, unit):
+    """The features of a process that embedded these rows; -1 is the padding of a process with fewer."""
+    return _gather_rows([features], [np.array(rows)], size, unit, torch.device("cpu"))
+
+
 def test_each_sample_must_be_there_once():
     features = torch.arange(8.0).view(4, 2)
-    ordered = _in_order(features, torch.tensor([2, -1, 0, 1]), 3, "images")
+    ordered = in_order(features, [2, -1, 0, 1], 3, "images")
     assert ordered.tolist() == [[4, 5], [6, 7], [0, 1]]
     with pytest.raises(RuntimeError, match="1 of 3 images were not embedded, 1 more than once"):
-        _in_order(features, torch.tensor([2, -1, 0, 0]), 3, "images")
+        in_order(features, [2, -1, 0, 0], 3, "images")
     with pytest.raises(RuntimeError, match="0 of 3 images were not embedded, 1 more than once"):
-        _in_order(features, torch.tensor([2, 1, 0, 1]), 3, "images")
+        in_order(features, [2, 1, 0, 1], 3, "images")
     with pytest.raises(RuntimeError, match="1 of 3 images were not embedded, 0 more than once"):
-        _in_order(features[:2], torch.tensor([2, 0]), 3, "images")
+        in_order(features[:2], [2, 0], 3, "images")
     with pytest.raises(RuntimeError, match="0 of 3 images were not embedded, 0 more than once"):
-        _in_order(features, torch.tensor([0, 1, 2, 3]), 3, "images")
+        in_order(features, [0, 1, 2, 3], 3, "images")
 
 
 def _embed_as(rank, world_size, port, root):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     features = embed(root, ColorModel())
-    torch.save((features.image, features.text), root / f"{rank}.pt")
+    torch.save((features["image"], features["text"]), root / f"{rank}.pt")
     with pytest.raises(UserError, match=r"^sample bad in .* cannot be decoded"):
         embed(root / "broken", ColorModel())
     dist.destroy_process_group()
@@ -514,8 +521,8 @@ def test_several_processes_give_the_features_of_one(tmp_path):
     mp.spawn(_embed_as, args=(4, port, tmp_path), nprocs=4)
     for rank in range(4):
         image, text = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(image, expected.image)
-        assert torch.equal(text, expected.text)
+        assert torch.equal(image, expected["image"])
+        assert torch.equal(text, expected["text"])
 
 
 def test_record_is_json_and_says_what_was_measured(tmp_path):

@@ -43,7 +43,7 @@ def ridge_by_scikit_learn(features, labels, classes, width=None):
 
 @pytest.mark.parametrize("width", [None, 6, 23])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_linear_read_out_is_that_of_scikit_learn(width, seed):
+def test_the_linear_probe_is_that_of_scikit_learn(width, seed):
     features, labels = clusters(strength=0.5, seed=seed)
     right = linear_predictions(features, labels, 4, width=width).numpy()
     assert 0.3 < right.mean() < 0.95
@@ -52,7 +52,7 @@ def test_the_linear_read_out_is_that_of_scikit_learn(width, seed):
         assert linear_accuracy(features, labels, 4) == pytest.approx(right.mean())
 
 
-def test_a_linear_read_out_finds_what_is_there():
+def test_a_linear_probe_finds_what_is_there():
     labels = torch.arange(200) % 4
     images = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).double()
     images[:, 5:9] += 20 * F.one_hot(labels, 4)
@@ -61,14 +61,14 @@ def test_a_linear_read_out_finds_what_is_there():
 
 
 @pytest.mark.parametrize("dim", [4, 300])
-def test_read_outs_find_nothing_in_noise(dim):
+def test_probes_find_nothing_in_noise(dim):
     labels = torch.arange(400) % 4
     images = torch.randn(400, dim, generator=torch.Generator().manual_seed(1)).double()
     assert linear_accuracy(images, labels, 4) == pytest.approx(0.25, abs=0.1)  # predicted from other rows
     assert knn_predictions(images, labels, 4).double().mean() == pytest.approx(0.25, abs=0.1)
 
 
-def test_read_outs_of_equal_features():
+def test_probes_of_equal_features():
     labels = torch.tensor([0] * 30 + [1] * 10)
     assert linear_accuracy(torch.ones(40, 3).double(), labels, 2) == 0.75  # the most frequent class
     assert knn_predictions(torch.ones(40, 3).double(), labels, 2).double().mean() <= 0.75
@@ -93,7 +93,7 @@ def test_the_projection_does_not_see_the_other_images():
     assert torch.equal(one, two)
 
 
-def test_a_doubled_model_reads_out_at_its_own_width_as_the_single_one():
+def test_a_doubled_model_probed_at_its_own_width_is_the_single_one():
     """Two equal stages side by side hold nothing more than one, and the projection finds just that."""
     features, labels = clusters(strength=0.5)
     twice = torch.cat([features, features], 1)
