@@ -1,4 +1,4 @@
-"""Models for Hugging Face transformers: multistage models with their code, single towers as a `CLIPModel`."""
+"""Hugging Face transformers files: multistage models with their code, single models as a `CLIPModel`."""
 
 import copy
 import gzip
@@ -30,19 +30,19 @@ from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.processing_multistage_clip import PROCESSING_AUTO_MAP, MultistageCLIPProcessor
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-LAST_MERGE = 49152 - 256 - 2 + 1  # open_clip and CLIP leave the rest of the file out
+LAST_MERGE = 49152 - 256 - 2 + 1  # CLIP and open_clip ignore the rest of the file
 RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers
-# What a tower may set freely to be a CLIPModel: sizes, and what has no effect on features.
-FREE = {
+# Options of open_clip that a CLIPModel allows with any value: sizes, and options without effect on the features.
+ALLOWED_OPTIONS = {
     "vision_cfg": ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout",
                    "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type", "timm_pool", "timm_proj",
                    "timm_proj_bias", "timm_drop", "timm_drop_path", "timm_model_pretrained"),
     "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id",
                  "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
 }  # fmt: skip
-MAY_BE_EMPTY = ("norm_kwargs", "act_kwargs", "tokenizer_kwargs")
+ALLOWED_IF_EMPTY = ("norm_kwargs", "act_kwargs", "tokenizer_kwargs")
 PUNCTUATION = Regex(r"[!-/:-@\[-`{-~]")
-# open_clip's cleaning of texts, as far as a tokenizer can do it by itself.
+# open_clip's cleaning of texts, as far as a tokenizer can express it.
 CLEANING: dict[str, tuple[Any, ...]] = {
     "whitespace": (),
     "lower": (normalizers.Lowercase(),),
@@ -54,14 +54,58 @@ CLEANING: dict[str, tuple[Any, ...]] = {
         normalizers.Strip(),
     ),
 }
-PROBES = ("a photo of a dog", "A Photo of  two DOGS, a cat_and one (red) bird.", "x", "so many words " * 80)
+CHECK_TEXTS = ("a photo of a dog", "A Photo of  two DOGS, a cat_and one (red) bird.", "x", "so many words " * 80)
+
+
+def write_transformers_files(folder: Path, model: MultistageCLIP) -> None:
+    """Add config, code, processor and tokenizer of transformers to a folder that `model` was saved in.
+
+    The saved weights are used as they are. `AutoModel` and the other auto classes then load the folder with
+    `trust_remote_code=True`.
+
+    Raises:
+        UserError: if the tokenizer of transformers would tokenize texts differently from the model's own.
+    """
+    write_config_and_code(folder, model)
+    image_processor: dict[str, Any] = {
+        "auto_map": {"AutoImageProcessor": PROCESSING_AUTO_MAP["AutoImageProcessor"]},
+        "image_processor_type": "MultistageCLIPImageProcessor",
+        "size": _height_and_width(model.preprocess_cfg),
+        **_mean_and_std(model.preprocess_cfg),
+    }
+    for name in ("interpolation", "resize_mode", "fill_color"):
+        if name in model.preprocess_cfg:
+            image_processor[name] = model.preprocess_cfg[name]
+    write_json(folder / "preprocessor_config.json", image_processor)
+    text_cfg = model.model_cfgs[0]["text_cfg"]
+    hf_tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
+    default = "lower" if hf_tokenizer is None else "whitespace"
+    clean = (text_cfg.get("tokenizer_kwargs") or {}).get("clean", default)
+    processor = {
+        "auto_map": {"AutoProcessor": PROCESSING_AUTO_MAP["AutoProcessor"]},
+        "processor_class": MultistageCLIPProcessor.__name__,
+        "clean": clean,
+    }
+    write_json(folder / "processor_config.json", processor)
+    if hf_tokenizer is None:
+        write_clip_tokenizer(folder, model.context_length)
+    else:
+        settings = {}
+        if CLEANING[clean] and getattr(hf_tokenizer, "is_fast", False):
+            hf_tokenizer = copy.deepcopy(hf_tokenizer)
+            backend = hf_tokenizer.backend_tokenizer
+            own = [backend.normalizer] if backend.normalizer else []
+            backend.normalizer = normalizers.Sequence([*CLEANING[clean], *own])
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # other classes rebuild their normalizer on loading
+        _save_tokenizer(hf_tokenizer, folder, model.context_length, **settings)
+    _check_tokenizer(folder, model)
 
 
 def write_clip_tokenizer(folder: Path, context_length: int) -> None:
-    """Write CLIP's tokenizer, made from the vocabulary that comes with open_clip; nothing is downloaded.
+    """Write CLIP's tokenizer, built from open_clip's vocabulary without a download.
 
-    Its ids are those of open_clip's `SimpleTokenizer`, but for what that one repairs first: HTML entities, typographic
-    quotes, broken encodings. The special tokens in a text are read as text.
+    Its token ids are those of open_clip's `SimpleTokenizer`, except for texts that the latter repairs first: HTML
+    entities, typographic quotes, broken encodings. Special tokens within a text are read as text.
     """
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1:LAST_MERGE]
@@ -77,166 +121,124 @@ def write_clip_tokenizer(folder: Path, context_length: int) -> None:
 def _save_tokenizer(tokenizer: Any, folder: Path, context_length: int, **settings: Any) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    left_out = ("is_local", "local_files_only", "name_or_path")  # of the place where it came from
-    config = {name: value for name, value in read_json(path).items() if name not in left_out}
+    local = ("is_local", "local_files_only", "name_or_path")  # where it was loaded from on this machine
+    config = {name: value for name, value in read_json(path).items() if name not in local}
     inputs = ["input_ids", "attention_mask"]
     write_json(path, {**config, "model_max_length": context_length, "model_input_names": inputs, **settings})
 
 
-def write_transformers_files(folder: Path, model: MultistageCLIP) -> None:
-    """Make a folder that `model` was saved in one that transformers loads: config, code, processor and tokenizer.
-
-    The weights are not written again. `AutoModel` and the others then load it with `trust_remote_code=True`.
-
-    Raises:
-        UserError: if the tokenizer of transformers would read texts in another way than the model's own.
-    """
-    write_config_and_code(folder, model)
-    preprocess = model.preprocess_cfg
-    height, width = _size(preprocess)
-    settings: dict[str, Any] = {
-        name: preprocess[name] for name in ("interpolation", "resize_mode", "fill_color") if name in preprocess
-    }
-    image_processor: dict[str, Any] = {
-        "auto_map": {"AutoImageProcessor": PROCESSING_AUTO_MAP["AutoImageProcessor"]},
-        "image_processor_type": "MultistageCLIPImageProcessor",
-        "size": {"height": height, "width": width},
-        "image_mean": list(preprocess.get("mean") or OPENAI_DATASET_MEAN),
-        "image_std": list(preprocess.get("std") or OPENAI_DATASET_STD),
-        **settings,
-    }
-    write_json(folder / "preprocessor_config.json", image_processor)
-    options = model.model_cfgs[0]["text_cfg"].get("tokenizer_kwargs") or {}
-    hugging_face: Any = getattr(model.tokenizer, "tokenizer", None)
-    clean = options.get("clean", "lower" if hugging_face is None else "whitespace")
-    processor = {
-        "auto_map": {"AutoProcessor": PROCESSING_AUTO_MAP["AutoProcessor"]},
-        "processor_class": MultistageCLIPProcessor.__name__,
-        "clean": clean,
-    }
-    write_json(folder / "processor_config.json", processor)
-    if hugging_face is None:
-        write_clip_tokenizer(folder, model.context_length)
-    else:
-        _write_own_tokenizer(folder, hugging_face, model.context_length, clean)
-    _check_tokenizer(folder, model)
-
-
-def _write_own_tokenizer(folder: Path, tokenizer: Any, context_length: int, clean: str) -> None:
-    """The Hugging Face tokenizer of a model, with the cleaning of texts that open_clip does before it."""
-    steps = CLEANING[clean]
-    settings = {}
-    if steps and getattr(tokenizer, "is_fast", False):
-        tokenizer = copy.deepcopy(tokenizer)
-        before = tokenizer.backend_tokenizer.normalizer
-        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*steps, *([before] if before else [])])
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # others make their steps anew when they are loaded
-    _save_tokenizer(tokenizer, folder, context_length, **settings)
-
-
 def _check_tokenizer(folder: Path, model: MultistageCLIP) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)  # the code was just written here
-    inputs = tokenizer(list(PROBES), padding=True, return_tensors="pt", verbose=False)
-    got = fit_tokens(inputs["input_ids"], inputs["attention_mask"], model.context_length, model.tokenizer)
-    for text, tokens, expected in zip(PROBES, got, model.tokenizer(list(PROBES)), strict=True):
-        if not torch.equal(tokens, expected):
+    inputs = tokenizer(list(CHECK_TEXTS), padding=True, return_tensors="pt", verbose=False)
+    tokens = fit_tokens(inputs["input_ids"], inputs["attention_mask"], model.context_length, model.tokenizer)
+    for text, actual, expected in zip(CHECK_TEXTS, tokens, model.tokenizer(list(CHECK_TEXTS)), strict=True):
+        if not torch.equal(actual, expected):
             text_cfg = model.model_cfgs[0]["text_cfg"]
+            names = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
+            described = ", ".join(f"{name}={text_cfg[name]!r}" for name in names if text_cfg.get(name)) or "CLIP's"
             raise UserError(
-                f"transformers would read {text!r:.60} as other tokens than the model's tokenizer "
-                f"({_tokenizer_name(text_cfg)}); export its stages one by one for open_clip, by --stage K"
+                f"transformers would tokenize {text!r:.60} differently from the model's tokenizer ({described}); "
+                f"export single stages for open_clip, with --stage K"
             )
 
 
-def _tokenizer_name(text_cfg: Mapping[str, Any]) -> str:
-    names = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
-    return ", ".join(f"{name}={text_cfg[name]!r}" for name in names if text_cfg.get(name)) or "CLIP's"
-
-
-def _size(preprocess: Mapping[str, Any]) -> tuple[int, int]:
+def _height_and_width(preprocess: Mapping[str, Any]) -> dict[str, int]:
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+    return {"height": height, "width": width}
 
 
-def write_clip_model(folder: Path, tower: ClipBundle) -> None:
-    """Write one encoder pair as a `CLIPModel` of transformers with its processor; it needs no code of its own.
-
-    Features of the same pixels and tokens are equal up to rounding. Pictures go through transformers' own
-    `CLIPImageProcessor`: where they are resized, pixels differ from open_clip's by a few steps of 255, and the part
-    that is cut out of the middle may lie one pixel aside.
-
-    Raises:
-        UserError: naming what a `CLIPModel` cannot express.
-    """
-    _check_clip_model(tower)
-    folder.mkdir(parents=True, exist_ok=True)
-    preprocessor = _clip_preprocessor(tower.preprocess_cfg)
-    tensors = {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in _clip_tensors(tower.model)}
-    _clip_config(tower).save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes 0600 whatever the umask
-    write_json(folder / "preprocessor_config.json", preprocessor)
-    write_clip_tokenizer(folder, tower.context_length)
-
-
-def _check_clip_model(tower: ClipBundle) -> None:
-    model: Any = tower.model
-    if not isinstance(model, open_clip.CLIP):
-        raise _does_not_fit(f"a {type(model).__name__}")
-    if type(model.visual) is not VisionTransformer:
-        raise _does_not_fit(f"an image tower of type {type(model.visual).__name__}")
-    if model.logit_bias is not None:
-        raise _does_not_fit("a logit_bias")
-    for part, known in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        defaults = {field.name: field.default for field in fields(known)}
-        for name, value in tower.model_cfg[part].items():
-            is_empty = name in MAY_BE_EMPTY and not value
-            is_default = value == defaults.get(name) or (name, value) == ("block_type", "default")
-            if name not in FREE[part] and not is_default and not is_empty:
-                raise _does_not_fit(f"{part} with {name}={value!r}")
-    for name in ("image_size", "patch_size"):
-        value = getattr(model.visual, name)
-        if value[0] != value[1]:
-            raise _does_not_fit(f"{name}={tuple(value)}")
-
-
-def _does_not_fit(what: str) -> UserError:
-    return UserError(
-        f"the model has {what}, which the CLIPModel of transformers cannot express; publish it for open_clip, or as a "
-        f"multistage model with its code"
-    )
-
-
-def _clip_preprocessor(preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    height, width = _size(preprocess)
-    mode = preprocess.get("resize_mode") or "shortest"
-    if mode == "longest":
-        raise _does_not_fit("resize_mode='longest'")
-    square = {"height": height, "width": width}
+def _mean_and_std(preprocess: Mapping[str, Any]) -> dict[str, list[float]]:
     return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": height} if mode == "shortest" else square,
-        "resample": RESAMPLE.get(preprocess.get("interpolation") or "bicubic", RESAMPLE["bicubic"]),
-        "do_center_crop": True,
-        "crop_size": square,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(preprocess.get("mean") or OPENAI_DATASET_MEAN),
         "image_std": list(preprocess.get("std") or OPENAI_DATASET_STD),
     }
 
 
-def _clip_config(tower: ClipBundle) -> Any:
-    model: Any = tower.model
-    visual = model.visual
-    activation = {"hidden_act": "quick_gelu" if tower.model_cfg.get("quick_gelu") else "gelu"}
-    dimensions = {"projection_dim": tower.model_cfg["embed_dim"]}
+def write_clip_model(folder: Path, clip: ClipBundle) -> None:
+    """Write a single model as a `CLIPModel` of transformers with its processor; it needs no code of its own.
+
+    Features of the same pixels and tokens are equal up to rounding. Images are processed by transformers' own
+    `CLIPImageProcessor`: resized pixels differ from open_clip's by a few steps of 255, and the center crop may be off
+    by one pixel.
+
+    Raises:
+        UserError: for a model that a `CLIPModel` cannot represent, with the reason.
+    """
+    _check_clip_model(clip)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in _clip_tensors(clip.model)}
+    _clip_config(clip).save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes 0600 whatever the umask
+    size = _height_and_width(clip.preprocess_cfg)
+    is_shortest = (clip.preprocess_cfg.get("resize_mode") or "shortest") == "shortest"
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size["height"]} if is_shortest else size,
+        "resample": RESAMPLE.get(clip.preprocess_cfg.get("interpolation") or "bicubic", RESAMPLE["bicubic"]),
+        "do_center_crop": True,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        **_mean_and_std(clip.preprocess_cfg),
+    }
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    write_clip_tokenizer(folder, clip.context_length)
+
+
+def _check_clip_model(clip: ClipBundle) -> None:
+    """Raise a UserError for the first part of a model that a `CLIPModel` cannot represent."""
+    if problem := next(_unsupported_parts(clip), None):
+        raise UserError(
+            f"the model has {problem}, which the CLIPModel of transformers cannot represent; export it for open_clip, "
+            f"or as a multistage model with its code"
+        )
+
+
+def _unsupported_parts(clip: ClipBundle) -> Iterator[str]:
+    model: Any = clip.model
+    if not isinstance(model, open_clip.CLIP):
+        yield f"a {type(model).__name__}"
+    if type(model.visual) is not VisionTransformer:
+        yield f"an image tower of type {type(model.visual).__name__}"
+    if model.logit_bias is not None:
+        yield "a logit_bias"
+    for part, known in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        defaults = {field.name: field.default for field in fields(known)}
+        for name, value in clip.model_cfg[part].items():
+            is_empty = name in ALLOWED_IF_EMPTY and not value
+            is_default = value == defaults.get(name) or (name, value) == ("block_type", "default")
+            if name not in ALLOWED_OPTIONS[part] and not is_default and not is_empty:
+                yield f"{part} with {name}={value!r}"
+    for name in ("image_size", "patch_size"):
+        value = getattr(model.visual, name)
+        if value[0] != value[1]:
+            yield f"{name}={tuple(value)}"
+    if clip.preprocess_cfg.get("resize_mode") == "longest":
+        yield "resize_mode='longest'"
+
+
+def _clip_config(clip: ClipBundle) -> Any:
+    model: Any = clip.model
+
+    def encoder_config(transformer: Any) -> dict[str, Any]:
+        block = transformer.resblocks[0]
+        return {
+            "hidden_size": transformer.width,
+            "intermediate_size": block.mlp.c_fc.out_features,
+            "num_hidden_layers": transformer.layers,
+            "num_attention_heads": block.attn.num_heads,
+            "hidden_act": "quick_gelu" if clip.model_cfg.get("quick_gelu") else "gelu",
+            "projection_dim": clip.model_cfg["embed_dim"],
+        }
+
     text = {
-        **_transformer_config(model.transformer),
+        **encoder_config(model.transformer),
         "vocab_size": model.token_embedding.num_embeddings,
         "max_position_embeddings": model.context_length,
         "bos_token_id": SimpleTokenizer().sot_token_id,
@@ -244,32 +246,22 @@ def _clip_config(tower: ClipBundle) -> Any:
         "pad_token_id": SimpleTokenizer().eot_token_id,
     }
     vision = {
-        **_transformer_config(visual.transformer),
-        "image_size": visual.image_size[0],
-        "patch_size": visual.patch_size[0],
+        **encoder_config(model.visual.transformer),
+        "image_size": model.visual.image_size[0],
+        "patch_size": model.visual.patch_size[0],
     }
     return CLIPConfig(
-        text_config={**text, **activation, **dimensions},
-        vision_config={**vision, **activation, **dimensions},
+        text_config=text,
+        vision_config=vision,
         logit_scale_init_value=model.logit_scale.item(),
         architectures=["CLIPModel"],
         dtype="float32",
-        **dimensions,
+        projection_dim=clip.model_cfg["embed_dim"],
     )
 
 
-def _transformer_config(transformer: Any) -> dict[str, int]:
-    block = transformer.resblocks[0]
-    return {
-        "hidden_size": transformer.width,
-        "intermediate_size": block.mlp.c_fc.out_features,
-        "num_hidden_layers": transformer.layers,
-        "num_attention_heads": block.attn.num_heads,
-    }
-
-
 def _clip_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights under the names of `CLIPModel`."""
+    """Yield the weights of an open_clip model under their names in `CLIPModel`."""
     visual = model.visual
     yield "logit_scale", model.logit_scale.reshape(())
     yield "visual_projection.weight", visual.proj.T
@@ -280,38 +272,32 @@ def _clip_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield f"{image}.position_embedding.weight", visual.positional_embedding
     yield f"{text}.token_embedding.weight", model.token_embedding.weight
     yield f"{text}.position_embedding.weight", model.positional_embedding
-    yield from _named(visual.ln_pre, "vision_model.pre_layrnorm")  # the name is spelled so
-    yield from _named(visual.ln_post, "vision_model.post_layernorm")
-    yield from _named(model.ln_final, "text_model.final_layer_norm")
-    yield from _block_tensors(visual.transformer, "vision_model.encoder.layers")
-    yield from _block_tensors(model.transformer, "text_model.encoder.layers")
-
-
-def _named(module: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    yield f"{name}.weight", module.weight
-    yield f"{name}.bias", module.bias
-
-
-def _block_tensors(transformer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    for number, block in enumerate(transformer.resblocks):
-        layer = f"{name}.{number}"
-        for kind in ("weight", "bias"):
-            projections = getattr(block.attn, f"in_proj_{kind}").chunk(3)
-            for letter, tensor in zip("qkv", projections, strict=True):
-                yield f"{layer}.self_attn.{letter}_proj.{kind}", tensor
-        yield from _named(block.attn.out_proj, f"{layer}.self_attn.out_proj")
-        yield from _named(block.ln_1, f"{layer}.layer_norm1")
-        yield from _named(block.ln_2, f"{layer}.layer_norm2")
-        yield from _named(block.mlp.c_fc, f"{layer}.mlp.fc1")
-        yield from _named(block.mlp.c_proj, f"{layer}.mlp.fc2")
+    modules = {
+        "vision_model.pre_layrnorm": visual.ln_pre,  # spelled like this in transformers
+        "vision_model.post_layernorm": visual.ln_post,
+        "text_model.final_layer_norm": model.ln_final,
+    }
+    for encoder, transformer in (("vision_model", visual.transformer), ("text_model", model.transformer)):
+        for number, block in enumerate(transformer.resblocks):
+            layer = f"{encoder}.encoder.layers.{number}"
+            for kind in ("weight", "bias"):
+                projections = getattr(block.attn, f"in_proj_{kind}").chunk(3)
+                for letter, tensor in zip("qkv", projections, strict=True):
+                    yield f"{layer}.self_attn.{letter}_proj.{kind}", tensor
+            modules[f"{layer}.self_attn.out_proj"] = block.attn.out_proj
+            modules[f"{layer}.layer_norm1"], modules[f"{layer}.layer_norm2"] = block.ln_1, block.ln_2
+            modules[f"{layer}.mlp.fc1"], modules[f"{layer}.mlp.fc2"] = block.mlp.c_fc, block.mlp.c_proj
+    for name, module in modules.items():
+        yield f"{name}.weight", module.weight
+        yield f"{name}.bias", module.bias
 
 
 def transformers_features(
     folder: Path, images: Sequence[Image.Image], texts: Sequence[str]
 ) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "texts dim"]]:
-    """Un-normalised features as `AutoModel` and `AutoProcessor` of transformers give them, from an exported folder.
+    """Compute un-normalized features with `AutoModel` and `AutoProcessor` from an exported folder.
 
-    The code in the folder is run: this is for folders that were just written here.
+    This executes the code in the folder: call it only for folders that this process has just written.
     """
     model = AutoModel.from_pretrained(str(folder), trust_remote_code=True).eval()
     processor: Any = AutoProcessor.from_pretrained(str(folder), trust_remote_code=True)  # type: ignore[no-untyped-call]
@@ -324,6 +310,6 @@ def transformers_features(
 
 
 def features_of(output: Any) -> Tensor:
-    """The features in what `get_image_features` returns: a tensor before transformers 5, an object since then."""
+    """Return the features in the output of `get_image_features`: a tensor before transformers 5, an object since."""
     features: Tensor = getattr(output, "pooler_output", output)
     return features

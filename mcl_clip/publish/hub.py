@@ -1,4 +1,4 @@
-"""A finished folder on the Hugging Face Hub, where nothing that its user put there is lost."""
+"""Upload an exported folder to the Hugging Face Hub, without losing anything that its owner put there."""
 
 import glob
 import json
@@ -27,42 +27,42 @@ from mcl_clip.core.errors import UserError
 MARKER = "<!-- written by mcl_clip: remove this line to keep your own edits -->"
 README = "README.md"
 MAIN = "main"
-MARKS_OF_OURS = {"mcl_clip_config.json", "open_clip_config.json"}
-OF_AN_EMPTY_REPOSITORY = {".gitattributes", ".gitignore", README, "LICENSE"}  # as the website makes it
+MODEL_CONFIGS = {"mcl_clip_config.json", "open_clip_config.json"}
+NEW_REPOSITORY_FILES = {".gitattributes", ".gitignore", README, "LICENSE"}  # what the website creates
 _TOKENIZER = (
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model"
 )
-OF_EXPORTS = re.compile(
+EXPORT_FILES = re.compile(
     rf"stage_\d+/(open_clip_config\.json|(open_clip_model|difference)\.safetensors|{_TOKENIZER})"
     r"|eval/results\.jsonl"
     r"|(modeling_multistage_clip|processing_multistage_clip|multistage|open_clip_io|open_clip_folder|sharing)\.py"
     r"|(open_clip_model|model)\.safetensors"
     rf"|(mcl_clip_config|open_clip_config|config|preprocessor_config|processor_config)\.json|{_TOKENIZER}"
 )
-CONTINUES = "give the same command again, it continues: files that arrived are not sent again"
-WAY_OUT = {
-    400: "the Hub does not accept what it was sent; correct what it names",
-    401: "the Hub does not accept the token; log in again with `hf auth login`, or set HF_TOKEN to a valid one",
-    403: "the token may not write for {owner}; take one with write access, from {endpoint}/settings/tokens, or another "
-    "owner",
+RESUME = "run the same command again to resume; files that have arrived are not sent again"
+REMEDIES = {
+    400: "the Hub rejects the request; correct what it names",
+    401: "the Hub rejects the token; log in again with `hf auth login`, or set HF_TOKEN to a valid one",
+    403: "the token has no write access to {owner}; use one that has, from {endpoint}/settings/tokens, or choose "
+    "another owner",
     404: "the Hub shows no such repository or revision to this token; correct the name, or ask {owner} for access",
-    409: "the name is taken by a repository that this token cannot see, or is being worked on; choose another name, "
-    "or try again in a minute",
-    412: "the repository was changed by someone else during the upload; " + CONTINUES,
-    429: "the Hub has had too many requests; wait some minutes, then " + CONTINUES,
+    409: "the name is taken by a repository that this token cannot see, or the repository is being changed; choose "
+    "another name, or try again in a minute",
+    412: f"someone else changed the repository during the upload; {RESUME}",
+    429: f"the Hub has received too many requests; wait a few minutes, then {RESUME}",
 }
-HTTP_LIBRARIES = {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "hf_xet"}  # of any client
-SIGNATURES = re.compile(r"\?[^\s'\")]+")  # the query of an address lets whoever has it upload
+HTTP_LIBRARIES = {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "hf_xet"}  # of any client version
+QUERY_STRINGS = re.compile(r"\?[^\s'\")]+")  # in pre-signed URLs they grant access to whoever reads them
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Where a folder is now: the address of the repository, branch or pull request, and the commit there.
+    """Where a folder was uploaded: the URL of the repository, branch or pull request, and the commit there.
 
-    `changed` is False if everything was there before, so that no commit was made.
+    `changed` is False if everything was there already, so that no commit was made.
     """
 
     url: str
@@ -71,44 +71,44 @@ class Published:
 
 
 def check_repo_name(repo: str) -> None:
-    """Raise a `UserError` unless `repo` is a name that the Hub takes, with its owner: ORG/NAME."""
+    """Raise a UserError unless `repo` is a valid repository name with its owner, ORG/NAME."""
     try:
         validate_repo_id(repo)
-        well_formed = "/" in repo and repo.isascii()
+        is_valid = "/" in repo and repo.isascii()
     except HFValidationError:
-        well_formed = False
-    if not well_formed:
+        is_valid = False
+    if not is_valid:
         raise UserError(
-            f"{repo!r} is no name of a repository; give it as ORG/NAME, of letters, digits, '-', '_' and '.', "
-            "the name up to 96 long"
+            f"{repo!r} is not a valid repository name; give it as ORG/NAME, of letters, digits, '-', '_' and '.', the "
+            f"name at most 96 characters long"
         )
 
 
 def check_target(revision: str, create_pr: bool) -> None:
-    """Raise a `UserError` for a pull request against another branch than `main`, which the Hub does not take."""
+    """Raise a UserError for a pull request against a branch other than `main`, which the Hub does not support."""
     if create_pr and revision != MAIN:
-        raise UserError(f"a pull request goes to {MAIN}, not to {revision!r}; leave out one of the two")
+        raise UserError(f"a pull request targets {MAIN}, not {revision!r}; leave out one of the two")
 
 
-def is_of_an_export(path: str) -> bool:
-    """Whether a file, by its path in the folder, is one that exports write; README.md, which people edit, is not."""
-    return OF_EXPORTS.fullmatch(path) is not None
+def is_export_file(path: str) -> bool:
+    """Tell whether exports write a file of this relative path; False for README.md, which people edit."""
+    return EXPORT_FILES.fullmatch(path) is not None
 
 
 def find_token(api: HfApi | None = None) -> str:
-    """The token that requests will carry.
+    """Return the token that requests will use, without making a request.
 
     Raises:
-        UserError: if there is no usable one, or the Hub is switched off; no request is made.
+        UserError: if there is no usable token, or the Hub is disabled.
     """
     if constants.HF_HUB_OFFLINE:
-        raise UserError("the Hub is switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE; unset it to upload")
+        raise UserError("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE disables the Hub; unset it to upload")
     given = api.token if api else None
     token = given if isinstance(given, str) else None if given is False else get_token()
     if not token:
         raise UserError("there is no token for the Hub; log in with `hf auth login`, or set HF_TOKEN")
     if not re.fullmatch(r"[!-~]+", token):
-        raise UserError("the token for the Hub holds spaces or special characters; copy it again, alone")
+        raise UserError("the token for the Hub has spaces or special characters; copy it again, without them")
     return token
 
 
@@ -122,41 +122,42 @@ def upload(
     message: str = "Upload with mcl_clip",
     api: HfApi | None = None,
 ) -> Published:
-    """Make `revision` of the model repository `repo` hold the files of `folder`.
+    """Make `revision` of the model repository `repo` hold the files of `folder`, as one commit or pull request.
 
-    That is one commit or pull request; more commits for hundreds of files. A repository or branch that does not
-    exist is made. What earlier exports left and the folder no longer has is removed; other files stay, and so does
-    a README.md without the line `MARKER`. An upload that was interrupted continues: what arrived is not sent again.
+    A repository or branch that does not exist is created. Files that earlier exports left and the folder no longer has
+    are deleted; other files are kept, and so is a README.md without the line `MARKER`. An interrupted upload resumes:
+    files that have arrived are not sent again. Hundreds of files may take more than one commit.
 
     Args:
-        folder: the files, as they shall stand in the repository.
-        repo: ORG/NAME.
-        private: whether a new repository is private; one that exists keeps its visibility.
-        revision: the branch; a new one starts at `main`.
-        create_pr: whether to open a pull request against `main` instead.
-        message: of the commit, or the title of the pull request.
-        api: the client, with endpoint and token, if not the usual ones.
+        folder: files to upload.
+        repo: name of the repository, ORG/NAME.
+        private: whether a new repository is private; an existing one keeps its visibility.
+        revision: branch; a new one starts at `main`.
+        create_pr: open a pull request against `main` instead.
+        message: commit message, or title of the pull request.
+        api: client with endpoint and token, if not the default one.
 
     Raises:
-        UserError: whatever the Hub refuses, an interrupted connection, a name that holds something else.
+        UserError: if the Hub refuses, the connection fails, or the repository holds something else.
     """
     check_repo_name(repo)
-    local = _files_in(folder)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if not files:
+        raise UserError(f"{folder} is not a folder with files to upload; export a model first")
     check_target(revision, create_pr)
     api = api or HfApi(library_name="mcl_clip")
     token = find_token(api)
-    with _explained(api, repo, token), _bars_hidden(not sys.stderr.isatty()):
+    with _as_user_errors(api, repo, token), _progress_bars_hidden(not sys.stderr.isatty()):
         before = _open_repository(api, repo, revision, private)
-        stale = sorted(path for path in _files_of(before) - local if is_of_an_export(path))
-        keeps_readme = _has_readme_of_the_user(api, repo, before, folder)
+        stale = sorted(path for path in _files_of(before) - files if is_export_file(path))
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
             revision=revision,
             create_pr=create_pr,
             commit_message=message,
-            parent_commit=None if create_pr else before.sha,
-            ignore_patterns=[README] if keeps_readme else None,
+            parent_commit=None if create_pr else before.sha,  # refuses to overwrite a commit made meanwhile
+            ignore_patterns=[README] if _keeps_readme(api, repo, before, folder) else None,
             delete_patterns=[glob.escape(path) for path in stale] or None,
         )
     branch = "" if revision == MAIN else f"/tree/{quote(revision, safe='')}"
@@ -165,90 +166,77 @@ def upload(
     )
 
 
-def _files_in(folder: Path) -> set[str]:
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if not files:
-        raise UserError(f"{folder}: there is no folder with files to upload; export a model first")
-    return files
-
-
 def _open_repository(api: HfApi, repo: str, revision: str, private: bool) -> ModelInfo:
-    """What stands at `revision`; repository and branch are made if need be, after all that can be checked is."""
-    found = _find(api, repo, None)
-    here = _find(api, repo, revision) if found and revision != MAIN else found
-    if found:
-        _check_content(api, repo, here or found)
-        _check_visibility(api, repo, found, private)
+    """Return the state of `revision`; create repository and branch if needed, after all checks have passed."""
+
+    def find(revision: str | None) -> ModelInfo | None:
+        try:
+            return api.model_info(repo, revision=revision)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+
+    repository = find(None)
+    branch = find(revision) if repository and revision != MAIN else repository
+    if repository:
+        _check_content(api, repo, branch or repository)
+        if private and not repository.private:
+            raise UserError(
+                f"{repo} is public, but --private asks for a private repository; nothing was changed, make it private "
+                f"on {api.endpoint}/{repo}/settings or leave out --private"
+            )
+        if repository.private and not private:
+            logger.info("%s is private, and stays private", repo)
     else:
-        api.create_repo(repo, private=private or None)  # None: private where the organisation's default is
-    if revision != MAIN and not here:
+        api.create_repo(repo, private=private or None)  # None: the default of the organization
+    if revision != MAIN and not branch:
         api.create_branch(repo, branch=revision)
-    return here or api.model_info(repo, revision=revision)
+    return branch or api.model_info(repo, revision=revision)
 
 
-def _find(api: HfApi, repo: str, revision: str | None) -> ModelInfo | None:
-    try:
-        return api.model_info(repo, revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        return None
+def _check_content(api: HfApi, repo: str, info: ModelInfo) -> None:
+    """Raise a UserError if a repository has files, but no CLIP model of ours, of open_clip or of transformers."""
+    files = _files_of(info)
+    others = sorted(files - NEW_REPOSITORY_FILES)
+    if not others or files & MODEL_CONFIGS:
+        return
+    if "config.json" in files:
+        with suppress(ValueError):
+            config = json.loads(_download_text(api, repo, info, "config.json"))
+            if isinstance(config, dict) and "clip" in str(config.get("model_type")):
+                return
+    shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    raise UserError(
+        f"{repo} is taken: it holds files, but no CLIP model ({shown}); nothing was changed, choose another name"
+    )
+
+
+def _keeps_readme(api: HfApi, repo: str, info: ModelInfo, folder: Path) -> bool:
+    """Tell whether the repository's README.md was edited by its owner, so that the folder's must not replace it."""
+    if README not in _files_of(info) or not (folder / README).is_file():
+        return False
+    text = _download_text(api, repo, info, README)
+    if not text.strip() or MARKER in text or text == _read_text(folder / README):
+        return False
+    logger.warning("README.md of %s was edited and is kept; add the line %s to have it replaced", repo, MARKER)
+    return True
 
 
 def _files_of(info: ModelInfo) -> set[str]:
     return {file.rfilename for file in info.siblings or ()}
 
 
-def _check_content(api: HfApi, repo: str, info: ModelInfo) -> None:
-    files = _files_of(info)
-    others = sorted(files - OF_AN_EMPTY_REPOSITORY)
-    if others and not files & MARKS_OF_OURS and not ("config.json" in files and _is_clip(api, repo, info)):
-        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        raise UserError(
-            f"{repo} is taken: it holds files, but no CLIP model ({shown}); nothing was changed, choose another name"
-        )
+def _download_text(api: HfApi, repo: str, info: ModelInfo, name: str) -> str:
+    with tempfile.TemporaryDirectory() as cache, _progress_bars_hidden(True):
+        return _read_text(Path(api.hf_hub_download(repo, name, revision=info.sha, cache_dir=cache)))
 
 
-def _is_clip(api: HfApi, repo: str, info: ModelInfo) -> bool:
-    """Whether config.json is of a CLIP model of transformers."""
-    with suppress(ValueError):
-        config = json.loads(_read(api, repo, info, "config.json"))
-        return isinstance(config, dict) and "clip" in str(config.get("model_type"))
-    return False
-
-
-def _check_visibility(api: HfApi, repo: str, info: ModelInfo, private: bool) -> None:
-    if private and not info.private:
-        raise UserError(
-            f"{repo} is public, but --private asks for a private repository; nothing was changed, make it private on "
-            f"{api.endpoint}/{repo}/settings or leave out --private"
-        )
-    if info.private and not private:
-        logger.info("%s is private, and stays so", repo)
-
-
-def _has_readme_of_the_user(api: HfApi, repo: str, info: ModelInfo, folder: Path) -> bool:
-    """Whether the repository's README.md is to stay: it was edited, and the folder would replace it."""
-    if README not in _files_of(info) or not (folder / README).is_file():
-        return False
-    there = _read(api, repo, info, README)
-    if not there.strip() or MARKER in there or there == _text_of(folder / README):
-        return False
-    logger.warning("README.md of %s is kept, as it was edited; with the line %s it would be replaced", repo, MARKER)
-    return True
-
-
-def _read(api: HfApi, repo: str, info: ModelInfo, name: str) -> str:
-    with tempfile.TemporaryDirectory() as cache, _bars_hidden(True):
-        path = api.hf_hub_download(repo, name, revision=info.sha, cache_dir=cache)
-        return _text_of(Path(path))
-
-
-def _text_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
-def _bars_hidden(hidden: bool) -> Iterator[None]:
-    """Without the progress bars of the client, unless the environment has decided on them."""
+def _progress_bars_hidden(hidden: bool) -> Iterator[None]:
+    """Hide the progress bars of the client, unless an environment variable controls them."""
     hides = hidden and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     if hides:
         disable_progress_bars()
@@ -260,8 +248,8 @@ def _bars_hidden(hidden: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(api: HfApi, repo: str, token: str) -> Iterator[None]:
-    """What the Hub or the network refuses, as a `UserError` of one sentence that never shows the token."""
+def _as_user_errors(api: HfApi, repo: str, token: str) -> Iterator[None]:
+    """Turn errors of the Hub and the network into a `UserError` of one sentence that never shows the token."""
     try:
         yield
     except UserError:
@@ -274,50 +262,42 @@ def _explained(api: HfApi, repo: str, token: str) -> Iterator[None]:
 
 
 def _explain(api: HfApi, repo: str, token: str, error: Exception) -> str | None:
-    chain = list(_causes(error))
+    """Say what the Hub answered, or else what the network did; None for an error of neither."""
+
+    def one_line(text: str) -> str:
+        line = " ".join(text.replace(token, "***").split())
+        return line if len(line) <= 300 else line[:300] + " ..."
+
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
     for cause in chain:
-        if (status := _status_of(cause)) is not None:
-            said = _one_line(getattr(cause, "server_message", None) or "", token)
-            return f"{repo}: {_way_out(api, repo, status, error)}" + (f" (the Hub says: {said})" if said else "")
+        if (status := _http_status(cause)) is None:
+            continue
+        if status == 400 and README in str(error):
+            remedy = "the Hub rejects the metadata at the top of README.md; correct it"
+        elif status >= 500:
+            remedy = f"the Hub has an internal error ({status}); wait a few minutes, then {RESUME}"
+        else:
+            default = f"the Hub rejects the upload ({status}); see {{endpoint}}/{repo}, then {RESUME}"
+            remedy = REMEDIES.get(status, default).format(owner=repo.split("/")[0], endpoint=api.endpoint)
+        answer = one_line(getattr(cause, "server_message", None) or "")
+        return f"{repo}: {remedy}" + (f" (the Hub says: {answer})" if answer else "")
     for cause in chain:
-        if _is_of_the_network(cause):
-            reason = _one_line(SIGNATURES.sub("", str(cause)) or type(cause).__name__, token)
-            return f"{repo}: the connection to {api.endpoint} failed ({reason}); {CONTINUES}"
+        is_network_error = isinstance(cause, ConnectionError | TimeoutError | LocalEntryNotFoundError)
+        if is_network_error or _library_of(cause) in HTTP_LIBRARIES:
+            reason = one_line(QUERY_STRINGS.sub("", str(cause)) or type(cause).__name__)
+            return f"{repo}: the connection to {api.endpoint} failed ({reason}); {RESUME}"
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _status_of(error: BaseException) -> int | None:
-    """What the Hub answered, if it did; its store Xet says no in its own way."""
-    if isinstance(error, PermissionError) and _library_of(error) == "hf_xet":
+def _http_status(error: BaseException) -> int | None:
+    """Return the status of the Hub's answer that an error carries, if any."""
+    if isinstance(error, PermissionError) and _library_of(error) == "hf_xet":  # the Xet store has errors of its own
         return 403
     status: int | None = getattr(getattr(error, "response", None), "status_code", None)
     return status
 
 
-def _way_out(api: HfApi, repo: str, status: int, error: Exception) -> str:
-    if status == 400 and README in str(error):
-        return "the Hub does not accept the head of README.md; correct it"
-    if status >= 500:
-        return f"the Hub has a fault of its own ({status}); wait some minutes, then {CONTINUES}"
-    text = WAY_OUT.get(status, f"the Hub refuses the upload ({status}); see {{endpoint}}/{repo}, then {CONTINUES}")
-    return text.format(owner=repo.split("/")[0], endpoint=api.endpoint)
-
-
-def _is_of_the_network(error: BaseException) -> bool:
-    told = (ConnectionError, TimeoutError, LocalEntryNotFoundError)
-    return isinstance(error, told) or _library_of(error) in HTTP_LIBRARIES
-
-
 def _library_of(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
-
-
-def _one_line(text: str, token: str) -> str:
-    line = " ".join(text.replace(token, "***").split())
-    return line if len(line) <= 300 else line[:300] + " ..."

@@ -77,7 +77,7 @@ def test_compact_and_single_forms(finished, tmp_path):
     assert {record["label"] for record in read_jsonl(tmp_path / "one" / "eval" / "results.jsonl")} == {"stage-1"}
 
     differences = export_run(finished, tmp_path / "tf", Export(stage=1, as_transformers=True))
-    assert differences["transformers"] < 1e-6 < differences[module.RESIZED] < 1e-2
+    assert differences["transformers"] < 1e-6 < differences[module.TRANSFORMERS_RESIZED] < 1e-2
     assert json.loads((tmp_path / "tf" / "config.json").read_text())["model_type"] == "clip"
 
 
@@ -100,10 +100,10 @@ def test_averaged_and_interpolated_weights(finished, tmp_path):
         (Export(stage=0, average=True), "leave one of them out"),
         (Export(as_transformers=True), "--as-transformers is for one model"),
         (Export(wise_ft=0.5), "--wise-ft is for one model"),
-        (Export(stage=1, wise_ft=1.5), "1.5 is not a share"),
+        (Export(stage=1, wise_ft=1.5), "--wise-ft 1.5 must be between 0 and 1"),
         (Export(stage=1, wise_ft=0.5), "started from random ones; name others by --base"),
-        (Export(stage=1, base="x"), "--base x has no meaning without --wise-ft"),
-        (Export(stage=1, compact=True), "--compact is for what several stages share"),
+        (Export(stage=1, base="x"), "--base x has no effect without --wise-ft"),
+        (Export(stage=1, compact=True), "--compact writes weights that several stages share"),
     ],
 )
 def test_exports_that_make_no_sense(finished, tmp_path, export, sentence):
@@ -141,12 +141,12 @@ def test_only_an_earlier_export_is_replaced(finished, tmp_path, monkeypatch):
 
 def test_a_model_that_loads_otherwise_is_not_kept(finished, tmp_path, monkeypatch):
     def damaged(folder):
-        images, texts = by_open_clip(folder)
+        images, texts = open_clip_features(folder)
         return normalized(images) + 1e-3, texts
 
-    by_open_clip = module._by_open_clip
-    monkeypatch.setattr(module, "_by_open_clip", damaged)
-    with pytest.raises(UserError, match="is not kept"):
+    open_clip_features = module._open_clip_features
+    monkeypatch.setattr(module, "_open_clip_features", damaged)
+    with pytest.raises(UserError, match="was discarded"):
         export_run(finished, tmp_path / "out", Export())
     assert not list(tmp_path.iterdir())
 
@@ -184,10 +184,10 @@ def test_a_dry_run_sends_nothing(copy, hub, monkeypatch, capsys):
 
 
 def test_nothing_is_made_on_the_hub_when_the_local_check_fails(copy, hub, monkeypatch, capsys):
-    monkeypatch.setattr(module, "LARGEST_DIFFERENCE", -1.0)
+    monkeypatch.setattr(module, "MAX_DIFFERENCE", -1.0)
     code, _, err = run_command(monkeypatch, capsys, "push", copy, "someone/tiny")
     assert (code, hub.calls, hub.repos) == (2, {}, {})
-    assert "is not kept" in err
+    assert "was discarded" in err
 
 
 def test_publishing_is_the_last_phase_on_request(copy, path, hub, monkeypatch, capsys):
@@ -198,11 +198,11 @@ def test_publishing_is_the_last_phase_on_request(copy, path, hub, monkeypatch, c
         execute(published)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.forbid = True
-    with pytest.raises(UserError, match="may not write for someone"):
+    with pytest.raises(UserError, match="no write access to someone"):
         execute(published)
     hub.forbid = False
     both = replace(recipe, publish=PublishConfig(repo="someone/tiny", revision="new", create_pr=True))
-    with pytest.raises(UserError, match="a pull request goes to main"):
+    with pytest.raises(UserError, match="a pull request targets main"):
         execute(both)
     published = replace(published, publish=replace(published.publish, license="apache-2.0"))  # mended, and goes on
     execute(published)

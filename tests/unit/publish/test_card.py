@@ -648,8 +648,8 @@ def test_safe_text_is_one_line():
     [
         ({"form": "open_clip"}, "a card for open_clip is of one stage; say which, from 0 to 1"),
         ({"form": "transformers", "stage": 2}, "there is no stage 2; the run has stages 0 to 1"),
-        ({"form": "multistage", "repo": "no-owner"}, "'no-owner' is no name of a repository"),
-        ({"form": "multistage", "repo": 'a/b"); import os'}, "is no name of a repository"),
+        ({"form": "multistage", "repo": "no-owner"}, "'no-owner' is not a valid repository name"),
+        ({"form": "multistage", "repo": 'a/b"); import os'}, "is not a valid repository name"),
     ],
 )
 def test_what_a_user_gets_wrong(run, options, message):

@@ -246,7 +246,7 @@ def test_an_edited_readme_is_kept(hub, folder, caplog):
         push(hub, folder)
     assert ours(hub) == FILES | {"README.md": b"# My own words\n", "eval/results.jsonl": b"new"}
     assert [record.message for record in caplog.records if "README.md" in record.message] == [
-        f"README.md of {REPO} is kept, as it was edited; with the line {MARKER} it would be replaced"
+        f"README.md of {REPO} was edited and is kept; add the line {MARKER} to have it replaced"
     ]
 
 
@@ -353,7 +353,7 @@ def test_a_private_repository_stays_private(hub, folder, caplog):
     with caplog.at_level(logging.INFO, "mcl_clip"):
         push(hub, folder, private=False)
     assert hub.private == {REPO}
-    assert f"{REPO} is private, and stays so" in caplog.text
+    assert f"{REPO} is private, and stays private" in caplog.text
 
 
 # ---- what the Hub refuses ----
@@ -373,7 +373,7 @@ def test_the_token_of_the_environment_is_used(hub, folder, monkeypatch):
 
 
 def test_a_token_that_no_request_can_carry_is_refused_before_any(hub, folder):
-    with pytest.raises(UserError, match="holds spaces or special characters; copy it again") as caught:
+    with pytest.raises(UserError, match="has spaces or special characters; copy it again") as caught:
         upload(folder, REPO, api=hub.api("hf_secret…"))
     assert "hf_secret" not in str(caught.value)
     assert not hub.calls
@@ -387,20 +387,18 @@ def test_a_refused_token(hub, folder):
 def test_a_token_without_the_right_to_write(hub, folder):
     hub.forbid = True
     message = refusal(hub, folder)
-    assert (
-        f"the token may not write for org; take one with write access, from {hub.endpoint}/settings/tokens" in message
-    )
+    assert f"the token has no write access to org; use one that has, from {hub.endpoint}/settings/tokens" in message
     assert "You don't have the rights to create a model" in message
     assert REPO not in hub.repos
     hub.add(REPO, {"mcl_clip_config.json": b"{}"})
-    assert "the token may not write for org" in refusal(hub, folder)
+    assert "the token has no write access to org" in refusal(hub, folder)
 
 
 def test_a_name_that_the_token_cannot_see(hub, folder):
     hub.add(REPO, FILES)
     hub.private.add(REPO)
     hub.token = "hf_owner"
-    with pytest.raises(UserError, match="does not accept the token"):
+    with pytest.raises(UserError, match="rejects the token"):
         push(hub, folder)
     hub._head = hide(hub._head)
     with pytest.raises(UserError, match="taken by a repository that this token cannot see"):
@@ -420,7 +418,7 @@ def test_someone_else_commits_meanwhile(hub, folder):
     push(hub, folder)
     (folder / "stage_0/open_clip_model.safetensors").write_bytes(b"new" * 100)
     hub.before_commit = lambda: hub.add(REPO, {"README.md": b"theirs"})
-    assert "was changed by someone else during the upload; give the same command again" in refusal(hub, folder)
+    assert "someone else changed the repository during the upload; run the same command again" in refusal(hub, folder)
     assert ours(hub) == FILES | {"README.md": b"theirs"}
     objects = hub.uploaded_objects
     push(hub, folder)
@@ -432,7 +430,7 @@ def test_someone_else_commits_meanwhile(hub, folder):
 def test_a_model_card_that_the_hub_does_not_take(hub, folder):
     hub.card_errors = ['"license" must be one of [mit]', "and " + "so on, " * 500]
     message = refusal(hub, folder)
-    assert message.startswith(f"{REPO}: the Hub does not accept the head of README.md; correct it")
+    assert message.startswith(f"{REPO}: the Hub rejects the metadata at the top of README.md; correct it")
     assert '"license" must be one of [mit]' in message
     assert hub.uploaded_bytes == 0
 
@@ -454,17 +452,15 @@ def test_a_hub_that_fails(hub, folder):
 
     hub._head = fail
     message = refusal(hub, folder)
-    assert "the Hub has a fault of its own (503); wait some minutes, then give the same command again" in message
+    assert "the Hub has an internal error (503); wait a few minutes, then run the same command again" in message
     assert "(the Hub says: We are down for maintenance)" in message
 
 
 def test_offline(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert (
-        refusal(hub, folder) == "the Hub is switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE; unset it to upload"
-    )
+    assert refusal(hub, folder) == "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE disables the Hub; unset it to upload"
     assert not hub.calls
-    with pytest.raises(UserError, match="switched off by HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match="TRANSFORMERS_OFFLINE disables the Hub"):
         find_token(hub.api())
 
 
@@ -493,7 +489,7 @@ def test_an_interrupted_upload_continues_without_sending_again(lfs_hub, folder):
     lfs_hub.drop_after(1, times=100)
     message = refusal(lfs_hub, folder)
     assert f"the connection to {lfs_hub.endpoint} failed" in message
-    assert "give the same command again, it continues: files that arrived are not sent again" in message
+    assert "run the same command again to resume; files that have arrived are not sent again" in message
     assert ours(lfs_hub) == {}
     assert lfs_hub.uploaded_objects == 1
     lfs_hub.drop_after(0, times=0)
@@ -516,7 +512,7 @@ def test_a_lost_store_shows_no_signed_address(hub, folder, monkeypatch):
 
     monkeypatch.setattr(HfApi, "upload_folder", lose)
     message = refusal(hub, folder)
-    assert "failed (Network error: no answer from https://store/xorbs/1 (after 5 tries)); give the same" in message
+    assert "failed (Network error: no answer from https://store/xorbs/1 (after 5 tries)); run the same" in message
 
 
 def test_a_store_that_refuses(hub, folder, monkeypatch):
@@ -529,7 +525,7 @@ def test_a_store_that_refuses(hub, folder, monkeypatch):
         raise error("Authentication error: expired")
 
     monkeypatch.setattr(HfApi, "upload_folder", refuse)
-    assert "the token may not write for org; take one with write access" in refusal(hub, folder)
+    assert "the token has no write access to org; use one that has" in refusal(hub, folder)
 
 
 def test_faults_of_the_code_pass(hub, folder, monkeypatch):
@@ -554,9 +550,9 @@ def test_names_of_repositories(name):
              "https://huggingface.co/org/model", "a/" + "b" * 97]
 )  # fmt: skip
 def test_names_that_the_hub_does_not_take(name, lfs_hub, folder):
-    with pytest.raises(UserError, match="is no name of a repository; give it as ORG/NAME"):
+    with pytest.raises(UserError, match="is not a valid repository name; give it as ORG/NAME"):
         check_repo_name(name)
-    with pytest.raises(UserError, match="is no name of a repository"):
+    with pytest.raises(UserError, match="is not a valid repository name"):
         upload(folder, name, api=lfs_hub.api())
     assert not lfs_hub.calls
 

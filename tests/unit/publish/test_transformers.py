@@ -558,5 +558,5 @@ def test_text_towers_of_hugging_face_keep_their_weights(compact, tmp_path):
 def test_tokens_that_transformers_would_make_otherwise_are_refused(clean, tmp_path):
     cfg = make_cfg()
     cfg["text_cfg"]["tokenizer_kwargs"] = {"clean": clean}
-    with pytest.raises(UserError, match=f"as other tokens than the model's tokenizer .*'clean': '{clean}'"):
+    with pytest.raises(UserError, match=f"differently from the model's tokenizer .*'clean': '{clean}'"):
         export(tmp_path / "model", make_model(cfg=cfg))
