@@ -156,24 +156,14 @@ def embed_set(
     source: Reader | ImageSource,
     texts: Sequence[str],
     *,
-    image_transform: Callable[[Any], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    device: torch.device | str,
-    batch_size: int,
+    image_transform: Any,
+    tokenizer: Any,
     num_workers: int,
+    **options: Any,
 ) -> dict[str, Tensor]:
-    """Compute the `image` and `text` features of a set; see `embed_images` and `embed_texts`."""
-    return {
-        "image": embed_images(
-            model,
-            source,
-            image_transform=image_transform,
-            device=device,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        ),
-        "text": embed_texts(model, texts, tokenizer=tokenizer, device=device, batch_size=batch_size),
-    }
+    """Compute the `image` and `text` features of a set; see `embed_images` and `embed_texts` for the options."""
+    images = embed_images(model, source, image_transform=image_transform, num_workers=num_workers, **options)
+    return {"image": images, "text": embed_texts(model, texts, tokenizer=tokenizer, **options)}
 
 
 def embed_images(

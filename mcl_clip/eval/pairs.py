@@ -32,7 +32,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ FORMAT = 1
 RULES = ("pair_t2i", "winoground", "text_choice")
 AVERAGES = ("items", "groups")
 CHUNK = 512
+ImageRef = tuple[str, Box | None]  # path, box
 _RESERVED_KINDS = ("micro", "macro")  # `micro_accuracy` and `macro_accuracy` are metrics of every set
 
 
@@ -83,7 +84,7 @@ class PairSet:
             UserError: if a file or image is missing, or a value is invalid.
         """
         settings = _read_settings(root / "pairs.json")
-        image_rows: dict[_ImageRef, int] = {}
+        image_rows: dict[ImageRef, int] = {}
         text_rows: dict[str, int] = {}
         items = tuple(
             _parse_item(line, where, settings["rule"], image_rows, text_rows)
@@ -94,7 +95,7 @@ class PairSet:
             problem = f"has the id {repeated[0]!r} twice" if repeated else "has no items"
             raise UserError(f"{root / 'pairs.jsonl'} {problem}; write the set again")
         folder = root / settings["images"]
-        paths = tuple(folder / image.path for image in image_rows)
+        paths = tuple(folder / path for path, _ in image_rows)
         sizes = {path: path.stat().st_size for path in dict.fromkeys(paths) if path.is_file()}
         if missing := [path for path in dict.fromkeys(paths) if path not in sizes]:
             raise UserError(
@@ -105,7 +106,7 @@ class PairSet:
             name=settings["name"],
             rule=settings["rule"],
             items=items,
-            images=FileImages(paths, tuple(image.box for image in image_rows)),
+            images=FileImages(paths, tuple(box for _, box in image_rows)),
             image_sizes=tuple(sizes[path] for path in paths),
             texts=tuple(text_rows),
             average=settings["average"],
@@ -129,11 +130,6 @@ class PairSet:
         items = [[item.id, item.group, item.images, item.texts, dict(item.together)] for item in self.items]
         content = [self.rule, self.average, self.min_group_size, items, self.images.boxes, self.image_sizes, self.texts]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-class _ImageRef(NamedTuple):
-    path: str
-    box: Box | None
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -173,7 +169,7 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _parse_item(
-    line: Any, where: str, rule: str, image_rows: dict[_ImageRef, int], text_rows: dict[str, int]
+    line: Any, where: str, rule: str, image_rows: dict[ImageRef, int], text_rows: dict[str, int]
 ) -> PairItem:
     """Parse an item; new images and texts are added to `image_rows` and `text_rows`."""
     if not isinstance(line, dict) or not {"id", "group", "images", "texts", "match"} <= line.keys():
@@ -197,15 +193,15 @@ def _parse_item(
     )
 
 
-def _parse_image(value: Any, where: str) -> _ImageRef:
+def _parse_image(value: Any, where: str) -> ImageRef:
     path, box = (value.get("path"), value.get("box")) if isinstance(value, dict) else (value, None)
     if not isinstance(path, str) or not path:
         raise UserError(f"{where}: the image {value!r} is neither a path nor an object with path and box")
     if box is None:
-        return _ImageRef(path, None)
+        return path, None
     if not isinstance(box, list) or len(box) != 4 or not all(_is_int(number) for number in box):
         raise UserError(f"{where}: the box {box!r} is not [left, top, width, height] in whole pixels")
-    return _ImageRef(path, (box[0], box[1], box[2], box[3]))
+    return path, (box[0], box[1], box[2], box[3])
 
 
 def _order_texts(match: Any, rule: str, num_images: int, num_texts: int, where: str) -> list[int]:
