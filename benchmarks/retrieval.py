@@ -61,7 +61,7 @@ found["peak_growth_mb"] = memory_mb("VmHWM") - before
 print(json.dumps({{**found, "recalls": recalls, "versions": {{"torch": torch.__version__, **versions}}}}))
 """
 OURS = """
-from mcl_clip.eval.tasks.retrieval import recall_metrics
+from mcl_clip.eval.retrieval import recall_metrics
 versions = {}
 prepare = lambda features: features
 def score(images, texts, of):

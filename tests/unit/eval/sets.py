@@ -24,7 +24,7 @@ TEMPLATES = ("a photo of a {c}.", "the {c}")
 
 
 def noise_png(number: int, size: int = 32) -> bytes:
-    """A picture of noise, another one for each number."""
+    """Return a PNG image of noise, different for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -47,7 +47,7 @@ def write_classification(root: Path, labels, classnames=CLASSES, templates=TEMPL
 
 
 def write_multilabel(root: Path, labels, classnames=CLASSES, templates=TEMPLATES) -> Path:
-    """A set in the layout of CLIP_benchmark with `.npy` members, over two shards."""
+    """Write a set in CLIP_benchmark's layout with `.npy` members, in two shards."""
     members = [
         [(f"s{number:07d}.png", noise_png(number)), (f"s{number:07d}.npy", npy(row))]
         for number, row in enumerate(labels)
@@ -83,16 +83,16 @@ def write_pairs(root: Path) -> Path:
 
 
 def write_image_folder(root: Path, classes: dict[str, int]) -> Path:
-    """So many pictures of each class."""
-    for place, (name, count) in enumerate(classes.items()):
+    """Write the given number of images of each class."""
+    for index, (name, count) in enumerate(classes.items()):
         (root / name).mkdir(parents=True)
         for number in range(count):
-            (root / name / f"{number}.png").write_bytes(noise_png(100 * place + number, size=8))
+            (root / name / f"{number}.png").write_bytes(noise_png(100 * index + number, size=8))
     return root
 
 
 def name_classes(root: Path) -> Path:
-    """An image folder with classnames.txt, which is what makes it a set where it is not asked for by name."""
+    """Add classnames.txt to an image folder, so that a search for sets finds it."""
     (root / "classnames.txt").write_text("".join(f"{path.name}\n" for path in sorted(root.iterdir())))
     return root
 
@@ -118,7 +118,7 @@ def make_multistage(stages: int = 2, combine: str = "concat") -> MultistageCLIP:
 
 
 def encoder_of(model, **options) -> Encoder:
-    """An encoder of a model that needs no pictures, nor tokens, of any kind."""
+    """Return an encoder for a model without a transform or tokenizer of its own."""
     return Encoder(
         model=model,
         image_transform=lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255,
@@ -129,7 +129,7 @@ def encoder_of(model, **options) -> Encoder:
 
 
 class Constant:
-    """The same feature for everything."""
+    """A model with the same feature for every input."""
 
     def encode_image(self, pixels):
         return torch.ones(len(pixels), 8)
@@ -139,7 +139,7 @@ class Constant:
 
 
 class Noise:
-    """Features without any information."""
+    """A model whose features hold no information."""
 
     def __init__(self, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)

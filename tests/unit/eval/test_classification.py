@@ -31,7 +31,7 @@ def png(colour, shade):
 
 @pytest.fixture
 def root(tmp_path):
-    """30 pictures of three colours in the layout of CLIP_benchmark."""
+    """30 images of three colors in CLIP_benchmark's layout."""
     samples = (
         LabelledImage(key=f"k{number}", image=png(list(COLOURS.values())[number % 3], number), label=number % 3)
         for number in range(30)
@@ -43,7 +43,7 @@ def root(tmp_path):
 
 
 def task_of(labels, *, classes, templates=2, **options):
-    """A task with labels but without pictures."""
+    """Return a task with labels but without images."""
     reader = create_autospec(Reader, instance=True)
     names = tuple(f"class {number}" for number in range(classes))
     data = ClassificationSet(reader, np.asarray(labels, np.int64), names, ("{c}",) * templates, "digest")
@@ -60,7 +60,7 @@ def random_features(images, classes, templates=2, dim=12, seed=0):
 
 
 def naive(images, texts, labels, classes, templates, k):
-    """Whether each image has its class among the k best, one image and one class at a time."""
+    """Tell whether each image has its class among the top k, one image and one class at a time."""
     weights = []
     for number in range(classes):
         prompts = [F.normalize(texts[number * templates + t].double(), dim=0) for t in range(templates)]
@@ -108,7 +108,7 @@ def test_equal_features_score_nothing(constant):
     images = images[:1].expand(40, -1) if constant in ("image", "both") else images
     texts = texts[:1].expand(12, -1) if constant in ("text", "both") else texts
     metrics, _ = task_of(labels, classes=6).score(images, texts)
-    if constant == "image":  # all pictures get the same class
+    if constant == "image":  # all images get the same class
         assert metrics["acc1"] in np.bincount(labels) / 40
         assert metrics["linear_acc1"] <= np.bincount(labels).max() / 40
     else:  # all classes tie, and ties count against the model
@@ -170,8 +170,8 @@ def test_blocks_change_no_score(monkeypatch):
     assert np.array_equal(parts_outcomes["ranks"], outcomes["ranks"])
 
 
-def test_figures_are_those_of_open_clip_torch_and_scikit_learn(tmp_path):
-    """The whole way from tar files to figures, against open_clip's classifier, topk and balanced accuracy."""
+def test_metrics_are_those_of_open_clip_torch_and_scikit_learn(tmp_path):
+    """From tar files to metrics, against open_clip's classifier, topk and balanced accuracy."""
     labels = np.random.default_rng(0).integers(0, 7, 60)
     labels[labels == 4] = 3  # a class without images
     task = ClassificationTask("set", ClassificationSet.open(write_classification(tmp_path / "set", labels)))
@@ -215,7 +215,7 @@ def test_models_that_know_nothing_are_at_chance(tmp_path):
 
 
 class Seeing:
-    """The mean colour of a picture, and the colour that a text names."""
+    """A model of the mean color of an image, and the color that a text names."""
 
     def encode_image(self, pixels):
         return pixels.mean((2, 3))

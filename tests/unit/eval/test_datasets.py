@@ -81,7 +81,7 @@ def test_tar_files_alone_are_a_set_where_they_are_named(root, tmp_path):
 
 
 def test_what_lies_in_a_set_is_no_set(tmp_path):
-    """The folders of pictures of a pair set would make an image folder."""
+    """The image folders of a pair set would make a set by themselves."""
     write_pairs(tmp_path / "set")
     for name in ("x", "y"):
         (tmp_path / "set/images" / name).mkdir()
@@ -99,7 +99,7 @@ def test_layouts_with_class_names(tmp_path):
     assert layout_of(bare) == "classification"
 
 
-def test_folders_of_pictures_are_no_set_unless_asked_for(tmp_path):
+def test_image_folders_are_no_set_unless_named(tmp_path):
     folder = write_image_folder(tmp_path / "raw/photos", {"originals": 2, "annotated": 2})
     with pytest.raises(UserError, match="no evaluation set"):
         find_sets(tmp_path)

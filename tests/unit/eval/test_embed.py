@@ -11,14 +11,14 @@ from mcl_clip.eval.embed import FileImages, embed_images
 
 
 class MeanColour:
-    """An image is its mean colour."""
+    """A model of the mean color of an image."""
 
     def encode_image(self, pixels):
         return pixels.mean((2, 3))
 
 
 def transform(image):
-    """4 x 4 pixels, whatever the size of the picture."""
+    """Resize to 4 x 4 pixels."""
     return torch.from_numpy(np.array(image.resize((4, 4), Image.Resampling.BOX))).permute(2, 0, 1).float()
 
 
@@ -29,7 +29,7 @@ def embed(source, **options):
 
 @pytest.fixture
 def files(tmp_path):
-    """Eight pictures: left half one colour, right half another."""
+    """Eight images: the left half in one color, the right half in another."""
     paths = []
     for number in range(8):
         image = Image.new("RGB", (20, 10), (10 * number, 0, 100))
@@ -84,7 +84,7 @@ def test_boxes_that_do_not_fit_are_named(files, box):
 def test_files_that_cannot_be_decoded_are_named(files, num_workers):
     buffer = io.BytesIO()
     Image.new("RGB", (5, 5)).save(buffer, "BMP")
-    files[6].write_bytes(buffer.getvalue())  # a picture, but not of the formats that are read
+    files[6].write_bytes(buffer.getvalue())  # an image of an unsupported format
     with pytest.raises(UserError, match=r"^.*picture 6.png cannot be decoded \(not_an_image: .*\); restore the file$"):
         embed(FileImages(files), num_workers=num_workers)
     files[6].unlink()

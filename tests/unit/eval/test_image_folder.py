@@ -27,23 +27,23 @@ def test_folders_are_classes(root):
     assert data.labels.tolist() == [0] * 4 + [1] * 2 + [2] * 3
     assert data.templates == tuple(template("{c}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES)
     assert data.prompts[:2] == ["itap of a Bee.", "a bad photo of the Bee."]
-    for path, picture in zip(data.source.paths, data.source.images(np.arange(9)), strict=True):
-        assert np.array_equal(picture, Image.open(path))
+    for path, image in zip(data.source.paths, data.source.images(np.arange(9)), strict=True):
+        assert np.array_equal(image, Image.open(path))
 
 
 class Knowing:
-    """A model that has seen every picture, and every name."""
+    """A model that has seen every image, and every name."""
 
     def __init__(self):
-        self.places = {}
-        for place, (_, count) in enumerate(FOLDERS.items()):
+        self.labels = {}
+        for index, (_, count) in enumerate(FOLDERS.items()):
             for number in range(count):
-                picture = np.array(Image.open(io.BytesIO(noise_png(100 * place + number, 8))))
-                self.places[picture.tobytes()] = [2, 1, 0][place]  # red_fox, owl, Bee were written in this order
+                image = np.array(Image.open(io.BytesIO(noise_png(100 * index + number, 8))))
+                self.labels[image.tobytes()] = [2, 1, 0][index]  # red_fox, owl, Bee were written in this order
 
     def encode_image(self, pixels):
-        pictures = (255 * pixels).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        return torch.eye(3)[[self.places[picture.tobytes()] for picture in pictures]]
+        images = (255 * pixels).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        return torch.eye(3)[[self.labels[image.tobytes()] for image in images]]
 
     def encode_text(self, tokens):
         return torch.eye(3).repeat_interleave(7, 0)

@@ -19,7 +19,7 @@ PATTERNS = tuple(f"pattern {number}" for number in range(9))
 
 
 def made_set(items, rule, *, paths=None, num_texts=None, **options):
-    """A set without pictures: rows of images and texts, as the items have them."""
+    """Return a set without image files, with the rows of images and texts that the items name."""
     num_images = 1 + max(row for item in items for row in item.images)
     num_texts = 1 + max(row for item in items for row in item.texts)
     paths = tuple(Path(f"{row}.jpg") for row in range(num_images)) if paths is None else paths
@@ -200,7 +200,7 @@ def test_the_length_of_features_does_not_matter():
 
 
 def right_and_wrong(task, right):
-    """Features with which exactly these items are right; each image belongs to one item."""
+    """Return features with which exactly these items are correct; each image belongs to one item."""
     images = torch.eye(len(task.data.images))
     texts = torch.zeros(len(task.data.texts), len(images))
     for item, is_right in zip(task.data.items, right, strict=True):
@@ -273,7 +273,7 @@ def test_each_metric_is_the_mean_of_its_outcomes(rule, average):
 
 
 def test_items_that_share_a_file_are_one_unit():
-    """Directly, through other items, or as two boxes in one picture."""
+    """Directly, through other items, or as two boxes in one image."""
     paths = tuple(map(Path, ("a", "b", "c", "d", "b", "e")))
     items = [PairItem(str(n), "g", (n,), (0, 1)) for n in range(5)] + [PairItem("5", "g", (5,), (0, 1))]
     task = PairTask("t", made_set(items, "text_choice", paths=paths))
@@ -323,7 +323,7 @@ COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
 
 @pytest.fixture
 def root(tmp_path):
-    """Three items over three pictures; the texts of the second stand crosswise, the third cuts a box."""
+    """Three items over three images; the texts of the second are crossed, the third has a box."""
     (tmp_path / "pictures").mkdir()
     for name, colour in COLOURS.items():
         (tmp_path / f"pictures/{name}.png").write_bytes(png(colour))
@@ -350,7 +350,7 @@ def write(folder, items, **settings):
 
 
 def change(folder, *, drop=(), line=0, **values):
-    """Another value in an item, or, where `line` is None, in the settings."""
+    """Change values of an item or, if `line` is None, of the settings."""
     path = folder / ("pairs.json" if line is None else "pairs.jsonl")
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     one = lines[line or 0]
@@ -361,7 +361,7 @@ def change(folder, *, drop=(), line=0, **values):
 
 
 class Seeing:
-    """The mean colour of a picture, and the colour that a text names."""
+    """A model of the mean color of an image, and the color that a text names."""
 
     def encode_image(self, pixels):
         return pixels.mean((2, 3))
@@ -422,7 +422,7 @@ def test_the_digest_tells_sets_apart(root):
     digests = [PairSet.open(root).sha256]
     (root / "../pictures").rename(root / "../elsewhere")
     change(root, line=None, images="../elsewhere", name="another", source="else")
-    assert PairSet.open(root).sha256 == digests[0]  # where pictures lie does not count
+    assert PairSet.open(root).sha256 == digests[0]  # the location of the images does not count
     changes = [
         (0, {"texts": ["a red thing", "a blue thing"]}),
         (0, {"match": [[0, 1], [1, 0]]}),
@@ -509,7 +509,7 @@ def test_sets_that_are_not_whole(root):
         PairSet.open(root)
 
 
-def test_pictures_that_cannot_be_decoded_are_named(root):
+def test_images_that_cannot_be_decoded_are_named(root):
     (root / "../pictures/blue.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"blue.png cannot be decoded"):
         embed(PairTask("colours", PairSet.open(root)))

@@ -14,7 +14,7 @@ def linear_accuracy(features, labels, num_classes):
 
 
 def clusters(images=120, classes=4, dim=24, strength=1.0, seed=0):
-    """Noise around a centre for each class, float64, and the labels."""
+    """Return float64 noise around a center for each class, and the labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (images,), generator=generator)
     centres = torch.randn(classes, dim, generator=generator, dtype=torch.float64)
@@ -27,7 +27,7 @@ def folds(size):
 
 
 def ridge_by_scikit_learn(features, labels, classes, width=None):
-    """Which images are right, fold by fold."""
+    """Tell which images are correct, fold by fold."""
     features, labels, fold = features.numpy(), labels.numpy(), folds(len(features))
     right = np.zeros(len(features), bool)
     for number in range(5):
@@ -76,7 +76,7 @@ def test_probes_of_equal_features():
 
 def test_the_width_is_that_of_the_leading_directions():
     features, labels = clusters(strength=0)
-    features[:, 3] += 9 * (labels == 1) - 9 * (labels == 2)  # the widest direction tells two of the classes apart
+    features[:, 3] += 9 * (labels == 1) - 9 * (labels == 2)  # the widest direction separates two of the classes
     in_train = torch.arange(120) % 3 > 0
     narrow = project(features, 1, fitted_on=in_train)
     assert narrow.shape == (120, 1)
@@ -107,8 +107,8 @@ def naive_knn(features, labels, classes, neighbours):
         others = np.flatnonzero(fold != fold[number])
         cosine = (unit[others] @ unit[number]).double().numpy()
         votes = np.zeros(classes)
-        for place in np.argsort(-cosine)[:neighbours]:
-            votes[labels[others[place]]] += np.exp(cosine[place] / 0.07)
+        for index in np.argsort(-cosine)[:neighbours]:
+            votes[labels[others[index]]] += np.exp(cosine[index] / 0.07)
         right.append(votes.argmax() == labels[number])
     return np.array(right)
 

@@ -178,8 +178,8 @@ def test_features_that_do_not_fit_together_are_refused():
         recall_metrics(images[:4], texts, image_of_text)
 
 
-def alike_features(noise, dim=64, count=400):
-    """Nine sorts of images, and of captions in any order, that differ by `noise` in what float32 may not tell."""
+def near_duplicates(noise, dim=64, count=400):
+    """Return nine kinds of images and captions, whose members differ by `noise`, maybe below float32 precision."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(9, dim, generator=generator)[torch.randint(9, (count,), generator=generator)]
     image_of_text = torch.randint(count - 1, (3 * count,), generator=generator)  # the last has none
@@ -189,7 +189,7 @@ def alike_features(noise, dim=64, count=400):
 
 
 def ranks_by_whole_matrix(images, texts, image_of_text):
-    """Wrong items that are not below the best right one, from products in float64 rounded to float32."""
+    """Count negatives not below the best positive, from products in float64 rounded to float32."""
     scores = (texts.double() @ images.double().T).float()
     right = torch.zeros(scores.shape, dtype=torch.bool)
     right[torch.arange(len(texts)), torch.from_numpy(image_of_text)] = True
@@ -208,11 +208,11 @@ def ranks_of(*features, **options):
 @pytest.mark.parametrize("dense_share", [-1, retrieval.DENSE_SHARE, 1], ids=["dense", "default", "pairs"])
 @pytest.mark.parametrize("noise", [0, 1e-7, 1e-6, 1e-4, 1])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_ranks_are_exact_among_items_that_float32_cannot_tell_apart(noise, dense_share, normalize, monkeypatch):
+def test_ranks_are_exact_among_items_that_float32_cannot_distinguish(noise, dense_share, normalize, monkeypatch):
     monkeypatch.setattr(retrieval, "DENSE_SHARE", dense_share)
     monkeypatch.setattr(retrieval, "IMAGE_BLOCK", 150)
     monkeypatch.setattr(retrieval, "ROWS_AT_ONCE", 70)
-    images, texts, image_of_text = alike_features(noise)
+    images, texts, image_of_text = near_duplicates(noise)
     if normalize:
         expected = ranks_by_whole_matrix(F.normalize(images), F.normalize(texts), image_of_text)
     else:
@@ -222,7 +222,7 @@ def test_ranks_are_exact_among_items_that_float32_cannot_tell_apart(noise, dense
 
 
 def test_ranks_do_not_depend_on_threads():
-    features = alike_features(1e-6, dim=300)
+    features = near_duplicates(1e-6, dim=300)
     threads = torch.get_num_threads()
     found = []
     try:
@@ -235,7 +235,7 @@ def test_ranks_do_not_depend_on_threads():
 
 
 def test_ranks_do_not_depend_on_autocast():
-    features = alike_features(1e-4)
+    features = near_duplicates(1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         found = ranks_of(*features)
     assert found == ranks_of(*features)
@@ -274,7 +274,7 @@ def test_no_inner_product_overflows(factor):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most bytes that an operation gave as one tensor, but for views of `inputs`."""
+    """Record the size of the largest tensor that an operation returns, except views of `inputs`."""
 
     def __init__(self, *inputs):
         super().__init__()
@@ -385,7 +385,7 @@ def test_incomplete_samples_are_refused(tmp_path):
 
 
 class ColorModel(nn.Module):
-    """An image is its mean colour, a text its number; doubles what it sees while training."""
+    """A model of the mean color of an image and the number in a text, both doubled in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -482,7 +482,7 @@ def test_processes_share_the_same_batches(size, world_size):
 
 
 def in_order(features, rows, size, unit):
-    """The features of a process that embedded these rows; -1 is the padding of a process with fewer."""
+    """Gather features of a process that embedded these rows; -1 pads processes with fewer rows."""
     return _gather_rows([features], [np.array(rows)], size, unit, torch.device("cpu"))
 
 

@@ -37,27 +37,27 @@ def make_cfg(*, vision=None, text=None, **more):
     }
 
 
-def make_tower(cfg, **options):
-    """A tower all of whose weights are random, those too that begin as zeros or ones."""
-    tower = create_clip(model_cfg=cfg, **options)
+def make_clip(cfg, **options):
+    """Return a model with all weights random, also those initialized to zeros or ones."""
+    clip = create_clip(model_cfg=cfg, **options)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in tower.model.parameters():
+        for parameter in clip.model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    tower.model.eval()
-    return tower
+    clip.model.eval()
+    return clip
 
 
-def pictures(size, count=3):
+def make_images(size, count=3):
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (count, *size, 3), generator=generator, dtype=torch.uint8)
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
+    return [Image.fromarray(image.numpy()) for image in pixels]
 
 
 @torch.no_grad()
-def own_features(tower, images):
-    pixels = torch.stack([tower.image_transform(image) for image in images])
-    return tower.model.encode_image(pixels), tower.model.encode_text(tower.tokenizer(TEXTS))
+def own_features(clip, images):
+    pixels = torch.stack([clip.image_transform(image) for image in images])
+    return clip.model.encode_image(pixels), clip.model.encode_text(clip.tokenizer(TEXTS))
 
 
 VARIANTS = {
@@ -77,11 +77,11 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_clip_model_computes_the_same(variant, tmp_path):
-    tower = make_tower(VARIANTS[variant])
-    write_clip_model(tmp_path, tower)
-    size = tower.model.visual.image_size
-    images = pictures(size)
-    expected = own_features(tower, images)
+    clip = make_clip(VARIANTS[variant])
+    write_clip_model(tmp_path, clip)
+    size = clip.model.visual.image_size
+    images = make_images(size)
+    expected = own_features(clip, images)
     got = transformers_features(tmp_path, images, TEXTS)
     differences = [(a - b).abs().max().item() for a, b in zip(got, expected, strict=True)]
     sys.stdout.write(f"{variant}: image {differences[0]:.1e}, text {differences[1]:.1e}\n")
@@ -89,25 +89,29 @@ def test_clip_model_computes_the_same(variant, tmp_path):
     assert min(features.abs().max() for features in got) > 0.1
     model, loading = CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert model.logit_scale.item() == tower.model.logit_scale.item()
+    assert model.logit_scale.item() == clip.model.logit_scale.item()
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_clip_model_is_written_without_the_global_generator(tmp_path):
-    tower = make_tower(make_cfg())
+    clip = make_clip(make_cfg())
     state = torch.random.get_rng_state()
-    write_clip_model(tmp_path, tower)
+    write_clip_model(tmp_path, clip)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_clip_model_resizes_pictures_nearly_as_open_clip_does(mode, interpolation, tmp_path):
+def test_clip_model_resizes_images_nearly_as_open_clip_does(mode, interpolation, tmp_path):
     preprocess = {"resize_mode": mode, "interpolation": interpolation, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-    tower = make_tower(make_cfg(), preprocess=preprocess)
-    write_clip_model(tmp_path, tower)
-    images = [*pictures((60, 90)), *pictures((224, 300)), *pictures((32, 32))]  # where both cut at the same pixel
-    expected = torch.stack([tower.image_transform(image) for image in images])
+    clip = make_clip(make_cfg(), preprocess=preprocess)
+    write_clip_model(tmp_path, clip)
+    images = [
+        *make_images((60, 90)),
+        *make_images((224, 300)),
+        *make_images((32, 32)),
+    ]  # where both cut at the same pixel
+    expected = torch.stack([clip.image_transform(image) for image in images])
     got = CLIPProcessor.from_pretrained(tmp_path)(images=images, return_tensors="pt")["pixel_values"]
     steps = (got - expected).abs() * torch.tensor(preprocess["std"])[:, None, None] * 255
     sys.stdout.write(f"{mode}, {interpolation}: at most {steps.max().item():.2f} of 255\n")
@@ -116,15 +120,15 @@ def test_clip_model_resizes_pictures_nearly_as_open_clip_does(mode, interpolatio
 
 
 def test_clip_model_needs_no_code_for_a_pipeline(tmp_path):
-    tower = make_tower(make_cfg())
-    write_clip_model(tmp_path, tower)
-    image = pictures((32, 32), 1)[0]
+    clip = make_clip(make_cfg())
+    write_clip_model(tmp_path, clip)
+    image = make_images((32, 32), 1)[0]
     labels = ["dog", "red car", "very long " * 3]
     classify = pipeline("zero-shot-image-classification", model=str(tmp_path), device="cpu")
     entries = classify(image, candidate_labels=labels, hypothesis_template="{}")
     got = {entry["label"]: entry["score"] for entry in entries}
     with torch.no_grad():
-        output = tower.model(tower.image_transform(image)[None], tower.tokenizer(labels))
+        output = clip.model(clip.image_transform(image)[None], clip.tokenizer(labels))
     logits = output["logit_scale"] * output["image_features"] @ output["text_features"].T
     assert [got[label] for label in labels] == pytest.approx(logits.softmax(1)[0].tolist(), abs=1e-5)
 
@@ -153,9 +157,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_clip_model_cannot_express_is_refused(what, tmp_path):
-    tower = create_clip(model_cfg=REFUSED[what])
+    clip = create_clip(model_cfg=REFUSED[what])
     with pytest.raises(UserError) as caught:
-        write_clip_model(tmp_path, tower)
+        write_clip_model(tmp_path, clip)
     assert f"the model has {what}, which the CLIPModel" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -167,11 +171,9 @@ def test_more_that_a_clip_model_cannot_express_is_refused(tmp_path):
         embed_dim=16, multimodal_cfg={"width": 16, "heads": 2, "layers": 1, "context_length": 8},
         text_cfg=make_cfg()["text_cfg"], vision_cfg={**make_cfg()["vision_cfg"], "attn_pooler_heads": 2},
     )  # fmt: skip
-    tower = ClipBundle(
-        model=coca, model_cfg=make_cfg(), preprocess_cfg={"size": 32}, tokenizer=len, is_pretrained=False
-    )
+    clip = ClipBundle(model=coca, model_cfg=make_cfg(), preprocess_cfg={"size": 32}, tokenizer=len, is_pretrained=False)
     with pytest.raises(UserError, match="the model has a CoCa"):
-        write_clip_model(tmp_path, tower)
+        write_clip_model(tmp_path, clip)
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +202,7 @@ def test_clip_tokenizer_knows_nothing_of_where_it_was_made(tmp_path):
 
 
 def test_features_are_taken_from_what_this_version_of_transformers_returns(tmp_path):
-    write_clip_model(tmp_path, make_tower(make_cfg()))
+    write_clip_model(tmp_path, make_clip(make_cfg()))
     model = CLIPModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         output = model.get_text_features(torch.tensor([[49406, 320, 49407]]))

@@ -37,7 +37,7 @@ def client(monkeypatch, tmp_path):
 
 @pytest.fixture(params=["regular", "lfs"])
 def hub(request, monkeypatch):
-    """Once as the Hub takes small files, by the way that is usual with hf_xet, once with large files and without it."""
+    """Once with small files and the settings for hf_xet, once with large files and without it."""
     is_regular = request.param == "regular"
     with Hub(force_regular=is_regular) as hub:
         online(monkeypatch, hub.endpoint, xet=is_regular)
@@ -61,7 +61,7 @@ def folder(tmp_path):
 
 
 def ours(hub, revision="main", repo=REPO):
-    """Files of the repository, without the one that the Hub makes."""
+    """Return the files of the repository, without the one that the Hub creates."""
     return {path: content for path, content in hub.repos[repo][revision].items() if path != ".gitattributes"}
 
 
@@ -70,7 +70,7 @@ def push(hub, folder, **options):
 
 
 def refusal(hub, folder, **options):
-    """The message of the error that ends an upload: one line, and never the token."""
+    """Return the error message of a refused upload: one line, and never the token."""
     with pytest.raises(UserError) as caught:
         push(hub, folder, **options)
     message = str(caught.value)

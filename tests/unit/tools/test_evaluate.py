@@ -50,7 +50,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def here(originals, tmp_path, monkeypatch):
-    """A copy of them, which is the current folder."""
+    """A copy of them, as the current folder."""
     shutil.copytree(originals, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
@@ -68,7 +68,7 @@ def run(here):
 
 
 def measure(name, here, *, data="sets", **options):
-    """The folder of the results."""
+    """Evaluate a model, and return the folder of the results."""
     options = {"device": CPU, "num_workers": 0, **options}
     return evaluate(str(name), data=here / data, **options)
 
@@ -78,7 +78,7 @@ def records(folder):
 
 
 def counted(monkeypatch):
-    """The names of the sets that are embedded from now on."""
+    """Return a list that collects the names of the sets embedded from now on."""
     names = []
 
     def counting(task, encoder):
@@ -215,7 +215,7 @@ def test_a_multistage_model(here):
 
 
 def test_a_combination_is_that_of_the_model(here):
-    """--combine measures what the model would be with it."""
+    """--combine evaluates the model as if saved with that combination."""
     make_multistage(combine="mean_cosine").save(here / "other")
     one = records(measure("multistage", here, tasks=("photos",), combine="mean_cosine"))["photos"]
     two = records(measure("other", here, tasks=("photos",)))["photos"]
@@ -290,7 +290,7 @@ def test_mistakes(here):
     assert not (here / "evaluations").exists()
 
 
-def test_a_picture_that_cannot_be_decoded(here):
+def test_an_image_that_cannot_be_decoded(here):
     (here / "sets/animals/owl/2.png").write_bytes(noise_png(9, 8)[:60])
     with pytest.raises(UserError, match=r"owl/2.png cannot be decoded"):
         measure("tower", here)
