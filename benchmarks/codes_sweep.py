@@ -22,9 +22,8 @@ import tyro
 from tqdm import tqdm
 
 from mcl_clip.core.console import run_program
-from mcl_clip.eval.task import label_of
-from mcl_clip.results.text import run_results
-from mcl_clip.tools.experiment import COMBINED, is_done
+from mcl_clip.results.record import COMBINED, load_results
+from mcl_clip.tools.experiment import is_done
 
 ROOT = Path(__file__).parents[1]
 PAIRS = 16_384
@@ -111,7 +110,7 @@ def _run(program: Path, *arguments: object, threads: int | None = None) -> None:
 
 
 def _figures(run: Path) -> dict[str, float]:
-    found = {record["dataset"]: record["metrics"] for record in run_results(run) if label_of(record) == COMBINED}
+    found = {result.dataset: result.record["metrics"] for result in load_results(run) if result.label == COMBINED}
     hidden = {
         name: round(100 * float(np.mean([found[task][metric] for task in HIDDEN])), 1)
         for name, metric in (("read_out", "linear_acc1"), ("zero_shot", "acc1"))

@@ -29,7 +29,7 @@ from mcl_clip.data.shards import expand_shards
 from mcl_clip.eval.evaluate import evaluate
 from mcl_clip.publish.export import EVERYTHING, Export, export_run
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token, upload
-from mcl_clip.report.controls import runs_with_controls
+from mcl_clip.report.evaluation import runs_with_controls
 from mcl_clip.report.page import write_report
 from mcl_clip.results.compare import compare_models, comparison_records, comparison_text, find_results
 from mcl_clip.results.text import results_table

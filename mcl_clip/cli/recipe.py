@@ -18,7 +18,7 @@ from mcl_clip.core.console import PlannedStop, run_program
 from mcl_clip.core.distributed import is_main
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.progress import be_quiet, is_quiet
-from mcl_clip.results.data_losses import data_losses
+from mcl_clip.results.record import data_losses
 from mcl_clip.runs.context import RESULTS
 from mcl_clip.runs.pipeline import run_pipeline
 from mcl_clip.train.interrupt import Interrupt, wait_for_the_cause

@@ -1,1 +1,1 @@
-"""What a run has learned, as one page to look at: `page.write_report`, and a module for each of its sections."""
+"""The report of a run as one HTML page: `page.write_report`, and a module for each group of sections."""

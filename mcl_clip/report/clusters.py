@@ -1,238 +1,278 @@
-"""What each stage groups: its clusters as rows of pictures with their words, and how they pass into the next ones."""
+"""Show what each stage groups: its clusters as rows of images with their keywords, and their flow between stages."""
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Integer
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from PIL import Image
 
 from mcl_clip.core.distributed import permutation
-from mcl_clip.report.figures import SERIES, TEXT, drawing, svg
-from mcl_clip.report.section import Section
-from mcl_clip.report.thumbnails import TRAINING, Picture, Thumbnails, pictures_of_pairs
-from mcl_clip.report.view import RunView
-from mcl_clip.report.words import Word, telling_words
+from mcl_clip.report.figures import SERIES, TEXT, new_figure, svg
+from mcl_clip.report.thumbnails import TRAINING, Thumbnail, Thumbnails, training_images
+from mcl_clip.report.view import RunView, Section
+from mcl_clip.results.scores import agreement_text
+from mcl_clip.results.text import SIDE_NAMES
 
-SHOWN = 8  # clusters of a gallery
-CENTRAL, DRAWN = 6, 6
-LISTED = 100  # clusters of the table
-BANDS = 10  # clusters of a side of the flow picture; the others are one
-THINNEST = 0.02  # share of the pairs from which a band has a name
-SHEET, SHEET_PX = 12, 64
-WHAT = {"image": "pictures", "text": "captions"}
+MAX_SHOWN = 8  # clusters of a gallery
+MAX_CENTRAL, MAX_RANDOM = 6, 6  # images of a cluster
+MAX_LISTED = 100  # clusters of the table
+MAX_BANDS = 10  # clusters of a column of the flow figure; the others are one band
+MIN_NAMED_SHARE = 0.02  # of the pairs, from which a band has its name beside it
+SHEET_IMAGES, SHEET_PX = 12, 64
+_WORD = re.compile(r"[^\W_]{1,40}(?:['\u2019-][^\W_]{1,20})*")
+MAX_TERMS = 200  # of the captions of a pair
+MIN_SHARE = 0.15  # of a cluster's pairs that have a keyword
+MIN_LIFT = 1.5  # how much more frequent a keyword is in the cluster than among all pairs
 
 
-def section(view: RunView, album: Thumbnails) -> Section | None:
-    """Galleries of all clustered stages, and the flow between them; none before the first clustering."""
-    galleries: list[dict[str, Any]] = []
-    for s in view.stages_with("cluster"):
-        galleries += [_gallery(view, album, s, side) for side in view.clustered_sides(s)]
+@dataclass(frozen=True)
+class Keyword:
+    """A word or pair of words, with the share of a cluster's pairs that have it, and that of all pairs."""
+
+    word: str
+    share: float
+    share_of_all: float
+
+    def __str__(self) -> str:
+        return f"{self.word} {100 * self.share:.0f} % (all: {100 * self.share_of_all:.0f} %)"
+
+
+def section(view: RunView, thumbnails: Thumbnails) -> Section | None:
+    """Return galleries of all clustered stages, and the flow between them; None before the first clustering."""
+    clustered = [(s, side) for s in view.stages_with("cluster") for side in view.clustered_sides(s)]
+    galleries = [_gallery(view, thumbnails, s, side) for s, side in clustered]
     if not galleries:
         return None
     return Section(name="clusters", title="What each stage groups", content={"galleries": galleries})
 
 
-def shown_clusters(sizes: Int64[np.ndarray, "clusters"], most: int = SHOWN) -> list[int]:
-    """Clusters from the largest to the smallest that has rows, at even distances in this order."""
+def shown_clusters(sizes: Int64[np.ndarray, "clusters"], most: int = MAX_SHOWN) -> list[int]:
+    """Return clusters from the largest to the smallest non-empty one, at even distances in this order."""
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]
-    places = np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int))
-    return [int(cluster) for cluster in order[places]]
+    chosen = np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int))
+    return [int(cluster) for cluster in order[chosen]]
 
 
-def _gallery(view: RunView, album: Thumbnails, s: int, side: str) -> dict[str, Any]:
+def _gallery(view: RunView, thumbnails: Thumbnails, s: int, side: str) -> dict[str, Any]:
     assignments = view.assignments(s, side)
     sizes = np.bincount(assignments)
-    of_sample = assignments[view.sample.rows]
-    words = telling_words(view.sample.captions, of_sample)
-    closeness = view.closeness(s, side)
+    filled, order = sizes[sizes > 0], np.argsort(-sizes, kind="stable")
+    sample_clusters = assignments[view.sample.rows]
+    words = keywords(view.sample.captions, sample_clusters)
+    similarity = view.centroid_similarity(s, side)
     earlier = [number for number in view.stages_with("cluster") if number < s and side in view.clustered_sides(number)]
     before = earlier[-1] if earlier else None
-    return {
-        "stage": s,
-        "what": WHAT[side],
-        "summary": _summary(sizes),
-        "clusters": [
+    words_before: Mapping[int, Sequence[Keyword]] = {}
+    if before is not None:
+        words_before = keywords(view.sample.captions, view.assignments(before, side)[view.sample.rows], 2)
+    table = [["cluster", "pairs", "keywords"]]
+    for cluster in order[:MAX_LISTED].tolist():
+        if sizes[cluster]:
+            table.append([str(cluster), f"{sizes[cluster]:,}", "; ".join(map(str, words.get(cluster, ())))])
+    clusters = []
+    for cluster in shown_clusters(sizes):
+        central, others = _members(sample_clusters == cluster, similarity, (s, side, cluster))
+        clusters.append(
             {
                 "number": cluster,
                 "size": int(sizes[cluster]),
                 "share": sizes[cluster] / len(assignments),
                 "words": words.get(cluster, []),
-                "pictures": _members(view, album, of_sample == cluster, closeness, (s, side, cluster)),
-                "origin": "" if before is None else _origin(view, before, side, assignments == cluster),
+                "central": [pair_thumbnail(view, thumbnails, index) for index in central],
+                "random": [pair_thumbnail(view, thumbnails, index) for index in others],
+                "origin": ""
+                if before is None
+                else _origin(view.assignments(before, side), assignments == cluster, before, words_before),
             }
-            for cluster in shown_clusters(sizes)
-        ],
-        "all": _all_clusters(sizes, words),
+        )
+    return {
+        "stage": s,
+        "what": SIDE_NAMES[side],
+        "summary": f"{len(filled):,} clusters of {filled.min():,} to {filled.max():,} pairs, median "
+        f"{np.median(filled):,.0f}.",
+        "clusters": clusters,
+        "table": table,
         "flow": None if before is None else _flow(view, before, s, side),
     }
 
 
-def _summary(sizes: Int64[np.ndarray, "clusters"]) -> str:
-    filled = sizes[sizes > 0]
-    return (
-        f"{len(filled):,} clusters: the smallest of {filled.min():,}, the median of {np.median(filled):,.0f}, the "
-        f"largest of {filled.max():,} pairs."
-    )
-
-
 def _members(
-    view: RunView,
-    album: Thumbnails,
-    inside: Bool[np.ndarray, "sample"],
-    closeness: Float32[np.ndarray, "sample"],
-    name: tuple[str | int, ...],
-) -> dict[str, list[Picture]]:
-    """The members of the sample that are nearest to the centre, and some of the others."""
-    members = np.flatnonzero(inside)
-    members = members[np.argsort(-closeness[members], kind="stable")]
-    central, others = members[:CENTRAL], members[CENTRAL:]
-    drawn = others[permutation(len(others), "drawn members", *name)[:DRAWN]] if len(others) else others
-    return {
-        "central": [pair_picture(view, album, place) for place in central],
-        "drawn": [pair_picture(view, album, place) for place in drawn],
-    }
+    is_member: Bool[np.ndarray, "sample"], similarity: Float32[np.ndarray, "sample"], name: tuple[str | int, ...]
+) -> tuple[Int64[np.ndarray, "central"], Int64[np.ndarray, "random"]]:
+    """Return the members of a cluster that are nearest to its centroid, and some random ones of the others."""
+    members = np.flatnonzero(is_member)
+    members = members[np.argsort(-similarity[members], kind="stable")]
+    central, others = members[:MAX_CENTRAL], members[MAX_CENTRAL:]
+    if len(others):
+        others = others[permutation(len(others), "drawn members", *name)[:MAX_RANDOM]]
+    return central, others
 
 
-def pair_picture(view: RunView, album: Thumbnails, place: int | np.integer) -> Picture:
-    """The picture of a pair of the sample, with its first caption as its description."""
-    row, captions = int(view.sample.rows[place]), view.sample.captions[place]
-    return album.want(TRAINING, row, captions[0] if captions else f"pair {row}, whose caption cannot be shown")
+def pair_thumbnail(view: RunView, thumbnails: Thumbnails, index: int | np.integer) -> Thumbnail:
+    """Request the image of a pair of the sample, described by its first caption."""
+    row, captions = int(view.sample.rows[index]), view.sample.captions[index]
+    return thumbnails.request(TRAINING, row, captions[0] if captions else f"pair {row}, whose caption cannot be shown")
 
 
-def _origin(view: RunView, before: int, side: str, inside: Bool[np.ndarray, "rows"]) -> str:
-    """From which clusters of an earlier stage the rows of a cluster come."""
-    counts = np.bincount(view.assignments(before, side)[inside])
-    largest, total = int(counts.argmax()), int(counts.sum())
-    words = telling_words(view.sample.captions, view.assignments(before, side)[view.sample.rows], 2)
-    name = _name(largest, words)
-    of_all = int(np.count_nonzero(np.bincount(view.assignments(before, side))))
+def _origin(
+    assignments: Integer[np.ndarray, "rows"],
+    is_member: Bool[np.ndarray, "rows"],
+    before: int,
+    words: Mapping[int, Sequence[Keyword]],
+) -> str:
+    """Say from which clusters of stage `before`, with its assignments and keywords, the rows of a cluster come."""
+    counts = np.bincount(assignments[is_member])
+    largest = int(counts.argmax())
+    total = int(np.count_nonzero(np.bincount(assignments)))
     return (
-        f"from {np.count_nonzero(counts):,} of the {of_all:,} clusters of stage {before}; the largest part, "
-        f"{100 * counts[largest] / total:.0f} %, from {name}"
+        f"from {np.count_nonzero(counts):,} of the {total:,} clusters of stage {before}; the largest part, "
+        f"{100 * counts[largest] / counts.sum():.0f} %, from {_cluster_name(largest, words)}"
     )
 
 
-def _name(cluster: int, words: Mapping[int, Sequence[Word]]) -> str:
-    """What a cluster is called: its two most telling words, or its number."""
-    found = [word.word for word in words.get(cluster, ())][:2]
-    return ", ".join(found) if found else f"cluster {cluster}"
-
-
-def _all_clusters(sizes: Int64[np.ndarray, "clusters"], words: Mapping[int, Sequence[Word]]) -> list[list[str]]:
-    """A table of the largest clusters with their words."""
-    order = [int(cluster) for cluster in np.argsort(-sizes, kind="stable") if sizes[cluster]]
-    rows = [
-        [str(cluster), f"{sizes[cluster]:,}", "; ".join(str(word) for word in words.get(cluster, ()))]
-        for cluster in order[:LISTED]
-    ]
-    return [["cluster", "pairs", "most telling words"], *rows]
+def _cluster_name(cluster: int, words: Mapping[int, Sequence[Keyword]]) -> str:
+    """Return the first two keywords of a cluster, or its number."""
+    return ", ".join(keyword.word for keyword in words.get(cluster, ())[:2]) or f"cluster {cluster}"
 
 
 def _flow(view: RunView, before: int, s: int, side: str) -> dict[str, Any]:
-    """How the clusters of a stage pass into those of the next: a picture, and a sentence."""
-    sides = [view.assignments(number, side) for number in (before, s)]
-    kept = [_largest(numbers) for numbers in sides]
-    places = [_places(numbers, largest) for numbers, largest in zip(sides, kept, strict=True)]
-    widths = [len(largest) + 1 for largest in kept]
-    counts = np.bincount(places[0] * widths[1] + places[1], minlength=widths[0] * widths[1]).reshape(widths)
-    names = [_names(view, number, side, largest) for number, largest in zip((before, s), kept, strict=True)]
-    found, unrelated = view.run.agreement.get((before, side), (None, None)) if s == before + 1 else (None, None)
-    sentence = ""
-    if found is not None and unrelated is not None:
-        nature = (
-            f"stage {s} groups by something else"
-            if found - unrelated < 0.2 * (1 - unrelated)
-            else f"stage {s} groups in part as stage {before} does"
+    """Return a figure of how the clusters of a stage pass into those of the next, and a sentence on their agreement."""
+    kept, bands, names = [], [], []
+    for number in (before, s):
+        assignments = view.assignments(number, side)
+        largest, band_of_row = _bands(assignments)
+        words = keywords(view.sample.captions, assignments[view.sample.rows], 2)
+        more = np.count_nonzero(np.bincount(assignments)) - len(largest)
+        kept.append(largest)
+        bands.append(band_of_row)
+        names.append(
+            [*(_cluster_name(cluster, words) for cluster in largest), f"{more:,} other clusters" if more else ""]
         )
-        sentence = f"Agreement {found:.2f} (normalised mutual information; {unrelated:.2f} if unrelated): {nature}."
+    shape = len(kept[0]) + 1, len(kept[1]) + 1
+    counts = np.bincount(bands[0] * shape[1] + bands[1], minlength=shape[0] * shape[1]).reshape(shape)
+    sentence = ""
+    if s == before + 1 and (before, side) in view.run.agreement:
+        agreement, if_random = view.run.agreement[before, side]
+        sentence = (
+            f"The clusters of stage {s} {agreement_text(agreement, if_random)} those of stage {before} (normalized "
+            f"mutual information {agreement:.2f}; {if_random:.2f} if unrelated)."
+        )
     return {"figure": _flow_figure(counts, names, (before, s)), "sentence": sentence, "stages": (before, s)}
 
 
-def _largest(assignments: Integer[np.ndarray, "rows"]) -> list[int]:
+def _bands(assignments: Integer[np.ndarray, "rows"]) -> tuple[list[int], Int64[np.ndarray, "rows"]]:
+    """Return the largest clusters, and the band of each row: the index of its cluster among these, or the last band."""
     sizes = np.bincount(assignments)
-    return [int(cluster) for cluster in np.argsort(-sizes, kind="stable")[:BANDS] if sizes[cluster]]
-
-
-def _places(assignments: Integer[np.ndarray, "rows"], kept: Sequence[int]) -> Int64[np.ndarray, "rows"]:
-    """The place of each row's cluster among `kept`; the last place for all others."""
-    place_of = np.full(int(assignments.max()) + 1, len(kept), np.int64)
-    place_of[list(kept)] = np.arange(len(kept))
-    places: np.ndarray = place_of[assignments]
-    return places
-
-
-def _names(view: RunView, s: int, side: str, kept: Sequence[int]) -> list[str]:
-    assignments = view.assignments(s, side)
-    words = telling_words(view.sample.captions, assignments[view.sample.rows], 2)
-    more = np.count_nonzero(np.bincount(assignments)) - len(kept)
-    return [*(_name(cluster, words) for cluster in kept), f"{more:,} other clusters" if more else ""]
+    largest = [int(cluster) for cluster in np.argsort(-sizes, kind="stable")[:MAX_BANDS] if sizes[cluster]]
+    band_of_cluster = np.full(len(sizes), len(largest), np.int64)
+    band_of_cluster[largest] = np.arange(len(largest))
+    return largest, band_of_cluster[assignments]
 
 
 def _flow_figure(
     counts: Int64[np.ndarray, "before after"], names: Sequence[Sequence[str]], stages: tuple[int, int]
 ) -> Markup:
-    """Bands between two columns of clusters, as thick as they have rows."""
+    """Plot bands between two columns of clusters, as thick as they have rows."""
     gap = 0.02 * counts.sum()
     sizes = counts.sum(1), counts.sum(0)
     tops = [np.concatenate([[0], np.cumsum(size + gap * (size > 0))]) for size in sizes]
-    with drawing(560, 400) as (figure, axes):
+    x = np.linspace(0, 1, 30)
+    bend = x * x * (3 - 2 * x)  # smoothstep
+    with new_figure(560, 400) as (figure, axes):
         axes.set_axis_off()
         left, right = tops[0][:-1].copy(), tops[1][:-1].copy()
-        for i, j in np.ndindex(*counts.shape):
-            if counts[i, j]:
-                _band(axes, float(left[i]), float(right[j]), float(counts[i, j]), SERIES[i % len(SERIES)])
-                left[i] += counts[i, j]
-                right[j] += counts[i, j]
+        for i, j in np.argwhere(counts):
+            low = left[i] + (right[j] - left[i]) * bend
+            axes.fill_between(x, low, low + counts[i, j], color=SERIES[i % len(SERIES)], alpha=0.35, linewidth=0)
+            left[i] += counts[i, j]
+            right[j] += counts[i, j]
         for column, (size, top, labels) in enumerate(zip(sizes, tops, names, strict=True)):
-            for place, label in enumerate(labels):
-                if size[place]:
-                    axes.barh(top[place], 0.02, size[place], column - 0.01, align="edge", color=TEXT)
-                if size[place] > THINNEST * counts.sum():
-                    at, side = (-0.03, "right") if column == 0 else (1.03, "left")
-                    axes.text(at, top[place] + size[place] / 2, label[:28], ha=side, va="center", fontsize=8)
+            for band, label in enumerate(labels):
+                if size[band]:
+                    axes.barh(top[band], 0.02, size[band], column - 0.01, align="edge", color=TEXT)
+                if size[band] > MIN_NAMED_SHARE * counts.sum():
+                    position, alignment = (-0.03, "right") if column == 0 else (1.03, "left")
+                    middle = top[band] + size[band] / 2
+                    axes.text(position, middle, label[:28], ha=alignment, va="center", fontsize=8)
             axes.text(column, -2 * gap, f"stage {stages[column]}", ha="center", va="bottom", fontsize=9)
         axes.set_xlim(-0.55, 1.55)
         axes.set_ylim(max(top[-1] for top in tops), -4 * gap)
-        named = "; ".join(
-            f"stage {stage}: {', '.join(filter(None, of))}" for stage, of in zip(stages, names, strict=True)
+        listing = "; ".join(
+            f"stage {stage}: {', '.join(filter(None, of_stage))}" for stage, of_stage in zip(stages, names, strict=True)
         )
-        return svg(
-            figure, f"How the pairs of the clusters of stage {stages[0]} pass into those of stage {stages[1]}. {named}."
-        )
-
-
-def _band(axes: Axes, left: float, right: float, width: float, colour: str) -> None:
-    x = np.linspace(0, 1, 30)
-    bend = x * x * (3 - 2 * x)
-    low = left + (right - left) * bend
-    axes.fill_between(x, low, low + width, color=colour, alpha=0.35, linewidth=0)
+        alt = f"Flow of pairs from the clusters of stage {stages[0]} to those of stage {stages[1]}. {listing}."
+        return svg(figure, alt)
 
 
 def contact_sheets(view: RunView) -> dict[str, np.ndarray]:
-    """A picture a stage, [height, width, 3] of bytes: a row of central members for each shown cluster, for trackers."""
+    """Return an image for each clustering, [height, width, 3] of uint8: a row of central members for each cluster."""
     if view.reader is None:
         return {}
-    sheets = {}
-    for s in view.stages_with("cluster"):
-        for side in view.clustered_sides(s):
-            sheet = np.full((SHOWN * SHEET_PX, SHEET * SHEET_PX, 3), 255, np.uint8)
-            assignments = view.assignments(s, side)
-            closeness, of_sample = view.closeness(s, side), assignments[view.sample.rows]
-            for line, cluster in enumerate(shown_clusters(np.bincount(assignments))):
-                members = np.flatnonzero(of_sample == cluster)
-                members = np.sort(members[np.argsort(-closeness[members], kind="stable")][:SHEET])
-                images = pictures_of_pairs(view.reader)(view.sample.rows[members].tolist())
-                for column, image in enumerate(images):
-                    if image is not None:
-                        small = image.resize((SHEET_PX, SHEET_PX), Image.Resampling.LANCZOS)
-                        place = (
-                            slice(line * SHEET_PX, (line + 1) * SHEET_PX),
-                            slice(column * SHEET_PX, (column + 1) * SHEET_PX),
-                        )
-                        sheet[place] = np.asarray(small)
-            sheets[f"clusters of {WHAT[side]}, stage {s}"] = sheet
+    load, sheets = training_images(view.reader), {}
+    clusterings = [(s, side) for s in view.stages_with("cluster") for side in view.clustered_sides(s)]
+    for s, side in clusterings:
+        sheet = np.full((MAX_SHOWN, SHEET_PX, SHEET_IMAGES, SHEET_PX, 3), 255, np.uint8)
+        assignments = view.assignments(s, side)
+        similarity, sample_clusters = view.centroid_similarity(s, side), assignments[view.sample.rows]
+        for line, cluster in enumerate(shown_clusters(np.bincount(assignments))):
+            members = np.flatnonzero(sample_clusters == cluster)
+            members = np.sort(members[np.argsort(-similarity[members], kind="stable")][:SHEET_IMAGES])
+            for column, image in enumerate(load(view.sample.rows[members].tolist())):
+                if image is not None:
+                    sheet[line, :, column] = np.asarray(image.resize((SHEET_PX, SHEET_PX), Image.Resampling.LANCZOS))
+        name = f"clusters of {SIDE_NAMES[side]}, stage {s}"
+        sheets[name] = sheet.reshape(MAX_SHOWN * SHEET_PX, SHEET_IMAGES * SHEET_PX, 3)
     return sheets
+
+
+def terms(texts: Iterable[str]) -> set[str]:
+    """Return the different words, and pairs of adjacent words, of the captions of a pair: lower case, in any script."""
+    found: set[str] = set()
+    for text in texts:
+        words = [match[0] for match in _WORD.finditer(text.lower())]
+        found.update(words)
+        found.update(f"{one} {two}" for one, two in pairwise(words))
+        if len(found) > MAX_TERMS:
+            break
+    return found
+
+
+def keywords(
+    captions: Sequence[Sequence[str]], clusters: Integer[np.ndarray, "pairs"], most: int = 5
+) -> dict[int, list[Keyword]]:
+    """Return the keywords of each cluster, by class-based tf-idf (BERTopic, Grootendorst 2022, arXiv 2203.05794).
+
+    A term scores tf log(1 + A / f): tf is its count in the cluster, f its count over all clusters, A the mean number of
+    terms of a cluster. A pair counts a term once, in however many captions. Left out are terms of few pairs, terms that
+    are hardly more frequent in the cluster than elsewhere, and terms that share a word with a better one.
+    """
+    of_cluster: dict[int, Counter[str]] = {}
+    for texts, cluster in zip(captions, clusters.tolist(), strict=True):
+        of_cluster.setdefault(cluster, Counter()).update(terms(texts))
+    totals = sum(of_cluster.values(), Counter())
+    mean = totals.total() / max(1, len(of_cluster))
+    sizes = np.bincount(clusters) if len(clusters) else np.zeros(0, np.int64)
+    best = {}
+    for cluster, counts in of_cluster.items():
+        scored = []
+        for term, count in counts.items():
+            share, share_of_all = count / int(sizes[cluster]), totals[term] / len(captions)
+            if count > 1 and share >= max(MIN_SHARE, MIN_LIFT * share_of_all):
+                score = count * math.log1p(mean / totals[term])
+                scored.append((-score, term, Keyword(term, share, share_of_all)))
+        kept: list[Keyword] = []
+        used: set[str] = set()
+        for _, term, keyword in sorted(scored, key=lambda entry: entry[:2]):
+            if len(kept) < most and used.isdisjoint(term.split()):
+                kept.append(keyword)
+                used.update(term.split())
+        best[cluster] = kept
+    return best

@@ -1,4 +1,4 @@
-"""Plots as SVG that takes its colours from the page, so that it is at home in light and dark."""
+"""Plot figures as SVG that takes its colors from the page, so that they follow its light and dark mode."""
 
 import io
 import re
@@ -13,12 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PX = 96
-# Colours that stand for variables of the page's style sheet.
+# Placeholder colors, which `svg` replaces by variables of the page's style sheet.
 TEXT, LINE = "#010203", "#020304"
 SERIES = tuple(f"#0{n}0b0c" for n in range(8))
 _VARIABLES = {TEXT: "var(--text)", LINE: "var(--line)", **{c: f"var(--series-{n})" for n, c in enumerate(SERIES)}}
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # words stay words
+    "svg.fonttype": "none",  # text stays text
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": LINE,
@@ -33,7 +33,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": LINE,
     "grid.linewidth": 0.6,
     "text.color": TEXT,
-    "text.parse_math": False,  # a caption with two dollar signs is no formula
+    "text.parse_math": False,  # a caption with two dollar signs is not a formula
     "xtick.color": TEXT,
     "ytick.color": TEXT,
     "lines.linewidth": 1.6,
@@ -44,30 +44,28 @@ _STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def drawing(width_px: int = 420, height_px: int = 250) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes, in the style of the report."""
+def new_figure(width_px: int = 420, height_px: int = 250) -> Iterator[tuple[Figure, Axes]]:
+    """Open a figure with one pair of axes, in the style of the report."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width_px / PX, height_px / PX), dpi=PX)
         yield figure, figure.subplots()
 
 
 def svg(figure: Figure, alt: str) -> Markup:
-    """A figure as an element of the page, described by `alt`."""
+    """Return a figure as an inline SVG element, described by `alt`."""
     file = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": alt}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # words stay words: the browser has the letters
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyphs that matplotlib's font lacks
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = re.sub(
-        r"<(metadata|style).*?</\1>|<!--.*?-->", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL
-    )
+    text = file.getvalue()
+    text = re.sub(r"<(metadata|style).*?</\1>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     head, body = text.split(">", 1)
     head = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", head)
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", body)
+    # Ids that nothing refers to, such as `axes_1`, are the same in each figure, and ids of a page must be unique.
     used = set(re.findall(r'#([\w-]+)["\')]', body))
-    body = re.sub(
-        r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", body
-    )  # the others are on each plot
-    for colour, variable in _VARIABLES.items():
-        body = body.replace(colour, variable)
+    body = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", body)
+    for color, variable in _VARIABLES.items():
+        body = body.replace(color, variable)
     label = Markup(' role="img" aria-label="{}">').format(alt)
     return Markup(head) + label + Markup(body)

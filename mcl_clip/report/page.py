@@ -1,38 +1,33 @@
-"""report.html: everything that a run can show, in one file that needs nothing else.
+"""Write report.html: all that a run can show, in one self-contained file.
 
-It is made from the artefacts of the run alone, also while the run goes on. No script, no font, no address of another
-host is in it, and a content security policy forbids them; what comes from the data is escaped.
+It is made from the files of the run alone, also while the run continues. It has no script, no font and no external
+address, and a content security policy forbids them; everything that comes from the data is escaped.
 """
 
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_path
-from mcl_clip.report import attributes, clusters, controls, data, evaluation, neighbours
-from mcl_clip.report import changes as mended
-from mcl_clip.report import summary as glance
-from mcl_clip.report import training as curves
-from mcl_clip.report.section import Section
-from mcl_clip.report.thumbnails import TRAINING, Thumbnails, pictures_of_pairs, pictures_of_set
-from mcl_clip.report.view import RunView
+from mcl_clip.report import clusters, evaluation, neighbours, summary, training
+from mcl_clip.report.thumbnails import TRAINING, Thumbnails, task_images, training_images
+from mcl_clip.report.view import RunView, Section
 
 REPORT = "report.html"
 SECTIONS: tuple[Callable[[RunView, Thumbnails], Section | None], ...] = (
-    glance.section,
-    attributes.section,
+    summary.section,
+    summary.attributes_section,
     clusters.section,
     neighbours.section,
-    mended.section,
-    controls.section,
+    evaluation.changes_section,
+    evaluation.controls_section,
     evaluation.section,
-    curves.section,
-    data.section,
+    training.section,
+    training.data_section,
 )
 
 
@@ -41,38 +36,37 @@ def write_report(run_dir: Path, *, images: bool = True, max_mb: float = 10.0, ou
 
     Args:
         run_dir: the run directory.
-        images: put small pictures of the data into it.
-        max_mb: largest size of the file, in 10^6 bytes; pictures are made smaller, then fewer.
+        images: whether to include small images of the data.
+        max_mb: largest size of the file, in 10^6 bytes; images are made smaller, then fewer.
         out: the file; by default report.html in the run directory.
 
     Raises:
         UserError: if it is not a run directory, a file of it is damaged, or the text alone is larger than `max_mb`.
     """
     view = RunView(run_dir)
-    album = Thumbnails(_sources(view) if images else {})
-    sections = [section for make in SECTIONS if (section := make(view, album)) is not None]
-    render = _renderer(view, album, sections, images=images)
+    loaders = {}
+    if images:
+        loaders = {TRAINING: training_images(view.reader)} if view.reader is not None else {}
+        loaders |= {name: load for name, task in view.tasks.items() if (load := task_images(task)) is not None}
+    thumbnails = Thumbnails(loaders)
+    # Sections request their images here; rendering without them gives the size that is left for images.
+    sections = [section for make in SECTIONS if (section := make(view, thumbnails)) is not None]
+    render = _renderer(view, thumbnails, sections, images=images)
     left = int(max_mb * 1e6) - len(render().encode(errors="backslashreplace"))
     if left < 0:
         raise UserError(
             f"--max-mb {max_mb:g} is too little: the report of {run_dir} has {max_mb - left / 1e6:.1f} MB of text and "
             f"plots alone"
         )
-    album.develop(left)
+    thumbnails.encode(left)
     out = out or run_dir / REPORT
     with atomic_path(out) as path:
         path.write_text(render(), encoding="utf-8", errors="backslashreplace")
     return out
 
 
-def _sources(view: RunView) -> dict[str, Any]:
-    sources = {TRAINING: pictures_of_pairs(view.reader)} if view.reader is not None else {}
-    sources |= {name: found for name, task in view.tasks.items() if (found := pictures_of_set(task)) is not None}
-    return sources
-
-
-def _renderer(view: RunView, album: Thumbnails, sections: list[Section], *, images: bool) -> Callable[[], str]:
-    """Makes the page with the pictures that the album has by then."""
+def _renderer(view: RunView, thumbnails: Thumbnails, sections: list[Section], *, images: bool) -> Callable[[], str]:
+    """Return a function that renders the page with the images that are encoded by then."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
@@ -81,13 +75,13 @@ def _renderer(view: RunView, album: Thumbnails, sections: list[Section], *, imag
         lstrip_blocks=True,
     )
     template = environment.get_template("page.html.jinja")
-    facts = {
+    context = {
         "name": view.name,
-        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "version": version("mcl_clip"),
         "sections": sections,
-        "album": album,
+        "thumbnails": thumbnails,
         "has_images": images,
         "missing": view.missing,
     }
-    return lambda: template.render(facts)
+    return lambda: template.render(context)

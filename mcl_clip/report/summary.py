@@ -1,118 +1,222 @@
-"""The run at a glance: what it is, how far it is, what each stage has learned, and the main figures."""
+"""Summarize a run: its state, what each stage has learned in sentences and as heat maps, and its main results."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
-from mcl_clip.core.files import DONE
-from mcl_clip.report.section import Section
-from mcl_clip.report.sentences import combined_sentences, percent, stage_sentences
 from mcl_clip.report.thumbnails import Thumbnails
-from mcl_clip.report.view import RunView
-from mcl_clip.results.record import COMBINED, RunRecord
-from mcl_clip.results.scores import TITLES
-from mcl_clip.results.text import duration, size
-from mcl_clip.results.training import machine_rows, stage_rows
+from mcl_clip.report.view import RunView, Section, as_markup
+from mcl_clip.results.record import COMBINED, PHASES, Result, RunRecord
+from mcl_clip.results.scores import LINEAR_PROBE, agreement_text, compare, headline_metrics, verdict
+from mcl_clip.results.text import (
+    CONTROLS,
+    METRICS,
+    SIDE_NAMES,
+    cell,
+    format_bytes,
+    format_duration,
+    label_title,
+    listed,
+)
+from mcl_clip.results.training import headed, machine_rows, stage_rows
 
-PHASES = ("train", "embed", "cluster", "labels", "eval")
-CONTROLS = {
-    "single": "This run is a control: a single stage with the compute of all stages.",
-    "ensemble": "This run is a control: as many models from other draws, without groups.",
-    "no-groups": "This run is a control: the same stages without groups.",
-    "random-groups": "This run is a control: the same stages with random groups.",
-    "ifm": "This run is a control: a single stage of equal compute with implicit feature modification.",
+HIGH_SKILL, LOW_SKILL = 0.8, 0.3  # 0 is chance, 1 is all right
+MAX_NAMES = 4  # sets that a sentence lists
+HEAT_MAPS = {
+    LINEAR_PROBE: ("Linear probe", "what the image features encode, whatever words would find it"),
+    "acc1": ("Zero-shot", "what the class names find"),
 }
 
 
-def section(view: RunView, album: Thumbnails) -> Section:  # noqa: ARG001
-    """There is always one, even of a run that has only begun."""
+def section(view: RunView, thumbnails: Thumbnails) -> Section:  # noqa: ARG001
+    """Return the summary, which every run has."""
     run = view.run
-    stages = [
-        {"number": s, "state": _state(view.folder, run, s), "sentences": stage_sentences(run, s)}
-        for s in range(len(run.stages))
-    ]
-    return Section(
-        name="glance",
-        title="At a glance",
-        content={
-            "lead": " ".join(_lead(view)),
-            "control": CONTROLS.get(str(run.config.get("control")), ""),
-            "stages": stages,
-            "together": combined_sentences(run),
-            "figures": _figures(run),
-            "made": _as_markup(stage_rows(run)),
-            "machine": _as_markup(machine_rows(run)),
-        },
-    )
+    count, control = len(run.stages), CONTROLS.get(str(run.config.get("control")))
+    index, seconds = run.index, run.training_seconds
+    data = ""
+    if index is not None:
+        size = format_bytes(sum(shard.size for shard in index.shards))
+        data = f" on {len(index):,} pairs ({len(index.shards)} shards, {size})"
+    lead = f"{count} stage{'s' * (count > 1)}{data}, {_progress(run)}."
+    if seconds is not None:
+        lead += f" Training took {format_duration(seconds)}{'' if run.is_finished else ' so far'}."
+    content = {
+        "lead": lead,
+        "control": f"This run is a control: {control}." if control else "",
+        "stages": [
+            {"number": s, "state": _stage_state(run, s), "sentences": stage_sentences(run, s)} for s in range(count)
+        ],
+        "combined": combined_sentences(run),
+        "results": _results(run),
+        "stage_rows": as_markup(stage_rows(run)),
+        "machine_rows": as_markup(headed(machine_rows(run))),
+    }
+    return Section(name="summary", title="Summary", content=content)
 
 
-def _lead(view: RunView) -> Iterator[str]:
-    run = view.run
-    number = len(run.stages)
-    pairs = f" on {run.data.rows:,} pairs ({run.data.shards} shards, {size(run.data.size)})" if run.data else ""
-    yield f"{number} stage{'s' * (number > 1)}{pairs}, {_how_far(view.folder, number)}."
-    seconds = [stage.steps[-1]["seconds"] for stage in run.stages if stage.steps]
-    if seconds:
-        yield (
-            f"Training took {duration(sum(seconds))} so far."
-            if not _is_finished(view.folder)
-            else (f"Training took {duration(sum(seconds))}.")
-        )
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / COMBINED / DONE).exists()
-
-
-def _how_far(folder: Path, stages: int) -> str:
-    if _is_finished(folder):
+def _progress(run: RunRecord) -> str:
+    if run.is_finished:
         return "finished"
-    for s in range(stages):
+    for stage in run.stages:
         for phase in PHASES:
-            if not (folder / f"stage-{s}" / phase / DONE).exists():
-                return f"not finished: at stage-{s}/{phase}"
+            if stage.state(phase) != "done":
+                return f"not finished: at {stage.folder.name}/{phase}"
     return "not finished: the stages are not combined yet"
 
 
-def _state(folder: Path, run: RunRecord, s: int) -> str:
-    """How far a stage is, if it is not finished."""
-    for phase in PHASES:
-        if (folder / f"stage-{s}" / phase / DONE).exists():
+def _stage_state(run: RunRecord, s: int) -> str:
+    """Return the first phase of a stage that is not done; empty for a finished stage."""
+    stage = run.stages[s]
+    phase = next((phase for phase in PHASES if stage.state(phase) != "done"), None)
+    if phase is None:
+        return ""
+    if phase != "train":
+        return f"trained; next phase: {phase}"
+    total = stage.train_settings.get("steps", 0)
+    return f"in training: step {stage.steps[-1]['step']:,} of {total:,}" if stage.steps else "not started"
+
+
+def _results(run: RunRecord) -> list[list[str]]:
+    """Return the headline metrics of each set, a column for each model; empty before the first evaluation."""
+    labels = [label for label in run.labels if any(label in of_set for of_set in run.results.values())]
+    rows = [["set", "metric", *map(label_title, labels)]]
+    for of_set in run.results.values():
+        first = next(iter(of_set.values()))
+        for metric in dict.fromkeys(metric for result in of_set.values() for metric in headline_metrics(result)):
+            cells = [cell(of_set.get(label), metric) for label in labels]
+            rows.append([first.dataset, METRICS.get(metric, metric), *cells])
+    return rows if labels else []
+
+
+def stage_sentences(run: RunRecord, stage: int) -> list[str]:
+    """Say what a stage has learned, by its results and its clusters; empty before it is evaluated."""
+    label, before = f"stage-{stage}", f"stage-{stage - 1}"
+    results = [of_set[label] for of_set in run.results.values() if label in of_set]
+    if stage == 0:
+        sentences = [*_skill_sentences(results)]
+    else:
+        both = [(of_set[label], of_set[before]) for of_set in run.results.values() if {label, before} <= of_set.keys()]
+        sentences = [*_change_sentences(both, stage - 1)]
+    for result in results:
+        if result.main_metric == "mean_recall@1":
+            at_10 = [result.value(f"{side}_retrieval_recall@10") for side in ("image", "text")]
+            values = [value for value in at_10 if value is not None]
+            more = f" and the mean R@10 is {100 * sum(values) / 2:.1f} %" if len(values) == 2 else ""
+            sentences.append(f"On {result.dataset} the mean R@1 is {_percent(result, result.main_metric)}{more}.")
+    for (first, side), (agreement, if_random) in run.agreement.items():
+        if first == stage - 1:
+            relation = agreement_text(agreement, if_random)
+            numbers = f"agreement {agreement:.2f}; {if_random:.2f} if unrelated"
+            sentences.append(f"Its clusters of {SIDE_NAMES[side]} {relation} those of stage {first} ({numbers}).")
+    return sentences
+
+
+def _skill_sentences(results: Sequence[Result]) -> Iterator[str]:
+    """Say how well a first stage encodes the classes of each set."""
+    grades: dict[str, list[str]] = {"encodes": [], "partly encodes": [], "hardly encodes": []}
+    for result in results:
+        metric = _class_metric(result)
+        level = skill(result, metric)
+        if level is not None:
+            grade = "encodes" if level >= HIGH_SKILL else "hardly encodes" if level <= LOW_SKILL else "partly encodes"
+            grades[grade].append(f"{result.dataset} ({_percent(result, metric)})")
+    if clauses := [f"{grade} {_listed(names)}" for grade, names in grades.items() if names]:
+        yield f"It {', '.join(clauses)}."
+
+
+def _change_sentences(results: Sequence[tuple[Result, Result]], earlier: int) -> Iterator[str]:
+    """Say what a later stage encodes better or worse than the one before, where the difference is clear."""
+    names: dict[str, list[str]] = {"better": [], "lost": [], "worse": [], "": []}
+    for result, old in results:
+        metric = _class_metric(result)
+        now, then = skill(result, metric), skill(old, metric)
+        if now is not None:
+            change = verdict(compare(result, old, metric))
+            if change == "worse" and then is not None and now <= LOW_SKILL < HIGH_SKILL / 2 <= then:
+                change = "lost"
+            values = f"{_percent(result, metric)}, stage {earlier}: {_percent(old, metric)}"
+            names[change].append(f"{result.dataset} ({values})")
+    if names["better"]:
+        yield f"It encodes {_listed(names['better'])} better than stage {earlier}."
+    if names["lost"]:
+        yield f"It no longer encodes {_listed(names['lost'])}: what the pairs of a group share cannot lower its loss."
+    if names["worse"]:
+        yield f"It encodes {_listed(names['worse'])} less well than stage {earlier}."
+    if names[""] and not (names["better"] or names["lost"] or names["worse"]):
+        yield f"There is no clear difference from stage {earlier} in what it encodes."
+
+
+def combined_sentences(run: RunRecord) -> list[str]:
+    """Compare all stages together with the best single one; empty before they are evaluated."""
+    names: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+    for of_set in run.results.values():
+        stages = [result for label, result in of_set.items() if label != COMBINED]
+        if COMBINED in of_set and len(stages) > 1:
+            combined = of_set[COMBINED]
+            metric = _class_metric(combined)
+            best = max(stages, key=lambda result: result.value(metric) or 0.0)
+            values = f"{_percent(combined, metric)}, best stage: {_percent(best, metric)}"
+            names[verdict(compare(combined, best, metric))].append(f"{combined.dataset} ({values})")
+    sentences = {
+        "better": "They are better than the best single stage on {}.",
+        "worse": "They are worse than the best single stage on {}.",
+        "": "There is no clear difference from the best single stage on {}.",
+    }
+    return [sentences[change].format(_listed(of_change)) for change, of_change in names.items() if of_change]
+
+
+def skill(result: Result, metric: str) -> float | None:
+    """Rescale an accuracy to 0 at chance and 1 at all right; None if it was not measured, or without classes."""
+    value, classes = result.value(metric), result.record.get("n_classes") or 0
+    if value is None or classes < 2:
+        return None
+    return (value - 1 / classes) / (1 - 1 / classes)
+
+
+def _class_metric(result: Result) -> str:
+    """Return the metric of what a stage encodes: the linear probe if there is one, as it needs no class names."""
+    return next((metric for metric in HEAT_MAPS if result.value(metric) is not None), result.main_metric)
+
+
+def _percent(result: Result, metric: str) -> str:
+    text = cell(result, metric, has_interval=False)
+    return text if text == "-" else f"{text} %"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMES
+    return listed(names if more <= 0 else [*names[:MAX_NAMES], f"{more} more sets"])
+
+
+def attributes_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: ARG001
+    """Return heat maps of stages and sets with classes, by linear probe and zero-shot; None without such a set."""
+    columns = [label_title(label) for label in view.run.labels]
+    maps = [
+        {"title": title, "meaning": meaning, "columns": columns, "rows": rows}
+        for metric, (title, meaning) in HEAT_MAPS.items()
+        if (rows := heat_map_rows(view.run.results, view.run.labels, metric))
+    ]
+    return Section(name="attributes", title="What each stage encodes", content={"maps": maps}) if maps else None
+
+
+def heat_map_rows(
+    results: Mapping[str, Mapping[str, Result]], labels: Sequence[str], metric: str
+) -> list[dict[str, Any]]:
+    """Return a row for each set: shares in percent, intervals, and the shade of each cell from chance to 100 %."""
+    rows = []
+    for of_set in results.values():
+        first = next(iter(of_set.values()))
+        if not first.record.get("n_classes") or all(result.value(metric) is None for result in of_set.values()):
             continue
-        steps, total = run.stages[s].steps, run.stages[s].settings.get("train", {}).get("steps", 0)
-        if phase == "train":
-            return f"in training: step {steps[-1]['step']:,} of {total:,}" if steps else "not begun"
-        return f"trained; not done yet: {phase}"
-    return ""
-
-
-def _figures(run: RunRecord) -> list[list[Any]]:
-    """The main measure of each set, a column a model, with intervals; empty before anything is measured."""
-    labels = [f"stage-{s}" for s in range(len(run.stages))] + [COMBINED] * (len(run.stages) > 1)
-    labels = [label for label in labels if any(label in found for found in run.results.values())]
-    if not labels:
-        return []
-    titles = ["all stages" if label == COMBINED else label.replace("-", " ") for label in labels]
-    rows: list[list[Any]] = [["set", "measure", *titles]]
-    for found in run.results.values():
-        first = next(iter(found.values()))
-        for metric in dict.fromkeys((first.main_metric, "linear_acc1")):
-            if any(result.value(metric) is not None for result in found.values()):
-                cells = [_cell(found.get(label), metric) for label in labels]
-                rows.append([first.record["dataset"], TITLES.get(metric, metric), *cells])
+        cells: list[dict[str, Any] | None] = []
+        for label in labels:
+            result = of_set.get(label)
+            value = result.value(metric) if result else None
+            if result is None or value is None:
+                cells.append(None)
+                continue
+            interval = result.interval(metric)
+            title = f"95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
+            shade = round(100 * max(0.0, skill(result, metric) or 0.0))
+            cells.append({"value": 100 * value, "title": title, "shade": shade})
+        rows.append({"name": first.dataset, "chance": 100 / first.record["n_classes"], "cells": cells})
     return rows
-
-
-def _cell(result: Any, metric: str) -> str:
-    if result is None or result.value(metric) is None:
-        return "-"
-    interval = result.interval(metric)
-    ends = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-    return percent(result, metric).removesuffix(" %") + ends
-
-
-def _as_markup(rows: list[list[str]]) -> list[list[Markup]]:
-    """Cells that are escaped already, by `wording.safe`."""
-    return [[Markup(cell) for cell in row] for row in rows]

@@ -1,5 +1,7 @@
-"""How the training went: curves of all stages on one axis of steps."""
+"""Show the training and its data: curves of all stages on one axis of steps, counts, and histograms of the data."""
 
+import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,23 +9,26 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 from matplotlib.axes import Axes
+from PIL import Image
 
-from mcl_clip.core.files import read_jsonl
-from mcl_clip.report.figures import LINE, SERIES, drawing, svg
-from mcl_clip.report.section import Section
+from mcl_clip.report.figures import LINE, SERIES, new_figure, svg
 from mcl_clip.report.thumbnails import Thumbnails
-from mcl_clip.report.view import RunView
+from mcl_clip.report.view import RunView, Section, as_markup
+from mcl_clip.results.record import count_text
+from mcl_clip.results.training import data_rows, headed
 
-POINTS = 300  # of a curve; more records are averaged
+MAX_POINTS = 300  # of a curve; more records are averaged
 SPREAD = ("p10", "p50", "p90")
-PLOTS = {  # by the name of the figure in the records: title, and what it is
-    "loss": ("loss", "Loss of the batches; its level hangs on how many negatives a row has."),
+PLOTS = {  # by the name of the value in the records: title and caption
+    "loss": ("loss", "Loss of the batches; its level depends on the number of negatives per row."),
     "logit_scale": ("logit scale", "Factor on the cosines, exp(logit_scale); at most 100."),
     "lr": ("learning rate", "Learning rate of the schedule."),
-    "samples_per_s": ("pairs per second", "Pairs a second, over all processes."),
-    "negatives_per_row": ("negatives of a row", "Negatives of a row; fewer where groups are small."),
-    "duplicates_share": ("equal captions or pictures", "Other rows with an equal caption or picture, for each row."),
+    "samples_per_s": ("pairs per second", "Pairs per second, over all processes."),
+    "negatives_per_row": ("negatives per row", "Negatives per row; fewer where groups are small."),
+    "duplicates_share": ("duplicates per row", "Other rows of the batch with an equal caption or image, for each row."),
 }
+MEASURED_IMAGES = 1_000  # whose size is read
+FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,108 +39,187 @@ class Curve:
     steps: Float64[np.ndarray, "points"]
     values: Float64[np.ndarray, "points"]
 
+    @property
+    def color(self) -> str:
+        """The color of the stage."""
+        return SERIES[self.stage % len(SERIES)]
 
-def section(view: RunView, album: Thumbnails) -> Section | None:  # noqa: ARG001
-    """Curves of what was recorded in training; none before the first record."""
-    starts = _starts(view)
-    records = [_with_shares(stage.steps, stage.settings.get("train", {})) for stage in view.run.stages]
+
+def section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: ARG001
+    """Return curves of what training recorded; None before the first record."""
+    steps = [int(stage.train_settings.get("steps", 0)) for stage in view.run.stages]
+    starts = [sum(steps[:s]) for s in range(len(steps))]  # the first step of each stage on the common axis
+    records = [_with_shares(stage.steps, stage.train_settings.get("global_batch_size", 0)) for stage in view.run.stages]
     if not any(records):
         return None
     loss, *others = (_plot(_curves(records, starts, name), starts, *words) for name, words in PLOTS.items())
-    plots = [loss, _spread_plot(records, starts), *others, *_evaluations(view, starts)]
-    return Section(name="curves", title="How the training went", content={"plots": [plot for plot in plots if plot]})
+    plots = [loss, _spread_plot(records, starts), *others, *_evaluation_plots(view, starts)]
+    content = {"plots": [plot for plot in plots if plot]}
+    return Section(name="training", title="Training", content=content)
 
 
-def _with_shares(steps: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Records of a stage, with duplicates for each row of a batch, and the spread of the loss over groups, on top."""
+def _with_shares(steps: Sequence[Mapping[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+    """Add duplicates per row, and the spread of the loss over groups, to the records of a stage."""
     records, before = [], 0
     for record in steps:
-        rows = (record["step"] - before) * settings.get("global_batch_size", 0)
+        rows = (record["step"] - before) * batch_size
         before = record["step"]
         share = {"duplicates_share": record["duplicates"] / rows} if rows > 0 and "duplicates" in record else {}
         records.append({**record, **(record.get("group_loss") or {}), **share})
     return records
 
 
-def _starts(view: RunView) -> list[int]:
-    """The first step of each stage on the common axis."""
-    steps = [int(stage.settings.get("train", {}).get("steps", 0)) for stage in view.run.stages]
-    return [sum(steps[:s]) for s in range(len(steps))]
-
-
 def _curves(records: Sequence[Sequence[Mapping[str, Any]]], starts: Sequence[int], name: str) -> list[Curve]:
-    """A curve a stage of a figure of its records, thinned to `POINTS` means."""
+    """Return a curve for each stage that recorded a value, thinned to `MAX_POINTS` means."""
     curves = []
     for s, of_stage in enumerate(records):
-        found = [(record["step"], record[name]) for record in of_stage if record.get(name) is not None]
-        if found:
-            points = np.array(found, np.float64)
-            means = np.array([part.mean(0) for part in np.array_split(points, min(POINTS, len(points)))])
+        values = [(record["step"], record[name]) for record in of_stage if record.get(name) is not None]
+        if values:
+            points = np.array(values, np.float64)
+            means = np.array([part.mean(0) for part in np.array_split(points, min(MAX_POINTS, len(points)))])
             curves.append(Curve(stage=s, steps=means[:, 0] + starts[s], values=means[:, 1]))
     return curves
 
 
-def _plot(curves: Sequence[Curve], starts: Sequence[int], what: str, caption: str) -> dict[str, Any] | None:
+def _plot(curves: Sequence[Curve], starts: Sequence[int], title: str, caption: str) -> dict[str, Any] | None:
     if not curves or not any(curve.values.any() for curve in curves):
         return None
-    with drawing() as (figure, axes):
-        _mark_stages(axes, starts)
+    with new_figure() as (figure, axes):
+        _start_plot(axes, starts, title)
         for curve in curves:
-            axes.plot(curve.steps, curve.values, color=SERIES[curve.stage % len(SERIES)], label=f"stage {curve.stage}")
-        axes.set_title(what)
-        axes.set_xlabel("step")
+            axes.plot(curve.steps, curve.values, color=curve.color, label=f"stage {curve.stage}")
         if len(curves) > 1:
             axes.legend()
         ends = "; ".join(f"stage {c.stage} from {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in curves)
-        return {"figure": svg(figure, f"Curve of {what} over steps: {ends}."), "caption": caption}
+        return {"figure": svg(figure, f"Curve of {title} over steps: {ends}."), "caption": caption}
 
 
-def _mark_stages(axes: Axes, starts: Sequence[int]) -> None:
+def _start_plot(axes: Axes, starts: Sequence[int], title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("step")
     for start in starts[1:]:
         axes.axvline(start, color=LINE, linestyle=":", linewidth=1)
 
 
 def _spread_plot(records: Sequence[Sequence[Mapping[str, Any]]], starts: Sequence[int]) -> dict[str, Any] | None:
-    """The loss of the middle group, between the tenth and the ninetieth of a hundred."""
-    low, middle, high = (_curves(records, starts, name) for name in SPREAD)
-    if not middle:
+    """Plot the loss of the median group, with the band from the 10th to the 90th percentile."""
+    low, median, high = (_curves(records, starts, name) for name in SPREAD)
+    if not median:
         return None
-    with drawing() as (figure, axes):
-        _mark_stages(axes, starts)
-        for curve, bottom, top in zip(middle, low, high, strict=True):
-            colour = SERIES[curve.stage % len(SERIES)]
-            axes.fill_between(curve.steps, bottom.values, top.values, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(curve.steps, curve.values, color=colour, label=f"stage {curve.stage}")
-        axes.set_title("loss by group")
-        axes.set_xlabel("step")
+    with new_figure() as (figure, axes):
+        _start_plot(axes, starts, "loss by group")
+        for curve, bottom, top in zip(median, low, high, strict=True):
+            axes.fill_between(curve.steps, bottom.values, top.values, color=curve.color, alpha=0.2, linewidth=0)
+            axes.plot(curve.steps, curve.values, color=curve.color, label=f"stage {curve.stage}")
         ends = "; ".join(
             f"stage {c.stage} ends at {c.values[-1]:.3g}, between {b.values[-1]:.3g} and {t.values[-1]:.3g}"
-            for c, b, t in zip(middle, low, high, strict=True)
+            for c, b, t in zip(median, low, high, strict=True)
         )
         return {
             "figure": svg(figure, f"Loss by group over steps: {ends}."),
-            "caption": "Mean loss of each group: the middle one, and the band that holds four of five.",
+            "caption": "Mean loss of each group: the median, and the band from the 10th to the 90th percentile.",
         }
 
 
-def _evaluations(view: RunView, starts: Sequence[int]) -> list[dict[str, Any] | None]:
-    """The main measure of each set, where it was measured inside the stages too."""
-    found: dict[str, list[tuple[int, int, float]]] = {}
-    mains = {
-        of_set[next(iter(of_set))].record["dataset"]: of_set[next(iter(of_set))].main_metric
-        for of_set in view.run.results.values()
-    }
-    for s in range(len(view.run.stages)):
-        for record in read_jsonl(view.folder / f"stage-{s}" / "train" / "metrics.jsonl"):
-            for name, metric in mains.items():
-                value = record.get(f"{name}/{metric}")
-                if isinstance(value, int | float):
-                    found.setdefault(name, []).append((s, record["step"], float(value)))
+def _evaluation_plots(view: RunView, starts: Sequence[int]) -> list[dict[str, Any] | None]:
+    """Plot the main metric of each set that was also evaluated during training."""
     plots = []
-    for name, points in found.items():
-        curves = []
-        for s in dict.fromkeys(stage for stage, _, _ in points):
-            mine = np.array([(step, value) for stage, step, value in points if stage == s], np.float64)
-            curves.append(Curve(stage=s, steps=mine[:, 0] + starts[s], values=100 * mine[:, 1]))
-        plots.append(_plot(curves, starts, f"{name}, %", f"{mains[name]} inside the stages."))
+    for of_set in view.run.results.values():
+        first = next(iter(of_set.values()))
+        name = f"{first.dataset}/{first.main_metric}"
+        percent = [
+            [
+                {**record, name: 100 * record[name]}
+                for record in stage.metrics
+                if isinstance(record.get(name), int | float)
+            ]
+            for stage in view.run.stages
+        ]
+        curves = _curves(percent, starts, name)
+        plots.append(_plot(curves, starts, f"{first.dataset}, %", f"{first.main_metric} during training."))
     return plots
+
+
+def data_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: ARG001
+    """Return counts and histograms of the data; None without an index."""
+    if view.run.index is None:
+        return None
+    captions = [texts for texts in view.sample.captions if texts]
+    words = [len(text.split()) for texts in captions for text in texts]
+    sides = _image_sides(view)
+    plots = [
+        _histogram(words, "words per caption", "captions"),
+        _histogram([len(texts) for texts in captions], "captions per image", "images"),
+        _histogram(sides, "shorter side of the image, pixels", "images"),
+        *(_group_plot(s, stage.groups) for s, stage in enumerate(view.run.stages)),
+    ]
+    content = {
+        "rows": as_markup(headed(data_rows(view.run))),
+        "losses": _losses(view),
+        "plots": [plot for plot in plots if plot],
+        "caption_pairs": len(view.sample.rows) if captions else 0,
+        "measured_images": len(sides),
+    }
+    return Section(name="data", title="Data", content=content)
+
+
+def _losses(view: RunView) -> list[list[str]]:
+    """Return what each stage could not use; empty before the first stage."""
+    rows = [["", "could not be decoded", "merged groups", "rows without weight", "masked duplicates"]]
+    for s, stage in enumerate(view.run.stages):
+        if stage.steps or stage.groups:
+            reasons = dict(Counter(stage.bad_rows.values()).most_common())
+            rows.append(
+                [
+                    f"stage {s}",
+                    count_text(reasons) or "none",
+                    f"{stage.groups.get('rows_relaxed', 0):,} pairs",
+                    f"{stage.total('rows_without_weight'):,}",
+                    f"{stage.total('duplicates'):,}",
+                ]
+            )
+    return rows if len(rows) > 1 else []
+
+
+def _image_sides(view: RunView) -> list[int]:
+    """Return the shorter side of some images in pixels, from their headers."""
+    if view.reader is None or not len(view.sample.rows):
+        return []
+    indices = np.unique(np.linspace(0, len(view.sample.rows) - 1, MEASURED_IMAGES).astype(np.int64))
+    sides = []
+    for sample in view.reader.read(view.sample.rows[indices]):
+        try:
+            with Image.open(io.BytesIO(sample.image), formats=FORMATS) as image:
+                sides.append(min(image.size))
+        except Exception:  # damaged headers raise errors of many types; they are counted elsewhere
+            continue
+    return sides
+
+
+def _histogram(values: Sequence[int], title: str, unit: str) -> dict[str, Any] | None:
+    """Plot a histogram up to the 99th percentile; None where all values are equal."""
+    if not values or min(values) == max(values):
+        return None
+    numbers = np.array(values)
+    first, last = int(numbers.min()), int(np.quantile(numbers, 0.99)) + 1
+    edges = np.arange(first, last + 2) - 0.5 if last - first < 40 else np.linspace(first, last, 41)
+    with new_figure() as (figure, axes):
+        axes.hist(np.minimum(numbers, last), bins=edges.tolist(), color=SERIES[0])
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        low, median, high = (int(np.quantile(numbers, share)) for share in (0.05, 0.5, 0.95))
+        caption = f"median {median}; 90 % are between {low} and {high}."
+        return {"figure": svg(figure, f"Histogram of {title}: {caption}"), "caption": caption.capitalize()}
+
+
+def _group_plot(s: int, groups: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Plot the sizes of the groups of a stage; None for a single group."""
+    sizes = np.array([group["size"] for group in groups.get("groups", ())])
+    if len(sizes) < 2:
+        return None
+    with new_figure() as (figure, axes):
+        axes.hist(sizes, bins=min(40, len(sizes)), color=SERIES[s % len(SERIES)])
+        axes.set_title(f"pairs per group, stage {s}")
+        axes.set_ylabel("groups")
+        caption = f"{len(sizes):,} groups of {sizes.min():,} to {sizes.max():,} pairs."
+        return {"figure": svg(figure, f"Histogram of groups by size, stage {s}: {caption}"), "caption": caption}

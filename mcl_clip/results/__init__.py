@@ -1,1 +1,1 @@
-"""Reading, scoring and comparing what runs have measured."""
+"""Read, score and compare what runs measured; `record` reads a run, `text` formats its results."""

@@ -1,6 +1,10 @@
-"""What the files of a run say that belongs on a model card: settings, counts and figures, no captions."""
+"""Read a run from its files, finished or not: configuration, stages, results, outcomes of queries, and lost data.
+
+Each file is read when it is first needed, so a damaged file is an error only where its content is used.
+"""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,225 +17,331 @@ from safetensors import SafetensorError, safe_open
 from mcl_clip.core.distributed import permutation
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, read_json, read_jsonl, read_run_config
-from mcl_clip.core.stats import PairedComparison, compare_paired, normalized_mutual_information
+from mcl_clip.core.stats import normalized_mutual_information
 from mcl_clip.data.index import INDEX_NAME, ShardIndex
+from mcl_clip.data.shards import redacted
 from mcl_clip.data.storage import load_numbers
+from mcl_clip.eval.task import label_of, read_results
 from mcl_clip.model.multistage import CONFIG_NAME, NOT_TEXT
 from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME
+from mcl_clip.train.checkpoint import checkpoints
 
+PHASES = ("train", "embed", "cluster", "labels", "eval")
 COMBINED = "combined"
-RESAMPLES = 2000
 SIDES = ("image", "text")
-_NOT_PARAMETERS = ("running_mean", "running_var", "num_batches_tracked")
+SHARDS_SHOWN = 5  # shards whose lost samples are listed one by one
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """The training data in numbers; `size` is in bytes, `skipped` counts what is no pair by reason."""
-
-    rows: int
-    shards: int
-    size: int
-    digest: str
-    skipped: Mapping[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Numbers of parameters of a stage's towers, and its factor on the cosine."""
+class WeightSizes:
+    """Numbers of parameters of a stage's image and text tower, and its logit scale, exponentiated."""
 
     image: int
     text: int
     logit_scale: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage, as far as it went.
-
-    Attributes:
-        settings: what the recipe says of it.
-        is_trained: whether its training is finished.
-        model_cfg: open_clip's, empty before that.
-        weights: none before that.
-        steps: the records of its training, of the steps that made the model.
-        groups: what `groups.json` says; empty where nothing was trained.
-        bad_samples: how many pairs could not be decoded in training and embedding.
-    """
-
-    settings: Mapping[str, Any]
-    is_trained: bool
-    model_cfg: Mapping[str, Any]
-    weights: Weights | None
-    steps: Sequence[Mapping[str, Any]]
-    groups: Mapping[str, Any]
-    bad_samples: int
-
-
 @dataclass(frozen=True)
 class Result:
-    """A record of results.jsonl, and the folder with the outcomes of its queries."""
+    """A record of results.jsonl, and the folder that holds its file of outcomes."""
 
     record: Mapping[str, Any]
     folder: Path
 
     @property
+    def dataset(self) -> str:
+        """The user's name of the evaluation set."""
+        return str(self.record["dataset"])
+
+    @property
+    def label(self) -> str:
+        """The model that was evaluated: `stage-K`, `combined`, `stages-0-K-concat`, or a name of its own."""
+        return label_of(self.record)
+
+    @property
     def main_metric(self) -> str:
-        """The metric to quote where there is place for one."""
-        name: str = self.record["main_metric"]
-        return name
+        """The metric to quote where there is room for one."""
+        return str(self.record["main_metric"])
 
     def value(self, metric: str) -> float | None:
-        """A metric; none if it was not measured."""
-        found = self.record["metrics"].get(metric)
-        return None if found is None or not math.isfinite(found) else float(found)
+        """Return a metric, or None where it was not measured."""
+        value = self.record["metrics"].get(metric)
+        return None if value is None or not math.isfinite(value) else float(value)
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """Its 95 % interval, where it has one."""
-        found = self.record.get("ci95", {}).get(metric)
-        return (float(found[0]), float(found[1])) if found else None
+        """Return the 95 % interval of a metric, or None where it has none."""
+        ends = self.record.get("ci95", {}).get(metric)
+        return (float(ends[0]), float(ends[1])) if ends else None
+
+    @property
+    def outcomes_path(self) -> Path | None:
+        """The file with the outcomes of queries; None where outcomes are not stored."""
+        path = self.folder / Path(self.record.get("outcomes") or "-").name
+        return path if path.is_file() else None
 
     @cached_property
     def outcomes(self) -> Mapping[str, np.ndarray]:
-        """What each query came to, by metric; empty if that is not stored."""
-        path = self.folder / Path(self.record.get("outcomes") or "-").name
-        if not path.is_file():
+        """The outcome of each query, by metric; empty where outcomes are not stored."""
+        path = self.outcomes_path
+        if path is None:
             return {}
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return dict(stored)
-        except Exception as error:  # damaged archives raise errors of many kinds
+        except Exception as error:  # numpy raises errors of many types for damaged archives
             raise UserError(f"{path} cannot be read ({error}); restore it or evaluate again") from error
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage: its folder, and its part of the configuration."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def train_settings(self) -> Mapping[str, Any]:
+        """The configuration of its training."""
+        settings: Mapping[str, Any] = self.settings.get("train", {})
+        return settings
+
+    def state(self, phase: str) -> str:
+        """Return `done`, `partial` or `missing`."""
+        return phase_state(self.folder / phase)
+
+    @cached_property
+    def model_cfg(self) -> Mapping[str, Any]:
+        """open_clip's configuration of the model; empty before training is finished."""
+        config: Mapping[str, Any] = _read_object(self.folder / "train" / "model" / OPEN_CLIP_CONFIG_NAME)
+        model_cfg: Mapping[str, Any] = config.get("model_cfg", {})
+        return model_cfg
+
+    @cached_property
+    def weights(self) -> WeightSizes | None:
+        """Sizes from the header of the weights; None before training is finished."""
+        path = self.folder / "train" / "model" / OPEN_CLIP_WEIGHTS_NAME
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="np") as file:
+                sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                scale = float(np.exp(file.get_tensor("logit_scale")))
+        except (SafetensorError, OSError, TypeError) as error:
+            raise UserError(f"{path} is not a whole file of weights ({error}); restore it or train again") from error
+        sizes = {name: size for name, size in sizes.items() if not name.endswith(_BUFFERS)}
+        return WeightSizes(
+            image=sum(size for name, size in sizes.items() if name.startswith("visual.")),
+            text=sum(size for name, size in sizes.items() if not name.startswith(NOT_TEXT)),
+            logit_scale=scale,
+        )
+
+    @cached_property
+    def metrics(self) -> Sequence[Mapping[str, Any]]:
+        """All records of metrics.jsonl: of training steps and of evaluations during training."""
+        return read_jsonl(self.folder / "train" / "metrics.jsonl")
+
+    @cached_property
+    def steps(self) -> Sequence[Mapping[str, Any]]:
+        """The records of training steps, without steps that a restart trained again."""
+        return [record for record in self.metrics if "loss" in record]
+
+    def total(self, counter: str) -> int:
+        """Sum a counter over all steps."""
+        return int(sum(record.get(counter, 0) for record in self.steps))
+
+    @cached_property
+    def groups(self) -> Mapping[str, Any]:
+        """The content of groups.json; empty where nothing was trained."""
+        return _read_object(self.folder / "train" / "groups.json")
+
+    @cached_property
+    def bad_samples(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """Records of the samples that could not be decoded, by phase."""
+        return {phase: read_jsonl(self.folder / phase / "bad_samples.jsonl") for phase in ("train", "embed")}
+
+    @property
+    def bad_rows(self) -> Mapping[Any, str]:
+        """Why each row could not be decoded; rows that failed in both phases are there once."""
+        return {record.get("row"): str(record.get("reason")) for phase in self.bad_samples.values() for record in phase}
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """A run for its card.
+    """A run: its folder, and the resolved recipe."""
 
-    Attributes:
-        config: the resolved recipe.
-        launches: a record of each start.
-        data: none if there is no index.
-        stages: in order.
-        combination: how they are combined, with its logit scale; empty before that.
-        shares_text_tower: whether all stages have the same.
-        results: by set and then by model: `stage-K`, or `COMBINED`.
-        agreement: of clusterings of consecutive stages, by number of the first and side: their normalised mutual
-            information, and that of the first with the second in a random order.
-    """
-
+    folder: Path
     config: Mapping[str, Any]
-    launches: Sequence[Mapping[str, Any]]
-    data: Data | None
-    stages: Sequence[Stage]
-    combination: Mapping[str, Any]
-    shares_text_tower: bool
-    results: Mapping[str, Mapping[str, Result]]
-    agreement: Mapping[tuple[int, str], tuple[float, float]]
+
+    @cached_property
+    def stages(self) -> Sequence[StageRecord]:
+        """All stages of the recipe, in order."""
+        return [StageRecord(self.folder / f"stage-{s}", settings) for s, settings in enumerate(self.config["stages"])]
+
+    @property
+    def labels(self) -> list[str]:
+        """The models that tables show: all stages, and their combination where there are several."""
+        return [f"stage-{s}" for s in range(len(self.stages))] + [COMBINED] * (len(self.stages) > 1)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stages are combined."""
+        return phase_state(self.folder / COMBINED) == "done"
+
+    @cached_property
+    def launches(self) -> Sequence[Mapping[str, Any]]:
+        """A record of each start."""
+        return read_jsonl(self.folder / "launches.jsonl")
+
+    @cached_property
+    def index(self) -> ShardIndex | None:
+        """The index of the training data; None before it is written."""
+        path = self.folder / "index" / INDEX_NAME
+        return ShardIndex.load(path) if path.exists() else None
+
+    @cached_property
+    def combination(self) -> Mapping[str, Any]:
+        """How the stages are combined, and the fitted logit scale; empty before that."""
+        return _read_object(self.folder / COMBINED / "combination.json")
+
+    @property
+    def shares_text_tower(self) -> bool:
+        """Whether all stages have the same text tower."""
+        return bool(_read_object(self.folder / COMBINED / "model" / CONFIG_NAME).get("shared_text_tower"))
+
+    @property
+    def held_out_rows(self) -> int:
+        """Pairs that no stage trains on."""
+        counts = [stage.groups["held_out_rows"] for stage in self.stages if stage.groups]
+        return int(counts[0] if counts else self.combination.get("held_out_rows", 0))
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Time of all training steps; None before the first one."""
+        seconds = [stage.steps[-1]["seconds"] for stage in self.stages if stage.steps]
+        return sum(seconds) if seconds else None
+
+    @cached_property
+    def results(self) -> Mapping[str, Mapping[str, Result]]:
+        """Results of single stages and of their combination, by key of the set and then by label."""
+        results: dict[str, dict[str, Result]] = {}
+        folders = {stage.folder.name: stage.folder / "eval" for stage in self.stages}
+        for label, folder in {**folders, COMBINED: self.folder / COMBINED}.items():
+            for result in (Result(record, folder) for record in read_results(folder)):
+                if result.label == label:
+                    results.setdefault(result.record["key"], {})[label] = result
+        return results
+
+    @cached_property
+    def agreement(self) -> Mapping[tuple[int, str], tuple[float, float]]:
+        """Agreement of the clusterings of consecutive stages, by number of the first stage and side.
+
+        Each is the normalized mutual information, and that of the same clusters over pairs in a random order.
+        """
+        agreement = {}
+        rows = len(self.index) if self.index else 0
+        for s, side in ((s, side) for s in range(len(self.stages) - 1) for side in SIDES):
+            paths = [stage.folder / "cluster" / f"assignments-{side}.npy" for stage in self.stages[s : s + 2]]
+            if rows and all(path.exists() for path in paths):
+                first, second = (load_numbers(path, rows) for path in paths)
+                shuffled = second[permutation(rows, "agreement of clusterings", s, side)]
+                agreement[s, side] = (
+                    normalized_mutual_information(first, second),
+                    normalized_mutual_information(first, shuffled),
+                )
+        return agreement
 
 
 def read_run(folder: Path) -> RunRecord:
-    """What is known of a run, finished or not.
+    """Open a run, finished or not.
 
     Raises:
-        UserError: if it is not a run directory, or a file is damaged.
+        UserError: if it is not a run directory; the properties of the record raise it for damaged files.
     """
-    config = read_run_config(folder)
-    index_path, combined = folder / "index" / INDEX_NAME, folder / COMBINED
-    index = ShardIndex.load(index_path) if index_path.exists() else None
-    numbers = range(len(config["stages"]))
-    return RunRecord(
-        config=config,
-        launches=read_jsonl(folder / "launches.jsonl"),
-        data=None if index is None else _data(index),
-        stages=[_stage(folder / f"stage-{s}", config["stages"][s]) for s in numbers],
-        combination=_json(combined / "combination.json"),
-        shares_text_tower=bool(_json(combined / "model" / CONFIG_NAME).get("shared_text_tower")),
-        results=_results(folder, [f"stage-{s}" for s in numbers]),
-        agreement={} if index is None else dict(_agreements(folder, numbers, len(index))),
-    )
+    return RunRecord(folder, read_run_config(folder))
 
 
-def compare(a: Result, b: Result, metric: str) -> PairedComparison | None:
-    """How two models differ on the same queries; none where their outcomes are not stored or not of the same data."""
-    both = a.outcomes.get(metric), b.outcomes.get(metric)
-    is_same = a.record["data_sha256"] == b.record["data_sha256"]
-    if both[0] is None or both[1] is None or both[0].shape != both[1].shape or not len(both[0]) or not is_same:
-        return None
-    return compare_paired(both[0], both[1], a.outcomes.get(f"unit:{metric}"), resamples=RESAMPLES)
+def phase_state(folder: Path) -> str:
+    """Return the state of a phase: `done`, `partial` or `missing`."""
+    if (folder / DONE).exists():
+        return "done"
+    return "partial" if folder.exists() and any(folder.iterdir()) else "missing"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is none."""
+def load_results(folder: Path) -> list[Result]:
+    """Read all results of a run (its stages in order, then the combined model), of a stage, or of an evaluation.
+
+    Raises:
+        UserError: if a file of results is damaged.
+    """
+    stages = sorted(folder.glob("stage-*/eval"), key=lambda path: int(path.parent.name.removeprefix("stage-")))
+    folders = [folder, folder / "eval", *stages, folder / COMBINED]
+    return [Result(record, path) for path in folders for record in read_results(path)]
+
+
+def data_losses(folder: Path) -> list[str]:
+    """List what a run lost: samples left out or not decoded, masked negatives, merged groups, and restarts.
+
+    Counters are of the steps that made the model: steps that a restart trained again count once.
+
+    Raises:
+        UserError: if `folder` is not a run directory, or one of its files is damaged.
+    """
+    run = read_run(folder)
+    lines = []
+    if run.index is not None and (skipped := run.index.skipped_by_reason()):
+        lines.append(f"index: {sum(skipped.values()):,} samples of the shards are not pairs ({count_text(skipped)})")
+    for number, stage in enumerate(run.stages):
+        try:
+            lines += [f"stage {number}: {line}" for line in _stage_losses(stage)]
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(
+                f"the counts in {stage.folder} are damaged ({type(error).__name__}: {error}); restore its files, or "
+                f"delete it and run the recipe again"
+            ) from error
+    if len(run.launches) > 1:
+        lines.append(f"the run was started {len(run.launches)} times")
+    return lines or ["nothing"]
+
+
+def count_text(counts: Mapping[str, int]) -> str:
+    """Format counts by name: `broken_image 1,200, empty_caption 3`."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _stage_losses(stage: StageRecord) -> Iterator[str]:
+    for phase, activity in (("train", "training"), ("embed", "embedding")):
+        records = stage.bad_samples[phase]
+        if records:
+            yield f"{activity} could not decode {len(records):,} samples"
+        shards = Counter(record["shard"] for record in records).most_common()
+        for shard, _ in shards[:SHARDS_SHOWN]:
+            reasons = Counter(record["reason"] for record in records if record["shard"] == shard)
+            yield f"{activity}: {redacted(shard)}: {count_text(dict(reasons.most_common()))}"
+        if more := shards[SHARDS_SHOWN:]:
+            yield f"{activity}: {len(more)} more shards: {sum(count for _, count in more):,} samples"
+    if duplicates := stage.total("duplicates"):
+        action = "masked" if stage.train_settings.get("mask_duplicates", True) else "kept"
+        yield f"{duplicates:,} negatives with the same caption or image as their row were {action}"
+    if relaxed := stage.groups.get("rows_relaxed", 0):
+        total = sum(group["size"] for group in stage.groups["groups"])
+        yield f"{relaxed:,} of {total:,} rows are in groups merged from several labels, to have enough rows"
+    if weightless := stage.total("rows_without_weight"):
+        seen = stage.steps[-1]["samples_seen"]
+        yield f"{weightless:,} of {seen:,} rows had too few negatives in their batch, and got weight 0"
+    # How many steps earlier starts repeated is not recorded; those that the next start would repeat are known.
+    if stage.state("train") != "done" and stage.steps:
+        saved = [int(path.name.removeprefix("step-")) for path in checkpoints(stage.folder / "train" / "checkpoints")]
+        newest, last = max(saved, default=0), stage.steps[-1]["step"]
+        if last > newest:
+            yield f"steps {newest + 1} to {last} are not in a checkpoint yet; if training stops now, they are repeated"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file does not exist."""
     value = read_json(path) if path.exists() else {}
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; restore it or delete it to make it anew")
     return value
-
-
-def _data(index: ShardIndex) -> Data:
-    return Data(
-        rows=len(index),
-        shards=len(index.shards),
-        size=sum(shard.size for shard in index.shards),
-        digest=index.digest,
-        skipped=index.skipped_by_reason(),
-    )
-
-
-def _stage(folder: Path, settings: Mapping[str, Any]) -> Stage:
-    train, model = folder / "train", folder / "train" / "model"
-    bad = {record["row"] for phase in ("train", "embed") for record in read_jsonl(folder / phase / "bad_samples.jsonl")}
-    return Stage(
-        settings=settings,
-        is_trained=(train / DONE).exists(),
-        model_cfg=_json(model / OPEN_CLIP_CONFIG_NAME).get("model_cfg", {}),
-        weights=_weights(model / OPEN_CLIP_WEIGHTS_NAME),
-        steps=[record for record in read_jsonl(train / "metrics.jsonl") if "loss" in record],
-        groups=_json(train / "groups.json"),
-        bad_samples=len(bad),
-    )
-
-
-def _weights(path: Path) -> Weights | None:
-    """What the header of a file of weights tells; no weights are read."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="np") as file:
-            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            scale = float(np.exp(file.get_tensor("logit_scale")))
-    except (SafetensorError, OSError, TypeError) as error:
-        raise UserError(f"{path} is not a whole file of weights ({error}); restore it or train again") from error
-    sizes = {name: size for name, size in sizes.items() if not name.endswith(_NOT_PARAMETERS)}
-    return Weights(
-        image=sum(size for name, size in sizes.items() if name.startswith("visual.")),
-        text=sum(size for name, size in sizes.items() if not name.startswith(NOT_TEXT)),
-        logit_scale=scale,
-    )
-
-
-def _results(folder: Path, stages: Sequence[str]) -> dict[str, dict[str, Result]]:
-    places = {**{name: folder / name / "eval" for name in stages}, COMBINED: folder / COMBINED}
-    results: dict[str, dict[str, Result]] = {}
-    for name, place in places.items():
-        for record in read_jsonl(place / "results.jsonl"):
-            label = record.get("label") or record["pretrained"].rsplit("/", 1)[-1]
-            if label == name:
-                results.setdefault(record["key"], {})[label] = Result(record, place)
-    return results
-
-
-def _agreements(
-    folder: Path, stages: Sequence[int], rows: int
-) -> Iterator[tuple[tuple[int, str], tuple[float, float]]]:
-    for s in stages[:-1]:
-        for side in SIDES:
-            paths = [folder / f"stage-{number}" / "cluster" / f"assignments-{side}.npy" for number in (s, s + 1)]
-            if all(path.exists() for path in paths):
-                one, two = (load_numbers(path, rows) for path in paths)
-                shuffled = two[permutation(rows, "agreement of clusterings", s, side)]
-                yield (
-                    (s, side),
-                    (normalized_mutual_information(one, two), normalized_mutual_information(one, shuffled)),
-                )

@@ -1,93 +1,32 @@
-"""The results of a run as tables and sentences, which say no more than was measured."""
+"""Compare the results of two models query by query, and format results as Markdown tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mcl_clip.core.stats import PairedComparison, holm
-from mcl_clip.results.record import COMBINED, Result, RunRecord, compare
-from mcl_clip.results.text import listed, public_name, safe, table
+from mcl_clip.core.stats import PairedComparison, compare_paired, holm
+from mcl_clip.results.record import Result, RunRecord
+from mcl_clip.results.text import (
+    METRICS,
+    PROBE_AT_WIDTH,
+    SIDE_NAMES,
+    cell,
+    format_percent,
+    label_title,
+    listed,
+    markdown_table,
+    metric_title,
+    public_name,
+)
 
-TITLES = {
-    "mean_recall@1": "mean R@1",
-    "text_retrieval_recall@1": "picture to text R@1",
-    "text_retrieval_recall@5": "picture to text R@5",
-    "image_retrieval_recall@1": "text to picture R@1",
-    "image_retrieval_recall@5": "text to picture R@5",
-    "acc1": "zero-shot accuracy",
-    "acc5": "among the first 5",
-    "mean_per_class_recall": "mean over classes",
-    "mean_average_precision": "mean average precision",
-    "linear_acc1": "linear read-out",
-    "accuracy": "accuracy",
-    "image_score": "image score",
-    "text_score": "text score",
-    "group_score": "group score",
-    "pair_accuracy": "pairs",
-    "set_accuracy": "sets",
-}
-AT_WIDTH = "linear_acc1_width_"
-RIGHT_OR_WRONG = ("acc1", "linear_acc1", "text_retrieval_recall@1", "image_retrieval_recall@1", "micro_accuracy")
-
-
-def title(label: str) -> str:
-    """What a model of a run is called."""
-    return "all stages" if label == COMBINED else f"stage {label.removeprefix('stage-')}"
-
-
-def set_name(result: Result) -> str:
-    """What the user calls a set."""
-    return public_name(result.record["dataset"])
-
-
-def metric_title(metric: str) -> str:
-    """What a measure is called."""
-    if metric.startswith(AT_WIDTH):
-        return f"the same at {safe(metric.removeprefix(AT_WIDTH))} dimensions"
-    return TITLES.get(metric, safe(metric))
-
-
-def metrics_of(results: Iterable[Result]) -> list[str]:
-    """The measures of a set that are shown, the main one first."""
-    results = list(results)
-    measured = dict.fromkeys(
-        metric for result in results for metric in result.record["metrics"] if result.value(metric) is not None
-    )
-    known = [metric for metric in TITLES if metric in measured]
-    widths = [metric for metric in measured if metric.startswith(AT_WIDTH)]
-    return list(dict.fromkeys([results[0].main_metric, *known, *widths]))
-
-
-def cell(result: Result | None, metric: str) -> str:
-    """A measure in percent with its 95 % interval."""
-    value = result.value(metric) if result else None
-    if result is None or value is None:
-        return "-"
-    if metric.endswith("rank"):
-        return f"{value:g}"
-    interval = result.interval(metric)
-    return f"{100 * value:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
-
-
-def chance(result: Result) -> str:
-    """The main measure of guessing, where it is known."""
-    record, images = result.record, result.record.get("n_images")
-    if result.main_metric == "acc1" and record.get("n_classes"):
-        return f"{100 / record['n_classes']:.1f}"
-    return f"{100 / images:.1f}" if result.main_metric == "mean_recall@1" and images else "-"
-
-
-def sizes(result: Result) -> str:
-    """How large a set is."""
-    record = result.record
-    names = {"n_images": "pictures", "n_texts": "texts", "n_classes": "classes", "n_pairs": "items"}
-    if "n_classes" in record:
-        names.pop("n_texts")
-    return ", ".join(f"{record[key]:,} {name}" for key, name in names.items() if key in record)
+RESAMPLES = 2000
+UNRELATED, MOSTLY_SAME = 0.2, 0.6  # agreement of two clusterings, from random to equal
+LINEAR_PROBE = "linear_acc1"
+RIGHT_OR_WRONG = ("acc1", LINEAR_PROBE, "text_retrieval_recall@1", "image_retrieval_recall@1", "micro_accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duel:
-    """A measure of a set under the model of the card and another one."""
+class MetricDifference:
+    """A metric of one set under two models, `ours` and `other`; `paired` is None where outcomes are not stored."""
 
     name: str
     metric: str
@@ -98,31 +37,79 @@ class Duel:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` where the interval of the difference leaves out 0; empty where nothing is clear."""
-        if self.paired is None or self.paired.low <= 0 <= self.paired.high:
-            return ""
-        return "better" if self.paired.low > 0 else "worse"
+        """Whether ours is `better` or `worse`; empty where that is not clear."""
+        return verdict(self.paired)
 
-    @property
-    def difference(self) -> str:
-        """In points, with its interval where there is one."""
+    def __str__(self) -> str:
+        """Format the difference in points, with its interval where there is one."""
         if self.paired is None:
             return f"{100 * (self.ours - self.other):+.1f} points, interval not known"
         return difference_text(self.paired).replace(" [", " points [")
 
 
-def duels(run: RunRecord, ours: str, other: str) -> list[Duel]:
-    """The model of the card against another of its run: the main measure, and the read-out, of each set of both."""
+def compare(a: Result, b: Result, metric: str, *, resamples: int = RESAMPLES) -> PairedComparison | None:
+    """Compare two models on the same queries; None where outcomes are not stored, or not of the same data."""
+    of_a, of_b = a.outcomes.get(metric), b.outcomes.get(metric)
+    has_same_data = a.record.get("data_sha256") == b.record.get("data_sha256")
+    if of_a is None or of_b is None or of_a.shape != of_b.shape or not len(of_a) or not has_same_data:
+        return None
+    return compare_paired(of_a, of_b, a.outcomes.get(f"unit:{metric}"), resamples=resamples)
+
+
+def verdict(paired: PairedComparison | None) -> str:
+    """Return `better` or `worse` where the 95 % interval of the difference excludes 0, else an empty string."""
+    if paired is None or paired.low <= 0 <= paired.high:
+        return ""
+    return "better" if paired.low > 0 else "worse"
+
+
+def difference_text(paired: PairedComparison) -> str:
+    """Format a difference in points with its interval."""
+    return format_percent(paired.difference, (paired.low, paired.high), signed=True)
+
+
+def headline_metrics(result: Result) -> list[str]:
+    """Return the main metric and the linear probe, where they were measured."""
+    metrics = dict.fromkeys((result.main_metric, LINEAR_PROBE))
+    return [metric for metric in metrics if result.value(metric) is not None]
+
+
+def shown_metrics(results: Iterable[Result]) -> list[str]:
+    """Return the metrics of a set that tables show, the main one first."""
+    results = list(results)
+    measured = dict.fromkeys(
+        metric for result in results for metric in result.record["metrics"] if result.value(metric) is not None
+    )
+    known = [metric for metric in METRICS if metric in measured]
+    at_width = [metric for metric in measured if metric.startswith(PROBE_AT_WIDTH)]
+    return list(dict.fromkeys([results[0].main_metric, *known, *at_width]))
+
+
+def set_name(result: Result) -> str:
+    """Return the user's name of a set, escaped and without folders."""
+    return public_name(result.dataset)
+
+
+def sizes(result: Result) -> str:
+    """Format the size of a set: `1,000 images, 10 classes`."""
+    units = {"n_images": "images", "n_texts": "texts", "n_classes": "classes", "n_pairs": "items"}
+    if "n_classes" in result.record:
+        units.pop("n_texts")  # they are prompts
+    return ", ".join(f"{result.record[key]:,} {unit}" for key, unit in units.items() if key in result.record)
+
+
+def differences(run: RunRecord, ours: str, other: str) -> list[MetricDifference]:
+    """Compare two models of a run by the headline metrics of each set that both were evaluated on."""
     found = []
     for of_set in run.results.values():
         if ours not in of_set or other not in of_set:
             continue
         one, two = of_set[ours], of_set[other]
-        for metric in dict.fromkeys((one.main_metric, "linear_acc1")):
+        for metric in headline_metrics(one):
             values = one.value(metric), two.value(metric)
             if values[0] is not None and values[1] is not None:
                 found.append(
-                    Duel(
+                    MetricDifference(
                         name=set_name(one),
                         metric=metric,
                         is_main=metric == one.main_metric,
@@ -134,100 +121,79 @@ def duels(run: RunRecord, ours: str, other: str) -> list[Duel]:
     return found
 
 
-def difference_text(paired: PairedComparison) -> str:
-    """A difference in points with its interval."""
-    return f"{100 * paired.difference:+.1f} [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
-
-
-def verdicts(found: Iterable[Duel]) -> str:
-    """On which sets the model is better, worse, or neither, by the main measure."""
+def verdict_text(found: Iterable[MetricDifference]) -> str:
+    """Say on which sets ours is better, worse, or not clearly different, by the main metric."""
     names: dict[str, list[str]] = {"better": [], "": [], "worse": []}
-    for duel in found:
-        if duel.is_main:
-            names[duel.verdict].append(duel.name)
+    for difference in found:
+        if difference.is_main:
+            names[difference.verdict].append(difference.name)
     parts = [f"better on {listed(names['better'])}", f"worse on {listed(names['worse'])}"]
     return "; ".join(parts + ([f"no clear difference on {listed(names[''])}"] if names[""] else []))
 
 
-def losing_sentences(found: Sequence[Duel], ours: str, other: str) -> list[str]:
-    """On which sets another model of the run is better, with the figures; what may be chance comes last, together."""
-    better = "All stages together are" if other == COMBINED else f"{title(other).capitalize()} alone is"
-    mine = f"{title(ours)} alone" if other == COMBINED else title(ours)
-    lost = [duel for duel in found if duel.other > duel.ours]
-    clear: dict[str, list[str]] = {}
-    for duel in lost:
-        if duel.verdict == "worse":
-            values = f"{100 * duel.other:.1f} against {100 * duel.ours:.1f} % (difference {duel.difference})"
-            clear.setdefault(duel.name, []).append(f"{metric_title(duel.metric)} {values}")
-    sentences = [f"**{better} better than {mine} on {name}**: {'; '.join(values)}." for name, values in clear.items()]
-    if unclear := [
-        f"{duel.name}, {metric_title(duel.metric)} ({duel.difference})" for duel in lost if duel.verdict != "worse"
-    ]:
-        sentences.append(f"{better} ahead of {mine}, but not clearly, on {'; '.join(unclear)}.")
-    return sentences
-
-
 def main_table(run: RunRecord, labels: Sequence[str], ours: str) -> str:
-    """The main measure of each set, a column a model."""
-    rows = [["set", "measure, %", "measured on", "chance", *(_heading(label, labels, ours) for label in labels)]]
+    """Format the main metric of each set, a column for each model; `ours` is in bold."""
+    rows = [["set", "metric, %", "size", "chance", *(_heading(label, labels, ours) for label in labels)]]
     for of_set in run.results.values():
         first = next(iter(of_set.values()))
-        cells = [cell(of_set.get(label), first.main_metric) for label in labels]
-        rows.append([set_name(first), metric_title(first.main_metric), sizes(first), chance(first), *cells])
-    return table(rows, words=3)
-
-
-def _heading(label: str, labels: Sequence[str], ours: str) -> str:
-    name = title(label) if len(labels) > 1 else "this model"
-    return f"**{name}**" if label == ours else name
+        metric, classes, images = first.main_metric, first.record.get("n_classes"), first.record.get("n_images")
+        choices = classes if metric == "acc1" else images if metric == "mean_recall@1" else None
+        chance = f"{100 / choices:.1f}" if choices else "-"
+        cells = [cell(of_set.get(label), metric) for label in labels]
+        rows.append([set_name(first), metric_title(metric), sizes(first), chance, *cells])
+    return markdown_table(rows, text_columns=3)
 
 
 def set_table(of_set: Mapping[str, Result], labels: Sequence[str], ours: str) -> str:
-    """All measures of a set that are shown, a line a model."""
-    metrics = metrics_of(of_set.values())
+    """Format all metrics of a set, a line for each model; `ours` is in bold."""
+    metrics = shown_metrics(of_set.values())
     rows = [
         [_heading(label, labels, ours), *(cell(of_set.get(label), metric) for metric in metrics)] for label in labels
     ]
-    return table([["", *map(metric_title, metrics)], *rows])
+    return markdown_table([["", *map(metric_title, metrics)], *rows])
+
+
+def _heading(label: str, labels: Sequence[str], ours: str) -> str:
+    name = label_title(label) if len(labels) > 1 else "this model"
+    return f"**{name}**" if label == ours else name
 
 
 def difference_table(run: RunRecord, ours: str, other: str) -> str:
-    """What each of two models gets right alone, a line a set and measure; empty where outcomes are not stored."""
-    found = [
-        (set_name(of_set[ours]), metric, paired)
-        for of_set in run.results.values()
-        if ours in of_set and other in of_set
-        for metric in _compared(of_set[ours], of_set[other])
-        if (paired := compare(of_set[ours], of_set[other], metric)) is not None
-    ]
-    if not found:
+    """Format paired differences of two models, a line for each set and metric; empty without stored outcomes."""
+    tests = []
+    for of_set in run.results.values():
+        if ours in of_set and other in of_set:
+            one, two = of_set[ours], of_set[other]
+            counted = [metric for metric in RIGHT_OR_WRONG if metric in one.outcomes and metric in two.outcomes]
+            for metric in counted or [one.main_metric]:
+                if (paired := compare(one, two, metric)) is not None:
+                    tests.append((set_name(one), metric, paired))
+    if not tests:
         return ""
-    tested = [paired.p_value for _, _, paired in found if paired.p_value is not None]
-    adjusted = iter(holm(tested))
-    titles = ["set", "measure", "queries", f"only {title(other)}", f"only {title(ours)}", "difference, points"]
-    rows = [[*titles, "p", "p (Holm)"]]
-    for name, metric, paired in found:
-        alone = ["-"] * 2 if paired.only_a is None else [f"{paired.only_b:,}", f"{paired.only_a:,}"]
-        p_values = ["-"] * 2 if paired.p_value is None else [_p(paired.p_value), _p(next(adjusted))]
-        rows.append([name, metric_title(metric), f"{paired.n:,}", *alone, difference_text(paired), *p_values])
-    return table(rows, words=2)
+    adjusted = iter(holm([paired.p_value for _, _, paired in tests if paired.p_value is not None]))
+    titles = ["set", "metric", "queries", f"only {label_title(other)}", f"only {label_title(ours)}"]
+    rows = [[*titles, "difference, points", "p", "p (Holm)"]]
+    for name, metric, paired in tests:
+        only = ["-"] * 2 if paired.only_a is None else [f"{paired.only_b:,}", f"{paired.only_a:,}"]
+        p_values = [] if paired.p_value is None else [paired.p_value, next(adjusted)]
+        p_cells = [f"{p:.2g}" if p >= 1e-6 else "< 1e-6" for p in p_values] or ["-"] * 2
+        rows.append([name, metric_title(metric), f"{paired.n:,}", *only, difference_text(paired), *p_cells])
+    return markdown_table(rows, text_columns=2)
 
 
-def _compared(one: Result, two: Result) -> list[str]:
-    counted = [metric for metric in RIGHT_OR_WRONG if metric in one.outcomes and metric in two.outcomes]
-    return counted or [one.main_metric]
-
-
-def _p(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-6 else "< 1e-6"
+def agreement_text(agreement: float, if_random: float) -> str:
+    """Say how the clusters of a stage relate to those of the stage before."""
+    share = (agreement - if_random) / max(1e-9, 1 - if_random)  # 0 is a random agreement, 1 an equal clustering
+    if share < UNRELATED:
+        return "are largely unrelated to"
+    return "mostly agree with" if share > MOSTLY_SAME else "partly agree with"
 
 
 def agreement_table(run: RunRecord) -> str:
-    """How alike the clusterings of consecutive stages are; empty where no two can be compared."""
-    if not run.agreement:
-        return ""
+    """Format the agreement of the clusterings of consecutive stages; empty where no two can be compared."""
     rows = [
-        [f"{s} and {s + 1}", {"image": "pictures", "text": "texts"}[side], f"{found:.2f}", f"{unrelated:.2f}"]
-        for (s, side), (found, unrelated) in run.agreement.items()
+        [f"{s} and {s + 1}", SIDE_NAMES[side], f"{agreement:.2f}", f"{if_random:.2f}"]
+        for (s, side), (agreement, if_random) in run.agreement.items()
     ]
-    return table([["stages", "clusters of", "agreement", "if unrelated"], *rows], words=2)
+    titles = ["stages", "clusters of", "agreement", "if unrelated"]
+    return markdown_table([titles, *rows], text_columns=2) if rows else ""

@@ -1,24 +1,54 @@
-"""Text fit for Markdown: what comes from a recipe passes through `safe`, what may be a path through `public_name`."""
+"""Format what runs measured: names of metrics, models and controls, cells, durations, sizes, and tables.
 
+Text from a recipe passes through `safe` before it reaches Markdown or HTML, and text that may be a path through
+`public_name`.
+"""
+
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mcl_clip.eval.task import label_of, read_results
+from mcl_clip.results.record import COMBINED, Result, load_results
 
 NOT_MEASURED = "not measured"
 NOT_STATED = "not stated"
-NAMES_SHOWN = 6
-_PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SPECIAL = re.compile(r"[&<>|`*\[\]\\~$]|(?<!\w)_|_(?!\w)")
-MAX_COLUMNS = 10
-COLUMNS = {
+MAX_NAMES = 6  # that a sentence lists; more are counted
+MAX_COLUMNS = 10  # of a task that is not in COLUMNS
+SIDE_NAMES = {"image": "images", "text": "texts"}
+CONTROLS = {
+    "single": "a single stage with the compute of all stages",
+    "ensemble": "models from different seeds in place of stages, without groups",
+    "no-groups": "the same stages without groups",
+    "random-groups": "the same stages with random groups",
+    "ifm": "a single stage of equal compute with implicit feature modification",
+}
+METRICS = {
+    "mean_recall@1": "mean R@1",
+    "text_retrieval_recall@1": "image-to-text R@1",
+    "text_retrieval_recall@5": "image-to-text R@5",
+    "image_retrieval_recall@1": "text-to-image R@1",
+    "image_retrieval_recall@5": "text-to-image R@5",
+    "acc1": "zero-shot accuracy",
+    "acc5": "zero-shot top-5 accuracy",
+    "mean_per_class_recall": "mean per-class recall",
+    "mean_average_precision": "mean average precision",
+    "linear_acc1": "linear probe",
+    "accuracy": "accuracy",
+    "image_score": "image score",
+    "text_score": "text score",
+    "group_score": "group score",
+    "pair_accuracy": "pairs",
+    "set_accuracy": "sets",
+}
+PROBE_AT_WIDTH = "linear_acc1_width_"
+COLUMNS = {  # of the table in the terminal, by task
     "zeroshot_retrieval": {
         "mean R@1": "mean_recall@1",
         **{
-            f"{way} {column}": f"{side}_{metric}"
-            for way, side in (("i2t", "text_retrieval"), ("t2i", "image_retrieval"))
+            f"{direction} {column}": f"{side}_{metric}"
+            for direction, side in (("i2t", "text_retrieval"), ("t2i", "image_retrieval"))
             for column, metric in (
                 ("R@1", "recall@1"),
                 ("R@5", "recall@5"),
@@ -30,133 +60,143 @@ COLUMNS = {
     "zeroshot_classification": {
         "zero-shot": "acc1",
         "top 5": "acc5",
-        "linear read-out": "linear_acc1",
+        "linear probe": "linear_acc1",
         "NMI of clusters": "cluster_nmi",
     },
     "image_text_pairs": {
-        "accuracy": "accuracy",
-        "image score": "image_score",
-        "text score": "text_score",
-        "group score": "group_score",
-        "pairs": "pair_accuracy",
-        "sets": "set_accuracy",
+        METRICS[name]: name
+        for name in ("accuracy", "image_score", "text_score", "group_score", "pair_accuracy", "set_accuracy")
     },
 }
+_PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SPECIAL = re.compile(r"[&<>|`*\[\]\\~$]|(?<!\w)_|_(?!\w)")
 
 
 def safe(text: object) -> str:
-    """One line that Markdown and HTML show as it is, in a table too."""
+    """Escape text for Markdown and HTML: one line that both show literally, also in a table."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", line)
 
 
 def public_name(text: object) -> str:
-    """A name such as ORG/NAME, or the last part of a path; fit for a table."""
+    """Return a name such as ORG/NAME, or the last part of a path, escaped."""
     name = str(text)
     return safe(name if _PLAIN.fullmatch(name) else name.rstrip("/").rsplit("/", 1)[-1])
 
 
-def table(rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """A table with its title row first; all but the first `words` columns are numbers, to the right."""
-    marks = ["---" if column < words else "--:" for column in range(len(rows[0]))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], marks, *rows[1:]))
+def label_title(label: str) -> str:
+    """Return the name of a model in tables: `stage 0` or `all stages`."""
+    return "all stages" if label == COMBINED else label.replace("-", " ")
 
 
-def listed(names: Iterable[str], none: str = "none") -> str:
-    """Names in a sentence; how many, where they are too many."""
+def metric_title(metric: str) -> str:
+    """Return the name of a metric in tables, escaped."""
+    if metric.startswith(PROBE_AT_WIDTH):
+        return f"linear probe, {safe(metric.removeprefix(PROBE_AT_WIDTH))} dimensions"
+    return METRICS.get(metric, safe(metric))
+
+
+def listed(names: Iterable[str], *, most: int = MAX_NAMES, none: str = "none") -> str:
+    """Join names to `a, b and c`; only count them where there are more than `most`."""
     names = list(names)
-    if len(names) > NAMES_SHOWN:
+    if len(names) > most:
         return f"{len(names)} sets"
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else (names or [none])[0]
 
 
-def amount(number: float) -> str:
-    """Parameters."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
+def format_percent(value: float | None, interval: tuple[float, float] | None = None, *, signed: bool = False) -> str:
+    """Format a share in percent with its interval: `62.5 [60.1, 64.8]`; `-` where it was not measured."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    number = "+.1f" if signed else ".1f"
+    ends = f" [{', '.join(format(100 * end, number) for end in interval)}]" if interval else ""
+    return format(100 * value, number) + ends
+
+
+def cell(result: Result | None, metric: str, *, has_interval: bool = True) -> str:
+    """Format a metric of a result: a share in percent with its 95 % interval, or a rank."""
+    value = result.value(metric) if result else None
+    if result is None or value is None:
+        return "-"
+    if metric.endswith("rank"):
+        return f"{value:g}"
+    return format_percent(value, result.interval(metric) if has_interval else None)
+
+
+def format_parameters(number: float) -> str:
+    """Format a number of parameters: `151.3 M`."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.1f} {letter}"
     return f"{number:g}"
 
 
-def size(number: int) -> str:
-    """Bytes."""
+def format_bytes(number: int) -> str:
+    """Format a number of bytes in powers of ten: `1.7 GB`."""
     for unit, letter in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= unit:
             return f"{number / unit:.1f} {letter}"
     return f"{number} bytes"
 
 
-def duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
-    minutes = round(seconds / 60)
+def format_duration(seconds: float) -> str:
+    """Format a duration: `2 h 3 min`, `1 min 10 s` or `0.3 s`."""
+    minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
+        minutes = round(seconds / 60)
         return f"{minutes // 60} h {minutes % 60} min"
-    return f"{round(seconds) // 60} min {round(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def run_results(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of all stages and of the combined model, in order; or those of any folder with a results.jsonl."""
-    return [record for folder in result_folders(run_dir) for record in read_results(folder)]
+def markdown_table(rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """Format rows, with the titles first, as a Markdown table; columns after `text_columns` are right-aligned."""
+    marks = ["---" if column < text_columns else "--:" for column in range(len(rows[0]))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], marks, *rows[1:]))
 
 
-def result_folders(folder: Path) -> list[Path]:
-    """Where results of a run, of a stage of it, or of an evaluation may be."""
-    stages = sorted(folder.glob("stage-*/eval"), key=lambda path: int(path.parent.name.removeprefix("stage-")))
-    return [folder, folder / "eval", *stages, folder / "combined"]
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Format rows as indented lines for a terminal: the first column left-aligned, the others right-aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
 
 
-def results_table(run_dir: Path) -> str:
-    """What a run has measured so far: a table a set, a line a model, shares in percent.
+def results_table(folder: Path) -> str:
+    """Format the results of a run so far: a table for each set, a line for each model, shares in percent.
 
-    The main metric comes with its 95 % interval.
+    Only the main metric comes with its 95 % interval.
     """
-    return "\n".join(line for title, rows in result_rows(run_dir).items() for line in (title, *aligned(rows)))
+    return "\n".join(line for title, rows in result_rows(folder).items() for line in (title, *aligned(rows)))
 
 
-def result_rows(run_dir: Path) -> dict[str, list[list[str]]]:
-    """The rows of `results_table`, the title row first, by what stands above them."""
-    records, found = run_results(run_dir), {}
-    for key in dict.fromkeys(record["key"] for record in records):
-        of_set = [record for record in records if record["key"] == key]
-        columns = _columns(of_set)
-        rows = [["", *columns], *(_row(record, columns.values()) for record in of_set)]
-        found[f"{key}: {size_text(of_set[0])}"] = rows
-    return found
+def result_rows(folder: Path) -> dict[str, list[list[str]]]:
+    """Return the rows of `results_table`, titles first, by the heading of each table."""
+    sets: dict[str, list[Result]] = {}
+    for result in load_results(folder):
+        sets.setdefault(result.record["key"], []).append(result)
+    tables = {}
+    for key, results in sets.items():
+        columns = _columns([result.record for result in results])
+        rows = [["", *columns]]
+        for result in results:
+            main = result.record.get("main_metric")
+            rows.append([result.label, *(cell(result, name, has_interval=name == main) for name in columns.values())])
+        tables[f"{key}: {size_text(results[0].record)}"] = rows
+    return tables
 
 
 def size_text(record: Mapping[str, Any]) -> str:
-    """How large the set of a record is."""
+    """Format the size of the set of a record."""
     return f"{record['n_images']} images, {record['n_texts']} texts"
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
-    """Metrics by title, with the main one; a task that is not in `COLUMNS` shows them under their own names."""
+    """Return metrics by title, the main one among them; tasks without `COLUMNS` show metrics under their own names."""
     main = next((record["main_metric"] for record in records if "main_metric" in record), None)
     if known := COLUMNS.get(records[0]["task"]):
         return known if main is None or main in known.values() else {main: main, **known}
     names = [main, *(name for record in records for name in record["metrics"])]
     titles = [name for name in dict.fromkeys(names) if name not in (None, "main_metric")]
     return {name: name for name in titles[:MAX_COLUMNS]}
-
-
-def _row(record: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
-    return [label_of(record), *(_cell(record, name) for name in columns)]
-
-
-def _cell(record: Mapping[str, Any], metric: str) -> str:
-    value = record["metrics"].get(metric)
-    if value is None:
-        return "-"
-    if metric.endswith("rank"):
-        return f"{value:g}"
-    interval = record.get("ci95", {}).get(metric) if metric == record.get("main_metric") else None
-    return f"{100 * value:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]

@@ -32,7 +32,7 @@ from mcl_clip.report.clusters import contact_sheets
 from mcl_clip.report.page import write_report
 from mcl_clip.report.view import RunView
 from mcl_clip.results.record import COMBINED
-from mcl_clip.results.text import result_rows
+from mcl_clip.results.text import format_duration, result_rows
 from mcl_clip.runs.context import RunContext, load_index, open_tasks
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import combine, evaluate, publish
@@ -121,9 +121,7 @@ def _run_phase(run: RunContext, phase: Phase) -> None:
     phase.run()
     barrier()  # every process has finished writing
     on_main(phase.mark_done)
-    seconds = time.perf_counter() - started
-    minutes, rest = divmod(round(seconds), 60)
-    logger.info("%s: done in %s", phase.name, f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s")
+    logger.info("%s: done in %s", phase.name, format_duration(time.perf_counter() - started))
     if phase.name.endswith(("/eval", COMBINED)):
         on_main(partial(_show_results, run, phase))
 

@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.core.distributed import count_cores
 from mcl_clip.core.errors import UserError
-from mcl_clip.core.files import DONE, read_jsonl, read_run_config
+from mcl_clip.core.files import read_jsonl, read_run_config
 from mcl_clip.data.decode import train_transform
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.row_order import Source
 from mcl_clip.eval.task import Task
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH, make_tokenizer
 from mcl_clip.report.page import REPORT
+from mcl_clip.results.record import PHASES, phase_state, read_run
 from mcl_clip.runs.context import RunContext, only, open_tasks
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import diagnosis
@@ -30,7 +31,6 @@ from mcl_clip.tools.doctor.findings import Finding, attempt
 from mcl_clip.train.trackers import check_trackers
 
 COLOURS = {"done": "\033[32m", "partial": "\033[33m", "missing": "\033[2m"}
-PHASES = ("train", "embed", "cluster", "labels", "eval")
 TOWER_SETTINGS = ("architecture", "model", "preprocess")
 STAGE_SETTINGS = (
     *("steps", "global_batch_size", "warmup_steps", "groups", "min_negatives", "precision"),
@@ -40,20 +40,19 @@ STAGE_SETTINGS = (
 
 def status_lines(run: Path, *, has_colours: bool = False) -> list[str]:
     """Which phases of each stage are done, and its last step."""
-    config, lines = read_run_config(run), []
+    record, lines = read_run(run), []
 
     def state(folder: Path) -> str:
-        word = _state(folder)
+        word = phase_state(folder)
         return f"{COLOURS[word]}{word}\033[0m" if has_colours else word
 
-    for stage in range(len(config["stages"])):
-        folder, steps = run / f"stage-{stage}", config["stages"][stage].get("train", {}).get("steps")
-        states = [f"{phase} {state(folder / phase)}" for phase in PHASES]
-        records = [record for record in read_jsonl(folder / "train" / "metrics.jsonl") if "loss" in record]
-        at = f" (step {records[-1].get('step')} of {steps})" if records else ""
-        lines.append(f"stage {stage}: {', '.join(states)}{at}")
+    for number, stage in enumerate(record.stages):
+        states = [f"{phase} {state(stage.folder / phase)}" for phase in PHASES]
+        steps = stage.train_settings.get("steps")
+        at = f" (step {stage.steps[-1].get('step')} of {steps})" if stage.steps else ""
+        lines.append(f"stage {number}: {', '.join(states)}{at}")
     lines.append(f"combined: {state(run / 'combined')}")
-    publish = config.get("publish")
+    publish = record.config.get("publish")
     if isinstance(publish, dict) and publish.get("repo"):
         lines.append(f"publish to {publish['repo']}: {state(run / 'publish')}")
     if (run / REPORT).exists():
@@ -72,7 +71,7 @@ def diagnoses(run: Path) -> list[str]:
 
 def _said_of(run: Path, s: int, settings: Mapping[str, Any], rows: int) -> str:
     """What a stage says about the next; nothing before it is evaluated."""
-    if not rows or _state(run / f"stage-{s}" / "eval") != "done":
+    if not rows or phase_state(run / f"stage-{s}" / "eval") != "done":
         return ""
     try:
         return diagnosis(run, s, settings=settings, rows=rows)
@@ -83,12 +82,6 @@ def _said_of(run: Path, s: int, settings: Mapping[str, Any], rows: int) -> str:
             f"metrics or results in {run / f'stage-{s}'} are damaged ({type(error).__name__}: {error}); restore them, "
             f"or delete their folders and run the recipe again"
         ) from error
-
-
-def _state(folder: Path) -> str:
-    if (folder / DONE).exists():
-        return "done"
-    return "partial" if folder.exists() and any(folder.iterdir()) else "missing"
 
 
 def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[], Accelerator]) -> Iterator[Finding]:

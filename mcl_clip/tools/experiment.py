@@ -30,17 +30,14 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, atomic_path, file_digest, read_json, write_json
 from mcl_clip.core.progress import Progress
 from mcl_clip.core.stats import Estimate, Means, crossed_bootstrap
-from mcl_clip.eval.task import label_of
 from mcl_clip.model.multistage import COMBINATIONS
-from mcl_clip.results.text import run_results
+from mcl_clip.results.record import COMBINED, Result, load_results
+from mcl_clip.results.text import CONTROLS, format_percent
 
 STAGES = "mcl"
-CONTROLS = ("single", "ensemble", "no-groups", "random-groups", "ifm")
 SAME_FIRST_STAGE = ("ensemble", "no-groups", "random-groups")
-COMBINED = "combined"
 
 WIDTH = re.compile(r"_width_\d+$")
-PERCENT = 100
 
 Values = Mapping[str, Mapping[str, Float[np.ndarray, "_seeds _items"]]]
 
@@ -250,44 +247,42 @@ def _outcomes(plan: ExperimentPlan, rows: Mapping[str, tuple[str, str]]) -> Valu
 def _of_seeds(plan: ExperimentPlan, arm: str, label: str, term: str) -> Float[np.ndarray, "seeds items"] | None:
     """The outcome of each item under each seed; nothing if no seed has results on the set."""
     dataset, _, metric = term.partition(":")
-    records = [_record(plan.folder(seed, arm), label, dataset) for seed in plan.seeds]
-    present = [record for record in records if record is not None]
-    if len({record["data_sha256"] for record in present}) > 1 or 0 < len(present) < len(records):
+    results = [_result(plan.folder(seed, arm), label, dataset) for seed in plan.seeds]
+    present = [result for result in results if result is not None]
+    if len({result.record["data_sha256"] for result in present}) > 1 or 0 < len(present) < len(results):
         raise UserError(
             f"the runs of {arm} were not all measured on the same {dataset}; it was made anew meanwhile, or is missing "
             f"in some: use a new --out"
         )
     runs = (plan.folder(seed, arm) for seed in plan.seeds)
     return (
-        np.stack([_outcome(run, record, metric) for run, record in zip(runs, present, strict=True)])
+        np.stack([_outcome(run, result, metric) for run, result in zip(runs, present, strict=True)])
         if present
         else None
     )
 
 
-def _record(run: Path, label: str, dataset: str) -> dict[str, Any] | None:
-    found = (record for record in run_results(run) if record["dataset"] == dataset and label_of(record) == label)
-    return next(found, None)
+def _result(run: Path, label: str, dataset: str) -> Result | None:
+    results = (result for result in load_results(run) if result.dataset == dataset and result.label == label)
+    return next(results, None)
 
 
-def _outcome(run: Path, record: Mapping[str, Any], metric: str) -> Float[np.ndarray, "items"]:
+def _outcome(run: Path, result: Result, metric: str) -> Float[np.ndarray, "items"]:
     """The outcome of each item, or of each unit where several items share one.
 
     Raises:
         UserError: if the results do not have the metric.
     """
-    folder = run / COMBINED if label_of(record) == COMBINED else run / f"stage-{record['stage']}" / "eval"
-    with np.load(folder / record["outcomes"], allow_pickle=False) as outcomes:
-        name = metric
-        if metric not in outcomes and not any(WIDTH.search(other) for other in outcomes):
-            name = WIDTH.sub("", metric)  # features of one stage, which have no narrower figure of their own
-        if name not in outcomes:
-            raise UserError(f"{run} has no metric {metric!r} for {record['dataset']}; it has {', '.join(outcomes)}")
-        values = np.asarray(outcomes[name], np.float64)
-        if f"unit:{name}" not in outcomes:
-            return values
-        units, of_unit = np.unique(outcomes[f"unit:{name}"], return_inverse=True)
-        return np.bincount(of_unit, weights=values) * len(units) / len(values)
+    outcomes, name = result.outcomes, metric
+    if metric not in outcomes and not any(WIDTH.search(other) for other in outcomes):
+        name = WIDTH.sub("", metric)  # features of one stage, which have no narrower figure of their own
+    if name not in outcomes:
+        raise UserError(f"{run} has no metric {metric!r} for {result.dataset}; it has {', '.join(outcomes)}")
+    values = np.asarray(outcomes[name], np.float64)
+    if f"unit:{name}" not in outcomes:
+        return values
+    units, of_unit = np.unique(outcomes[f"unit:{name}"], return_inverse=True)
+    return np.bincount(of_unit, weights=values) * len(units) / len(values)
 
 
 def _quantities(plan: ExperimentPlan, means: Means) -> dict[str, np.ndarray]:
@@ -336,9 +331,7 @@ def _markdown(plan: ExperimentPlan, rows: Sequence[str], found: Mapping[str, Est
 
 
 def _cell(estimate: Estimate) -> str:
-    if not np.isfinite(estimate.value):
-        return "-"
-    return f"{PERCENT * estimate.value:.1f} [{PERCENT * estimate.low:.1f}, {PERCENT * estimate.high:.1f}]"
+    return format_percent(estimate.value, (estimate.low, estimate.high))
 
 
 def _write(plan: ExperimentPlan, found: Mapping[str, Estimate], items: Mapping[str, int]) -> None:

@@ -11,7 +11,7 @@ from mcl_clip.cli import commands
 from mcl_clip.cli import recipe as cli
 from mcl_clip.core.files import append_jsonl
 from mcl_clip.data.decode import TrainTransform
-from mcl_clip.results.data_losses import data_losses
+from mcl_clip.results.record import data_losses
 from mcl_clip.tools import checkup
 from mcl_clip.tools.doctor import needs
 from mcl_clip.train import loop
@@ -255,17 +255,17 @@ def test_what_was_lost_is_the_same_after_a_resume(recipe, tmp_path, monkeypatch)
     with pytest.raises(StopError):
         execute(recipe, *arguments, "--run-dir", str(tmp_path / "resumed"))
     begun = data_losses(tmp_path / "resumed")
-    assert "stage 1: steps 10 to 11 are not in a checkpoint; if training stops now, they are trained again" in begun
+    assert "stage 1: steps 10 to 11 are not in a checkpoint yet; if training stops now, they are repeated" in begun
     resumed = execute(recipe, *arguments, "--run-dir", str(tmp_path / "resumed"))
     lost = data_losses(whole)
     assert data_losses(resumed) == [*lost, "the run was started 2 times"]
     assert f"stage 0: embedding: {shards / '0000.tar'}: broken_image 1" in lost
     assert f"stage 1: training: {shards / '0002.tar'}: broken_image 1" in lost
-    for part in ("equal caption or picture was left out", "merged to have enough rows", "too few negatives"):
+    for part in ("same caption or image as their row were masked", "merged from several labels", "too few negatives"):
         assert any(part in line for line in lost), part
     (weightless,) = [line for line in lost if line.startswith("stage 1:") and "too few negatives" in line]
     steps = records(whole / "stage-1/train/metrics.jsonl")
-    assert f"{int(sum(record.get('rows_without_weight', 0) for record in steps))} of 224 times" in weightless
+    assert f"{int(sum(record.get('rows_without_weight', 0) for record in steps))} of 224 rows" in weightless
 
 
 def test_status_and_the_end_of_a_run_say_what_was_lost(copy, path, monkeypatch, capsys):

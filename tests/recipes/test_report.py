@@ -89,7 +89,9 @@ def test_a_finished_run_shows_all_that_it_has(finished, tmp_path):
     assert len(pictures) > 50
     assert any(re.fullmatch(r"a \w+ (square|circle) on the \w+", picture["alt"]) for picture in pictures)
     titles = [attributes["id"] for name, attributes in page.elements if name == "section"]
-    assert {"glance", "curves", "clusters", "neighbours", "mended", "attributes", "evaluation", "data"} == set(titles)
+    assert {"summary", "training", "clusters", "neighbours", "changes", "attributes", "evaluation", "data"} == set(
+        titles
+    )
     assert "2 stages on 200 pairs" in page.text
     assert ", finished." in page.text
 

@@ -92,7 +92,7 @@ def test_status_says_how_far_each_phase_is(run, monkeypatch, capsys):
         "stage 1: train partial, embed missing, cluster missing, labels missing, eval missing (step 20 of 100)",
         "combined: missing",
         "lost on the way:",
-        "  stage 1: steps 1 to 20 are not in a checkpoint; if training stops now, they are trained again",
+        "  stage 1: steps 1 to 20 are not in a checkpoint yet; if training stops now, they are repeated",
     ]
 
 

@@ -5,7 +5,8 @@ import pytest
 
 from mcl_clip.core.stats import bootstrap_interval
 from mcl_clip.eval.task import result_record
-from mcl_clip.results.text import results_table, run_results
+from mcl_clip.results.record import load_results
+from mcl_clip.results.text import results_table
 
 RECALLS = {
     f"{side}_{name}": value
@@ -28,7 +29,7 @@ def write(folder, *records):
 
 def test_nothing_was_measured(tmp_path):
     assert results_table(tmp_path) == ""
-    assert run_results(tmp_path) == []
+    assert load_results(tmp_path) == []
 
 
 def test_the_table(tmp_path):
@@ -57,9 +58,9 @@ def test_the_table(tmp_path):
         "  stage-0                  -     12.5     50.0     100.0         3     12.5     50.0     100.0         3",
         "  combined  12.5 [6.5, 50.0]     12.5     50.0     100.0        12     12.5     50.0     100.0         3",
         "classification/colours: 8 images, 16 texts",
-        "                     zero-shot  top 5  linear read-out  NMI of clusters",
-        "  stage-0                 25.0  100.0             96.9             50.0",
-        "  combined  50.0 [12.5, 100.0]      -            100.0                -",
+        "                     zero-shot  top 5  linear probe  NMI of clusters",
+        "  stage-0                 25.0  100.0          96.9             50.0",
+        "  combined  50.0 [12.5, 100.0]      -         100.0                -",
     ]
 
 
@@ -138,7 +139,7 @@ def test_stages_come_in_the_order_of_their_numbers(tmp_path):
     for stage in (10, 2, 0):
         write(tmp_path / f"stage-{stage}/eval", record("k", "zeroshot_classification", f"r/stage-{stage}", acc1=0.5))
     write(tmp_path / "combined", record("k", "zeroshot_classification", "r/combined", acc1=0.5))
-    names = [item["pretrained"] for item in run_results(tmp_path)]
+    names = [item.record["pretrained"] for item in load_results(tmp_path)]
     assert names == ["r/stage-0", "r/stage-2", "r/stage-10", "r/combined"]
 
 
@@ -146,4 +147,4 @@ def test_a_record_that_was_cut_off_is_left_out(tmp_path):
     write(tmp_path / "combined", record("k", "zeroshot_classification", "r/combined", acc1=0.5))
     with (tmp_path / "combined/results.jsonl").open("a") as file:
         file.write('{"key": "k", "task"')
-    assert len(run_results(tmp_path)) == 1
+    assert len(load_results(tmp_path)) == 1

@@ -289,9 +289,9 @@ def test_front_matter_says_what_a_person_knows(run):
         "cc-by-4.0", ["a/b", "c"], "some/base", "tiny"
     )  # fmt: skip
     assert "\nPictures of *cats*.\n" in text
-    assert "| data sets on the Hub | a/b, c |" in text
-    assert "57 pairs of picture and text of a/b and c, from the weights of some/base" in text
-    assert "What some/base was trained on, and its faults, are not described here." in text
+    assert "| datasets on the Hub | a/b, c |" in text
+    assert "57 image-text pairs of a/b and c, from the weights of some/base" in text
+    assert "What some/base was trained on, and its flaws, are not described here." in text
 
 
 @pytest.mark.parametrize(
@@ -321,15 +321,15 @@ def test_where_the_stages_start(run, tower, pretrained, base):
 def test_every_figure_of_the_results_is_that_of_its_record(run):
     text = card(run, form="multistage")
     by_label = {label: {record["dataset"]: record for record in records(run, label)} for label in LABELS}
-    summary = next(table for table in tables(text) if table[0][:2] == ["set", "measure, %"])
-    assert summary[0] == ["set", "measure, %", "measured on", "chance", "stage 0", "stage 1", "**all stages**"]
+    summary = next(table for table in tables(text) if table[0][:2] == ["set", "metric, %"])
+    assert summary[0] == ["set", "metric, %", "size", "chance", "stage 0", "stage 1", "**all stages**"]
     assert [row[0] for row in summary[1:]] == ["shape", "colour", "wds/photos"]
     for row in summary[1:]:
         for label, cell in zip(LABELS, row[4:], strict=True):
             record = by_label[label][row[0]]
             assert cell == shown(record, record["main_metric"])
-    assert summary[1][1:4] == ["zero-shot accuracy", "40 pictures, 5 classes", "20.0"]
-    assert summary[3][1:4] == ["mean R@1", "20 pictures, 40 texts", "5.0"]
+    assert summary[1][1:4] == ["zero-shot accuracy", "40 images, 5 classes", "20.0"]
+    assert summary[3][1:4] == ["mean R@1", "20 images, 40 texts", "5.0"]
     metrics = {
         "shape": ["acc1", "linear_acc1"],
         "wds/photos": ["mean_recall@1", "text_retrieval_recall@1", "image_retrieval_recall@1"],
@@ -352,15 +352,15 @@ def test_a_set_on_which_the_combination_is_worse_is_said(run):
     text = card(run, form="multistage")
     line = sentence(text, "Stage 0 alone is better than all stages on wds/photos")
     values = [records(run, label)[2]["metrics"]["mean_recall@1"] for label in LABELS]
-    assert f"mean R@1 {100 * values[0]:.1f} against {100 * values[2]:.1f} %" in line
+    assert f"mean R@1 {100 * values[0]:.1f} vs. {100 * values[2]:.1f} %" in line
     outcomes = [found(18, 36)["mean_recall@1"], found(9, 20)["mean_recall@1"]]
     paired = compare_paired(outcomes[1], outcomes[0], resamples=2000)
     low, high = 100 * paired.low, 100 * paired.high
     assert f"(difference {100 * paired.difference:+.1f} points [{low:+.1f}, {high:+.1f}])" in line
     assert "better on shape; worse on wds/photos; no clear difference on colour" in text
     unclear = sentence(text, "Stage 0 alone is ahead of all stages, but not clearly")
-    assert "colour, linear read-out (-2.5 points" in unclear
-    assert sentence(text, "Stage 1 alone is ahead of all stages, but not clearly, on shape, linear read-out")
+    assert "colour, linear probe (-2.5 points" in unclear
+    assert sentence(text, "Stage 1 alone is ahead of all stages, but not clearly, on shape, linear probe")
     assert not sentence(text, "On no set")
 
 
@@ -382,7 +382,7 @@ def test_a_combination_that_is_nowhere_worse(bare):
 
 def test_a_stage_alone_is_compared_with_all_of_them(run):
     text = card(run, form="open_clip", stage=1)
-    assert "**This stage against all stages together**: better on none; worse on shape, colour and wds/photos" in text
+    assert "**This stage vs. all stages together**: better on none; worse on shape, colour and wds/photos" in text
     assert sentence(
         text, r"\*\*All stages together are better than stage 1 alone on colour\*\*: zero-shot accuracy 90.0"
     )
@@ -394,20 +394,20 @@ def test_differences_are_those_of_the_outcomes(run):
     assert rows[0][2:6] == ["queries", "only stage 0", "only all stages", "difference, points"]
     by_name = {tuple(row[:2]): row[2:] for row in rows[1:]}
     assert set(by_name) == {
-        ("shape", "zero-shot accuracy"), ("shape", "linear read-out"), ("colour", "zero-shot accuracy"),
-        ("colour", "linear read-out"), ("wds/photos", "picture to text R@1"), ("wds/photos", "text to picture R@1"),
+        ("shape", "zero-shot accuracy"), ("shape", "linear probe"), ("colour", "zero-shot accuracy"),
+        ("colour", "linear probe"), ("wds/photos", "image-to-text R@1"), ("wds/photos", "text-to-image R@1"),
     }  # fmt: skip
-    queries, only_0, only_all, difference, p, p_holm = by_name["wds/photos", "picture to text R@1"]
+    queries, only_0, only_all, difference, p, p_holm = by_name["wds/photos", "image-to-text R@1"]
     paired = compare_paired(first(9, 20), first(18, 20), resamples=2000)
     assert (queries, only_0, only_all) == ("20", "9", "0")
     assert difference == f"-45.0 [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
     assert p == f"{mcnemar_exact(0, 9):.2g}"
     assert p_holm == f"{3 * mcnemar_exact(0, 9):.2g}"  # the third of five tests, after two below 1e-6
     assert by_name["shape", "zero-shot accuracy"][4] == "< 1e-6"
-    assert by_name["wds/photos", "text to picture R@1"][4:] == ["-", "-"]  # captions of a picture depend on each other
+    assert by_name["wds/photos", "text-to-image R@1"][4:] == ["-", "-"]  # captions of a picture depend on each other
     units = np.repeat(np.arange(20), 2)
     by_unit = compare_paired(first(20), first(36), units, resamples=2000)
-    assert by_name["wds/photos", "text to picture R@1"][3].endswith(
+    assert by_name["wds/photos", "text-to-image R@1"][3].endswith(
         f"[{100 * by_unit.low:+.1f}, {100 * by_unit.high:+.1f}]"
     )
 
@@ -416,18 +416,18 @@ def test_clusterings_of_consecutive_stages(run):
     rows = tables(section(card(run, form="multistage"), "How the stages differ"))[1]
     shuffled = assignments(1)[permutation(ROWS, "agreement of clusterings", 0, "image")]
     assert rows[1] == [
-        "0 and 1", "pictures", f"{normalized_mutual_info_score(assignments(0), assignments(1)):.2f}",
+        "0 and 1", "images", f"{normalized_mutual_info_score(assignments(0), assignments(1)):.2f}",
         f"{normalized_mutual_info_score(assignments(0), shuffled):.2f}",
     ]  # fmt: skip
     (run / "stage-1/cluster/assignments-image.npy").unlink()
-    assert "Whether the stages cluster the pairs in other ways: not measured." in card(run, form="multistage")
+    assert "Whether the stages cluster the pairs differently: not measured." in card(run, form="multistage")
 
 
 def test_without_results_nothing_is_claimed(bare):
     text = card(bare, form="multistage")
     assert front_of(text).eval_results is None
     assert text.count("**Not measured.**") == 2
-    assert "how good it is, is not known" in sentence(text, "Not measured")
+    assert "its quality is unknown" in sentence(text, "Not measured")
     assert "Not measured: there are no outcomes of single queries." in section(text, "How the stages differ")
     assert not re.search(r"\d %|better|worse|R@1|accuracy|interval", text.split("## Use")[0].replace("pairs of", ""))
     assert not re.search(r"R@1|accuracy", section(text, "Results") + section(text, "Limits"))
@@ -453,16 +453,16 @@ def test_a_set_that_only_a_stage_was_measured_on(run):
     path = run / "combined/results.jsonl"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "wds/photos" not in line))
     text = card(run, form="multistage")
-    summary = next(table for table in tables(text) if table[0][:2] == ["set", "measure, %"])
+    summary = next(table for table in tables(text) if table[0][:2] == ["set", "metric, %"])
     assert summary[3][-1] == "-"
-    assert sentence(text, "measured on 2 sets .* only. Not on wds/photos, on which other models of the run were")
+    assert sentence(text, "evaluated on 2 sets .* only. Not evaluated on wds/photos, unlike other models of the run.")
 
 
 def test_averaged_weights_have_no_results(run):
     text = card(run, form="open_clip", weights="the mean of the weights of stages 0 to 1")
     assert front_of(text).eval_results is None
-    assert "Its weights are the mean of the weights of stages 0 to 1, of a training in 2 stages." in text
-    assert text.count("**Not measured.** These weights were put together after the run") == 3
+    assert "Its weights are the mean of the weights of stages 0 to 1, from a run with 2 stages." in text
+    assert text.count("**Not measured.** These weights were combined after the run") == 3
     for record in records(run, "combined"):
         assert shown(record, record["main_metric"]) not in text
     assert "| steps | 20 | 20 |" in text
@@ -485,7 +485,7 @@ def test_a_control_is_called_one(run):
     change_config(run, lambda config: config.update(control="random-groups"))
     text = card(run, form="multistage")
     assert (
-        "a control of multistage contrastive learning, not an example of it: the same stages with groups drawn" in text
+        "a control of multistage contrastive learning, not an example of it: the same stages with random groups" in text
     )
     assert not sentence(text, "equal compute")
 
@@ -500,19 +500,19 @@ def test_an_unfinished_run(run):
     text = card(run, form="multistage")
     assert "| steps | 20 | 10 of 20, not finished |" in text
     assert sentence(text, "The training is not finished: stage 1.")
-    assert "the mean of the cosines" not in text
+    assert "the mean of the cosine" not in text
     for nothing in ("launches.jsonl", "index/index.arrow"):
         (run / nothing).unlink()
     text = card(run, form="multistage")
-    assert "**Trained on**: not known: the run has no index of its data" in text
+    assert "**Trained on**: unknown, as the run has no index of its data" in text
     assert "| pairs | 60 |" not in text
 
 
 def test_an_empty_run(tmp_path):
     write_json(tmp_path / "new/config.json", {"tower": {}, "stages": [{"train": {"steps": 10}}] * 2})
     text = card(tmp_path / "new", form="multistage")
-    assert "**Model**: not known, as its training is not finished" in text
-    assert "| time of training, all stages | not measured |" in text
+    assert "**Model**: unknown, as the training is not finished" in text
+    assert "| training time, all stages | not measured |" in text
 
 
 def test_how_the_stages_were_trained(run):
@@ -529,19 +529,19 @@ def test_how_the_stages_were_trained(run):
     assert rows["steps"] == ["20", "20"]
     assert rows["global batch, pairs"] == ["16", "2,048"]
     assert rows["pairs seen"] == ["320", "320"]
-    assert rows["learning rate"] == ["0.001, cosine, 2 steps of warm-up"] * 2
-    assert rows["locked"] == [
-        "-", "text tower; image tower but for its last 6 groups; names with ln&#95;.&#42;&#124;bias"
+    assert rows["learning rate"] == ["0.001, cosine, 2 warm-up steps"] * 2
+    assert rows["frozen"] == [
+        "-", "text tower; image tower except its last 6 layer groups; names that match ln&#95;.&#42;&#124;bias"
     ]  # fmt: skip
     assert rows["loss"][1] == (
         "InfoNCE with implicit feature modification, epsilon 0.1, weights averaged with decay 0.99"
     )
-    assert rows["loss at the end"] == ["1.000"] * 2
+    assert rows["final loss"] == ["1.000"] * 2
     assert rows["negatives from"] == ["-", "the same clusters"]
     assert rows["groups"] == ["1", "4, median 15 pairs"]
     assert rows["pairs in merged groups"] == ["0", "7"]
-    assert rows["clusters found after it"] == [
-        "4 of pictures, shared metric", "4 of pictures, 9 of texts, shared metric"
+    assert rows["clusters after it"] == [
+        "4 of images, shared metric", "4 of images, 9 of texts, shared metric"
     ]  # fmt: skip
     assert rows["pairs that could not be decoded"] == ["0", "1"]
     assert rows["training time"] == ["1 min 10 s", "2 h 2 min"]
@@ -549,13 +549,13 @@ def test_how_the_stages_were_trained(run):
 
 def test_sizes_of_the_model(run):
     assert "4.0 K + 1.0 K parameters over all stages" in card(run, form="multistage")
-    assert f"logit scale {math.exp(3):.1f}, fitted on 3 pairs held out\n" in card(run, form="multistage")
+    assert f"logit scale {math.exp(3):.1f}, fitted on 3 held-out pairs\n" in card(run, form="multistage")
     assert "2.0 K + 500 parameters; logit scale 20.0\n" in card(run, form="open_clip", stage=1)
     assert "logit scale" not in card(run, form="open_clip", weights="the mean of the weights")
     write_json(run / "combined/model/mcl_clip_config.json", {"shared_text_tower": True})
     text = card(run, form="multistage")
     assert "4.0 K + 500 parameters, with one text tower for all stages" in text
-    assert "pictures of 32 px and texts of up to 12 tokens, 8 + 8 dimensions" in text
+    assert "images of 32 px and texts of up to 12 tokens, 8 + 8 dimensions" in text
     assert "ViT of 1 block, patches of 16 px, width 16; text tower: transformer of 2 blocks, width 8" in text
 
 
@@ -564,11 +564,11 @@ def test_the_data(run):
     index = ShardIndex.load(run / "index/index.arrow")
     size = sum(shard.size for shard in index.shards)
     assert rows["pairs"] == ["60"]
-    assert rows["of them held out, to fit the temperature"] == ["3"]
+    assert rows["held out, to fit the temperature"] == ["3"]
     assert rows["shards"] == [f"2, {size / 1000:.1f} kB"]
     assert rows["digest of keys and sizes"] == [f"`{index.digest}`"]
-    assert rows["samples that are no pairs, left out"] == ["missing_image 1"]
-    assert rows["licence of the data"] == rows["licence of the model"] == ["not stated"]
+    assert rows["samples that are not pairs, skipped"] == ["missing_image 1"]
+    assert rows["license of the data"] == rows["license of the model"] == ["not stated"]
 
 
 def test_restarts_do_not_count_twice(run):
@@ -578,11 +578,11 @@ def test_restarts_do_not_count_twice(run):
     )  # fmt: skip
     rows = {row[0]: row[1:] for row in tables(section(card(run, form="multistage"), "Training"))[1]}
     assert rows["started"] == ["3 times"]
-    assert rows["days"] == ["2026-01-02 to 2026-01-05"]
+    assert rows["dates"] == ["2026-01-02 to 2026-01-05"]
     assert rows["processes"] == ["2 and 4"]
     assert rows["device"] == ["cuda and NVIDIA H100"]
     assert rows["software"] == ["Python 3.11.7, mcl_clip 0.2.0 and 0.3.0, torch 2.9.0"]
-    assert rows["time of training, all stages"] == ["2 h 3 min"]  # 70 + 7300 s, of the steps that are in the model
+    assert rows["training time, all stages"] == ["2 h 3 min"]  # 70 + 7300 s, of the steps that are in the model
     assert rows["energy, emissions"] == ["not measured"]
 
 

@@ -5,8 +5,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mcl_clip.report.attributes import _rows
-from mcl_clip.report.evaluation import _confusion, _confusion_part, _most_confused, _parts_table, _recall_plot
+from mcl_clip.report.evaluation import (
+    _confusion,
+    _confusion_counts,
+    _group_table,
+    _most_confused,
+    _recall_figure,
+)
+from mcl_clip.report.summary import heat_map_rows
 from mcl_clip.results.record import Result
 
 
@@ -21,41 +27,41 @@ def test_groups_of_a_set_of_pairs_have_a_line_each():
         "stage-0": result({"accuracy": 0.5, "accuracy/Colour": 0.25, "accuracy/Count <3": 0.75}),
         "combined": result({"accuracy": 0.6, "accuracy/Colour": 0.5, "accuracy/Count <3": 0.7}),
     }
-    assert _parts_table(found, ["stage-0", "combined"]) == [
+    assert _group_table(found, ["stage-0", "combined"]) == [
         ["group", "stage 0", "all stages"],
         ["Colour", "25.0", "50.0"],
         ["Count <3", "75.0", "70.0"],
     ]
-    assert _parts_table({"stage-0": result({"acc1": 0.5})}, ["stage-0"]) == []
+    assert _group_table({"stage-0": result({"acc1": 0.5})}, ["stage-0"]) == []
 
 
 def test_recall_rises_from_the_first_place_to_the_last():
     ranks = np.array([0, 0, 3, 9, 99])
-    plot = _recall_plot({"stage-0": result({}, {"image_retrieval": ranks})}, ["stage-0"], "image_retrieval")
-    assert "At 10: stage 0 80.0 %" in str(plot["figure"])
-    assert _recall_plot({"stage-0": result({})}, ["stage-0"], "image_retrieval") is None
+    figure = _recall_figure({"stage-0": result({}, {"image_retrieval": ranks})}, ["stage-0"], "image_retrieval")
+    assert "At 10: stage 0 80.0 %" in str(figure)
+    assert _recall_figure({"stage-0": result({})}, ["stage-0"], "image_retrieval") is None
 
 
-def test_confusions_are_counted_by_what_a_picture_is():
+def test_confusions_are_counted_by_true_class():
     labels, guesses = np.array([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 0, 0, 2])
-    counts = _confusion(labels, guesses, 3)
+    counts = _confusion_counts(labels, guesses, 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [2, 0, 1]]
     shares = counts / counts.sum(1, keepdims=True)
     assert [(one, other) for one, other, _ in _most_confused(shares, ["a", "b", "c"])] == [("c", "a"), ("a", "b")]
-    assert "c for a (67 %)" in str(_confusion_part(counts, ["a", "b", "c"], "set, stage 0")["figure"])
+    assert "c as a (67 %)" in str(_confusion(counts, ["a", "b", "c"], "set, stage 0")["figure"])
 
 
 def test_many_classes_are_a_table_of_the_most_confused():
     counts = np.eye(100, dtype=np.int64)
     counts[3, 7] = 3
-    part = _confusion_part(counts, [f"class {n}" for n in range(100)], "set, stage 0")
+    part = _confusion(counts, [f"class {n}" for n in range(100)], "set, stage 0")
     assert part["table"][1:] == [["class 3", "class 7", "75"]]
     assert "figure" not in part
 
 
-def test_cells_of_the_map_are_darker_the_further_from_guessing():
+def test_cells_of_a_heat_map_are_darker_the_further_above_chance():
     found = {"set": {label: result({"acc1": value}, n_classes=4) for label, value in
                      {"stage-0": 0.25, "stage-1": 1.0, "combined": 0.1}.items()}}  # fmt: skip
-    (row,) = _rows(found, ["stage-0", "stage-1", "stage-2", "combined"], "acc1")
+    (row,) = heat_map_rows(found, ["stage-0", "stage-1", "stage-2", "combined"], "acc1")
     assert [cell and cell["shade"] for cell in row["cells"]] == [0, 100, None, 0]
     assert row["chance"] == 25

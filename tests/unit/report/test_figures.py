@@ -1,12 +1,12 @@
-"""Plots that take their colours from the page."""
+"""Figures that take their colors from the page."""
 
 import re
 
-from mcl_clip.report.figures import SERIES, drawing, svg
+from mcl_clip.report.figures import SERIES, new_figure, svg
 
 
 def figure_with(title: str, alt: str = "a line") -> str:
-    with drawing() as (figure, axes):
+    with new_figure() as (figure, axes):
         axes.plot([0, 1], [0, 1], color=SERIES[1], label=title)
         axes.set_title(title)
         axes.legend()

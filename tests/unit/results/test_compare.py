@@ -61,7 +61,7 @@ def run(tmp_path):
 
 def rank_of(results):
     """Which of the models of the fixture it is."""
-    return results.records["retrieval/photos"]["metrics"]["text_retrieval_median_rank"] - 3
+    return results.results["retrieval/photos"].record["metrics"]["text_retrieval_median_rank"] - 3
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,7 @@ def test_names_of_models(run, tmp_path, name, number):
     found = find_results(str(tmp_path / name))
     assert rank_of(found) == number
     assert found.name == str(tmp_path / name)
-    outcomes = found.folders["retrieval/photos"] / found.records["retrieval/photos"]["outcomes"]
-    assert outcomes.is_file()
+    assert found.results["retrieval/photos"].outcomes_path.is_file()
 
 
 def test_models_that_are_not_there(run, tmp_path):
@@ -130,7 +129,7 @@ def test_labels_come_from_the_record_where_it_has_one(tmp_path):
     write(tmp_path, "run-combined")
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     (tmp_path / "results.jsonl").write_text(json.dumps({**records[0], "label": "run-combined-bf16"}) + "\n")
-    assert find_results(f"{tmp_path}:run-combined-bf16").records
+    assert find_results(f"{tmp_path}:run-combined-bf16").results
     with pytest.raises(UserError, match="no results of 'run-combined' but of run-combined-bf16"):
         find_results(f"{tmp_path}:run-combined")
 

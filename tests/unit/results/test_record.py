@@ -1,11 +1,12 @@
 import json
+import re
 
 import pytest
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.results.data_losses import data_losses
+from mcl_clip.results.record import data_losses
 from tests.unit.data.tars import pairs, write_tar
 
 
@@ -68,8 +69,8 @@ def test_duplicates_and_rows_without_weight_are_sums_over_all_steps(run):
         step(10, duplicates=234.0, rows_without_weight=1.0),
     )
     assert data_losses(run) == [
-        "stage 1: 1,234 times another row with an equal caption or picture was left out of a row's negatives",
-        "stage 1: 3 of 160 times a row had too few negatives in its batch, and no weight",
+        "stage 1: 1,234 negatives with the same caption or image as their row were masked",
+        "stage 1: 3 of 160 rows had too few negatives in their batch, and got weight 0",
     ]
 
 
@@ -78,15 +79,13 @@ def test_duplicates_that_were_not_masked(run):
     config["stages"][0]["train"]["mask_duplicates"] = False
     (run / "config.json").write_text(json.dumps(config))
     write_lines(run / "stage-0/train/metrics.jsonl", step(10, duplicates=2.0))
-    assert data_losses(run) == [
-        "stage 0: 2 times another row with an equal caption or picture was kept among a row's negatives"
-    ]
+    assert data_losses(run) == ["stage 0: 2 negatives with the same caption or image as their row were kept"]
 
 
 def test_merged_groups(run):
     groups = {"rows_relaxed": 30, "groups": [{"size": 30}, {"size": 70}]}
     (run / "stage-1/train/groups.json").write_text(json.dumps(groups))
-    assert data_losses(run) == ["stage 1: 30 of 100 rows are in groups of several labels, merged to have enough rows"]
+    assert data_losses(run) == ["stage 1: 30 of 100 rows are in groups merged from several labels, to have enough rows"]
 
 
 def test_starts(run):
@@ -99,7 +98,7 @@ def test_steps_that_are_not_saved(run):
         write_lines(run / f"stage-{stage}/train/metrics.jsonl", step(10), step(14))
         (run / f"stage-{stage}/train/checkpoints/step-000000005").mkdir()
     assert data_losses(run) == [
-        "stage 1: steps 11 to 14 are not in a checkpoint; if training stops now, they are trained again"
+        "stage 1: steps 11 to 14 are not in a checkpoint yet; if training stops now, they are repeated"
     ]
 
 
@@ -115,15 +114,15 @@ def test_something_else_than_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "text", "message"),
     [
-        ("train/metrics.jsonl", '{"loss": 1.0, "duplicates": "many"}\n'),
-        ("train/bad_samples.jsonl", '{"row": 1}\n'),
-        ("train/groups.json", '{"rows_relaxed": 3, "groups": [7]}'),
-        ("train/groups.json", "[]"),
+        ("train/metrics.jsonl", '{"loss": 1.0, "duplicates": "many"}\n', "the counts in {stage} are damaged"),
+        ("train/bad_samples.jsonl", '{"row": 1}\n', "the counts in {stage} are damaged"),
+        ("train/groups.json", '{"rows_relaxed": 3, "groups": [7]}', "the counts in {stage} are damaged"),
+        ("train/groups.json", "[]", "{stage}/train/groups.json is not a JSON object"),
     ],
 )
-def test_damaged_files(run, name, text):
+def test_damaged_files(run, name, text, message):
     (run / "stage-1" / name).write_text(text)
-    with pytest.raises(UserError, match=rf"the counts in {run / 'stage-1'} are damaged"):
+    with pytest.raises(UserError, match=re.escape(message.format(stage=run / "stage-1"))):
         data_losses(run)

@@ -1,10 +1,10 @@
-"""A stage in words says no more than was measured."""
+"""Sentences on a stage say no more than was measured."""
 
 from pathlib import Path
 
 import numpy as np
 
-from mcl_clip.report.sentences import combined_sentences, stage_sentences
+from mcl_clip.report.summary import combined_sentences, stage_sentences
 from mcl_clip.results.record import Result, RunRecord
 
 QUERIES = 400
@@ -31,26 +31,19 @@ def run_of(shares: dict[str, dict[str, float]], agreement=None) -> RunRecord:
     results = {
         name: {label: result(name, label, share) for label, share in of_set.items()} for name, of_set in shares.items()
     }
-    return RunRecord(
-        config={},
-        launches=[],
-        data=None,
-        stages=[],
-        combination={},
-        shares_text_tower=False,
-        results=results,
-        agreement=agreement or {},
-    )
+    run = RunRecord(Path("nowhere"), {"stages": []})
+    run.__dict__.update(results=results, agreement=agreement or {})
+    return run
 
 
-def test_the_first_stage_is_told_by_what_it_knows():
+def test_the_first_stage_is_described_by_what_it_encodes():
     run = run_of({"colour": {"stage-0": 0.99}, "shape": {"stage-0": 0.5}, "texture": {"stage-0": 0.15}})
     assert stage_sentences(run, 0) == [
-        "It tells colour (99.0 %) apart, shape (50.0 %) apart in part, texture (15.0 %) hardly apart."
+        "It encodes colour (99.0 %), partly encodes shape (50.0 %), hardly encodes texture (15.0 %)."
     ]
 
 
-def test_a_later_stage_is_told_by_what_changed():
+def test_a_later_stage_is_described_by_what_changed():
     run = run_of(
         {
             "colour": {"stage-0": 0.99, "stage-1": 0.12},
@@ -61,19 +54,19 @@ def test_a_later_stage_is_told_by_what_changed():
         {(0, "image"): (0.05, 0.03)},
     )
     assert stage_sentences(run, 1) == [
-        "It separates shape (80.0 % after 30.0 %), better than stage 0.",
-        "It no longer tells colour (12.0 % after 99.0 %) apart: what is equal inside a group cannot help.",
-        "It tells texture (50.0 % after 60.0 %) less well apart.",
-        "Its clusters of pictures have little to do with those of stage 0 (agreement 0.05; 0.03 if unrelated).",
+        "It encodes shape (80.0 %, stage 0: 30.0 %) better than stage 0.",
+        "It no longer encodes colour (12.0 %, stage 0: 99.0 %): what the pairs of a group share cannot lower its loss.",
+        "It encodes texture (50.0 %, stage 0: 60.0 %) less well than stage 0.",
+        "Its clusters of images are largely unrelated to those of stage 0 (agreement 0.05; 0.03 if unrelated).",
     ]
 
 
 def test_what_is_within_chance_is_no_difference():
     run = run_of({"shape": {"stage-0": 0.5, "stage-1": 0.5}})
-    assert stage_sentences(run, 1) == ["No clear difference to stage 0 in what it tells apart."]
+    assert stage_sentences(run, 1) == ["There is no clear difference from stage 0 in what it encodes."]
 
 
-def test_nothing_measured_is_nothing_said():
+def test_without_results_there_are_no_sentences():
     run = run_of({})
     assert stage_sentences(run, 0) == stage_sentences(run, 1) == combined_sentences(run) == []
 
@@ -87,18 +80,18 @@ def test_all_stages_are_held_against_the_best_of_them():
         }
     )
     assert combined_sentences(run) == [
-        "Together they are better than the best stage alone at shape (90.0 % after 80.0 %).",
-        "Together they are worse than the best stage alone at colour (90.0 % after 99.0 %).",
-        "There is no clear difference to the best stage alone at texture (80.0 % after 80.0 %).",
+        "They are better than the best single stage on shape (90.0 %, best stage: 80.0 %).",
+        "They are worse than the best single stage on colour (90.0 %, best stage: 99.0 %).",
+        "There is no clear difference from the best single stage on texture (80.0 %, best stage: 80.0 %).",
     ]
 
 
 def test_agreeing_clusters_are_said_to_agree():
-    for found, words in ((0.9, "are much like"), (0.4, "partly follow"), (0.1, "have little to do with")):
+    for found, words in ((0.9, "mostly agree with"), (0.4, "partly agree with"), (0.1, "are largely unrelated to")):
         (sentence,) = stage_sentences(run_of({}, {(0, "text"): (found, 0.02)}), 1)
         assert f"of texts {words} those of stage 0" in sentence
 
 
 def test_many_sets_are_counted():
     run = run_of({f"set {n}": {"stage-0": 0.99} for n in range(9)})
-    assert stage_sentences(run, 0)[0].endswith("set 3 (99.0 %) and 5 more sets apart.")
+    assert stage_sentences(run, 0)[0].endswith("set 3 (99.0 %) and 5 more sets.")

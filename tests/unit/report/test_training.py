@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mcl_clip.report.training import POINTS, _curves, _with_shares
+from mcl_clip.report.training import MAX_POINTS, _curves, _with_shares
 
 
 def test_stages_follow_each_other_on_one_axis():
@@ -17,7 +17,7 @@ def test_stages_follow_each_other_on_one_axis():
 def test_long_trainings_are_thinned_to_means():
     records = [[{"step": step, "loss": float(step)} for step in range(1, 100_001)]]
     (curve,) = _curves(records, [0], "loss")
-    assert len(curve.steps) == POINTS
+    assert len(curve.steps) == MAX_POINTS
     assert np.allclose(curve.steps, curve.values)
     assert np.isclose(curve.values.mean(), 50_000.5, rtol=1e-3)
 
@@ -28,7 +28,7 @@ def test_what_was_not_recorded_has_no_curve():
 
 def test_duplicates_are_for_each_row_since_the_last_record():
     steps = [{"step": 2, "duplicates": 8.0}, {"step": 6, "duplicates": 8.0, "group_loss": {"p50": 1.5}}, {"step": 7}]
-    first, second, third = _with_shares(steps, {"global_batch_size": 4})
+    first, second, third = _with_shares(steps, 4)
     assert first["duplicates_share"] == 1
     assert second["duplicates_share"] == 0.5
     assert second["p50"] == 1.5
