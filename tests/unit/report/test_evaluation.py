@@ -6,14 +6,16 @@ import numpy as np
 import torch
 
 from mcl_clip.report.evaluation import (
+    _against_arms,
     _confusion,
     _confusion_counts,
     _group_table,
     _most_confused,
     _recall_figure,
+    _seed_table,
 )
 from mcl_clip.report.summary import heat_map_rows
-from mcl_clip.results.record import Result
+from mcl_clip.results.record import Result, RunRecord
 
 
 def result(metrics, outcomes=None, **record) -> Result:
@@ -65,3 +67,40 @@ def test_cells_of_a_heat_map_are_darker_the_further_above_chance():
     (row,) = heat_map_rows(found, ["stage-0", "stage-1", "stage-2", "combined"], "acc1")
     assert [cell and cell["shade"] for cell in row["cells"]] == [0, 100, None, 0]
     assert row["chance"] == 25
+
+
+def run_with(right, size=40):
+    """A run whose combined model is right on the first `right` queries of a set."""
+    outcomes = np.arange(size) < right
+    of_set = result(
+        {"acc1": outcomes.mean()}, {"acc1": outcomes}, main_metric="acc1", data_sha256="0", label="combined"
+    )
+    run = RunRecord(Path("nowhere"), {"stages": []})
+    run.__dict__["results"] = {"classification/set": {"combined": of_set}}
+    return run
+
+
+def test_a_run_is_compared_with_each_arm():
+    rows, sentences = _against_arms(run_with(30), {"single": run_with(10), "ifm": run_with(30), "late": run_with(40)})
+    assert rows[0] == ["set", "metric", "this run", "single", "ifm", "late"]
+    assert rows[1][:3] == ["set", "zero-shot accuracy", "75.0"]
+    assert rows[1][3].startswith("25.0 (+50.0 [+3")
+    assert rows[1][4] == "75.0 (+0.0 [+0.0, +0.0])"
+    assert sentences == [
+        "Compared with single: better on set (zero-shot accuracy).",
+        "Compared with ifm: no clear difference on set (zero-shot accuracy).",
+        "Compared with late: worse on set (zero-shot accuracy).",
+    ]
+
+
+def test_means_over_seeds_are_a_table():
+    means = [
+        {"what": "mean", "row": row, "figure": "shape", "value": 0.5, "low": 0.25, "high": 0.75}
+        for row in ("mcl", "ifm")
+    ]
+    assert _seed_table([*means, {"what": "behind"}]) == [
+        ["", "shape"],
+        ["mcl", "50.0 [25.0, 75.0]"],
+        ["ifm", "50.0 [25.0, 75.0]"],
+    ]
+    assert _seed_table([]) == []
