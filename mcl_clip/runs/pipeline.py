@@ -294,7 +294,8 @@ def check_held_out(run: RunContext) -> None:
     if len(run.held_out) < 2:
         raise UserError(
             f"--data.holdout-rows {run.config.data.holdout_rows} gives {len(run.held_out)} held-out rows of "
-            f"{len(run.index)} (at most a twentieth), too few to fit the logit scale; at least 2 of 40 are needed"
+            f"{len(run.index)} (at most a twentieth), too few for the logit scale; at least 2 are needed, which "
+            f"takes at least 40 rows"
         ).on_every_process()
 
 
