@@ -1,4 +1,4 @@
-"""From pixels to features, on the device."""
+"""Create, load, save, lock and run a pair of CLIP encoders."""
 
 import difflib
 import json
@@ -33,15 +33,16 @@ from mcl_clip.model.open_clip_io import (
     check_weights,
     make_image_transform,
     make_tokenizer,
+    one_line,
     without_warnings,
     write_open_clip_folder,
 )
 
 PRECISIONS = ("fp32", "bf16")
-TEXTS_AT_A_TIME = {"cpu": 32}  # of about equal length; a GPU rather takes them all
+TEXT_BATCH_SIZE = {"cpu": 32}  # other devices encode all texts at once
 PREPROCESS_NAMES = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PREPROCESS_CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}
-PUBLISHED = ("local-dir:", "hf-hub:")
+LOCAL, HUB = "local-dir:", "hf-hub:"
 RESNET_GROUPS = (
     ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"),
     *((f"layer{n}",) for n in (1, 2, 3, 4)),
@@ -54,45 +55,40 @@ TEMPERATURE_NAMES = ("logit_scale", "logit_bias")
 def to_floats(
     pixels: UInt8[Tensor, "batch 3 height width"], preprocess_cfg: Mapping[str, Any]
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Pixels as torchvision's ToTensor and Normalize make them: (pixel / 255 - mean) / std."""
+    """Normalize pixels like torchvision's ToTensor and Normalize: (pixel / 255 - mean) / std."""
     mean = torch.tensor(preprocess_cfg["mean"], device=pixels.device).view(3, 1, 1)
     std = torch.tensor(preprocess_cfg["std"], device=pixels.device).view(3, 1, 1)
     if pixels.device.type != "cpu":
         return torch.div(pixels, 255).sub_(mean).div_(std)
     floats = torch.empty(pixels.shape, dtype=torch.float32)
-    for picture, place in zip(pixels, floats, strict=True):  # one at a time stays in the cache: half the time
-        torch.div(picture, 255, out=place).sub_(mean).div_(std)
+    for image, out in zip(pixels, floats, strict=True):  # a single image stays in the CPU cache: half the time
+        torch.div(image, 255, out=out).sub_(mean).div_(std)
     return floats
 
 
 def encode_texts(model: Any, tokens: Int[Tensor, "texts length"], device: torch.device) -> Float[Tensor, "texts dim"]:
-    """Un-normalised features of texts, on the device.
+    """Encode texts to unnormalized features on `device`.
 
-    Where nothing behind its end reaches the feature of a text, short texts go through the tower with short ones.
+    If the model accepts texts without padding, texts are sorted by length and each batch is cut to its longest text.
     """
-    rows = TEXTS_AT_A_TIME.get(device.type, len(tokens))
     if not takes_short_texts(model) or not tokens.any():
         features: Tensor = model.encode_text(tokens.to(device))
         return features
     lengths = (tokens.ne(0) * torch.arange(1, tokens.shape[1] + 1)).amax(1)
     order = lengths.argsort(stable=True)
-    parts = [model.encode_text(tokens[some, : lengths[some[-1]]].to(device)) for some in torch.split(order, rows)]
+    batches = torch.split(order, TEXT_BATCH_SIZE.get(device.type, len(tokens)))
+    parts = [model.encode_text(tokens[batch, : lengths[batch[-1]]].to(device)) for batch in batches]
     return torch.cat(parts)[order.argsort().to(device)]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which towers run: bfloat16 autocast, or nothing for `fp32`."""
+    """Return the context for running the encoders: bfloat16 autocast for `bf16`, a null context for `fp32`."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The type of a model's weights."""
-    return next(model.parameters()).dtype
 
 
 @dataclass
 class ClipBundle:
-    """An encoder pair with all that is needed to feed it and to save it as an open_clip folder."""
+    """A CLIP model with its configs and tokenizer: all that is needed to feed it and to save it."""
 
     model: nn.Module
     model_cfg: dict[str, Any]
@@ -102,13 +98,13 @@ class ClipBundle:
 
     @property
     def context_length(self) -> int:
-        """Tokens of a text, with start and end; what is longer is cut."""
+        """Tokens per text including start and end tokens; longer texts are truncated."""
         length: int = self.model_cfg["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
         return length
 
     @property
     def image_transform(self) -> Callable[[Any], Float[Tensor, "3 height width"]]:
-        """The evaluation transform: from a PIL image to floats."""
+        """The evaluation transform, from a PIL image to a float tensor."""
         return make_image_transform(self.preprocess_cfg)
 
 
@@ -120,156 +116,149 @@ def create_clip(
     preprocess: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> ClipBundle:
-    """A float32 encoder pair on the CPU, random or with the weights asked for.
+    """Create a float32 CLIP model on the CPU with random or pretrained weights.
 
     Args:
-        architecture: a name known to open_clip, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
-        model_cfg: in place of `architecture`, open_clip's settings of a model: `embed_dim`, `vision_cfg`, `text_cfg`.
-        pretrained: a tag known to open_clip, or a file of weights; empty for random weights.
-        preprocess: replaces some of open_clip's settings of the image transform: `size` (pixels; changes the tower's
-            too), `mean`, `std`, `interpolation`, `resize_mode`, `fill_color`.
-        seed: decides the random weights; the global generators are left alone.
+        architecture: an architecture name of open_clip, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
+        model_cfg: an open_clip model config (`embed_dim`, `vision_cfg`, `text_cfg`) in place of `architecture`.
+        pretrained: a pretrained tag of open_clip, or a weights file; empty for random weights.
+        preprocess: overrides for the image transform: `size` (pixels; also resizes the image tower), `mean`, `std`,
+            `interpolation`, `resize_mode`, `fill_color`.
+        seed: seed of the random weights. Global random generators are not changed.
 
     Raises:
-        UserError: if a name is unknown, or the weights asked for are missing or do not fit.
+        UserError: if a name or option is unknown, or the weights are missing or do not fit the model.
     """
     if bool(architecture) == (model_cfg is not None):
-        raise UserError("give a tower either architecture= (a name known to open_clip) or model_cfg= (its settings)")
-    preprocess = _checked_preprocess(preprocess or {})
-    if architecture.startswith(PUBLISHED):
-        return _published_clip(architecture, pretrained, preprocess)
+        raise UserError("give either architecture= (a name known to open_clip) or model_cfg= (a model config)")
+    preprocess = dict(preprocess or {})
+    _check_preprocess(preprocess)
+    if architecture.startswith((LOCAL, HUB)):
+        return _load_published(architecture, pretrained, preprocess)
     name = architecture.replace("/", "-")
-    cfg = _known_model_cfg(name) if name else _checked_model_cfg(model_cfg or {})
+    cfg = _find_model_cfg(name, model_cfg or {})
     tag_cfg = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    weights = None if tag_cfg or not pretrained else _weights_file(name, pretrained, cfg)
-    # A wrong activation loads without an error, so what the weights were trained with is written down.
+    weights = None if tag_cfg or not pretrained else _find_weights(name, pretrained, cfg)
+    # Weights trained with the other activation load without an error, so the config records which one it was.
     cfg["quick_gelu"] = bool(cfg.get("quick_gelu") or tag_cfg.get("quick_gelu"))
-    _set_image_size(cfg, preprocess)
+    if "size" in preprocess:
+        cfg["vision_cfg"]["image_size"] = preprocess["size"]
     if tag_cfg:
         options = {"force_quick_gelu": cfg["quick_gelu"], "force_image_size": preprocess.get("size")}
-        model = _create(name, pretrained=pretrained, require_pretrained=True, preprocess=preprocess, **options)
+        model = _create_model(name, preprocess, pretrained=pretrained, require_pretrained=True, **options)
     else:
-        model = _random_model(cfg, preprocess, seed, name or "this model_cfg")
+        # open_clip takes a config from a folder, and warns that the folder has no weights.
+        with tempfile.TemporaryDirectory() as folder, without_warnings():
+            config = json.dumps({"model_cfg": cfg, "preprocess_cfg": {}})
+            (Path(folder) / OPEN_CLIP_CONFIG_NAME).write_text(config, encoding="utf-8")
+            label = name or "this model_cfg"
+            model = _create_model(f"{LOCAL}{folder}", preprocess, seed=seed, label=label, load_weights=False)
     if weights:
         load_weights(model, str(weights))
-    return _bundle(model, cfg, _tokenizer(cfg), is_pretrained=bool(pretrained))
+    try:
+        tokenizer = make_tokenizer(cfg)
+    except (OSError, ValueError, RuntimeError) as error:
+        tokenizer_name = cfg["text_cfg"].get("hf_tokenizer_name")
+        raise UserError(f"the tokenizer {tokenizer_name} cannot be loaded: {one_line(error)}") from error
+    return _make_bundle(model, cfg, tokenizer, is_pretrained=bool(pretrained))
 
 
-def _checked_preprocess(preprocess: Mapping[str, Any]) -> dict[str, Any]:
+def _check_preprocess(preprocess: Mapping[str, Any]) -> None:
     unknown = sorted(set(preprocess) - set(PREPROCESS_NAMES))
     if unknown:
         raise UserError(f"preprocess has no {', '.join(unknown)}; it may set {', '.join(PREPROCESS_NAMES)}")
     for name, choices in PREPROCESS_CHOICES.items():
         if name in preprocess and preprocess[name] not in choices:
             raise UserError(f"preprocess has {name}={preprocess[name]!r}; it may be {', '.join(choices)}")
-    return dict(preprocess)
 
 
-def _checked_model_cfg(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    missing = [name for name in ("embed_dim", "vision_cfg", "text_cfg") if name not in model_cfg]
-    if missing:
-        raise UserError(f"model_cfg has no {', '.join(missing)}; it must have embed_dim, vision_cfg and text_cfg")
-    copy: dict[str, Any] = json.loads(json.dumps(model_cfg))
-    return copy
-
-
-def _known_model_cfg(name: str) -> dict[str, Any]:
+def _find_model_cfg(name: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of open_clip's config called `name`, or of `model_cfg` if there is no name."""
+    if not name:
+        missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
+        if missing:
+            raise UserError(f"model_cfg has no {', '.join(missing)}; it must have embed_dim, vision_cfg and text_cfg")
+        copy: dict[str, Any] = json.loads(json.dumps(model_cfg))
+        return copy
     known = open_clip.list_models()
     if name not in known:
         raise UserError(
-            f"open_clip has no architecture {name!r}{_close(name, known)}; "
-            f'python -c "import open_clip; print(open_clip.list_models())" shows all {len(known)}'
+            f"open_clip has no architecture {name!r}{_suggest(name, known)}; "
+            f'python -c "import open_clip; print(open_clip.list_models())" lists all {len(known)}'
         )
     cfg: dict[str, Any] = open_clip.get_model_config(name)
     return cfg
 
 
-def _close(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     by_lower = {word.lower(): word for word in known}
     close = [by_lower[word] for word in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     return f" (close: {', '.join(close)})" if close else ""
 
 
-def _weights_file(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> Path:
+def _find_weights(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> Path:
+    """Return the path of a weights file, checked against the activation in the open_clip config next to it."""
     path = Path(pretrained)
     if path.is_dir():
         raise UserError(f"pretrained={pretrained!r} is a folder; give it as architecture='local-dir:{pretrained}'")
     if not path.is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
-        where = f"its tags are {', '.join(tags)}" if tags else "there are no tags for it"
+        hint = f"its tags are {', '.join(tags)}" if tags else "there are no tags for it"
         raise UserError(
             f"pretrained={pretrained!r} is neither a file nor a tag of {name or 'this model_cfg'}"
-            f"{_close(pretrained, tags)}; {where}"
+            f"{_suggest(pretrained, tags)}; {hint}"
         )
-    beside = path.with_name(OPEN_CLIP_CONFIG_NAME)
-    if beside.is_file():
-        trained_with = _trained_with_quick_gelu(beside)
-        if trained_with != bool(model_cfg.get("quick_gelu")):
+    config_path = path.with_name(OPEN_CLIP_CONFIG_NAME)
+    if config_path.is_file():
+        config = read_json(config_path)
+        try:
+            quick_gelu = bool(config.get("model_cfg", {}).get("quick_gelu"))
+        except AttributeError as error:
             raise UserError(
-                f"{path} was trained with quick_gelu={trained_with}, {name or 'model_cfg'} has "
-                f"quick_gelu={not trained_with}; load it as architecture='local-dir:{path.parent}'"
+                f"{config_path} is not an open_clip config; restore it, or move the weights to another folder"
+            ) from error
+        if quick_gelu != bool(model_cfg.get("quick_gelu")):
+            raise UserError(
+                f"{path} was trained with quick_gelu={quick_gelu}, {name or 'model_cfg'} has "
+                f"quick_gelu={not quick_gelu}; load it as architecture='local-dir:{path.parent}'"
             )
     return path
 
 
-def _trained_with_quick_gelu(config_path: Path) -> bool:
-    config = read_json(config_path)
-    try:
-        return bool(config.get("model_cfg", {}).get("quick_gelu"))
-    except AttributeError as error:
-        raise UserError(f"{config_path} is not a config of open_clip; restore it, or move the weights away") from error
-
-
-def _set_image_size(cfg: dict[str, Any], preprocess: Mapping[str, Any]) -> None:
-    if "size" in preprocess:
-        cfg["vision_cfg"]["image_size"] = preprocess["size"]
-
-
-def _published_clip(architecture: str, pretrained: str, preprocess: Mapping[str, Any]) -> ClipBundle:
-    """A model with its own settings and weights, in a folder or on the Hub."""
+def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str, Any]) -> ClipBundle:
+    """Load a model with its own config and weights from a folder or the Hub."""
     if pretrained:
         raise UserError(f"{architecture} brings its own weights; leave out pretrained={pretrained!r}")
-    folder = Path(architecture.removeprefix("local-dir:"))
-    if architecture.startswith("local-dir:"):
+    folder = Path(architecture.removeprefix(LOCAL)) if architecture.startswith(LOCAL) else None
+    if folder:
         if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
             raise UserError(f"{folder} is not an open_clip folder: it has no {OPEN_CLIP_CONFIG_NAME}")
         if not any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
             raise UserError(f"{folder} has no weights: {OPEN_CLIP_WEIGHTS_NAME} is missing; save the model again")
-    _check_published(architecture)
-    model = _create(
-        architecture, require_pretrained=True, preprocess=preprocess, force_image_size=preprocess.get("size")
-    )
-    cfg: dict[str, Any] = open_clip.get_model_config(architecture)
-    cfg["quick_gelu"] = bool(cfg.get("quick_gelu"))
-    _set_image_size(cfg, preprocess)
     try:
-        tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:  # damaged files raise errors of many kinds
-        raise UserError(f"the tokenizer of {architecture} cannot be loaded: {_short(error)}") from error
-    return _bundle(model, cfg, tokenizer, is_pretrained=True)
-
-
-def _check_published(architecture: str) -> None:
-    """Nothing, for a published model whose settings and files may be loaded."""
-    try:
-        if architecture.startswith("local-dir:"):
-            check_model_folder(Path(architecture.removeprefix("local-dir:")))
+        if folder:
+            check_model_folder(folder)
         else:
             check_model_cfg(open_clip.get_model_config(architecture))
-    except Exception as error:  # damaged settings raise errors of many kinds
-        raise UserError(f"{architecture} is not loaded: {_short(error)}; correct it, or use another model") from error
+    except Exception as error:  # damaged configs raise errors of many types
+        raise UserError(f"{architecture} is not loaded: {one_line(error)}; correct it, or use another model") from error
+    size = preprocess.get("size")
+    model = _create_model(architecture, preprocess, require_pretrained=True, force_image_size=size)
+    cfg: dict[str, Any] = open_clip.get_model_config(architecture)
+    cfg["quick_gelu"] = bool(cfg.get("quick_gelu"))
+    if "size" in preprocess:
+        cfg["vision_cfg"]["image_size"] = size
+    try:
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:  # damaged files raise errors of many types
+        raise UserError(f"the tokenizer of {architecture} cannot be loaded: {one_line(error)}") from error
+    return _make_bundle(model, cfg, tokenizer, is_pretrained=True)
 
 
-def _random_model(cfg: Mapping[str, Any], preprocess: Mapping[str, Any], seed: int, what: str) -> nn.Module:
-    with tempfile.TemporaryDirectory() as folder:
-        config = {"model_cfg": cfg, "preprocess_cfg": {}}
-        (Path(folder) / OPEN_CLIP_CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
-        with without_warnings():  # that there are no weights, which is what was asked for
-            return _create(f"local-dir:{folder}", preprocess=preprocess, seed=seed, what=what, load_weights=False)
-
-
-def _create(name: str, *, preprocess: Mapping[str, Any], seed: int = 0, what: str = "", **options: Any) -> nn.Module:
-    """`open_clip.create_model` that leaves the global generators alone and explains its errors."""
+def _create_model(
+    name: str, preprocess: Mapping[str, Any], *, seed: int = 0, label: str = "", **options: Any
+) -> nn.Module:
+    """Call `open_clip.create_model` without touching the global generators; raise its errors as UserError."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of("tower", seed))
@@ -284,34 +273,21 @@ def _create(name: str, *, preprocess: Mapping[str, Any], seed: int = 0, what: st
                 force_preprocess_cfg=dict(preprocess),
                 **options,
             )
-    except Exception as error:  # wrong settings and damaged weights raise errors of many kinds
-        wanted = f"{what or name} {options.get('pretrained', '')}".strip()
-        if isinstance(error, pickle.UnpicklingError):  # torch's advice would be to load it all the same
-            raise UserError(UNSAFE_WEIGHTS.format(wanted)) from error
-        offline = "" if what else "; without a network, give a downloaded file as pretrained= or a folder as local-dir:"
-        raise UserError(f"open_clip cannot make {wanted}: {_short(error)}{offline}") from error
+    except Exception as error:  # wrong configs and damaged weights raise errors of many types
+        requested = f"{label or name} {options.get('pretrained', '')}".strip()
+        if isinstance(error, pickle.UnpicklingError):  # torch's own message suggests to load it anyway
+            raise UserError(UNSAFE_WEIGHTS.format(requested)) from error
+        offline = "; without a network, give a downloaded file as pretrained= or a folder as local-dir:"
+        raise UserError(f"open_clip cannot create {requested}: {one_line(error)}{'' if label else offline}") from error
     return model
 
 
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} ..."
-
-
-def _tokenizer(cfg: Mapping[str, Any]) -> Callable[..., Tensor]:
-    try:
-        return make_tokenizer(cfg)
-    except (OSError, ValueError, RuntimeError) as error:
-        name = cfg["text_cfg"].get("hf_tokenizer_name")
-        raise UserError(f"the tokenizer {name} cannot be loaded: {_short(error)}") from error
-
-
-def _bundle(
+def _make_bundle(
     model: nn.Module, cfg: dict[str, Any], tokenizer: Callable[..., Tensor], *, is_pretrained: bool
 ) -> ClipBundle:
     preprocess_cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     size = preprocess_cfg["size"]
-    if isinstance(size, list) and size[0] == size[1]:  # open_clip gives a number or a pair, as the tower has it
+    if isinstance(size, list) and size[0] == size[1]:  # open_clip gives a number or a pair, as the image tower does
         preprocess_cfg["size"] = size[0]
     use_fast_paths(model)
     return ClipBundle(
@@ -319,43 +295,43 @@ def _bundle(
     )
 
 
-def save_clip(tower: ClipBundle, folder: Path) -> None:
-    """Write `tower` as an open_clip folder, all at once, in place of what was there."""
+def save_clip(clip: ClipBundle, folder: Path) -> None:
+    """Write `clip` as an open_clip folder, atomically replacing any previous one."""
     with atomic_dir(folder) as temporary:
         write_open_clip_folder(
             temporary,
-            tower.model,
-            model_cfg=tower.model_cfg,
-            preprocess_cfg=tower.preprocess_cfg,
-            tokenizer=tower.tokenizer,
+            clip.model,
+            model_cfg=clip.model_cfg,
+            preprocess_cfg=clip.preprocess_cfg,
+            tokenizer=clip.tokenizer,
         )
 
 
 def load_clip(folder: Path) -> ClipBundle:
-    """The tower in an open_clip folder, with all its weights.
+    """Load the model of an open_clip folder.
 
     Raises:
-        UserError: if it is not such a folder, or weights are missing or do not fit.
+        UserError: if it is not an open_clip folder, or weights are missing or do not fit.
     """
-    return create_clip(architecture=f"local-dir:{folder}")
+    return create_clip(architecture=f"{LOCAL}{folder}")
 
 
 def load_weights(model: nn.Module, source: str) -> None:
-    """Fill all weights of `model` from a file, or from the weights in a folder; training checkpoints too.
+    """Load all weights of `model` from a weights file, a training checkpoint, or a folder with one.
 
-    Files that hold anything but tensors and plain values are refused, not run.
+    Only tensors and plain values are unpickled; files that hold anything else are refused.
 
     Raises:
-        UserError: if there is no such file, it is not safe, or its weights do not fit.
+        UserError: if there is no such file, it is unsafe, or its weights do not fit the model.
     """
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
-        if not found:
+        candidates = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
+        if not candidates:
             raise UserError(f"{path} holds no weights under any of the names {', '.join(WEIGHT_NAMES)}")
-        path = found[0]
+        path = candidates[0]
     if not path.is_file():
-        raise UserError(f"there is no file of weights {path}")
+        raise UserError(f"there is no weights file {path}")
     if path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(f"{path} is not one of {', '.join(WEIGHT_SUFFIXES)}; convert it with open_clip first")
     try:
@@ -363,25 +339,25 @@ def load_weights(model: nn.Module, source: str) -> None:
         open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(UNSAFE_WEIGHTS.format(path)) from error
-    except Exception as error:  # broken files raise errors of many kinds
-        raise UserError(f"the weights in {path} do not fit this model: {_short(error)}") from error
+    except Exception as error:  # damaged files raise errors of many types
+        raise UserError(f"the weights in {path} do not fit this model: {one_line(error)}") from error
 
 
 def lock(
     model: nn.Module, *, text: bool = False, image_unlocked_groups: int | None = None, patterns: Sequence[str] = ()
 ) -> None:
-    """Take parameters out of training; the temperature stays in unless a pattern names it.
+    """Exclude parameters from training. The temperature still trains unless a pattern matches it.
 
     Args:
-        model: an open_clip model; batch norms in locked groups of its image tower are replaced by frozen ones.
+        model: an open_clip model. Batch norms in locked groups of its image tower are replaced by frozen ones.
         text: lock the whole text tower.
-        image_unlocked_groups: lock the image tower but for its last groups. A ViT of L blocks has L + 2: the
-            embeddings, L blocks (the last with the norm after it), the projection. A ResNet has 6: stem, four
-            layers, pooling. None leaves it alone.
-        patterns: regular expressions; parameters in whose names one is found are locked.
+        image_unlocked_groups: lock the image tower except its last groups (LiT, arXiv 2111.07991). A ViT with L
+            blocks has L + 2 groups: embeddings, L blocks (the last one with the norm after it), projection. A ResNet
+            has 6: stem, four layers, pooling. None locks nothing.
+        patterns: regular expressions; parameters with a match in their name are locked.
 
     Raises:
-        UserError: if a number or pattern does not fit the model, or nothing is left to train.
+        UserError: if a number or pattern does not fit the model, or no encoder parameter is left to train.
     """
     if text:
         for name, parameter in model.named_parameters():
@@ -390,16 +366,27 @@ def lock(
     if image_unlocked_groups is not None:
         _lock_image_tower(model, image_unlocked_groups)
     for pattern in patterns:
-        _lock_matching(model, pattern)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if set(trained) <= set(TEMPERATURE_NAMES):
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"the pattern {pattern!r} of parameters to lock is not a regular expression: {error}"
+            ) from error
+        matching = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
+        if not matching:
+            names = [name for name, _ in model.named_parameters()]
+            raise UserError(f"no parameter matches the pattern {pattern!r}; names look like {names[0]} and {names[-1]}")
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if {name for name, parameter in model.named_parameters() if parameter.requires_grad} <= set(TEMPERATURE_NAMES):
         raise UserError(f"everything is locked ({trainable_summary(model)}); leave a tower or some groups unlocked")
 
 
 def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:
     visual: Any = model.visual
     is_resnet = hasattr(visual, "attnpool") and hasattr(visual, "layer4")
-    limit = _count_groups(visual, is_resnet)
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    limit = len(RESNET_GROUPS) if is_resnet else None if blocks is None else len(blocks) + 2
     if unlocked_groups < 0 or (limit is not None and unlocked_groups > limit):
         raise UserError(
             f"image_unlocked_groups={unlocked_groups} is not between 0 and {limit or 'the number of groups'}; "
@@ -408,73 +395,34 @@ def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:
     if not is_resnet:
         model.lock_image_tower(unlocked_groups=unlocked_groups, freeze_bn_stats=True)  # type: ignore[operator]
         return
-    # open_clip locks its ResNets as a whole only.
-    locked = [name for group in RESNET_GROUPS[: len(RESNET_GROUPS) - unlocked_groups] for name in group]
-    for name in locked:
+    # open_clip can lock a ResNet only as a whole.
+    for name in (name for group in RESNET_GROUPS[: len(RESNET_GROUPS) - unlocked_groups] for name in group):
         visual.get_submodule(name).requires_grad_(False)
         setattr(visual, name, freeze_batch_norm_2d(visual.get_submodule(name)))
 
 
-def _count_groups(visual: Any, is_resnet: bool) -> int | None:
-    if is_resnet:
-        return len(RESNET_GROUPS)
-    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    return None if blocks is None else len(blocks) + 2
-
-
-def _lock_matching(model: nn.Module, pattern: str) -> None:
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"the pattern {pattern!r} of parameters to lock is not a regular expression: {error}"
-        ) from error
-    matching = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
-    if not matching:
-        names = [name for name, _ in model.named_parameters()]
-        raise UserError(f"no parameter matches the pattern {pattern!r}; names look like {names[0]} and {names[-1]}")
-    for parameter in matching:
-        parameter.requires_grad_(False)
-
-
 def trainable_summary(model: nn.Module) -> str:
-    """One line: how many parameters are trained, of how many, by part."""
-    counts = {"visual": [0, 0], "text": [0, 0]}
+    """Summarize in one line how many parameters train, in total and per encoder."""
+    sizes = {"visual": [0, 0], "text": [0, 0], "temperature": [0, 0]}  # trained, all
     temperatures = []
     for name, parameter in model.named_parameters():
+        part = "visual" if name.startswith("visual.") else "text"
         if name in TEMPERATURE_NAMES:
+            part = "temperature"
             temperatures += [name] if parameter.requires_grad else []
-            part = None
-        else:
-            part = "visual" if name.startswith("visual.") else "text"
-        if part:
-            counts[part][0] += parameter.numel() * parameter.requires_grad
-            counts[part][1] += parameter.numel()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    parts = [f"{part} {_amount(some)} of {_amount(all_)}" for part, (some, all_) in counts.items()]
-    share = f"{100 * trained / total:.1f} %"
-    return f"trains {_amount(trained)} of {_amount(total)} parameters ({share}): {', '.join(parts + temperatures)}"
+        sizes[part][0] += parameter.numel() * parameter.requires_grad
+        sizes[part][1] += parameter.numel()
+    trained, total = (sum(column) for column in zip(*sizes.values(), strict=True))
+    parts = [
+        f"{part} {_format_count(sizes[part][0])} of {_format_count(sizes[part][1])}" for part in ("visual", "text")
+    ]
+    return (
+        f"trains {_format_count(trained)} of {_format_count(total)} parameters ({100 * trained / total:.1f} %): "
+        f"{', '.join(parts + temperatures)}"
+    )
 
 
-def _amount(number: int) -> str:
+def _format_count(number: int) -> str:
     if number < 1000:
         return str(number)
     return f"{number / 1e3:.1f}K" if number < 1e6 else f"{number / 1e6:.1f}M"
-
-
-def count_truncated(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> int:
-    """How many of `texts` are longer than the tokenizer's context and lose their end.
-
-    Raises:
-        UserError: if it is not one of open_clip's tokenizers.
-    """
-    context_length: int = getattr(tokenizer, "context_length", 0)
-    hugging_face: Any = getattr(tokenizer, "tokenizer", None)
-    if hugging_face is not None and context_length:
-        clean: Callable[[str], str] = getattr(tokenizer, "clean_fn", str)
-        ids = hugging_face([clean(text) for text in texts], truncation=False, padding=False).input_ids
-        return sum(len(tokens) > context_length for tokens in ids)
-    if not hasattr(tokenizer, "encode") or not context_length:
-        raise UserError(f"cannot count what a {type(tokenizer).__name__} cuts; use one of open_clip's tokenizers")
-    return sum(len(tokenizer.encode(text)) + 2 > context_length for text in texts)  # with start and end

@@ -1,4 +1,4 @@
-"""The stages of a multistage model as one model, with its file format.
+"""The multistage model: several CLIP models whose features are combined, and its file format.
 
 This file is shipped inside exported models: it needs torch, open_clip and safetensors, and the files shipped beside it.
 """
@@ -21,25 +21,26 @@ from .open_clip_io import (
     make_tokenizer,
     read_object,
     read_open_clip_folder,
-    read_tokenizer,
     write_open_clip_folder,
 )
 
-CONFIG_NAME = "mcl_clip_config.json"
-FORMAT_VERSION = 1
-VECTOR = "vector"
 try:  # see open_clip_io.py
     import open_clip
     from open_clip.transformer import VisionTransformer
 except ModuleNotFoundError as missing:
     raise ImportError("the model needs open_clip: pip install open_clip_torch") from missing
+
+CONFIG_NAME = "mcl_clip_config.json"
+FORMAT_VERSION = 1
+COMBINATIONS = ("concat", "mean_cosine")
+VECTOR = "vector"
 NOT_TEXT = ("visual.", "logit_scale", "logit_bias")
 BLOCKS = "transformer.resblocks."
 ABOVE_BLOCKS = ("ln_post", "proj", "attn_pool")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of the multistage model in `folder`.
+    """Read and validate the config of the multistage model in `folder`.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -59,61 +60,52 @@ def read_config(folder: Path) -> dict[str, Any]:
     ):
         raise ValueError(f"stages is {names!r}; it must be a list of folder names")
     scale, bias = config.get("logit_scale"), config.get("logit_bias")
-    is_known = config.get("combine") in list(COMBINATIONS)  # a dictionary refuses to look for a list
     are_numbers = isinstance(scale, float) and isinstance(bias, float | None) and math.isfinite(scale + (bias or 0))
-    if not are_numbers or not is_known:
+    if not are_numbers or config.get("combine") not in COMBINATIONS:
         raise ValueError(f"combine, logit_scale or logit_bias of {CONFIG_NAME} is missing or has another type")
     return config
 
 
 def normalized(features: Tensor) -> Tensor:
-    """Rows of unit length, in float32 if they came in half precision; rows of zeros stay zeros."""
+    """L2-normalize rows, in float32 if they are in half precision. Zero rows stay zero."""
     if features.dtype in (torch.float16, torch.bfloat16):  # the epsilon of F.normalize is 0 in float16
         features = features.float()
     return F.normalize(features, dim=-1)
 
 
-def _concat(stage_features: Sequence[Tensor]) -> Tensor:
-    """Long features count for more: the norms of the stages are part of the model."""
-    return torch.cat(list(stage_features), dim=-1)
-
-
-def _mean_cosine(stage_features: Sequence[Tensor]) -> Tensor:
-    """Each stage counts the same: the cosine of the result is the mean of the cosines of the stages."""
-    return torch.cat([normalized(features) for features in stage_features], dim=-1)
-
-
-COMBINATIONS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"concat": _concat, "mean_cosine": _mean_cosine}
-
-
 def join_features(stage_features: Sequence[Tensor], combine: str) -> Tensor:
-    """The features of all stages side by side, [..., sum of dims], before the last normalisation.
+    """Concatenate the features of all stages, [..., sum of dims], before the final normalization.
+
+    With `concat`, stages with longer features weigh more: their norms are part of the model. With `mean_cosine`, each
+    stage is normalized first, so that the cosine of the result is the mean of the cosines of the stages.
 
     Raises:
-        ValueError: if there is no combination called `combine`.
+        ValueError: if `combine` is unknown.
     """
     if combine not in COMBINATIONS:
         raise ValueError(f"combine={combine!r} is not one of {', '.join(COMBINATIONS)}")
-    return COMBINATIONS[combine](stage_features)
+    if combine == "mean_cosine":
+        stage_features = [normalized(features) for features in stage_features]
+    return torch.cat(list(stage_features), dim=-1)
 
 
 def combine_features(stage_features: Sequence[Tensor], combine: str) -> Tensor:
-    """Unit features of the multistage model, [..., sum of dims], from the un-normalised features of its stages.
+    """Combine unnormalized features of the stages to unit features of the multistage model, [..., sum of dims].
 
     Args:
-        stage_features: what `encode_image` or `encode_text` of each stage gives, in the order of the stages.
-        combine: `concat` (side by side, one L2 norm) or `mean_cosine` (each stage normalised first).
+        stage_features: outputs of `encode_image` or `encode_text` of each stage, in the order of the stages.
+        combine: `concat` or `mean_cosine`, see `join_features`.
     """
     return normalized(join_features(stage_features, combine))
 
 
 def join_to_vector(stage_features: Sequence[Tensor], combine: str) -> Tensor:
-    """Image vectors of the width of one stage, [..., dim], for inner products with unit text features.
+    """Reduce image features of S stages to vectors of the width of one stage, [..., dim], with exact scores.
 
-    The texts t are those of a text tower that all S stages share. For features i_k of the stages, `concat` gives
-    v = sum_k i_k / |[i_0; ...; i_S-1]|, and <t, v> / sqrt(S) is the cosine of the concatenations; `mean_cosine` gives
-    v = sum_k i_k / |i_k| / S, and <t, v> is the mean of the cosines. The length of v is part of the score: dividing by
-    it gives another ranking.
+    Scores are inner products with unit features t of the text tower that all stages share. For stage features i_k,
+    `concat` returns v = sum_k i_k / |[i_0; ...; i_S-1]|, and <t, v> / sqrt(S) is the cosine of the concatenations;
+    `mean_cosine` returns v = sum_k i_k / |i_k| / S, and <t, v> is the mean of the cosines. The norm of v is part of
+    the score: normalizing v changes the ranking.
     """
     if combine == "mean_cosine":
         return torch.stack([normalized(features) for features in stage_features]).mean(0)
@@ -121,26 +113,20 @@ def join_to_vector(stage_features: Sequence[Tensor], combine: str) -> Tensor:
     return torch.stack([features / length for features in stage_features]).sum(0)
 
 
-def _tokenizer_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("context_length", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
-    defaults = {"context_length": DEFAULT_CONTEXT_LENGTH}
-    return {name: model_cfg["text_cfg"].get(name, defaults.get(name)) or None for name in names}
-
-
 class MultistageCLIP(nn.Module):
-    """The stages of a run as one CLIP model, used like a model of open_clip.
+    """The stages of a run as one CLIP model with the interface of open_clip's models.
 
-    It takes the stages over: where all text towers are equal, one is kept, shared by all, and run once, and so are the
-    lowest blocks of the image towers, up to the first one that differs.
+    The stages are modified in place: if all text towers are equal, one is kept, shared and run once; likewise the
+    lowest blocks of the image towers, up to the first that differs.
 
     Args:
         stages: open_clip models in the order of the stages.
-        combine: how the features of the stages become one feature, see `combine_features`.
-        logit_scale: the logarithm of the factor on the cosine.
-        logit_bias: what is added to the logits, or None.
-        preprocess_cfg: open_clip's settings of the image transform, the same for all stages.
-        model_cfgs: open_clip's settings of each stage.
-        tokenizer: from a list of texts to tokens; by default the one that the settings name.
+        combine: how the features of the stages are combined, see `join_features`.
+        logit_scale: logarithm of the factor on the cosine.
+        logit_bias: added to the logits; None for models without one.
+        preprocess_cfg: open_clip's config of the image transform, the same for all stages.
+        model_cfgs: open_clip's model config of each stage.
+        tokenizer: maps a list of texts to tokens; by default the one named in the model config.
 
     Raises:
         ValueError: if the stages do not fit together.
@@ -162,7 +148,7 @@ class MultistageCLIP(nn.Module):
             raise ValueError(f"combine={combine!r} is not one of {', '.join(COMBINATIONS)}")
         if not stages or len(stages) != len(model_cfgs):
             raise ValueError(f"{len(stages)} stages with {len(model_cfgs)} model_cfgs; give one for each, at least one")
-        if any(_tokenizer_settings(cfg) != _tokenizer_settings(model_cfgs[0]) for cfg in model_cfgs):
+        if any(_tokenizer_cfg(cfg) != _tokenizer_cfg(model_cfgs[0]) for cfg in model_cfgs):
             raise ValueError("the stages use different tokenizers or context lengths; a multistage model has one")
         self.combine = combine
         self.model_cfgs = [dict(cfg) for cfg in model_cfgs]
@@ -173,43 +159,45 @@ class MultistageCLIP(nn.Module):
         if self.shared_text_tower:
             share_text_tower(stages)
         self.shared_blocks = count_shared_blocks(stages, model_cfgs) if len(stages) > 1 else 0
-        if self.shared_blocks:
-            share_blocks(stages, self.shared_blocks)
+        visuals: list[Any] = [stage.visual for stage in stages] if self.shared_blocks else []
+        for visual in visuals[1:]:
+            for number in range(self.shared_blocks):
+                visual.transformer.resblocks[number] = visuals[0].transformer.resblocks[number]
         self.stages = nn.ModuleList(stages)
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
 
     @property
     def context_length(self) -> int:
-        """Tokens of a text, with start and end."""
+        """Tokens per text, including start and end tokens."""
         length: int = self.model_cfgs[0]["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
         return length
 
     @property
     def embed_dims(self) -> list[int]:
-        """Dimensions of each stage's features."""
+        """Feature dimension of each stage."""
         return [cfg["embed_dim"] for cfg in self.model_cfgs]
 
     def encode_image_stages(self, image: Tensor) -> list[Tensor]:
-        """The un-normalised features of each stage, each [batch, dim of the stage]."""
+        """Encode images with each stage to unnormalized features, each [batch, dim of the stage]."""
         stages: Any = self.stages
-        if self.shared_blocks and not self.training:  # in training, each stage draws its own patch dropout
+        if self.shared_blocks and not self.training:  # in training, each stage samples its own patch dropout
             return encode_images_over_trunk(list(stages), image, self.shared_blocks)
         return [stage.encode_image(image) for stage in stages]
 
     def encode_text_stages(self, text: Tensor) -> list[Tensor]:
-        """The un-normalised features of each stage, each [batch, dim of the stage]."""
+        """Encode texts with each stage to unnormalized features, each [batch, dim of the stage]."""
         stages: Any = self.stages
         if self.shared_text_tower:
             return [stages[0].encode_text(text)] * len(stages)
         return [stage.encode_text(text) for stage in stages]
 
     def encode_image(self, image: Tensor, normalize: bool = False, combine: str | None = None) -> Tensor:
-        """Image features, [batch, sum of dims], of unit length if `normalize`.
+        """Encode images to features, [batch, sum of dims], of unit length if `normalize`.
 
-        `combine` replaces the model's own combination, or is `vector`: features of the width of one stage, [batch,
-        dim], whose inner products with those of texts rank as the model's own combination does. Their length is part
-        of the score, see `join_to_vector`.
+        `combine` overrides the model's own combination. `vector` gives features of the width of one stage, [batch,
+        dim], whose inner products with text features rank as the model's own combination does. Their norm is part of
+        the score, see `join_to_vector`.
 
         Raises:
             ValueError: for `vector` if the stages do not share a text tower, or with `normalize`.
@@ -224,9 +212,9 @@ class MultistageCLIP(nn.Module):
         return normalized(joined) if normalize else joined
 
     def encode_text(self, text: Tensor, normalize: bool = False, combine: str | None = None) -> Tensor:
-        """Text features, [batch, sum of dims], of unit length if `normalize`.
+        """Encode texts to features, [batch, sum of dims], of unit length if `normalize`.
 
-        `combine` replaces the model's own combination; `vector` gives the unit features of the shared text tower,
+        `combine` overrides the model's own combination; `vector` gives unit features of the shared text tower,
         [batch, dim].
 
         Raises:
@@ -243,7 +231,7 @@ class MultistageCLIP(nn.Module):
             raise ValueError("combine='vector' needs stages that share a text tower (lock it in later stages)")
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor | None]:
-        """Unit features and the factor on the cosine, under the names of open_clip's `output_dict`."""
+        """Return unit features and the factor on the cosine, with the keys of open_clip's `output_dict`."""
         output = {
             "image_features": None if image is None else self.encode_image(image, normalize=True),
             "text_features": None if text is None else self.encode_text(text, normalize=True),
@@ -254,10 +242,10 @@ class MultistageCLIP(nn.Module):
         return output
 
     def save(self, folder: Path | str, *, compact: bool = False) -> None:
-        """Write the model into `folder`: an open_clip folder for each stage, then the config.
+        """Write the model to `folder`: an open_clip folder for each stage, then the config.
 
-        With `compact`, stages but the first hold only the weights that differ from it, so that what stages share is
-        on disk once; then plain open_clip loads the first one alone.
+        With `compact`, all stages but the first hold only the weights that differ from it, so that shared weights are
+        on disk once; plain open_clip can then load only the first stage.
         """
         folder = Path(folder)
         names = [f"stage_{number}" for number in range(len(self.stages))]
@@ -287,7 +275,7 @@ class MultistageCLIP(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | str, device: str | torch.device = "cpu") -> "MultistageCLIP":
-        """The model in `folder`, in float32 and eval mode, on `device`.
+        """Load the model in `folder` to `device`, in float32 and eval mode.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -306,35 +294,37 @@ class MultistageCLIP(nn.Module):
             logit_bias=config.get("logit_bias"),
             preprocess_cfg=stages[0][2],
             model_cfgs=[model_cfg for _, model_cfg, _ in stages],
-            tokenizer=read_tokenizer(folder / first),
+            tokenizer=open_clip.get_tokenizer(f"local-dir:{folder / first}"),
         )
         return model.to(device).eval()
 
 
-def _text_state(stage: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in stage.state_dict().items() if not name.startswith(NOT_TEXT)}
+def _tokenizer_cfg(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("context_length", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
+    defaults = {"context_length": DEFAULT_CONTEXT_LENGTH}
+    return {name: model_cfg["text_cfg"].get(name, defaults.get(name)) or None for name in names}
 
 
-def _text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides, beside the weights, what the text tower computes."""
+def _text_cfg(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config values that, together with the weights, decide what the text tower computes."""
     text_cfg = {name: value for name, value in model_cfg["text_cfg"].items() if name != "hf_model_pretrained"}
     return {"text_cfg": text_cfg, **{name: bool(model_cfg.get(name)) for name in ("quick_gelu", "custom_text")}}
 
 
 def have_same_text_tower(stages: Sequence[nn.Module], model_cfgs: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all stages compute the same text features: equal settings and, tensor by tensor, equal weights."""
-    settings, first = _text_settings(model_cfgs[0]), _text_state(stages[0])
-    for stage, model_cfg in zip(stages[1:], model_cfgs[1:], strict=True):
-        other = _text_state(stage)
-        if _text_settings(model_cfg) != settings or other.keys() != first.keys():
-            return False
-        if not all(is_equal(first[name], other[name]) for name in first):
-            return False
-    return True
+    """Return whether all stages compute the same text features: equal configs and equal weights."""
+    first, *others = [
+        {name: value for name, value in stage.state_dict().items() if not name.startswith(NOT_TEXT)} for stage in stages
+    ]
+    if any(_text_cfg(model_cfg) != _text_cfg(model_cfgs[0]) for model_cfg in model_cfgs):
+        return False
+    return all(
+        other.keys() == first.keys() and all(is_equal(first[name], other[name]) for name in first) for other in others
+    )
 
 
 def share_text_tower(stages: Sequence[nn.Module]) -> None:
-    """Let all stages hold the text modules of the first one, so that they are in memory once."""
+    """Replace the text modules of all stages by those of the first one, so that they are in memory once."""
     for stage in stages[1:]:
         for name, module in stages[0].named_children():
             if name != "visual":
@@ -345,53 +335,43 @@ def share_text_tower(stages: Sequence[nn.Module]) -> None:
 
 
 def count_shared_blocks(stages: Sequence[nn.Module], model_cfgs: Sequence[Mapping[str, Any]]) -> int:
-    """How many blocks, from the lowest on, compute the same in the image towers of all stages.
+    """Count the blocks, from the lowest up, that compute the same in the image towers of all stages.
 
-    None for other towers than open_clip's `VisionTransformer`, or where the embedding of patches differs.
+    Returns 0 for image towers other than open_clip's `VisionTransformer`, and if the patch embeddings differ.
     """
     visuals: list[Any] = [stage.visual for stage in stages]
     known = all(isinstance(stage, (open_clip.CLIP, open_clip.CustomTextCLIP)) for stage in stages)
     if not known or not all(type(visual) is VisionTransformer and not visual.output_tokens for visual in visuals):
         return 0
-    if any(_image_settings(cfg) != _image_settings(model_cfgs[0]) for cfg in model_cfgs):
+    image_cfgs = [(cfg["vision_cfg"], bool(cfg.get("quick_gelu"))) for cfg in model_cfgs]
+    if any(image_cfg != image_cfgs[0] for image_cfg in image_cfgs):
         return 0
     first, *others = [visual.state_dict() for visual in visuals]
     different = {name for name in first for other in others if not is_equal(first[name], other.get(name))}
+    # What is neither a block nor above the blocks is below them, and feeds every block.
     if any(not name.startswith((BLOCKS, *ABOVE_BLOCKS)) for name in different):
         return 0
     numbers = [int(name.removeprefix(BLOCKS).partition(".")[0]) for name in different if name.startswith(BLOCKS)]
     return min(numbers, default=len(visuals[0].transformer.resblocks))
 
 
-def _image_settings(model_cfg: Mapping[str, Any]) -> tuple[Any, bool]:
-    return model_cfg["vision_cfg"], bool(model_cfg.get("quick_gelu"))
-
-
-def share_blocks(stages: Sequence[nn.Module], shared_blocks: int) -> None:
-    """Let all image towers hold the lowest blocks of the first one, so that they are in memory once."""
-    visuals: list[Any] = [stage.visual for stage in stages]
-    for visual in visuals[1:]:
-        for number in range(shared_blocks):
-            visual.transformer.resblocks[number] = visuals[0].transformer.resblocks[number]
-
-
 def encode_images_over_trunk(stages: Sequence[nn.Module], image: Tensor, shared_blocks: int) -> list[Tensor]:
-    """What `encode_image` of each stage gives, with the shared blocks run once.
+    """Compute `encode_image` of each stage, running the shared blocks once.
 
-    Of L blocks in each of S stages it runs (L + (S - 1) (L - shared_blocks)), in place of S L.
+    For S stages with L blocks, this runs L + (S - 1) (L - shared_blocks) blocks rather than S L.
     """
+
+    def run_blocks(visual: Any, tokens: Tensor, blocks: slice) -> Tensor:
+        transformer = visual.transformer
+        tokens = tokens if transformer.batch_first else tokens.transpose(0, 1)
+        for block in list(transformer.resblocks)[blocks]:
+            tokens = block(tokens)
+        return tokens if transformer.batch_first else tokens.transpose(0, 1)
+
     visuals: list[Any] = [stage.visual for stage in stages]
-    trunk = _run_blocks(visuals[0], visuals[0]._embeds(image), slice(shared_blocks))
+    trunk = run_blocks(visuals[0], visuals[0]._embeds(image), slice(shared_blocks))
     features = []
     for visual in visuals:
-        pooled, _ = visual._pool(_run_blocks(visual, trunk, slice(shared_blocks, None)))
+        pooled, _ = visual._pool(run_blocks(visual, trunk, slice(shared_blocks, None)))
         features.append(pooled if visual.proj is None else pooled @ visual.proj)
     return features
-
-
-def _run_blocks(visual: Any, tokens: Tensor, blocks: slice) -> Tensor:
-    transformer = visual.transformer
-    tokens = tokens if transformer.batch_first else tokens.transpose(0, 1)
-    for block in list(transformer.resblocks)[blocks]:
-        tokens = block(tokens)
-    return tokens if transformer.batch_first else tokens.transpose(0, 1)

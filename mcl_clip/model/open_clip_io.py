@@ -1,6 +1,6 @@
-"""open_clip's folder of a model: settings, weights and tokenizer; written, checked and read without running code.
+"""Read, write and check model folders of open_clip (config, weights, tokenizer) without running code from them.
 
-This file is shipped inside exported models: it needs torch, open_clip and safetensors, nothing else.
+This file is shipped inside exported models: it needs torch, open_clip and safetensors only.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-try:  # transformers would advise to install a package called open_clip
+try:  # transformers checks imports outside of `try`, and would suggest `pip install open_clip`, another package
     import open_clip
     from open_clip.tokenizer import HFTokenizer
 except ModuleNotFoundError as missing:
@@ -24,59 +24,57 @@ except ModuleNotFoundError as missing:
 
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
-DIFFERENCE_NAME = "difference.safetensors"  # open_clip finds it, and says that weights are missing
+DIFFERENCE_NAME = "difference.safetensors"  # open_clip finds this file too, and reports the missing weights
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 DEFAULT_CONTEXT_LENGTH = 77
 
-
-# What a model may ask of its tokenizer; `trust_remote_code`, above all, is not among it.
+# What a model may ask of its tokenizer. `trust_remote_code`, above all, is not allowed.
 TOKENIZER_OPTIONS = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
 TOKENIZER_CONFIG_NAMES = ("tokenizer_config.json", "config.json")
 UNSAFE_WEIGHTS = "{} holds more than tensors and plain values, and loading it could run code; save only its state_dict"
-LARGEST = {"layers": 512, "context_length": 1 << 20, "image_size": 1 << 14, "vocab_size": 1 << 24}  # of a setting
-LARGEST_WIDTH = 1 << 17  # of any other
+LARGEST = {"layers": 512, "context_length": 1 << 20, "image_size": 1 << 14, "vocab_size": 1 << 24}
+LARGEST_WIDTH = 1 << 17  # of any other number in a config
 
 
 def check_model_cfg(model_cfg: Any) -> None:
-    """Nothing, for settings of a model that nobody could be harmed by: no code to fetch, no absurd sizes.
+    """Validate a model config; raise ValueError for remote code or oversized values.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: naming the config key.
     """
-    parts = [model_cfg, *(model_cfg.get(name) for name in ("vision_cfg", "text_cfg"))] if _is_dict(model_cfg) else []
-    if not parts or not all(map(_is_dict, parts)):
+    parts = [model_cfg]
+    if isinstance(model_cfg, dict):
+        parts += [model_cfg.get(name) for name in ("vision_cfg", "text_cfg")]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError("model_cfg is not an object with vision_cfg and text_cfg")
     if type(model_cfg.get("embed_dim")) is not int:
         raise ValueError(f"embed_dim is {model_cfg.get('embed_dim')!r}, not a number of dimensions")
     options = model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
-    if not _is_dict(options) or not set(options) <= set(TOKENIZER_OPTIONS):
+    if not isinstance(options, dict) or not set(options) <= set(TOKENIZER_OPTIONS):
         raise ValueError(f"tokenizer_kwargs is {options!r}; it may set {', '.join(TOKENIZER_OPTIONS)}")
-    nested = [part for outer in parts for part in (outer, *filter(_is_dict, outer.values()))]
-    for name, value in (pair for part in nested for pair in part.items()):
-        _check_sizes(name, value)
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _check_sizes(name: str, value: Any) -> None:
-    limit = LARGEST.get(name, LARGEST_WIDTH)
-    for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, int | float) and not abs(number) <= limit:
-            raise ValueError(f"{name} is {number!r}; it may be at most {limit}")
+    parts += [value for part in parts for value in part.values() if isinstance(value, dict)]
+    for name, value in (item for part in parts for item in part.items()):
+        limit = LARGEST.get(name, LARGEST_WIDTH)
+        for number in value if isinstance(value, list) else [value]:
+            # `not <=` rather than `>`, so that NaN is refused as well.
+            if isinstance(number, int | float) and not abs(number) <= limit:
+                raise ValueError(f"{name} is {number!r}; it may be at most {limit}")
 
 
 def check_model_folder(folder: Path, base: nn.Module | None = None) -> None:
-    """Nothing, for an open_clip folder whose files may be loaded; `base` brings the weights that it does not have.
+    """Validate an open_clip folder before anything in it is loaded.
+
+    Args:
+        folder: the folder.
+        base: the model that provides the weights missing in a difference file, if it holds one.
 
     Raises:
         FileNotFoundError: if there is no such folder, or it has no config.
-        ValueError: if its settings are refused, its tokenizer brings code, or its model is larger than its weights.
+        ValueError: if its config is refused, its tokenizer brings code, or its model is larger than its weights.
     """
     config = read_object(folder / OPEN_CLIP_CONFIG_NAME)
     check_model_cfg(config.get("model_cfg"))
-    if not _is_dict(config.get("preprocess_cfg", {})):
+    if not isinstance(config.get("preprocess_cfg", {}), dict):
         raise ValueError("preprocess_cfg is not an object")
     for name in TOKENIZER_CONFIG_NAMES:
         if (folder / name).is_file() and "auto_map" in read_object(folder / name):
@@ -84,17 +82,23 @@ def check_model_folder(folder: Path, base: nn.Module | None = None) -> None:
     weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
     for path in weights:
         check_weights(path)
-    sizes = [path.stat().st_size for path in weights]
-    more = 0 if base is None else sum(tensor.nbytes for tensor in base.state_dict().values())
-    if sizes and (parameters := _count_parameters(folder)) > max(sizes) + more:
-        raise ValueError(f"its settings make a model of {parameters} parameters, its weights have {max(sizes)} bytes")
+    if not weights:
+        return
+    # The meta device counts the parameters without allocating them.
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), without_warnings():
+        model = open_clip.create_model(f"local-dir:{folder}", device="meta", load_weights=False, pretrained_text=False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = max(path.stat().st_size for path in weights)
+    base_bytes = 0 if base is None else sum(tensor.nbytes for tensor in base.state_dict().values())
+    if parameters > size + base_bytes:  # a weight has at least one byte
+        raise ValueError(f"its config describes {parameters} parameters, but its weights have {size} bytes")
 
 
 def check_weights(path: Path) -> None:
-    """Nothing, for a file of weights that does not unpack to more than its size.
+    """Refuse a weights file that would expand to more than its size on disk.
 
     Raises:
-        ValueError: if it does; `torch.save` never compresses.
+        ValueError: if it is a compressed archive; `torch.save` never compresses.
     """
     if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -102,16 +106,9 @@ def check_weights(path: Path) -> None:
                 raise ValueError(f"{path.name} is a compressed archive, which torch.save does not write")
 
 
-def _count_parameters(folder: Path) -> int:
-    """The size of a model, which is not held in memory for it."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]), without_warnings():
-        model = open_clip.create_model(f"local-dir:{folder}", device="meta", load_weights=False, pretrained_text=False)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Without what open_clip says about a model that has no weights, where that is meant."""
+    """Silence warnings, such as open_clip's about a model without weights where none are wanted."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -120,12 +117,18 @@ def without_warnings() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line, at most about 400 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]} ..."
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON object from a file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else.
+        ValueError: if it is not valid JSON, or not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +140,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def make_tokenizer(model_cfg: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """The tokenizer that an open_clip `model_cfg` names; a Hugging Face one may be downloaded."""
+    """Create the tokenizer of an open_clip model config; a Hugging Face one may be downloaded."""
     text_cfg = model_cfg["text_cfg"]
     context_length = text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH)
     options = text_cfg.get("tokenizer_kwargs") or {}
@@ -153,7 +156,7 @@ def make_tokenizer(model_cfg: Mapping[str, Any]) -> Callable[..., Tensor]:
 
 
 def make_image_transform(preprocess_cfg: Mapping[str, Any]) -> Callable[[Any], Tensor]:
-    """open_clip's evaluation transform: from a PIL image to floats, [3, height, width]."""
+    """Create open_clip's evaluation transform, from a PIL image to a float tensor [3, height, width]."""
     names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
     options = {name: preprocess_cfg[name] for name in names if name in preprocess_cfg}
     transform: Callable[[Any], Tensor] = open_clip.image_transform(
@@ -173,58 +176,46 @@ def write_open_clip_folder(
 ) -> None:
     """Write a folder that `open_clip.create_model_and_transforms('local-dir:...')` loads without a network.
 
-    With a `base`, only the weights that differ from it are written, which `read_open_clip_folder` alone can use.
+    With a `base`, only the weights that differ from it are written; such a folder needs `read_open_clip_folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
     config_path = folder / OPEN_CLIP_CONFIG_NAME
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = _separate_tensors(model)
+    tensors, seen = {}, set()
+    for name, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in seen else tensor  # safetensors refuses shared memory
+        seen.add(memory)
     weights_path = folder / (OPEN_CLIP_WEIGHTS_NAME if base is None else DIFFERENCE_NAME)
     if base is not None:
-        known = base.state_dict()
-        tensors = {name: tensor for name, tensor in tensors.items() if not is_equal(tensor, known.get(name))}
+        base_state = base.state_dict()
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_equal(tensor, base_state.get(name))}
     save_file(tensors, weights_path)
     weights_path.chmod(config_path.stat().st_mode)  # safetensors writes 0600 whatever the umask
     if model_cfg["text_cfg"].get("hf_tokenizer_name"):
         tokenizer.save_pretrained(str(folder))  # type: ignore[attr-defined]
 
 
-def _separate_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights by name, contiguous, no two in the same memory, as safetensors wants them."""
-    tensors, seen = {}, set()
-    for name, value in model.state_dict().items():
-        tensor = value.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return tensors
-
-
 def is_equal(tensor: Tensor, other: Tensor | None) -> bool:
-    """Whether two tensors have the same type, shape and values."""
+    """Return whether two tensors have the same type, shape and values."""
     return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other.to(tensor.device))
-
-
-def read_tokenizer(folder: Path) -> Callable[..., Tensor]:
-    """The tokenizer of an open_clip folder."""
-    tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(f"local-dir:{folder}")
-    return tokenizer
 
 
 def read_open_clip_folder(
     folder: Path, base: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """The float32 model of an open_clip folder with its `model_cfg` and `preprocess_cfg`.
+    """Load the float32 model of an open_clip folder with its `model_cfg` and `preprocess_cfg`.
 
     Args:
         folder: the folder.
-        base: the model that it was written as a difference to, if it was.
+        base: the model that provides the weights that are not in the folder, if it holds a difference.
 
     Raises:
         FileNotFoundError: if the folder or its config is missing.
-        ValueError: if its settings are refused, see `check_model_folder`.
-        RuntimeError: if it has no weights or they do not fit.
+        ValueError: if its config is refused, see `check_model_folder`.
+        RuntimeError: if weights are missing or do not fit.
     """
     check_model_folder(folder, base)
     config = read_object(folder / OPEN_CLIP_CONFIG_NAME)
@@ -233,7 +224,7 @@ def read_open_clip_folder(
     options: dict[str, Any] = {"require_pretrained": True} if base is None else {"load_weights": False}
     quiet = nullcontext() if base is None else without_warnings()
     try:
-        with torch.random.fork_rng(devices=[]), quiet:  # the model is filled with random numbers before its weights
+        with torch.random.fork_rng(devices=[]), quiet:  # open_clip draws random weights before it loads any
             model = open_clip.create_model(
                 f"local-dir:{folder}",
                 precision="fp32",
@@ -243,10 +234,9 @@ def read_open_clip_folder(
                 pretrained_image=False,
                 **options,
             )
-    except pickle.UnpicklingError as error:  # torch's advice would be to load them all the same
+    except pickle.UnpicklingError as error:  # torch's own message suggests to load it anyway
         raise ValueError(UNSAFE_WEIGHTS.format(folder)) from error
     if base is not None:
-        own = load_file(folder / DIFFERENCE_NAME)
         shared = {name: tensor for name, tensor in base.state_dict().items() if name in model.state_dict()}
-        model.load_state_dict({**shared, **own})
+        model.load_state_dict({**shared, **load_file(folder / DIFFERENCE_NAME)})
     return model, config["model_cfg"], config["preprocess_cfg"]

@@ -79,7 +79,7 @@ def change_config(folder, change, name="open_clip_config.json"):
         ("text_cfg", {"layers": 10**6}, "layers is 1000000; it may be at most 512"),
         ("text_cfg", {"width": 10**9}, "width is 1000000000; it may be at most 131072"),
         ("vision_cfg", {"layers": [3, 10**9, 1, 1]}, "layers is 1000000000"),
-        ("vision_cfg", {"width": 8192, "head_width": 64}, "its settings make a model of"),
+        ("vision_cfg", {"width": 8192, "head_width": 64}, "its config describes"),
     ],
 )
 def test_settings_of_a_model_that_harm(folder, part, values, sentence):
