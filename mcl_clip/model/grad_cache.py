@@ -1,23 +1,24 @@
-"""Batches larger than memory, with exact gradients (GradCache, Gao et al., arXiv 2101.06983).
+"""Exact gradients of batches larger than memory (GradCache, Gao et al., arXiv 2101.06983).
 
-The loss needs the features of all rows at once, but not what the towers keep for backward of all rows at once:
+The loss L needs the features f_i of all rows at once, but the encoders' activations of one chunk at a time suffice, as
+dL/dtheta = sum_i dL/df_i df_i/dtheta:
 
-1. The towers encode the rows in chunks and keep nothing.
-2. The loss gives its gradient by the features, and by the temperature.
-3. Each chunk is encoded again, with the same dropout, and goes backward from the gradient of its features.
+1. Encode the rows in chunks without a graph.
+2. Compute the loss and its gradients with respect to the features and the temperature.
+3. Encode each chunk again, with the same dropout, and backpropagate the gradients of its features.
 
-The gradients are those of the whole batch. The price is a second forward pass.
+The gradients are those of the whole batch, at the price of a second forward pass.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-FEATURES = ("image_features", "text_features")  # a row for each row of the batch
-TEMPERATURES = ("logit_scale", "logit_bias")  # once for all rows
+FEATURES = ("image_features", "text_features")  # one row per row of the batch
+TEMPERATURES = ("logit_scale", "logit_bias")  # shared by all rows
 
 Outputs = Mapping[str, Tensor]
 Encode = Callable[[nn.Module, slice], Outputs]
@@ -34,19 +35,19 @@ def add_gradients(
     seed_chunk: Callable[[int], object],
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> dict[str, Tensor]:
-    """Add the gradients of a loss of all rows of this process's batch; what `loss_of` counted.
+    """Accumulate the gradients of a loss over all rows of this process's batch; return the counts of `loss_of`.
 
-    Processes may have different numbers of rows and chunks, but all or none of them must have `chunk_rows`. Under
-    DistributedDataParallel gradients are synchronised once, with the last chunk.
+    Processes may have different numbers of rows and chunks, but `chunk_rows` must be given on all of them or on none.
+    Under DistributedDataParallel, gradients are synchronized once, with the last chunk.
 
     Args:
-        model: the towers, in DistributedDataParallel or not; without batch statistics if `chunk_rows` is given.
-        encode: what a model makes of some rows, named as in the output of open_clip's models.
-        loss_of: the loss of the features of all rows, and its counts.
-        rows: how many rows there are, 1 or more.
-        chunk_rows: rows that go through the towers together; 0 is all, in a single forward and backward pass.
-        seed_chunk: called with the number of a chunk before each of its forward passes, to seed dropout.
-        backward: how to go backward from the loss.
+        model: the model, wrapped in DistributedDataParallel or not; without batch norm if `chunk_rows` is given.
+        encode: runs a model on a slice of rows; its outputs have the names of open_clip's models.
+        loss_of: computes the loss and its counts from the outputs of all rows.
+        rows: number of rows, 1 or more.
+        chunk_rows: rows encoded together; 0 is all, in a single forward and backward pass.
+        seed_chunk: called with the chunk number before each forward pass of the chunk, to seed dropout.
+        backward: backpropagates from the loss.
     """
     if not chunk_rows:
         seed_chunk(0)
@@ -54,26 +55,31 @@ def add_gradients(
         backward(loss)
         return counts
     chunks = [slice(start, start + chunk_rows) for start in range(0, rows, chunk_rows)]
-    outputs = _without_graph(model, encode, chunks, seed_chunk)
+    outputs = _encode_without_graph(model, encode, chunks, seed_chunk)
     loss, counts = loss_of(outputs)
     backward(loss)
     gradients = {name: output.grad for name, output in outputs.items() if output.grad is not None}
     for number, chunk in enumerate(chunks):
         is_last = number == len(chunks) - 1
-        with nullcontext() if is_last else _no_sync(model):
+        with nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             seed_chunk(number)
-            of_chunk = {name: gradients[name][chunk] for name in FEATURES}
+            chunk_gradients = {name: gradients[name][chunk] for name in FEATURES}
             if is_last:
-                of_chunk |= {name: gradients[name] for name in TEMPERATURES if name in gradients}
-            _go_backward(encode(model, chunk), of_chunk)
+                chunk_gradients |= {name: gradients[name] for name in TEMPERATURES if name in gradients}
+            chunk_outputs = encode(model, chunk)
+            # The outputs of a locked tower have no graph.
+            trained = [name for name in chunk_gradients if chunk_outputs[name].requires_grad]
+            torch.autograd.backward(
+                [chunk_outputs[name] for name in trained], [chunk_gradients[name] for name in trained]
+            )
     return counts
 
 
-def _without_graph(
+def _encode_without_graph(
     model: nn.Module, encode: Encode, chunks: list[slice], seed_chunk: Callable[[int], object]
 ) -> dict[str, Tensor]:
-    """The outputs for all rows, as leaves that take a gradient."""
-    raw = model.module if isinstance(model, DistributedDataParallel) else model  # nothing to synchronise
+    """Encode all rows without a graph; return the outputs as leaves that require gradients."""
+    raw = model.module if isinstance(model, DistributedDataParallel) else model  # nothing to synchronize
     parts = []
     with torch.no_grad():
         for number, chunk in enumerate(chunks):
@@ -82,13 +88,3 @@ def _without_graph(
     outputs = {name: torch.cat([part[name] for part in parts]) for name in FEATURES}
     outputs |= {name: parts[0][name] for name in TEMPERATURES if name in parts[0]}
     return {name: output.detach().requires_grad_() for name, output in outputs.items()}
-
-
-def _go_backward(outputs: Outputs, gradients: Mapping[str, Tensor]) -> None:
-    """From those outputs that depend on what trains: a locked tower's do not."""
-    trained = [name for name in gradients if outputs[name].requires_grad]
-    torch.autograd.backward([outputs[name] for name in trained], [gradients[name] for name in trained])
-
-
-def _no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

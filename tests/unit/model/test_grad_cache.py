@@ -1,4 +1,4 @@
-"""Gradients of a batch that goes through the towers in chunks, against the same batch in one piece."""
+"""Compare gradients of a batch encoded in chunks with those of the same batch in one pass."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ VIT = {
 
 
 class Towers(nn.Module):
-    """Two linear towers with dropout; notes how many rows each forward pass had, and whether a graph was made."""
+    """Two linear towers with dropout; records the rows of each forward pass, and whether it builds a graph."""
 
     def __init__(self, dropout=0.0):
         super().__init__()
@@ -76,7 +76,7 @@ def gradients(model, inputs, chunk_rows=0, uses_bias=True, encode=None):
     return {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}, float(counts["loss"])
 
 
-def drawn_inputs():
+def random_inputs():
     return [torch.randn(ROWS, 5, generator=torch_generator("inputs", n), dtype=torch.float64) for n in range(2)]
 
 
@@ -92,26 +92,26 @@ def assert_equal(found, expected, tolerance=1e-12):
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 5, 9, 10, 11])
 def test_gradients_are_those_of_the_whole_batch(chunk_rows):
-    expected = gradients(Towers(), drawn_inputs())
+    expected = gradients(Towers(), random_inputs())
     assert all(gradient.abs().max() > 1e-3 for gradient in expected[0].values())
-    assert_equal(gradients(Towers(), drawn_inputs(), chunk_rows), expected)
+    assert_equal(gradients(Towers(), random_inputs(), chunk_rows), expected)
 
 
 def test_a_temperature_that_the_loss_does_not_use_has_no_gradient():
-    expected = gradients(Towers(), drawn_inputs(), uses_bias=False)
+    expected = gradients(Towers(), random_inputs(), uses_bias=False)
     assert expected[0]["logit_bias"] is None
-    assert_equal(gradients(Towers(), drawn_inputs(), 3, uses_bias=False), expected)
+    assert_equal(gradients(Towers(), random_inputs(), 3, uses_bias=False), expected)
 
 
 def test_gradients_are_added_to_what_is_there():
-    model, inputs = Towers(), drawn_inputs()
+    model, inputs = Towers(), random_inputs()
     once = gradients(model, inputs, 3)[0]["image"].clone()
     assert torch.allclose(gradients(model, inputs, 3)[0]["image"], 2 * once)
 
 
 @pytest.mark.parametrize("chunk_rows", [3, 10])
 def test_dropout_is_the_same_in_both_passes_and_different_in_each_chunk(chunk_rows):
-    inputs = [each[:1].expand(ROWS, -1) for each in drawn_inputs()]  # equal rows: features differ by dropout alone
+    inputs = [each[:1].expand(ROWS, -1) for each in random_inputs()]  # equal rows: features differ by dropout alone
     expected = gradients(InChunks(Towers(0.5), chunk_rows), inputs)
     assert_equal(gradients(Towers(0.5), inputs, chunk_rows), expected)
     chunks, encoded = 1 + (ROWS - 1) // chunk_rows, []
@@ -128,12 +128,12 @@ def test_dropout_is_the_same_in_both_passes_and_different_in_each_chunk(chunk_ro
     assert len({part[0].numpy().tobytes() for part in first}) == chunks
 
 
-def test_a_graph_is_made_for_one_chunk_at_a_time():
+def test_a_graph_is_built_for_one_chunk_at_a_time():
     model = Towers()
-    gradients(model, drawn_inputs(), 4)
+    gradients(model, random_inputs(), 4)
     assert model.passes == [(4, False), (4, False), (2, False), (4, True), (4, True), (2, True)]
     model.passes.clear()
-    gradients(model, drawn_inputs())
+    gradients(model, random_inputs())
     assert model.passes == [(ROWS, True)]
 
 
@@ -141,19 +141,19 @@ def test_a_graph_is_made_for_one_chunk_at_a_time():
 def test_open_clips_towers_with_patch_dropout_and_locked_parts(locked):
     """And the features are unit vectors whose graph ends where parameters are locked."""
 
-    def made():
+    def make():
         model = create_clip(model_cfg=VIT).model.double()
         lock(model, **locked)
         return model.train()
 
     pixels = torch.randn(ROWS, 3, 16, 16, generator=torch_generator("pixels"), dtype=torch.float64)
     inputs = (pixels, torch.arange(ROWS * 6).reshape(ROWS, 6) % 50)
-    expected = gradients(InChunks(made(), 4), inputs)
-    found = gradients(made(), inputs, 4)
+    expected = gradients(InChunks(make(), 4), inputs)
+    found = gradients(make(), inputs, 4)
     assert_equal(found, expected)
     assert (found[0]["token_embedding.weight"] is None) == ("text" in locked)
     assert (found[0]["visual.proj"] is None) == ("image_unlocked_groups" in locked)
     if not locked:
-        model = made()
+        model = make()
         model.visual.patch_dropout = nn.Identity()
         assert (gradients(model, inputs, 4)[0]["visual.proj"] - found[0]["visual.proj"]).abs().max() > 1e-4

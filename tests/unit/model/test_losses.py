@@ -1,4 +1,4 @@
-"""The losses in chunks of rows: the same numbers from a fraction of the memory."""
+"""Losses in chunks of rows: the same numbers in a fraction of the memory."""
 
 from functools import partial
 
@@ -15,21 +15,24 @@ ROWS, DIM = 23, 6
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 
-def drawn(*name, size=ROWS, most=2**16):
+def random_integers(*name, size=ROWS, most=2**16):
     return torch.from_numpy((random_words(size, "losses", *name) % np.uint64(most)).astype(np.int64))
 
 
-def drawn_negatives(rows=ROWS, **options):
-    """Three groups, equal captions and pictures, a row that is there twice, and fillers."""
+def random_negatives(rows=ROWS, **options):
+    """Three groups with equal captions and images, a row that occurs twice, and padding rows."""
     numbers = torch.arange(rows)
     numbers[5], numbers[[2, 11, rows - 1]] = numbers[9], -1
-    ids = {name: drawn(name, size=rows, most=most) for name, most in [("groups", 3), ("text_ids", 9), ("image_ids", 9)]}
+    ids = {
+        name: random_integers(name, size=rows, most=most)
+        for name, most in [("groups", 3), ("text_ids", 9), ("image_ids", 9)]
+    }
     return find_negatives(rows=numbers, **ids, **options)
 
 
 def inputs(rows=ROWS, dim=DIM, dtype=torch.float64):
     """Features of both sides, the scale and the bias."""
-    sides = [drawn(side, size=rows * dim).reshape(rows, dim).to(dtype) - 2**15 for side in ("image", "text")]
+    sides = [random_integers(side, size=rows * dim).reshape(rows, dim).to(dtype) - 2**15 for side in ("image", "text")]
     return [normalize(side).requires_grad_() for side in sides] + [
         torch.tensor(value, dtype=dtype, requires_grad=True) for value in (14.0, -5.0)
     ]
@@ -41,7 +44,7 @@ def loss_of(name, given, negatives, **options):
 
 def loss_and_gradients(name, chunk_rows, epsilon, **options):
     given = inputs()
-    loss = loss_of(name, given, drawn_negatives(chunk_rows=chunk_rows, **options), ifm_epsilon=epsilon)
+    loss = loss_of(name, given, random_negatives(chunk_rows=chunk_rows, **options), ifm_epsilon=epsilon)
     loss.backward()
     return [loss.detach()] + [tensor.grad for tensor in given if tensor.grad is not None]
 
@@ -71,15 +74,15 @@ def test_the_settings_matter_in_these_data():
 @pytest.mark.parametrize("mask_duplicates", [True, False])
 @pytest.mark.parametrize("chunk_rows", [0, 1, 5, 100])
 def test_negatives_and_counts_are_those_of_every_pair_looked_at(chunk_rows, mask_duplicates):
-    found = drawn_negatives(chunk_rows=chunk_rows, mask_duplicates=mask_duplicates, min_negatives=4)
+    found = random_negatives(chunk_rows=chunk_rows, mask_duplicates=mask_duplicates, min_negatives=4)
     ids, keep, duplicates = found.ids.tolist(), torch.eye(ROWS, dtype=torch.bool), 0
     for i, (row, group, text, image) in enumerate(ids):
         for j, (other, its_group, its_text, its_image) in enumerate(ids):
             if i == j or row < 0 or other < 0 or group != its_group:
                 continue
-            is_same, is_alike = row == other, row == other or text == its_text or image == its_image
-            duplicates += is_alike
-            keep[i, j] = not (is_alike if mask_duplicates else is_same)
+            is_same, is_duplicate = row == other, row == other or text == its_text or image == its_image
+            duplicates += is_duplicate
+            keep[i, j] = not (is_duplicate if mask_duplicates else is_same)
     assert torch.equal(found.keep(slice(None)), keep)
     assert torch.equal(found.keep(slice(3, 8)), keep[3:8])
     assert torch.equal(found.num_negatives, keep.sum(1) - 1)
@@ -92,7 +95,7 @@ def test_negatives_and_counts_are_those_of_every_pair_looked_at(chunk_rows, mask
 @pytest.mark.parametrize("name", LOSSES)
 def test_in_chunks_what_is_kept_for_backward_grows_with_the_batch_and_not_with_its_square(name):
     def kept_bytes(rows, chunk_rows):
-        given, negatives = inputs(rows), drawn_negatives(rows, chunk_rows=chunk_rows)
+        given, negatives = inputs(rows), random_negatives(rows, chunk_rows=chunk_rows)
         with kept_for_backward(given) as kept:
             loss_of(name, given, negatives, ifm_epsilon=0.1).backward()
         return max(kept)
@@ -102,9 +105,9 @@ def test_in_chunks_what_is_kept_for_backward_grows_with_the_batch_and_not_with_i
     assert chunked(512) < 2.1 * chunked(256) < whole(256) / 10
 
 
-def test_the_loss_of_features_of_low_precision_is_made_in_float32():
+def test_the_loss_of_low_precision_features_is_computed_in_float32():
     losses = [
-        loss_of("clip", inputs(dtype=dtype), drawn_negatives(chunk_rows=rows)).detach()
+        loss_of("clip", inputs(dtype=dtype), random_negatives(chunk_rows=rows)).detach()
         for dtype, rows in [(torch.bfloat16, 0), (torch.bfloat16, 5), (torch.float32, 0)]
     ]
     assert {loss.dtype for loss in losses} == {torch.float32}
