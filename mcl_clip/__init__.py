@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what needs torch and open_clip when it is first used, for they take seconds to import."""
+    """Import names that need torch and open_clip on first use, since these take seconds to import."""
     if name == "MultistageCLIP":
         from mcl_clip.model.multistage import MultistageCLIP
 

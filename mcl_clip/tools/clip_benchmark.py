@@ -1,11 +1,11 @@
-"""`clip_benchmark` for the models of this project: `python -m mcl_clip.tools.clip_benchmark eval --model NAME ...`.
+"""Run `clip_benchmark` on models of this project: `python -m mcl_clip.tools.clip_benchmark eval --model NAME ...`.
 
-The arguments are those of `clip_benchmark`. `--model` takes what `mcl_clip.load` takes; `--pretrained`, if it is given,
-is the rest of the name: `--model runs/mine --pretrained stage-0`. Other models are measured with `--model_type`.
-With `--no_amp` the scores are those of `mcl-clip eval`; without it the towers run under autocast.
+Arguments are those of `clip_benchmark`. `--model` takes the names of `mcl_clip.load`; an optional `--pretrained` is the
+rest of the name: `--model runs/mine --pretrained stage-0`. Other models need `--model_type`. With `--no_amp`, the
+scores are those of `mcl-clip eval`; without it, the encoders run under autocast.
 
-Faults of `clip_benchmark` 1.6.2 are mended on the way: it cannot compute an accuracy with numpy 2.4, stops at sets that
-have fewer shards than there are workers, and finds no place for the results of a model with `/` in its name.
+Works around three bugs of `clip_benchmark` 1.6.2: it cannot compute an accuracy with numpy 2.4, fails on datasets with
+fewer shards than workers, and cannot write results of a model with `/` in its name.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     """Run `clip_benchmark` with the arguments of the command line.
 
     Raises:
-        UserError: if it is not installed, or there is no such model.
+        UserError: if `clip_benchmark` is not installed, or there is no such model.
     """
     try:
         from clip_benchmark import cli, models
@@ -46,11 +46,18 @@ def main() -> None:
     for module in (zeroshot_classification, linear_probe):
         try:
             module.accuracy(torch.eye(2), torch.arange(2), topk=(1,))
-        except TypeError:  # float() of an array with one number in it
+        except TypeError:  # numpy 2.4 refuses float() of an array with one element
             module.accuracy = accuracy
-    if "empty_check" in inspect.signature(webdataset.WebDataset).parameters:  # a worker without a shard is no error
+    if "empty_check" in inspect.signature(webdataset.WebDataset).parameters:  # allow workers without a shard
         webdataset.WebDataset = partial(webdataset.WebDataset, empty_check=False)
-    cli.run = partial(_run, cli.run)
+    run = cli.run
+
+    def run_with_safe_name(args: argparse.Namespace) -> int | None:
+        args.output = args.output.replace("{model}", args.model.strip("/").replace("/", "_"))
+        status: int | None = run(args)
+        return status
+
+    cli.run = run_with_safe_name
     sys.argv[1:] = with_defaults(sys.argv[1:])
     cli.main()
 
@@ -58,10 +65,10 @@ def main() -> None:
 def load_model(
     model_name: str, pretrained: str, cache_dir: str | None, device: str | torch.device
 ) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[..., Tensor]]:
-    """What `mcl_clip.load` gives for the model `model_name` or, unless `pretrained` is the default, both names.
+    """Load `model_name`, or `model_name/pretrained` unless `pretrained` is the default, with `mcl_clip.load`.
 
     Raises:
-        UserError: if there is no such model, and for a `cache_dir`.
+        UserError: if there is no such model, or `cache_dir` is given.
     """
     if cache_dir:
         raise UserError(f"--model_cache_dir {cache_dir} is for other model types; set the variable HF_HUB_CACHE")
@@ -71,15 +78,15 @@ def load_model(
 def accuracy(
     output: Float[Tensor, "images classes"], target: Int[Tensor, "images"], topk: Sequence[int] = (1,)
 ) -> list[float]:
-    """The fraction of images whose class is among the best k, for each k."""
-    right = output.topk(max(topk), dim=1).indices == target[:, None]
-    return [right[:, :k].sum().item() / len(target) for k in topk]
+    """Compute top-k accuracy for each k in `topk`."""
+    is_correct = output.topk(max(topk), dim=1).indices == target[:, None]
+    return [is_correct[:, :k].sum().item() / len(target) for k in topk]
 
 
 def with_defaults(arguments: list[str]) -> list[str]:
-    """The arguments, and before them what stands for those that `eval` was not given.
+    """Insert the default `--pretrained` and `--model_type` before the arguments of `eval`.
 
-    `pretrained` needs a value, for it stands in the results; no model has weights of this name.
+    `--pretrained` needs a value because it appears in the results; no model has weights of this name.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model_type", default=MODEL_TYPE)
@@ -87,12 +94,6 @@ def with_defaults(arguments: list[str]) -> list[str]:
     if arguments[:1] != ["eval"] or known.model_type != MODEL_TYPE:
         return arguments
     return ["eval", "--pretrained", MODEL_TYPE, "--model_type", MODEL_TYPE, *arguments[1:]]
-
-
-def _run(run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int | None:
-    """`run(args)`, with a name of the model in the name of the output that is no path."""
-    args.output = args.output.replace("{model}", args.model.strip("/").replace("/", "_"))
-    return run(args)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def run(args):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """`clip_benchmark` with the attributes that count, whose accuracy fails in one of two places."""
+    """`clip_benchmark` with the attributes that count, whose accuracy fails in one of two modules."""
     package = tmp_path / "packages/clip_benchmark"
     (package / "metrics").mkdir(parents=True)
     for name, text in {
@@ -159,8 +159,8 @@ def test_accuracy():
     assert all(type(value) is float for value in accuracy(scores, target))
 
 
-def test_only_an_accuracy_that_fails_is_mended(fake, monkeypatch):
-    for _ in range(2):  # a second call finds nothing to mend, and what is there already
+def test_only_an_accuracy_that_fails_is_replaced(fake, monkeypatch):
+    for _ in range(2):  # a second call finds nothing to fix, and the model type already registered
         run(monkeypatch, "build", "a.json")
     modules = sys.modules
     assert modules["clip_benchmark.metrics.zeroshot_classification"].accuracy is accuracy
@@ -178,7 +178,7 @@ def test_a_set_may_have_fewer_shards_than_there_are_workers(fake, tmp_path, monk
     assert keys == ["s0000000", "s0000001", "s0000002"]
 
 
-def test_what_cannot_be_is_one_sentence(fake, monkeypatch, capsys):
+def test_errors_are_one_sentence(fake, monkeypatch, capsys):
     with pytest.raises(
         UserError, match=r"there is no folder nothing/here, and open_clip has no architecture 'nothing'"
     ):
