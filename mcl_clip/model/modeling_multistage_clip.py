@@ -1,7 +1,7 @@
-"""A multistage CLIP model as a model of transformers: `AutoModel.from_pretrained(..., trust_remote_code=True)`.
+"""The multistage CLIP model for transformers: `AutoModel.from_pretrained(..., trust_remote_code=True)`.
 
-The weights stay where they are, in the stages' open_clip folders: loading and saving go through `MultistageCLIP`. This
-file is shipped inside exported models: it needs torch, transformers and open_clip, and the files shipped beside it.
+Weights stay in the open_clip folders of the stages; loading and saving go through `MultistageCLIP`. This file is
+shipped inside exported models: it needs torch, transformers and open_clip, and the files shipped beside it.
 """
 
 import shutil
@@ -18,12 +18,12 @@ from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
-# First, as it says what to install where open_clip is missing.
+# Imported first: it says what to install if open_clip is missing.
 from .processing_multistage_clip import IS_BEFORE_5, PROCESSING_AUTO_MAP, MultistageCLIPImageProcessor
 
 # isort: split
 from .multistage import COMBINATIONS, CONFIG_NAME, MultistageCLIP, normalized, read_config
-from .open_clip_io import DEFAULT_CONTEXT_LENGTH
+from .open_clip_io import DEFAULT_CONTEXT_LENGTH, one_line
 
 MODEL_TYPE = "multistage_clip"
 AUTO_MAP = {
@@ -38,22 +38,22 @@ CODE_FILES = (
     "multistage.py",
     "open_clip_io.py",
 )
-# What transformers hands over on its own, and what has no meaning for files that are safetensors anyway.
-WITHOUT_EFFECT = ("adapter_kwargs", "low_cpu_mem_usage", "max_shard_size", "trust_remote_code", "use_safetensors")
+# Options that transformers passes on its own, and options without a meaning for safetensors files.
+IGNORED_OPTIONS = ("adapter_kwargs", "low_cpu_mem_usage", "max_shard_size", "trust_remote_code", "use_safetensors")
 AUTOMATIC_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class MultistageCLIPConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """What a multistage CLIP model is; the weights and open_clip's settings stand in the folders of the stages.
+    """Configuration of a multistage CLIP model. Weights and open_clip configs are in the folders of the stages.
 
     Args:
         num_stages: number of stages.
-        embed_dims: dimensions of each stage's features.
-        projection_dim: dimensions of the model's features, the sum of `embed_dims`.
-        context_length: tokens of a text, with start and end.
+        embed_dims: feature dimension of each stage.
+        projection_dim: feature dimension of the model, the sum of `embed_dims`.
+        context_length: tokens per text, including start and end tokens.
         image_size: height and width in pixels.
-        combine: how the features of the stages become one, `concat` or `mean_cosine`.
-        kwargs: what transformers writes down beside them.
+        combine: how the features of the stages are combined, `concat` or `mean_cosine`.
+        kwargs: further entries of config.json, written by transformers.
     """
 
     model_type = MODEL_TYPE
@@ -79,14 +79,14 @@ class MultistageCLIPConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 @dataclass
 class MultistageCLIPOutput(ModelOutput):
-    """What the model says of images and texts, under the names of `CLIPModel`.
+    """Output of the model, with the field names of `CLIPModel`.
 
     Attributes:
-        loss: with `return_loss`, see `MultistageCLIPModel.forward`.
+        loss: only with `return_loss`, see `MultistageCLIPModel.forward`.
         logits_per_image: scores, [images, texts].
-        logits_per_text: the same, [texts, images].
-        text_embeds: features of unit length, [texts, dimensions].
-        image_embeds: features of unit length, [images, dimensions].
+        logits_per_text: the same scores, [texts, images].
+        text_embeds: unit features, [texts, dim].
+        image_embeds: unit features, [images, dim].
     """
 
     loss: Tensor | None = None
@@ -97,14 +97,14 @@ class MultistageCLIPOutput(ModelOutput):
 
 
 class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """The stages of a multistage model as one CLIP model, made by `from_pretrained`.
+    """A multistage CLIP model with the interface of `CLIPModel`; created by `from_pretrained`.
 
     Args:
-        config: the description of `multistage`.
-        multistage: the model itself, afterwards `model.multistage`.
+        config: the config of `multistage`.
+        multistage: the wrapped model.
 
     Raises:
-        ValueError: without `multistage`: there are no settings to make random weights from.
+        ValueError: without `multistage`, since the config does not describe the encoders.
     """
 
     config_class = MultistageCLIPConfig
@@ -114,25 +114,27 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def __init__(self, config: MultistageCLIPConfig, multistage: MultistageCLIP | None = None):
         super().__init__(config)
         if multistage is None:
-            raise ValueError("a multistage CLIP model is not made from its config alone; use from_pretrained(folder)")
+            raise ValueError(
+                "a multistage CLIP model cannot be created from its config alone; use from_pretrained(folder)"
+            )
         self.multistage = multistage
         self.is_compact = False
         self.post_init()  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
-        """Nothing: there are no weights here but those that were loaded."""
+        """Do nothing: all weights are loaded."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing, as `init_weights`."""
+        """Do nothing, like `init_weights`."""
 
     @property
     def logit_scale(self) -> Tensor:
-        """The logarithm of the factor on the cosine."""
+        """Logarithm of the factor on the cosine."""
         return self.multistage.logit_scale
 
     @property
     def logit_bias(self) -> Tensor | None:
-        """What is added to the logits, if anything."""
+        """Bias of the logits, or None."""
         return self.multistage.logit_bias
 
     @classmethod
@@ -152,30 +154,30 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         device_map: Any = None,
         **kwargs: Any,
     ) -> "MultistageCLIPModel":
-        """The model in a folder or on the Hub, in eval mode.
+        """Load a model from a folder or the Hub, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: the folder, or the model's name on the Hub.
-            config: replaces the combination that is stored with the model, if its own is another.
+            pretrained_model_name_or_path: a folder, or the name of a repository on the Hub.
+            config: overrides `combine` of the stored model; all other values must agree with the weights.
             revision: branch, tag or commit on the Hub.
-            subfolder: where in the folder or repository the model is.
-            cache_dir: where downloads are kept.
-            force_download: whether to fetch again what is there.
-            local_files_only: whether to do without a network.
-            token: for private models.
-            dtype: float32 unless given.
-            torch_dtype: the older name of `dtype`.
-            device_map: one device for the whole model; `auto` takes the accelerator, where there is one.
-            kwargs: some options of transformers that make no difference here; others are refused.
+            subfolder: path of the model in the folder or repository.
+            cache_dir: folder for downloads.
+            force_download: download files even if they are cached.
+            local_files_only: use cached files only.
+            token: access token for private models.
+            dtype: floating-point dtype, float32 by default.
+            torch_dtype: older name of `dtype`.
+            device_map: one device for the whole model; `auto` is the accelerator if there is one, else the CPU.
+            kwargs: options of transformers that have no effect here; others are refused.
 
         Raises:
-            OSError: if there is no such model, or it cannot be fetched.
-            ValueError: if it is damaged, or an option has an impossible value.
+            OSError: if there is no such model, or it cannot be downloaded.
+            ValueError: if it is damaged, or an option has an invalid value.
             TypeError: for an unknown option.
         """
         _refuse_unknown("from_pretrained", kwargs)
-        wanted = _floating_type(dtype if dtype is not None else torch_dtype)
-        device = _one_device(device_map)
+        torch_type = _parse_dtype(dtype if dtype is not None else torch_dtype)
+        device = _parse_device_map(device_map)
         name = str(pretrained_model_name_or_path)
         hub = {
             "revision": revision,
@@ -184,28 +186,32 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             "local_files_only": local_files_only,
             "token": token,
         }
-        folder = Path(name) / subfolder if Path(name).is_dir() else _fetch(name, subfolder, hub)
+        folder = Path(name) / subfolder if Path(name).is_dir() else _download(name, subfolder, hub)
         try:
             multistage = MultistageCLIP.load(folder)
             is_compact = bool(read_config(folder).get("compact"))
         except FileNotFoundError as error:
-            raise OSError(f"{name} is not a whole multistage CLIP model: {_sentence(error)}") from error
+            raise OSError(f"{name} is not a complete multistage CLIP model: {one_line(error)}") from error
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} is damaged: {_sentence(error)}") from error
-        model: Any = cls(_checked_config(config, multistage, name), multistage)
+            raise ValueError(f"{name} is damaged: {one_line(error)}") from error
+        model: Any = cls(_check_config(config, multistage, name), multistage)
         model.is_compact = is_compact
         model.name_or_path = model.config.name_or_path = name
         if device_map is not None:
-            model.hf_device_map = {"": device}  # else a pipeline would choose another one
+            model.hf_device_map = {"": device}  # otherwise a pipeline would choose another device
         if IS_BEFORE_5:
-            _register_for_pipelines(model)
-        loaded: MultistageCLIPModel = model.to(device=device, dtype=wanted).eval()
+            # Older pipelines find tokenizer and image processor through the config class, not through the folder.
+            own_tokenizer = getattr(multistage.tokenizer, "tokenizer", None)
+            model.config.tokenizer_class = "CLIPTokenizer" if own_tokenizer is None else type(own_tokenizer).__name__
+            processor = MultistageCLIPImageProcessor
+            AutoImageProcessor.register(type(model.config), slow_image_processor_class=processor, exist_ok=True)
+        loaded: MultistageCLIPModel = model.to(device=device, dtype=torch_type).eval()
         return loaded
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Write a folder that `from_pretrained` loads: stages, config and code; its processor is saved apart.
+        """Write stages, config and code to a folder for `from_pretrained`; the processor has its own `save_pretrained`.
 
         Raises:
             TypeError: for an unknown option.
@@ -217,22 +223,21 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             write_config_and_code(folder, self.multistage)
 
     def get_image_features(self, pixel_values: Tensor) -> Any:
-        """Un-normalised features of images, [images, dimensions].
+        """Encode images to unnormalized features, [images, dim].
 
-        Before transformers 5 a tensor, since then in `pooler_output`, as `CLIPModel` has it.
+        As in `CLIPModel`, the features are returned as a tensor before transformers 5, as `pooler_output` since then.
 
         Raises:
-            ValueError: if the images have another size than the model's.
+            ValueError: if the images do not have the size of the model's input.
         """
-        return _as_clip_does(self._encode_images(pixel_values))
+        return _clip_output(self._encode_images(pixel_values))
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-        """Un-normalised features of texts, [texts, dimensions].
+        """Encode texts to unnormalized features, [texts, dim], returned as by `get_image_features`.
 
-        Tokens are cut or filled up to the model's context length; what `attention_mask` leaves out is not read.
-        Returned as by `get_image_features`.
+        Tokens are truncated or padded to the model's context length; tokens masked by `attention_mask` are ignored.
         """
-        return _as_clip_does(self._encode_texts(input_ids, attention_mask))
+        return _clip_output(self._encode_texts(input_ids, attention_mask))
 
     def forward(
         self,
@@ -242,19 +247,22 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return_loss: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Unit features and, of images and texts together, their scores: `MultistageCLIPOutput`, or a tuple.
+        """Return unit features and, given both images and texts, their scores: `MultistageCLIPOutput` or a tuple.
 
-        With `return_loss`, the i-th image belongs to the i-th text; the loss is CLIP's softmax loss, or SigLIP's
-        sigmoid loss where the model has a `logit_bias`.
+        With `return_loss`, the i-th image is paired with the i-th text; the loss is CLIP's softmax loss, or SigLIP's
+        sigmoid loss if the model has a `logit_bias`.
 
         Raises:
-            ValueError: if there are neither images nor texts, or `return_loss` lacks pairs.
+            ValueError: if there are neither images nor texts, or `return_loss` is given without pairs.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("there is nothing to encode; give pixel_values, input_ids or both")
         image = None if pixel_values is None else normalized(self._encode_images(pixel_values))
         text = None if input_ids is None else normalized(self._encode_texts(input_ids, attention_mask))
-        logits = None if image is None or text is None else self._logits(image, text)
+        logits = None
+        if image is not None and text is not None:
+            logits = self.logit_scale.exp() * image @ text.T
+            logits = logits if self.logit_bias is None else logits + self.logit_bias
         output = MultistageCLIPOutput(
             loss=self._loss(logits) if return_loss else None,
             logits_per_image=logits,
@@ -277,10 +285,6 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         tokens = fit_tokens(input_ids, attention_mask, self.multistage.context_length, self.multistage.tokenizer)
         return self.multistage.encode_text(tokens.to(self.device))
 
-    def _logits(self, image: Tensor, text: Tensor) -> Tensor:
-        logits = self.logit_scale.exp() * image @ text.T
-        return logits if self.logit_bias is None else logits + self.logit_bias
-
     def _loss(self, logits: Tensor | None) -> Tensor:
         if logits is None or logits.shape[0] != logits.shape[1]:
             raise ValueError("return_loss needs as many images as texts, in pairs")
@@ -292,48 +296,40 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 def fit_tokens(input_ids: Tensor, attention_mask: Tensor | None, context_length: int, tokenizer: Any) -> Tensor:
-    """The tokens of texts as open_clip's `tokenizer` makes them, [texts, context_length].
+    """Truncate and pad tokens to [texts, context_length] exactly as open_clip's `tokenizer` does.
 
-    Texts that are too long keep their end token, which comes last then; others are filled up with what the tokenizer
-    of open_clip fills up with. Tokens count where `attention_mask` is 1; without it, up to the first end token.
+    Truncated texts keep their end token as the last one; short texts get the padding of open_clip's tokenizer.
+    Tokens are used where `attention_mask` is 1; without a mask, up to the first end token.
     """
     hugging_face: Any = getattr(tokenizer, "tokenizer", None)
     if hugging_face is None:
-        filler, ends = 0, [tokenizer.eot_token_id]
+        padding, ends = 0, [tokenizer.eot_token_id]
     else:
-        filler = hugging_face.pad_token_id or 0
+        padding = hugging_face.pad_token_id or 0
         ends = [number for number in (hugging_face.eos_token_id, hugging_face.sep_token_id) if number is not None]
     is_end = torch.isin(input_ids, torch.tensor(ends, dtype=input_ids.dtype, device=input_ids.device))
     if attention_mask is None:
         after_start = is_end.clone()
         after_start[:, :1] = False  # some tokenizers start texts with their end token
-        counts = after_start.cumsum(1) - after_start.long() == 0
+        is_used = after_start.cumsum(1) - after_start.long() == 0
     else:
-        counts = attention_mask.bool()
-    order = (~counts).long().argsort(dim=1, stable=True)  # also where the fillers come first
-    tokens, is_end, lengths = input_ids.gather(1, order), is_end.gather(1, order), counts.sum(1)
+        is_used = attention_mask.bool()
+    order = (~is_used).long().argsort(dim=1, stable=True)  # moves padding from the left to the right
+    tokens, is_end, lengths = input_ids.gather(1, order), is_end.gather(1, order), is_used.sum(1)
     last = (lengths - 1).clamp(min=0)[:, None]
-    too_long = (lengths[:, None] > context_length) & is_end.gather(1, last)
+    is_truncated = (lengths[:, None] > context_length) & is_end.gather(1, last)
     end = tokens.gather(1, last)
     tokens = F.pad(tokens, (0, max(0, context_length - tokens.shape[1])))[:, :context_length]
-    tokens = torch.cat([tokens[:, :-1], torch.where(too_long, end, tokens[:, -1:])], dim=1)
-    beyond = torch.arange(context_length, device=tokens.device) >= lengths[:, None]
-    tokens = tokens.masked_fill(beyond, filler)
+    tokens = torch.cat([tokens[:, :-1], torch.where(is_truncated, end, tokens[:, -1:])], dim=1)
+    is_padding = torch.arange(context_length, device=tokens.device) >= lengths[:, None]
+    tokens = tokens.masked_fill(is_padding, padding)
     if getattr(tokenizer, "strip_sep_token", False):
         tokens = tokens.masked_fill(tokens == hugging_face.sep_token_id, 0)
     return tokens
 
 
-def _register_for_pipelines(model: MultistageCLIPModel) -> None:
-    """Let pipelines before transformers 5 load tokenizer and image processor, which they do not look for in folders."""
-    own = getattr(model.multistage.tokenizer, "tokenizer", None)
-    model.config.tokenizer_class = "CLIPTokenizer" if own is None else type(own).__name__
-    image_processor = MultistageCLIPImageProcessor
-    AutoImageProcessor.register(type(model.config), slow_image_processor_class=image_processor, exist_ok=True)
-
-
 def config_of(multistage: MultistageCLIP) -> MultistageCLIPConfig:
-    """The description of a model."""
+    """Create the transformers config of a model."""
     size = multistage.preprocess_cfg["size"]
     return MultistageCLIPConfig(
         num_stages=len(multistage.stages),
@@ -347,26 +343,26 @@ def config_of(multistage: MultistageCLIP) -> MultistageCLIPConfig:
 
 
 def write_config_and_code(folder: Path, multistage: MultistageCLIP) -> None:
-    """Write what `AutoConfig` and `AutoModel` need beside the stages: config.json and the code."""
+    """Write config.json and the code files, which `AutoConfig` and `AutoModel` need beside the stages."""
     config = config_of(multistage)
     config.auto_map = dict(AUTO_MAP)
     config.to_json_file(folder / "config.json")
-    here = Path(__file__).parent
+    package = Path(__file__).parent
     for name in CODE_FILES:
-        if (here / name).resolve() != (folder / name).resolve():
-            shutil.copyfile(here / name, folder / name)
+        if (package / name).resolve() != (folder / name).resolve():
+            shutil.copyfile(package / name, folder / name)
 
 
-def _checked_config(config: MultistageCLIPConfig | None, multistage: MultistageCLIP, name: str) -> MultistageCLIPConfig:
-    """`config`, whose combination the model takes over, or the model's own."""
-    own = config_of(multistage)
+def _check_config(config: MultistageCLIPConfig | None, multistage: MultistageCLIP, name: str) -> MultistageCLIPConfig:
+    """Return the model's config, or check `config` against the weights and apply its `combine` to the model."""
+    actual = config_of(multistage)
     if config is None:
-        return own
+        return actual
     for key in ("num_stages", "embed_dims", "projection_dim", "context_length", "image_size"):
-        said, found = getattr(config, key, None), getattr(own, key)
-        if said != found:
+        value, expected = getattr(config, key, None), getattr(actual, key)
+        if value != expected:
             raise ValueError(
-                f"the config says {key}={said!r}, the weights of {name} have {found!r}; correct the config"
+                f"the config has {key}={value!r}, the weights of {name} have {expected!r}; correct the config"
             )
     if config.combine not in COMBINATIONS:
         raise ValueError(f"combine={config.combine!r} is not one of {', '.join(COMBINATIONS)}")
@@ -374,38 +370,33 @@ def _checked_config(config: MultistageCLIPConfig | None, multistage: MultistageC
     return config
 
 
-def _fetch(name: str, subfolder: str, hub: dict[str, Any]) -> Path:
-    """The local folder of a model on the Hub, with its stages."""
+def _download(name: str, subfolder: str, hub: dict[str, Any]) -> Path:
+    """Download a multistage model with its stages and return its folder in the cache."""
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     try:
         folder = Path(hf_hub_download(name, f"{prefix}{CONFIG_NAME}", **hub)).parent
         patterns = [f"{prefix}{stage}/*" for stage in read_config(folder)["stages"]]
         return Path(snapshot_download(name, allow_patterns=patterns, **hub)) / subfolder
     except (OSError, ValueError) as error:
-        raise OSError(f"{name} is no folder, and cannot be fetched from the Hub: {_sentence(error)}") from error
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} ..."
+        raise OSError(f"{name} is not a folder, and cannot be loaded from the Hub: {one_line(error)}") from error
 
 
 def _refuse_unknown(method: str, options: dict[str, Any]) -> None:
-    unknown = [name for name in options if name not in WITHOUT_EFFECT and not name.startswith("_")]
+    unknown = [name for name in options if name not in IGNORED_OPTIONS and not name.startswith("_")]
     if unknown:
         raise TypeError(f"{method} of a multistage CLIP model has no option {', '.join(unknown)}; leave it out")
 
 
-def _floating_type(dtype: str | torch.dtype | None) -> torch.dtype:
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None or dtype == "auto":
         return torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is no type of floating-point numbers; use float32, bfloat16 or float16")
-    return found
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is not a floating-point dtype; use float32, bfloat16 or float16")
+    return parsed
 
 
-def _one_device(device_map: Any) -> torch.device:
+def _parse_device_map(device_map: Any) -> torch.device:
     devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
     if len(devices) != 1:
         raise ValueError(f"device_map={device_map!r} names several devices; a multistage CLIP model takes one")
@@ -415,5 +406,5 @@ def _one_device(device_map: Any) -> torch.device:
     return torch.device("cpu" if device is None else device)
 
 
-def _as_clip_does(features: Tensor) -> Any:
+def _clip_output(features: Tensor) -> Any:
     return features if IS_BEFORE_5 else BaseModelOutputWithPooling(pooler_output=features)

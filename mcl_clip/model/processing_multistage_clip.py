@@ -1,4 +1,4 @@
-"""Images and texts for a multistage CLIP model under transformers: exactly open_clip's pixels and tokens.
+"""Image processor and processor of a multistage CLIP model for transformers, with exactly open_clip's pixels.
 
 This file is shipped inside exported models: it needs torch, transformers, open_clip and PIL, and the files shipped
 beside it.
@@ -16,7 +16,7 @@ from transformers.processing_utils import ImagesKwargs
 try:
     from open_clip.tokenizer import get_clean_fn
 except ModuleNotFoundError as missing:
-    raise ImportError("a multistage CLIP model is made of open_clip's towers: pip install open_clip_torch") from missing
+    raise ImportError("a multistage CLIP model needs open_clip: pip install open_clip_torch") from missing
 
 from .open_clip_io import make_image_transform
 
@@ -29,16 +29,16 @@ CHANNELS = (1, 3, 4)
 
 
 class MultistageCLIPImageProcessor(ImageProcessingMixin):
-    """From pictures to `pixel_values`, [pictures, 3, height, width], as open_clip's evaluation transform makes them.
+    """Converts images to `pixel_values`, [images, 3, height, width], with open_clip's evaluation transform.
 
     Args:
         size: `height` and `width` in pixels.
-        image_mean: of each channel, what is subtracted after scaling to 0..1.
-        image_std: of each channel, what is divided by.
+        image_mean: mean of each channel, after scaling to 0..1.
+        image_std: standard deviation of each channel.
         interpolation: `bicubic` or `bilinear`.
-        resize_mode: `shortest` (then cut), `longest` (then fill up) or `squash`.
-        fill_color: what is filled up with.
-        kwargs: what transformers writes down beside them.
+        resize_mode: `shortest` (then center crop), `longest` (then pad) or `squash`.
+        fill_color: value of the padding.
+        kwargs: further entries of preprocessor_config.json, written by transformers.
     """
 
     model_input_names = ("pixel_values",)
@@ -64,7 +64,7 @@ class MultistageCLIPImageProcessor(ImageProcessingMixin):
 
     @property
     def image_transform(self) -> Callable[[Any], torch.Tensor]:
-        """open_clip's evaluation transform, of one PIL image."""
+        """open_clip's evaluation transform for a single PIL image."""
         return make_image_transform(
             {
                 "size": (self.size["height"], self.size["width"]),
@@ -77,20 +77,20 @@ class MultistageCLIPImageProcessor(ImageProcessingMixin):
         )
 
     def __call__(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
-        """`pixel_values` of one picture or a list of them.
+        """Convert one image or a list of images to `pixel_values`.
 
         Args:
-            images: PIL images, or numpy arrays or tensors of bytes, [height, width, channels] or [channels, height,
-                width], also batches of them.
+            images: PIL images, or uint8 numpy arrays or tensors, [height, width, channels] or [channels, height,
+                width], or batches of them.
             return_tensors: `pt` for a tensor, `np` for an array, None for a list of tensors.
 
         Raises:
-            ValueError: if something is not a picture, or there is none.
+            ValueError: if an input is not an image, or there is none.
         """
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors={return_tensors!r} is not one of 'pt', 'np' and None")
         transform = self.image_transform
-        pixels = [transform(picture) for picture in _pictures(images)]
+        pixels = [transform(image) for image in _to_pil(images)]
         if not pixels:
             raise ValueError("there are no images; give at least one")
         if return_tensors is None:
@@ -101,44 +101,42 @@ class MultistageCLIPImageProcessor(ImageProcessingMixin):
     preprocess = __call__
 
 
-def _pictures(images: Any) -> Iterator[Image.Image]:
+def _to_pil(images: Any) -> Iterator[Image.Image]:
+    """Yield PIL images from images, uint8 arrays and batches of arrays, in lists of any depth."""
     if isinstance(images, Image.Image):
         yield images
-    elif isinstance(images, list | tuple):
-        for image in images:
-            yield from _pictures(image)
-    elif hasattr(images, "shape") and hasattr(images, "dtype"):
-        yield from _pictures_of_array(torch.as_tensor(images).cpu())
-    else:
-        raise ValueError(f"{images!r:.80} is not a picture; open it with PIL first, or give an array of bytes")
-
-
-def _pictures_of_array(pixels: torch.Tensor) -> Iterator[Image.Image]:
-    if pixels.dtype != torch.uint8:
-        raise ValueError(f"an image has values of type {pixels.dtype}; give bytes (uint8, 0 to 255) or a PIL image")
-    if pixels.ndim == 4:
-        for picture in pixels:
-            yield from _pictures_of_array(picture)
         return
-    if pixels.ndim == 3 and pixels.shape[0] in CHANNELS:  # transformers, too, looks at the first dimension first
-        pixels = pixels.permute(1, 2, 0)
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in CHANNELS):
-        raise ValueError(f"an image has the shape {tuple(pixels.shape)}; give [height, width, 3] or [3, height, width]")
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    yield Image.fromarray(pixels.contiguous().numpy())
+    if isinstance(images, list | tuple):
+        for image in images:
+            yield from _to_pil(image)
+        return
+    if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+        raise ValueError(f"{images!r:.80} is not an image; open it with PIL first, or give a uint8 array")
+    pixels = torch.as_tensor(images).cpu()
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"an image has values of type {pixels.dtype}; give uint8 values (0 to 255) or a PIL image")
+    for array in pixels if pixels.ndim == 4 else [pixels]:
+        # A channel count in the first dimension means channels first, as in transformers.
+        is_first = array.ndim == 3 and array.shape[0] in CHANNELS
+        channels_last = array.permute(1, 2, 0) if is_first else array
+        if array.ndim not in (2, 3) or (array.ndim == 3 and channels_last.shape[2] not in CHANNELS):
+            raise ValueError(
+                f"an image has the shape {tuple(channels_last.shape)}; give [height, width, 3] or [3, height, width]"
+            )
+        is_gray = array.ndim == 3 and channels_last.shape[2] == 1
+        yield Image.fromarray((channels_last[:, :, 0] if is_gray else channels_last).contiguous().numpy())
 
 
 class MultistageCLIPProcessor(ProcessorMixin):
-    """Pictures and texts for the model in one call.
+    """Prepares images and texts for the model in one call.
 
     Args:
         image_processor: a `MultistageCLIPImageProcessor`.
         tokenizer: the tokenizer of the model.
-        clean: how open_clip cleans texts for it: `lower`, `whitespace` or `canonicalize`.
+        clean: open_clip's text cleaning for this tokenizer: `lower`, `whitespace` or `canonicalize`.
     """
 
-    if IS_BEFORE_5:  # since then, the names of the arguments say it
+    if IS_BEFORE_5:  # later versions read this from the argument names
         attributes = ("image_processor", "tokenizer")
         valid_kwargs = ("clean",)
         image_processor_class = "AutoImageProcessor"
@@ -157,30 +155,26 @@ class MultistageCLIPProcessor(ProcessorMixin):
         truncation: bool | str = True,
         **kwargs: Any,
     ) -> BatchFeature:
-        """`pixel_values` of `images` and `input_ids` with `attention_mask` of `text`; either may be left out.
+        """Return `pixel_values` of `images` and `input_ids` with `attention_mask` of `text`; one may be left out.
 
-        Texts are cleaned as open_clip does (broken characters, HTML entities, white space), which the tokenizer alone
-        does not do in full. Further options are the tokenizer's.
+        Texts are cleaned as open_clip does (broken characters, HTML entities, whitespace), which the tokenizer alone
+        does only in part. Further options are passed to the tokenizer.
 
         Raises:
-            ValueError: if there is neither, or something is not a picture or a text.
+            ValueError: if there is neither, or an input is not an image or a text.
         """
         if images is None and text is None:
             raise ValueError("there is nothing to process; give images=, text= or both")
         data: dict[str, Any] = {}
         if text is not None:
+            clean = get_clean_fn(self.clean)
+            texts = [text] if isinstance(text, str) else list(text)
+            wrong = [value for value in texts if not isinstance(value, str)]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r:.80} is not a text; give a string or a list of strings")
+            cleaned = [str(clean(value)) for value in texts]
             options = {"return_tensors": return_tensors, "padding": padding, "truncation": truncation, **kwargs}
-            data.update(self.tokenizer(self._cleaned(text), **options))
+            data.update(self.tokenizer(cleaned[0] if isinstance(text, str) else cleaned, **options))
         if images is not None:
             data.update(self.image_processor(images, return_tensors=return_tensors))
         return BatchFeature(data)
-
-    def _cleaned(self, text: str | Sequence[str]) -> str | list[str]:
-        clean = get_clean_fn(self.clean)
-        if isinstance(text, str):
-            return str(clean(text))
-        texts = list(text)
-        wrong = [value for value in texts if not isinstance(value, str)]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r:.80} is not a text; give a string or a list of strings")
-        return [str(clean(value)) for value in texts]

@@ -1,4 +1,4 @@
-"""What the name of a model means: a run, one of its stages, an exported folder, a model of open_clip or on the Hub."""
+"""Resolve a model name: a run, one of its stages, an exported folder, or a model of open_clip or the Hub."""
 
 import re
 from collections.abc import Callable
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_run_config
-from mcl_clip.model.clip import ClipBundle, create_clip, load_clip
+from mcl_clip.model.clip import HUB, LOCAL, ClipBundle, create_clip, load_clip
 from mcl_clip.model.fast_paths import use_fast_paths
 from mcl_clip.model.multistage import CONFIG_NAME, MultistageCLIP, read_config
 from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME
 
 SINGLE_STAGE = re.compile(r"stage-(\d+)")
-HUB = "hf-hub:"
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 STAGE_FILES = tuple(f"stage_*/{pattern}" for pattern in (*TOKENIZER_FILES, "*.safetensors"))
 Loaded = MultistageCLIP | ClipBundle
@@ -30,16 +29,16 @@ Loaded = MultistageCLIP | ClipBundle
 def load(
     name: str | Path, *, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[..., Tensor]]:
-    """A model in float32 and eval mode, its image transform and its tokenizer, as from open_clip.
+    """Load a model in float32 and eval mode, with its image transform and tokenizer, as open_clip does.
 
     Args:
         name: a run directory (its combined model), `RUN/stage-K`, an exported folder, `hf-hub:ORG/NAME[@REVISION]`,
             `local-dir:FOLDER`, or `ARCHITECTURE/TAG` of open_clip such as `ViT-B-32/laion2b_s34b_b79k`.
-        device: where the model is to be.
+        device: device of the model.
 
     Returns:
         The model, with `encode_image(images, normalize=False)` and `encode_text(tokens, normalize=False)`; the
-        transform from a PIL image to floats, [3, height, width]; the tokenizer from a list of texts to tokens.
+        transform from a PIL image to a float tensor [3, height, width]; the tokenizer from a list of texts to tokens.
 
     Raises:
         UserError: if there is no such model, or it cannot be loaded.
@@ -51,10 +50,14 @@ def load(
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A model to measure, not loaded yet.
+    """A model to evaluate that is not loaded yet.
 
-    `model` and `pretrained` are what CLIP_benchmark calls its name and its weights, `label` tells it from others in
-    one folder of results, and `stage` is the last one in it.
+    Attributes:
+        model: model name in the columns of CLIP_benchmark.
+        pretrained: name of the weights in the columns of CLIP_benchmark.
+        label: file name that is unique in a folder of results.
+        load: loads the model.
+        stage: number of the last stage in it.
     """
 
     model: str
@@ -65,15 +68,14 @@ class Candidate:
 
 
 def find_models(name: str, *, each: bool = False) -> list[Candidate]:
-    """What `name` means: the folder of a run, of one of its stages or of a model, or the name of a model of open_clip.
+    """Find the models that `name` refers to, without loading them.
 
     Args:
-        name: `RUN` (its combined model), `RUN/stage-K`, an exported folder, `ARCHITECTURE/TAG`,
-            `hf-hub:ORG/NAME[@REVISION]` or `local-dir:FOLDER`.
-        each: all stages of a run, too.
+        name: as in `load`.
+        each: for a run, also return each of its stages.
 
     Raises:
-        UserError: if it is none of these, or a run has no such model yet.
+        UserError: if there is no such model, or the run has not trained it yet.
     """
     folder = Path(name)
     if (folder / "config.json").is_file() and any(folder.glob("stage-*")):
@@ -83,12 +85,11 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
     if SINGLE_STAGE.fullmatch(folder.name) and (folder.parent / "config.json").is_file():
         return [_stage_of_run(folder.parent, int(folder.name.removeprefix("stage-")))]
     if (folder / CONFIG_NAME).is_file():
-        return [_exported(folder, "multistage model", _name(folder))]
+        return [_multistage(folder, "multistage model", folder.resolve().name)]
     if (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        weights = folder.resolve().name
         load = partial(load_clip, folder)
-        return [
-            Candidate(model="open_clip model", pretrained=_name(folder), label=_file_name(_name(folder)), load=load)
-        ]
+        return [Candidate(model="open_clip model", pretrained=weights, label=_file_name(weights), load=load)]
     if folder.is_dir():
         raise UserError(
             f"{folder} holds no model: it is not a run directory (config.json and stage-K), and has no {CONFIG_NAME} "
@@ -96,8 +97,8 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
         )
     if name.startswith(HUB):
         return [_on_the_hub(name)]
-    if name.startswith("local-dir:"):
-        weights = name.removeprefix("local-dir:")
+    if name.startswith(LOCAL):
+        weights = name.removeprefix(LOCAL)
         load = partial(create_clip, architecture=name)
         return [Candidate(model=name, pretrained=weights, label=_file_name(weights), load=load)]
     return [_known_to_open_clip(name)]
@@ -108,53 +109,48 @@ def _models_of_run(run: Path, each: bool) -> list[Candidate]:
     stages = [_stage_of_run(run, stage) for stage in range(num_stages)] if each else []
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{run} has no combined model yet; finish the run, or name one of its stages as {run}/stage-0")
-    combined = _exported(folder, _architecture(run), f"{_name(run)}/combined")
-    return [*stages, replace(combined, label=_file_name(_name(run)))]
+    run_name = run.resolve().name
+    combined = _multistage(folder, _architecture_of(run), f"{run_name}/combined")
+    return [*stages, replace(combined, label=_file_name(run_name))]
 
 
 def _stage_of_run(run: Path, stage: int) -> Candidate:
     folder = run / f"stage-{stage}" / "train" / "model"
     if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
-        done = sorted(path.parts[-4] for path in run.glob(f"stage-*/train/model/{OPEN_CLIP_CONFIG_NAME}"))
-        raise UserError(f"{run} has no trained stage-{stage} yet; it has {', '.join(done) or 'none'}")
+        trained = sorted(path.parts[-4] for path in run.glob(f"stage-*/train/model/{OPEN_CLIP_CONFIG_NAME}"))
+        raise UserError(f"{run} has no trained stage-{stage} yet; it has {', '.join(trained) or 'none'}")
+    run_name = run.resolve().name
     return Candidate(
-        model=_architecture(run),
-        pretrained=f"{_name(run)}/stage-{stage}",
-        label=f"{_file_name(_name(run))}-stage-{stage}",
+        model=_architecture_of(run),
+        pretrained=f"{run_name}/stage-{stage}",
+        label=f"{_file_name(run_name)}-stage-{stage}",
         load=partial(load_clip, folder),
         stage=stage,
     )
 
 
-def _name(folder: Path) -> str:
-    return folder.resolve().name
-
-
-def _file_name(name: str) -> str:
-    """The name without what has a meaning in paths."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
-
-
-def _architecture(run: Path) -> str:
+def _architecture_of(run: Path) -> str:
     architecture: str = read_run_config(run).get("tower", {}).get("architecture") or "model given in the recipe"
     return architecture
 
 
-def _exported(folder: Path, model: str, pretrained: str) -> Candidate:
+def _file_name(name: str) -> str:
+    """Replace the characters that have a meaning in paths."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
+def _multistage(folder: Path, model: str, pretrained: str) -> Candidate:
+    try:
+        num_stages = len(read_config(folder)["stages"])
+    except ValueError as error:
+        raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
     return Candidate(
         model=model,
         pretrained=pretrained,
         label=_file_name(pretrained),
         load=partial(_load_multistage, folder),
-        stage=len(_config_of(folder)["stages"]) - 1,
+        stage=num_stages - 1,
     )
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    try:
-        return read_config(folder)
-    except ValueError as error:
-        raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
 
 
 def _load_multistage(folder: Path) -> MultistageCLIP:
@@ -163,7 +159,7 @@ def _load_multistage(folder: Path) -> MultistageCLIP:
         for stage in model.stages:
             use_fast_paths(stage)
         return model
-    except Exception as error:  # damaged weights and settings raise errors of many kinds
+    except Exception as error:  # damaged weights and configs raise errors of many types
         raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
 
 
@@ -184,34 +180,24 @@ def _known_to_open_clip(name: str) -> Candidate:
 
 
 def _on_the_hub(name: str) -> Candidate:
-    """A multistage model, or a model of open_clip, in a repository of the Hub."""
+    """Return the candidate for a repository of the Hub with a multistage model or a model of open_clip."""
     weights = name.removeprefix(HUB)
     repo, _, revision = weights.partition("@")
+    make = partial(Candidate, model=name, pretrained=weights, label=_file_name(weights))
     try:
-        hf_hub_download(repo, CONFIG_NAME, revision=revision or None)
-    except EntryNotFoundError:  # also if it is not in the cache and there is no network
-        if not revision:
-            load = partial(create_clip, architecture=name)
-            return Candidate(model=name, pretrained=weights, label=_file_name(weights), load=load)
-        files = (OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME, *TOKENIZER_FILES)
-        folder = _download(repo, revision, files)
-        load = partial(load_clip, folder)
-        return Candidate(model=name, pretrained=weights, label=_file_name(weights), load=load)
+        try:
+            hf_hub_download(repo, CONFIG_NAME, revision=revision or None)
+            files = [CONFIG_NAME, *STAGE_FILES]
+        except EntryNotFoundError:  # also if the file is not in the cache and there is no network
+            if not revision:  # open_clip downloads the default revision itself, but no other
+                return make(load=partial(create_clip, architecture=name))
+            files = [OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME, *TOKENIZER_FILES]
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=files))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise _not_loaded(name, error) from error
-    return _exported(_download(repo, revision, (CONFIG_NAME, *STAGE_FILES)), name, weights)
-
-
-def _download(repo: str, revision: str, files: tuple[str, ...]) -> Path:
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise _not_loaded(f"{HUB}{repo}@{revision}".rstrip("@"), error) from error
-
-
-def _not_loaded(name: str, error: Exception) -> UserError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(
-        f"{name} cannot be had from the Hub: {reason}; check the name and the network, and log in with `hf auth login` "
-        f"if it is private"
-    )
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"{name} cannot be loaded from the Hub: {reason}; check the name and the network, and log in with "
+            f"`hf auth login` if it is private"
+        ) from error
+    is_multistage = CONFIG_NAME in files
+    return _multistage(folder, name, weights) if is_multistage else make(load=partial(load_clip, folder))

@@ -79,15 +79,15 @@ def make_cfg(**more):
 
 
 def make_model(*, cfg=None, shared=True, preprocess=None, **options):
-    towers = [create_clip(model_cfg=cfg or make_cfg(), seed=seed, preprocess=preprocess) for seed in range(3)]
-    text = {k: v for k, v in towers[0].model.state_dict().items() if not k.startswith(("visual.", "logit_"))}
-    for tower in towers[1:] if shared else ():
-        tower.model.load_state_dict(text, strict=False)
+    clips = [create_clip(model_cfg=cfg or make_cfg(), seed=seed, preprocess=preprocess) for seed in range(3)]
+    text = {k: v for k, v in clips[0].model.state_dict().items() if not k.startswith(("visual.", "logit_"))}
+    for clip in clips[1:] if shared else ():
+        clip.model.load_state_dict(text, strict=False)
     return MultistageCLIP(
-        [tower.model for tower in towers],
+        [clip.model for clip in clips],
         logit_scale=math.log(20),
-        preprocess_cfg=towers[0].preprocess_cfg,
-        model_cfgs=[tower.model_cfg for tower in towers],
+        preprocess_cfg=clips[0].preprocess_cfg,
+        model_cfgs=[clip.model_cfg for clip in clips],
         **options,
     ).eval()
 
@@ -105,7 +105,7 @@ def exported(tmp_path_factory):
     return model, export(tmp_path_factory.mktemp("exported") / "model", model, compact=True)
 
 
-def pictures(*sizes):
+def make_images(*sizes):
     generator = torch.Generator().manual_seed(1)
     return [
         Image.fromarray(torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8).numpy())
@@ -113,7 +113,7 @@ def pictures(*sizes):
     ]
 
 
-IMAGES = pictures((40, 61), (33, 32), (32, 32), (64, 20))
+IMAGES = make_images((40, 61), (33, 32), (32, 32), (64, 20))
 
 
 @torch.no_grad()
@@ -148,37 +148,35 @@ def in_cache(cache, folder, commits, subfolder=""):
     return cache / "models--some--model" / "snapshots"
 
 
-@pytest.mark.parametrize("place", ["folder", "hub"])
-def test_a_process_without_the_package_gets_the_same_features(place, exported, tmp_path):
+@pytest.mark.parametrize("source", ["folder", "hub"])
+def test_a_process_without_the_package_gets_the_same_features(source, exported, tmp_path):
     model, folder = exported
     in_cache(tmp_path / "home" / "hub", folder, {"main": REVISION})
-    child = run_child(folder if place == "folder" else "some/model", tmp_path, "mcl_clip")
+    child = run_child(folder if source == "folder" else "some/model", tmp_path, "mcl_clip")
     assert child.returncode == 0, child.stderr
     assert "is not supported for" not in child.stderr
-    told, got = json.loads(child.stdout.splitlines()[-1]), load_file(tmp_path / "out.safetensors")
+    report, got = json.loads(child.stdout.splitlines()[-1]), load_file(tmp_path / "out.safetensors")
     image, text = own_features(model)
     found = differences((got["image"], got["text"]), (image, text))
     sys.stdout.write(f"largest difference: image {found[0]:.1e}, text {found[1]:.1e}\n")
     assert max(found) < 1e-6
-    assert torch.equal(got["pixels"], torch.stack([model.image_transform(picture) for picture in IMAGES]))
+    assert torch.equal(got["pixels"], torch.stack([model.image_transform(image) for image in IMAGES]))
     assert got["ids"].tolist()[0] == [49406, 320, 1929, 49407]
     cosines = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
     torch.testing.assert_close(got["logits"], 20 * cosines - 2.5, rtol=0, atol=1e-4)
     labels = ["dog", "two red cars"]
     image, text = own_features(model, IMAGES[:1], [f"a photo of a {label}" for label in labels])
     chances = (20 * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T).softmax(1)[0]
-    scores = {entry["label"]: entry["score"] for entry in told["scores"]}
+    scores = {entry["label"]: entry["score"] for entry in report["scores"]}
     assert [scores[label] for label in labels] == pytest.approx(chances.tolist(), abs=1e-5)
-    assert told["model_type"] == "multistage_clip"
-    assert told["class"].startswith("transformers_modules.")
+    assert report["model_type"] == "multistage_clip"
+    assert report["class"].startswith("transformers_modules.")
 
 
 def test_without_open_clip_it_is_said_what_to_install(exported, tmp_path):
     child = run_child(exported[1], tmp_path, "mcl_clip,open_clip")
     assert child.returncode == 1
-    assert child.stderr.splitlines()[-1].startswith(
-        "ImportError: a multistage CLIP model is made of open_clip's towers"
-    )
+    assert child.stderr.splitlines()[-1].startswith("ImportError: a multistage CLIP model needs open_clip: ")
     assert child.stderr.splitlines()[-1].endswith("pip install open_clip_torch")
 
 
@@ -366,20 +364,20 @@ def test_pixels_are_bit_equal_to_those_of_open_clip(tmp_path):
             assert torch.equal(pixels, torch.stack([model.image_transform(image) for image in images]))
 
 
-def test_pictures_come_in_many_forms(exported):
+def test_images_come_in_many_forms(exported):
     processor = MultistageCLIPImageProcessor.from_pretrained(exported[1])
-    picture = IMAGES[0]
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    image = IMAGES[0]
+    expected = processor(image, return_tensors="pt")["pixel_values"]
     assert expected.shape == (1, 3, 32, 32)
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(40, 61, 3)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(40, 61, 3)
     channels_first = pixels.permute(2, 0, 1)
     for form in (pixels, pixels.numpy(), channels_first, channels_first.numpy(), [[pixels]], pixels[None]):
         assert torch.equal(processor(form, return_tensors="pt")["pixel_values"], expected)
     both = processor(torch.stack([channels_first, channels_first]), return_tensors="np")["pixel_values"]
     assert torch.equal(torch.from_numpy(both), expected.expand(2, -1, -1, -1))
-    assert torch.equal(processor(picture)["pixel_values"][0], expected[0])
-    grey = processor(picture.convert("L"), return_tensors="pt")["pixel_values"]
-    one_channel = torch.frombuffer(bytearray(picture.convert("L").tobytes()), dtype=torch.uint8).view(40, 61)
+    assert torch.equal(processor(image)["pixel_values"][0], expected[0])
+    grey = processor(image.convert("L"), return_tensors="pt")["pixel_values"]
+    one_channel = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(40, 61)
     for form in (one_channel, one_channel[None], one_channel[:, :, None]):
         assert torch.equal(processor(form, return_tensors="pt")["pixel_values"], grey)
 
@@ -387,19 +385,19 @@ def test_pictures_come_in_many_forms(exported):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("a/file.jpg", "'a/file.jpg' is not a picture; open it with PIL first"),
+        ("a/file.jpg", "'a/file.jpg' is not an image; open it with PIL first"),
         ([], "there are no images"),
-        (torch.zeros(4, 4, 3), "values of type torch.float32; give bytes"),
+        (torch.zeros(4, 4, 3), "values of type torch.float32; give uint8 values"),
         (torch.zeros(6, 6, 5, dtype=torch.uint8), r"the shape \(6, 6, 5\); give"),
         (torch.zeros(4, dtype=torch.uint8), r"the shape \(4,\)"),
     ],
 )
-def test_what_is_no_picture_is_refused(images, message, exported):
+def test_other_inputs_than_images_are_refused(images, message, exported):
     with pytest.raises(ValueError, match=message):
         MultistageCLIPImageProcessor.from_pretrained(exported[1])(images)
 
 
-def test_processor_takes_texts_or_pictures_alone(exported):
+def test_processor_takes_texts_or_images_alone(exported):
     processor = AutoProcessor.from_pretrained(exported[1], trust_remote_code=True)
     assert set(processor(text="a dog")) == {"input_ids", "attention_mask"}
     assert processor(text=TEXTS, return_tensors="pt")["input_ids"].shape == (5, 16)
@@ -417,8 +415,12 @@ def test_processor_takes_texts_or_pictures_alone(exported):
     [
         ({"output_loading_info": True}, TypeError, "from_pretrained of .* has no option output_loading_info; leave"),
         ({"device_map": {"a": "cpu", "b": "meta"}}, ValueError, "names several devices; .* takes one"),
-        ({"dtype": "int8"}, ValueError, "dtype='int8' is no type of floating-point numbers"),
-        ({"config": MultistageCLIPConfig(num_stages=2)}, ValueError, "says num_stages=2, the weights of .* have 3"),
+        ({"dtype": "int8"}, ValueError, "dtype='int8' is not a floating-point dtype"),
+        (
+            {"config": MultistageCLIPConfig(num_stages=2)},
+            ValueError,
+            "the config has num_stages=2, the weights of .* have 3",
+        ),
     ],
 )
 def test_impossible_options_are_refused(options, error, message, exported):
@@ -432,14 +434,14 @@ def test_mistakes_are_explained_in_one_sentence(exported, tmp_path):
         model.get_image_features(torch.zeros(1, 3, 16, 32))
     with pytest.raises(ValueError, match="nothing to encode; give pixel_values, input_ids or both"):
         model()
-    with pytest.raises(ValueError, match="not made from its config alone; use from_pretrained"):
+    with pytest.raises(ValueError, match="cannot be created from its config alone; use from_pretrained"):
         MultistageCLIPModel(MultistageCLIPConfig())
     with pytest.raises(TypeError, match=r"save_pretrained of .* has no option state_dict"):
         model.save_pretrained(tmp_path / "new", state_dict={})
     config = MultistageCLIPConfig.from_pretrained(exported[1], combine="sum")
     with pytest.raises(ValueError, match="combine='sum' is not one of concat, mean_cosine"):
         MultistageCLIPModel.from_pretrained(exported[1], config=config)
-    with pytest.raises(OSError, match="no/such is no folder, and cannot be fetched from the Hub: ") as missing:
+    with pytest.raises(OSError, match="no/such is not a folder, and cannot be loaded from the Hub: ") as missing:
         MultistageCLIPModel.from_pretrained("no/such", cache_dir=tmp_path)
     assert "\n" not in str(missing.value)
 
@@ -449,7 +451,7 @@ def test_damaged_folders_are_named(exported, tmp_path):
     weights = folder / "stage_0" / "open_clip_model.safetensors"
     whole = weights.read_bytes()
     (folder / "mcl_clip_config.json").rename(folder / "elsewhere")
-    with pytest.raises(OSError, match=r"is not a whole multistage CLIP model: .*mcl_clip_config.json"):
+    with pytest.raises(OSError, match=r"is not a complete multistage CLIP model: .*mcl_clip_config.json"):
         MultistageCLIPModel.from_pretrained(folder)
     (folder / "elsewhere").rename(folder / "mcl_clip_config.json")
     weights.unlink()
