@@ -38,7 +38,6 @@ from mcl_clip.model.open_clip_io import (
     write_open_clip_folder,
 )
 
-PRECISIONS = ("fp32", "bf16")
 TEXT_BATCH_SIZE = {"cpu": 32}  # other devices encode all texts at once
 PREPROCESS_NAMES = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PREPROCESS_CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}

@@ -33,10 +33,10 @@ RESNET_CFG = {
 CUSTOM_CFG = {**VIT_CFG, "custom_text": True, "init_logit_bias": -10.0}
 
 
-def inputs(tower, count=3):
-    size = tower.model_cfg["vision_cfg"]["image_size"]
+def inputs(clip, count=3):
+    size = clip.model_cfg["vision_cfg"]["image_size"]
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return images, tower.tokenizer(["a red bicycle", "two dogs", "rain"][:count])
+    return images, clip.tokenizer(["a red bicycle", "two dogs", "rain"][:count])
 
 
 def outputs(model, images, tokens):
@@ -52,23 +52,23 @@ def assert_equal_models(first, second):
 
 
 @pytest.mark.parametrize("cfg", [VIT_CFG, RESNET_CFG, CUSTOM_CFG], ids=["vit", "resnet", "custom"])
-def test_saved_tower_is_equal_here_and_in_plain_open_clip(cfg, tmp_path):
-    tower = create_clip(model_cfg=cfg, preprocess={"mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}, seed=3)
-    save_clip(tower, tmp_path / "model")
+def test_saved_clip_is_equal_here_and_in_plain_open_clip(cfg, tmp_path):
+    clip = create_clip(model_cfg=cfg, preprocess={"mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}, seed=3)
+    save_clip(clip, tmp_path / "model")
     again = load_clip(tmp_path / "model")
     plain, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}", output_dict=True)
-    batch = inputs(tower)
-    expected = outputs(tower.model, *batch)
-    for model, tolerance in ((again.model, 0), (plain, 1e-6)):  # towers here leave out what reaches no feature
-        assert_equal_models(tower.model, model)
+    batch = inputs(clip)
+    expected = outputs(clip.model, *batch)
+    for model, tolerance in ((again.model, 0), (plain, 1e-6)):  # the fast paths differ by rounding
+        assert_equal_models(clip.model, model)
         got = outputs(model, *batch)
         assert got.keys() == expected.keys()
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=0, atol=tolerance)
     assert again.is_pretrained
-    assert not tower.is_pretrained
-    assert (again.model_cfg, again.preprocess_cfg) == (tower.model_cfg, tower.preprocess_cfg)
-    assert str(transform) == str(tower.image_transform)
+    assert not clip.is_pretrained
+    assert (again.model_cfg, again.preprocess_cfg) == (clip.model_cfg, clip.preprocess_cfg)
+    assert str(transform) == str(clip.image_transform)
     assert "bilinear" in str(transform)
     assert "0.1" in str(transform)
 
@@ -85,7 +85,7 @@ def test_saved_files_follow_the_umask_and_replace_the_old_folder(tmp_path):
     assert files == {"open_clip_config.json": 0o644, "open_clip_model.safetensors": 0o644}
 
 
-def test_a_random_tower_is_no_reason_to_warn(caplog):
+def test_random_weights_give_no_warning(caplog):
     create_clip(model_cfg=VIT_CFG)
     assert not caplog.records
     logging.getLogger().warning("still heard")
@@ -109,8 +109,8 @@ def test_loading_leaves_the_global_generator_alone(tmp_path):
 
 @pytest.mark.parametrize("name", ["epoch_3.pt", "weights.safetensors"])
 def test_pretrained_may_be_a_checkpoint_of_an_earlier_training(name, tmp_path):
-    tower = create_clip(model_cfg=VIT_CFG, seed=5)
-    state = {f"module.{key}": value.half() for key, value in tower.model.state_dict().items()}
+    clip = create_clip(model_cfg=VIT_CFG, seed=5)
+    state = {f"module.{key}": value.half() for key, value in clip.model.state_dict().items()}
     if name.endswith(".pt"):
         torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"lr": 1e-3}}, tmp_path / name)
     else:
@@ -120,7 +120,7 @@ def test_pretrained_may_be_a_checkpoint_of_an_earlier_training(name, tmp_path):
     loaded = create_clip(model_cfg=VIT_CFG, pretrained=str(tmp_path / name), seed=6)
     assert loaded.is_pretrained
     assert all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters())
-    torch.testing.assert_close(loaded.model.visual.proj, tower.model.visual.proj.half().float(), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.model.visual.proj, clip.model.visual.proj.half().float(), rtol=0, atol=0)
 
 
 def test_weights_that_could_run_code_are_refused(tmp_path):
@@ -196,11 +196,11 @@ def test_mistakes_are_explained(options, message):
         create_clip(**options)
 
 
-def test_size_changes_the_tower_and_survives(tmp_path):
-    tower = create_clip(model_cfg=VIT_CFG, preprocess={"size": 48})
-    assert tower.model.visual.positional_embedding.shape[0] == 3 * 3 + 1
-    save_clip(tower, tmp_path)
-    assert load_clip(tmp_path).preprocess_cfg["size"] == tower.preprocess_cfg["size"]
+def test_size_resizes_the_image_tower_and_is_saved(tmp_path):
+    clip = create_clip(model_cfg=VIT_CFG, preprocess={"size": 48})
+    assert clip.model.visual.positional_embedding.shape[0] == 3 * 3 + 1
+    save_clip(clip, tmp_path)
+    assert load_clip(tmp_path).preprocess_cfg["size"] == clip.preprocess_cfg["size"]
     smaller = create_clip(architecture=f"local-dir:{tmp_path}", preprocess={"size": 32})
     assert smaller.model.visual.positional_embedding.shape[0] == 2 * 2 + 1
     assert smaller.image_transform.transforms[0].size == 32
@@ -214,12 +214,12 @@ def test_activation_of_the_tag_is_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"tiny": VIT_CFG})
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"openai": tag_cfg})
 
-    tower = create_clip(architecture="tiny", pretrained="openai")
-    assert tower.model_cfg["quick_gelu"] is True
-    assert tower.preprocess_cfg["mean"] == [0.5, 0.5, 0.5]
-    save_clip(tower, tmp_path / "copy")
-    batch = inputs(tower)
-    for model in (tower.model, load_clip(tmp_path / "copy").model):
+    clip = create_clip(architecture="tiny", pretrained="openai")
+    assert clip.model_cfg["quick_gelu"] is True
+    assert clip.preprocess_cfg["mean"] == [0.5, 0.5, 0.5]
+    save_clip(clip, tmp_path / "copy")
+    batch = inputs(clip)
+    for model in (clip.model, load_clip(tmp_path / "copy").model):
         assert torch.equal(outputs(model, *batch)["image_features"], outputs(source.model, *batch)["image_features"])
 
 
@@ -276,12 +276,12 @@ def test_resnet_is_locked_from_the_stem_on(groups, first):
 
 
 def test_locked_resnet_still_loads_in_plain_open_clip(tmp_path):
-    tower = create_clip(model_cfg=RESNET_CFG)
-    lock(tower.model, image_unlocked_groups=2)
-    save_clip(tower, tmp_path)
+    clip = create_clip(model_cfg=RESNET_CFG)
+    lock(clip.model, image_unlocked_groups=2)
+    save_clip(clip, tmp_path)
     plain, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}", output_dict=True)
-    batch = inputs(tower)
-    expected, got = outputs(tower.model, *batch), outputs(plain, *batch)
+    batch = inputs(clip)
+    expected, got = outputs(clip.model, *batch), outputs(plain, *batch)
     torch.testing.assert_close(got["image_features"], expected["image_features"], rtol=1e-5, atol=1e-5)
 
 
@@ -322,12 +322,12 @@ def test_summary_counts_by_part():
 
 
 def test_texts_longer_than_the_context_are_truncated():
-    tower = create_clip(model_cfg=VIT_CFG)
-    assert tower.context_length == 16
+    clip = create_clip(model_cfg=VIT_CFG)
+    assert clip.context_length == 16
     texts = ["dog " * count for count in (1, 14, 15, 40)]
-    tokens = tower.tokenizer(texts)
+    tokens = clip.tokenizer(texts)
     assert tokens.shape == (4, 16)
-    assert tokens[3, -1] == tokens[1, -1] == tower.tokenizer.eot_token_id
+    assert tokens[3, -1] == tokens[1, -1] == clip.tokenizer.eot_token_id
 
 
 @pytest.fixture
@@ -346,9 +346,9 @@ def hugging_face_name(tmp_path):
 
 def test_hugging_face_tokenizer_travels_with_the_folder(hugging_face_name, tmp_path):
     cfg = {**CUSTOM_CFG, "text_cfg": {**TEXT_CFG, "vocab_size": 8, "hf_tokenizer_name": hugging_face_name}}
-    tower = create_clip(model_cfg=cfg)
-    tokens = tower.tokenizer(["dog cat", "dog " * 17, "cow"])
-    save_clip(tower, tmp_path / "model")
+    clip = create_clip(model_cfg=cfg)
+    tokens = clip.tokenizer(["dog cat", "dog " * 17, "cow"])
+    save_clip(clip, tmp_path / "model")
     (tmp_path / "words").rename(tmp_path / "gone")
     again = load_clip(tmp_path / "model")
     assert torch.equal(again.tokenizer(["dog cat", "dog " * 17, "cow"]), tokens)

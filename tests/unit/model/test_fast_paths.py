@@ -28,7 +28,7 @@ SHORT_TEXTS = {name for name in CHANGES if name not in ("no causal mask", "last 
 
 
 def make(name, dtype=torch.float64):
-    """open_clip's model, and the one that does less."""
+    """Return open_clip's model and a copy with fast paths."""
     cfg = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT, **CHANGES[name]}
     custom = cfg.pop("custom_text", False)
     with torch.random.fork_rng():
@@ -36,46 +36,46 @@ def make(name, dtype=torch.float64):
         plain = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg, output_dict=True).to(dtype)
         for parameter in plain.parameters():  # biases start at 0, some scales small
             parameter.data += 0.05 * torch.randn(parameter.shape, dtype=dtype)
-    less = copy.deepcopy(plain)
-    use_fast_paths(less)
-    return plain, less
+    fast = copy.deepcopy(plain)
+    use_fast_paths(fast)
+    return plain, fast
 
 
 def batch():
-    draw = torch.Generator().manual_seed(5)
-    images = torch.randn(3, 3, 32, 32, generator=draw, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64)
     return images, open_clip.SimpleTokenizer(context_length=32)(CAPTIONS)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_features_and_gradients_are_those_of_open_clip(name, training):
-    plain, less = (model.train(training) for model in make(name))
+    plain, fast = (model.train(training) for model in make(name))
     images, tokens = batch()
-    is_short = takes_short_texts(less)
+    is_short = takes_short_texts(fast)
     short = without_padding(tokens) if is_short else tokens
     assert (name in SHORT_TEXTS) == is_short == (short.shape[1] < 32)
-    assert (name in FIRST_TOKEN) == any(isinstance(module, FirstTokenBlock) for module in less.modules())
-    expected, got = plain(images, tokens), less(images, short)
+    assert (name in FIRST_TOKEN) == any(isinstance(module, FirstTokenBlock) for module in fast.modules())
+    expected, got = plain(images, tokens), fast(images, short)
     for feature in ("image_features", "text_features"):
         torch.testing.assert_close(got[feature], expected[feature], rtol=0, atol=1e-12)
     for out in (expected, got):
         (out["image_features"] @ out["text_features"].T).diag().sum().backward()
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None}
     assert gradients
-    for name, parameter in less.named_parameters():
+    for name, parameter in fast.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=1e-12, msg=name)
 
 
 def test_weights_and_copies_stay_exchangeable():
-    plain, less = make("plain")
-    assert plain.state_dict().keys() == less.state_dict().keys()
+    plain, fast = make("plain")
+    assert plain.state_dict().keys() == fast.state_dict().keys()
     images, tokens = batch()
-    again = copy.deepcopy(less).eval()
+    again = copy.deepcopy(fast).eval()
     again.load_state_dict(plain.state_dict())
     use_fast_paths(again)  # a second time changes nothing
-    assert torch.equal(again(images, tokens)["image_features"], less.eval()(images, tokens)["image_features"])
+    assert torch.equal(again(images, tokens)["image_features"], fast.eval()(images, tokens)["image_features"])
 
 
 def test_padding_is_left_out_up_to_a_multiple_of_8():
@@ -150,16 +150,16 @@ def test_locked_blocks_keep_nothing_for_the_backward_pass():
 
 
 @torch.no_grad()
-def test_texts_go_through_the_tower_with_texts_of_their_length():
-    plain, less = (model.eval() for model in make("plain"))
+def test_texts_are_encoded_with_texts_of_similar_length():
+    plain, fast = (model.eval() for model in make("plain"))
     captions = ["a dog " * (1 + number * 5 % 14) for number in range(70)]
     tokens = open_clip.SimpleTokenizer(context_length=32)(captions)
     lengths = []
-    less.transformer.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[:2]))
-    features = encode_texts(less, tokens, torch.device("cpu"))
+    fast.transformer.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[:2]))
+    features = encode_texts(fast, tokens, torch.device("cpu"))
     torch.testing.assert_close(features, plain.encode_text(tokens), rtol=0, atol=1e-12)
     assert [rows for rows, _ in lengths] == [32, 32, 6]
     used = tokens.ne(0).sum(1).sort().values
     assert [length for _, length in lengths] == [used[31], used[63], used[69]]
     assert torch.equal(encode_texts(plain, tokens, torch.device("cpu")), plain.encode_text(tokens))
-    assert encode_texts(less, torch.zeros(2, 32, dtype=torch.int64), torch.device("cpu")).shape == (2, 24)
+    assert encode_texts(fast, torch.zeros(2, 32, dtype=torch.int64), torch.device("cpu")).shape == (2, 24)

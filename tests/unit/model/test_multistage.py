@@ -23,31 +23,31 @@ def make_cfg(embed_dim=24, *, custom=False, quick_gelu=False):
 
 
 def make_stages(*, shared, cfg=None):
-    """Three towers whose image features have norms of about 1 : 3 : 0.5."""
-    towers = [create_clip(model_cfg=cfg or make_cfg(), seed=seed) for seed in range(3)]
-    text = {k: v for k, v in towers[0].model.state_dict().items() if not k.startswith(("visual.", "logit_"))}
-    for tower, scale in zip(towers, SCALES, strict=True):
-        tower.model.eval()
+    """Return three models whose image features have norms of about 1 : 3 : 0.5."""
+    clips = [create_clip(model_cfg=cfg or make_cfg(), seed=seed) for seed in range(3)]
+    text = {k: v for k, v in clips[0].model.state_dict().items() if not k.startswith(("visual.", "logit_"))}
+    for clip, scale in zip(clips, SCALES, strict=True):
+        clip.model.eval()
         with torch.no_grad():
-            tower.model.visual.proj *= scale
+            clip.model.visual.proj *= scale
         if shared:
-            tower.model.load_state_dict(text, strict=False)
-    return towers
+            clip.model.load_state_dict(text, strict=False)
+    return clips
 
 
 def assert_close(got, expected):
-    """Towers leave out what reaches no feature, and plain ones of open_clip do not: rounding differs."""
+    """Compare outputs up to the rounding of the fast paths, which plain open_clip does not have."""
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
 
 
-def combined(towers, **options):
+def combined(clips, **options):
     return MultistageCLIP(
-        [tower.model for tower in towers],
+        [clip.model for clip in clips],
         logit_scale=math.log(50),
-        preprocess_cfg=towers[0].preprocess_cfg,
-        model_cfgs=[tower.model_cfg for tower in towers],
+        preprocess_cfg=clips[0].preprocess_cfg,
+        model_cfgs=[clip.model_cfg for clip in clips],
         **options,
     ).eval()
 
@@ -79,15 +79,15 @@ def naive_scores(stage_images, stage_texts, combine):
 @pytest.mark.parametrize("custom", [False, True], ids=["clip", "custom"])
 @torch.no_grad()
 def test_scores_are_those_of_the_definition(combine, shared, custom):
-    towers = make_stages(shared=shared, cfg=make_cfg(custom=custom))
+    clips = make_stages(shared=shared, cfg=make_cfg(custom=custom))
     images, tokens = batch()
     images = images.double()
-    stages = [tower.model.double() for tower in towers]
+    stages = [clip.model.double() for clip in clips]
     stage_images = [stage.encode_image(images) for stage in stages]
     stage_texts = [stage.encode_text(tokens) for stage in stages]
     expected = naive_scores(stage_images, stage_texts, combine)
 
-    model = combined(towers, combine=combine)
+    model = combined(clips, combine=combine)
     assert model.shared_text_tower == shared
     output = model(image=images, text=tokens)
     assert output["image_features"].dtype == torch.float64
@@ -100,9 +100,9 @@ def test_scores_are_those_of_the_definition(combine, shared, custom):
 
 @torch.no_grad()
 def test_norms_of_the_stages_matter_for_concat_only():
-    towers = make_stages(shared=True)
+    clips = make_stages(shared=True)
     images, _ = batch(64)
-    stage_images = [tower.model.encode_image(images) for tower in towers]
+    stage_images = [clip.model.encode_image(images) for clip in clips]
     norms = torch.stack([features.norm(dim=1).mean() for features in stage_images])
     assert norms[1] / norms[0] > 2
     assert norms[2] / norms[0] < 0.75
@@ -116,11 +116,11 @@ def test_norms_of_the_stages_matter_for_concat_only():
 
 @torch.no_grad()
 def test_shared_text_tower_is_kept_and_run_once():
-    towers = make_stages(shared=True)
+    clips = make_stages(shared=True)
     tokens = batch()[1]
-    own = sum(parameter.numel() for parameter in towers[0].model.visual.parameters()) + 1
-    text = sum(parameter.numel() for parameter in towers[0].model.parameters()) - own
-    model = combined(towers)
+    own = sum(parameter.numel() for parameter in clips[0].model.visual.parameters()) + 1
+    text = sum(parameter.numel() for parameter in clips[0].model.parameters()) - own
+    model = combined(clips)
     assert sum(parameter.numel() for parameter in model.parameters()) == 3 * own + text + 1
     calls = []
     assert model.stages[2].ln_final is model.stages[0].ln_final
@@ -138,8 +138,8 @@ def test_any_difference_of_a_text_tower_stops_the_sharing(custom):
     names = [
         n for n in make_stages(shared=True, cfg=cfg)[0].model.state_dict() if not n.startswith(("visual", "logit"))
     ]
-    towers = make_stages(shared=True, cfg=cfg)
-    stages, cfgs = [tower.model for tower in towers], [tower.model_cfg for tower in towers]
+    clips = make_stages(shared=True, cfg=cfg)
+    stages, cfgs = [clip.model for clip in clips], [clip.model_cfg for clip in clips]
     assert have_same_text_tower(stages, cfgs)
     assert len(names) > 10
     for name in names:
@@ -155,10 +155,10 @@ def test_any_difference_of_a_text_tower_stops_the_sharing(custom):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @torch.no_grad()
 def test_saved_model_is_equal_and_each_stage_loads_in_plain_open_clip(shared, tmp_path):
-    towers = make_stages(shared=shared)
+    clips = make_stages(shared=shared)
     images, tokens = batch()
-    stage_outputs = [tower.model(images, tokens) for tower in towers]
-    model = combined(towers, combine="mean_cosine", logit_bias=-3.3)
+    stage_outputs = [clip.model(images, tokens) for clip in clips]
+    model = combined(clips, combine="mean_cosine", logit_bias=-3.3)
     expected = model(image=images, text=tokens)
     model.save(tmp_path)
 
@@ -203,9 +203,9 @@ def test_halves_and_zero_shot_classifier_work_as_in_open_clip():
 
 @torch.no_grad()
 def test_combination_can_be_replaced_for_one_call():
-    towers = make_stages(shared=False)
+    clips = make_stages(shared=False)
     images, tokens = batch()
-    concat, cosine = combined(towers, combine="concat"), combined(towers, combine="mean_cosine")
+    concat, cosine = combined(clips, combine="concat"), combined(clips, combine="mean_cosine")
     for name, data in (("encode_image", images), ("encode_text", tokens)):
         expected = getattr(cosine, name)(data, normalize=True)
         assert torch.equal(getattr(concat, name)(data, normalize=True, combine="mean_cosine"), expected)
@@ -229,22 +229,22 @@ def test_combined_features_are_finite_and_of_unit_length(dtype, combine):
 
 @torch.no_grad()
 def test_stages_may_have_different_dimensions(tmp_path):
-    towers = [create_clip(model_cfg=make_cfg(dim), seed=dim) for dim in (8, 24)]
-    model = combined(towers)
+    clips = [create_clip(model_cfg=make_cfg(dim), seed=dim) for dim in (8, 24)]
+    model = combined(clips)
     assert not model.shared_text_tower
     model.save(tmp_path)
     assert MultistageCLIP.load(tmp_path).encode_image(batch()[0]).shape == (6, 32)
 
 
 def test_stages_that_do_not_fit_together_are_refused(tmp_path):
-    towers = make_stages(shared=False)
+    clips = make_stages(shared=False)
     with pytest.raises(ValueError, match="'sum' is not one of"):
-        combined(towers, combine="sum")
+        combined(clips, combine="sum")
     with pytest.raises(ValueError, match="0 stages with 0 model_cfgs"):
         MultistageCLIP([], logit_scale=1.0, preprocess_cfg={}, model_cfgs=[])
-    towers[1].model_cfg["text_cfg"]["context_length"] = 20
+    clips[1].model_cfg["text_cfg"]["context_length"] = 20
     with pytest.raises(ValueError, match="different tokenizers or context lengths"):
-        combined(towers)
+        combined(clips)
     combined(make_stages(shared=True)).save(tmp_path)
     config = json.loads((tmp_path / "mcl_clip_config.json").read_text())
     (tmp_path / "mcl_clip_config.json").write_text(json.dumps({**config, "format_version": 2}))
@@ -271,7 +271,7 @@ def test_compact_form_holds_what_stages_share_once(shared, tmp_path):
     assert (whole - compact >= text_bytes) is shared
     open_clip.create_model(f"local-dir:{tmp_path / 'compact' / 'stage_0'}", require_pretrained=True)
     if shared:
-        with pytest.raises(RuntimeError, match="Missing key"):  # said, not filled with random numbers
+        with pytest.raises(RuntimeError, match="Missing key"):  # an error rather than random weights
             open_clip.create_model(f"local-dir:{tmp_path / 'compact' / 'stage_1'}")
 
 

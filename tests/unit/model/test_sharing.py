@@ -11,12 +11,12 @@ VISION = {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_s
 
 
 def make_stages(*, unlocked=1, custom=False, vision=VISION, stages=3):
-    """Copies of one tower, each with its last `unlocked` blocks, and what follows them, changed."""
+    """Copy one model and change the last `unlocked` blocks, and what follows them, of each copy."""
     cfg = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT, **({"custom_text": True} if custom else {})}
-    towers = [create_clip(model_cfg=cfg, seed=0) for _ in range(stages)]
-    for number, tower in enumerate(towers[1:], 1):
+    clips = [create_clip(model_cfg=cfg, seed=0) for _ in range(stages)]
+    for number, clip in enumerate(clips[1:], 1):
         generator = torch.Generator().manual_seed(number)
-        visual = tower.model.visual
+        visual = clip.model.visual
         upper = list(visual.transformer.resblocks)[len(visual.transformer.resblocks) - unlocked :]
         with torch.no_grad():
             for parameter in [
@@ -25,7 +25,7 @@ def make_stages(*, unlocked=1, custom=False, vision=VISION, stages=3):
                 *visual.ln_post.parameters(),
             ]:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return towers
+    return clips
 
 
 def images(count=3):
@@ -36,9 +36,9 @@ def images(count=3):
 @pytest.mark.parametrize("unlocked", [0, 1, 3, 4])
 @torch.no_grad()
 def test_features_over_a_shared_trunk_are_those_of_the_stages_apart(unlocked, custom):
-    towers = make_stages(unlocked=unlocked, custom=custom)
-    expected = [tower.model.eval().encode_image(images()) for tower in towers]
-    model = combined(towers)
+    clips = make_stages(unlocked=unlocked, custom=custom)
+    expected = [clip.model.eval().encode_image(images()) for clip in clips]
+    model = combined(clips)
     assert model.shared_blocks == 4 - unlocked
     calls = []
     blocks = {block for stage in model.stages for block in stage.visual.transformer.resblocks}
@@ -53,27 +53,27 @@ def test_features_over_a_shared_trunk_are_those_of_the_stages_apart(unlocked, cu
 
 @pytest.mark.parametrize("name", ["visual.conv1.weight", "visual.positional_embedding", "visual.ln_pre.bias"])
 def test_a_difference_below_the_blocks_stops_the_sharing(name):
-    towers = make_stages()
+    clips = make_stages()
     with torch.no_grad():
-        towers[2].model.get_parameter(name).view(-1)[0] += 1e-6
-    assert combined(towers).shared_blocks == 0
+        clips[2].model.get_parameter(name).view(-1)[0] += 1e-6
+    assert combined(clips).shared_blocks == 0
 
 
 def test_blocks_that_compute_otherwise_are_not_shared():
-    towers = make_stages()
-    models = [tower.model for tower in towers]
-    cfgs = [tower.model_cfg for tower in towers]
+    clips = make_stages()
+    models = [clip.model for clip in clips]
+    cfgs = [clip.model_cfg for clip in clips]
     assert count_shared_blocks(models, cfgs) == 3
     assert count_shared_blocks(models, [*cfgs[:2], {**cfgs[2], "quick_gelu": True}]) == 0
     heads = {**cfgs[2], "vision_cfg": {**VISION, "head_width": 8}}
     assert count_shared_blocks(models, [*cfgs[:2], heads]) == 0
 
 
-def test_other_towers_run_apart():
-    towers = [create_clip(model_cfg={"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1],
+def test_other_image_towers_share_nothing():
+    clips = [create_clip(model_cfg={"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1],
               "width": 8, "head_width": 32}, "text_cfg": TEXT}, seed=0) for _ in range(2)]  # fmt: skip
-    expected = towers[0].model.eval().encode_image(images())
-    model = combined(towers)
+    expected = clips[0].model.eval().encode_image(images())
+    model = combined(clips)
     assert model.shared_blocks == 0
     assert torch.equal(model.encode_image_stages(images())[1], expected)
 
@@ -82,13 +82,13 @@ def test_a_single_stage_shares_nothing():
     assert combined(make_stages(stages=1)).shared_blocks == 0
 
 
-def test_in_training_each_stage_draws_its_own_patch_dropout():
+def test_in_training_each_stage_samples_its_own_patch_dropout():
     cfg = {"embed_dim": 24, "vision_cfg": {**VISION, "image_size": 64, "patch_dropout": 0.5}, "text_cfg": TEXT}
     model = combined([create_clip(model_cfg=cfg, seed=0) for _ in range(2)])
-    pictures = torch.nn.functional.interpolate(images(), size=64)
-    first, second = model.train().encode_image_stages(pictures)
+    pixels = torch.nn.functional.interpolate(images(), size=64)
+    first, second = model.train().encode_image_stages(pixels)
     assert (first - second).abs().max() > 0.01
-    first, second = model.eval().encode_image_stages(pictures)
+    first, second = model.eval().encode_image_stages(pixels)
     assert torch.equal(first, second)
 
 
