@@ -1,8 +1,23 @@
-"""In which order the rows of an epoch are dealt into batches.
+"""The shuffled order in which an epoch visits the rows of its sources.
 
-Each pass over a source sorts its rows by window and by the word drawn for their unit. Memory is bounded: the order is
-made in parts (a window, a range of words), each from one more look at the columns. A row travels with its group in one
-number, see `row_bits`.
+Each pass over a source draws one random 64-bit word per unit of rows and sorts rows by (window, word). For ten rows in
+two shards, where the words' leading bits are those below:
+
+    row                       0    1    2    3    4  |  5    6    7    8    9
+    shard                     0    0    0    0    0  |  1    1    1    1    1
+    group                     0    0    1    0    2  |  0    1    0    0    2
+    word of each row          1  119   78  123   57  | 95   55   73   47   96
+    order                     0    8    6    4    7     2    5    9    1    3
+    order, window_shards=1    0    4    2    1    3  |  8    6    7    5    9
+    order, run_rows=2        (0    1)  (7    8)  5     9    3    6    2    4
+
+Without windows all rows are sorted by word. With `window_shards=1` each shard is a window of its own; the windows
+follow each other in an order drawn separately. With `run_rows=2`, up to two neighboring rows of one shard and group,
+here (0, 1) and (7, 8), form a unit: they share a word and stay together. Rows of negative groups are not used.
+
+Memory is bounded: an order is made in parts (a window, then a range of words), each from another scan of the columns.
+While it is shuffled, a row travels with its group in a single integer, its *code*: the row in the low `row_bits`, the
+group above them. With ten rows these are 4 bits, so row 6 of group 1 has the code 1 * 16 + 6 = 22.
 """
 
 from bisect import bisect_left
@@ -17,16 +32,16 @@ from jaxtyping import Int, UInt64
 from mcl_clip.core.distributed import Name, random_words, random_words_between
 from mcl_clip.core.errors import UserError
 
-BLOCK_ROWS = 1 << 17  # rows that are looked at together: what is made of them stays in a cache
-PART_ROWS = 1 << 22  # rows whose words are held at a time, or a third of a larger window
-MOST_PARTS = 3
-SORTED_ROWS = 1 << 17  # rows that are sorted together, unless that takes too many buckets
-MOST_BUCKET_BITS = 8
+BLOCK_ROWS = 1 << 17  # rows processed together: their arrays fit a CPU cache
+PART_ROWS = 1 << 22  # rows whose words are held at a time, unless a window would need more than MAX_PARTS parts
+MAX_PARTS = 3
+SORTED_ROWS = 1 << 17  # rows sorted together, unless a part would need more than 2**MAX_BUCKET_BITS buckets
+MAX_BUCKET_BITS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Neighbouring rows of the index that are drawn `weight` times an epoch; 0.5 is every second epoch."""
+    """Consecutive rows of the index that are sampled `weight` times an epoch; 0.5 is every second epoch."""
 
     rows: int
     weight: float = 1.0
@@ -39,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class _Segments:
-    """Runs of rows of one shard: where they start and stop, how many rows are drawn, and units drawn before."""
+    """Row ranges that lie within one shard: start, stop, number of usable rows, and number of units before each."""
 
     shard: Int[np.ndarray, "segments"]
     start: Int[np.ndarray, "segments"]
@@ -48,11 +63,8 @@ class _Segments:
     unit: Int[np.ndarray, "segments"]
 
 
-class DrawnSource:
-    """The rows of a source that are drawn, `rows` of them: in their order, and shuffled.
-
-    They come with their groups in one number, see `row_bits`.
-    """
+class SourceRows:
+    """The usable rows of a source (those of non-negative groups), as codes, in rising or in shuffled order."""
 
     def __init__(
         self,
@@ -64,45 +76,39 @@ class DrawnSource:
         weight: float,
         run_rows: int,
     ) -> None:
-        self.weight = weight
         self._shard_of, self._groups, self._first, self._stop, self._run_rows = shard_of, groups, first, stop, run_rows
         self._row_bits = row_bits(groups)
-        self.rows = sum(int(np.count_nonzero(groups[a:b] >= 0)) for a, b in ranges(first, stop))
+        self.rows = sum(int(np.count_nonzero(groups[a:b] >= 0)) for a, b in block_ranges(first, stop))
+        self.weight = weight
+        self.rows_per_epoch = Source(rows=self.rows, weight=weight).rows_per_epoch
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """How many of its rows an epoch holds."""
-        return Source(rows=self.rows, weight=self.weight).rows_per_epoch
+    def in_order(self) -> Iterator[Int[np.ndarray, "_rows"]]:
+        """Yield all rows once, in rising order, in parts."""
+        return (self._codes(start, stop) for start, stop in block_ranges(self._first, self._stop))
 
-    def in_order(self) -> Iterator[Int[np.ndarray, "_drawn"]]:
-        """All rows in rising order, in parts."""
-        return (self._drawn(start, stop) for start, stop in ranges(self._first, self._stop))
-
-    def shuffled(self, window_shards: int, name: tuple[Name, ...]) -> Iterator[Int[np.ndarray, "_drawn"]]:
-        """All rows once, in parts: windows of shuffled shards, units of `run_rows` shuffled within a window."""
+    def shuffled(self, window_shards: int, name: tuple[Name, ...]) -> Iterator[Int[np.ndarray, "_rows"]]:
+        """Yield all rows once, in parts: windows of shuffled shards, and units of `run_rows` shuffled within each."""
         for window in self._windows(window_shards, name):
             blocks, rows = self._blocks(window), int(self._segments.rows[window].sum())
-            parts = -(-rows // max(PART_ROWS, -(-rows // MOST_PARTS)))
-            bucket_bits = min(MOST_BUCKET_BITS, (rows // parts // SORTED_ROWS).bit_length())
+            parts = -(-rows // max(PART_ROWS, -(-rows // MAX_PARTS)))
+            bucket_bits = min(MAX_BUCKET_BITS, (rows // parts // SORTED_ROWS).bit_length())
             for low, high in pairwise(2**64 * part // parts for part in range(parts + 1)):
-                yield from _sorted_by_word(self._between(low, high - 1, blocks, name), low, high - 1, bucket_bits)
+                yield from _sort_by_word(self._between(low, high - 1, blocks, name), low, high - 1, bucket_bits)
 
     def _windows(self, window_shards: int, name: tuple[Name, ...]) -> list[Int[np.ndarray, "_segments"]]:
-        """The segments of each window, in the order of windows."""
+        """Return the segments of each window, in the order of the windows."""
         if window_shards == 0:
             return [np.arange(len(self._segments.start))]
         shards, shard = np.unique(self._segments.shard, return_inverse=True)
-        place = np.empty(len(shards), np.int64)
-        place[np.argsort(random_words(len(shards), *name, "shards"), kind="stable")] = np.arange(len(shards))
-        window = place[shard] // window_shards
+        position = np.empty(len(shards), np.int64)
+        position[np.argsort(random_words(len(shards), *name, "shards"), kind="stable")] = np.arange(len(shards))
+        window = position[shard] // window_shards
         order = np.argsort(window, kind="stable")
         return np.split(order, np.flatnonzero(np.diff(window[order])) + 1)
 
     def _blocks(self, window: Int[np.ndarray, "_segments"]) -> list[tuple[int, int, int]]:
-        """Start, stop and first unit of the segments; small neighbours are joined."""
-        start, stop, unit = (
-            column[window] for column in (self._segments.start, self._segments.stop, self._segments.unit)
-        )
+        """Return start, stop and first unit of the segments, small adjacent ones joined."""
+        start, stop, unit = self._segments.start[window], self._segments.stop[window], self._segments.unit[window]
         is_new = (start[1:] != stop[:-1]) | (start[1:] // BLOCK_ROWS != start[:-1] // BLOCK_ROWS)
         first = np.flatnonzero(np.r_[True, is_new])
         last = np.r_[first[1:], len(start)] - 1
@@ -110,131 +116,126 @@ class DrawnSource:
 
     def _between(
         self, low: int, high: int, blocks: Iterable[tuple[int, int, int]], name: tuple[Name, ...]
-    ) -> Iterator[tuple[Int[np.ndarray, "_drawn"], UInt64[np.ndarray, "_drawn"]]]:
-        """The rows of each block whose words lie from `low` to `high`, and the words."""
+    ) -> Iterator[tuple[Int[np.ndarray, "_rows"], UInt64[np.ndarray, "_rows"]]]:
+        """Yield the codes and words of each block's rows whose words lie between `low` and `high` inclusive."""
         for start, stop, first_unit in blocks:
-            drawn = self._drawn(start, stop)
+            codes = self._codes(start, stop)
             if self._run_rows == 1:
-                words = random_words_between(first_unit, first_unit + len(drawn), *name)
+                words = random_words_between(first_unit, first_unit + len(codes), *name)
             else:
-                unit = self._units(drawn)
+                unit = self._units(codes)
                 words = random_words_between(first_unit, first_unit + int(unit[-1]) + 1, *name)[unit]
             kept = np.flatnonzero((words >= np.uint64(low)) & (words <= np.uint64(high)))
-            yield drawn[kept], words[kept]
+            yield codes[kept], words[kept]
 
-    def _drawn(self, start: int, stop: int) -> Int[np.ndarray, "_drawn"]:
+    def _codes(self, start: int, stop: int) -> Int[np.ndarray, "_rows"]:
+        """Return the codes of the usable rows between `start` and `stop`."""
         group = self._groups[start:stop].astype(np.int64)
-        drawn: np.ndarray = (group << self._row_bits) + np.arange(start, stop)
-        return drawn if group.min() >= 0 else drawn[group >= 0]
+        codes: np.ndarray = (group << self._row_bits) + np.arange(start, stop)
+        return codes if group.min() >= 0 else codes[group >= 0]
 
-    def _units(self, drawn: Int[np.ndarray, "_drawn"]) -> Int[np.ndarray, "_drawn"]:
-        """Number of the unit of each row, from 0: at most `run_rows` neighbours of one shard and group."""
-        place = np.arange(len(drawn))
-        if self._run_rows == 1 or not len(drawn):
-            return place
-        shard, group = self._shard_of[self._row(drawn)], drawn >> self._row_bits
-        starts = np.r_[True, (shard[1:] != shard[:-1]) | (group[1:] != group[:-1])]
-        first = np.maximum.accumulate(np.where(starts, place, 0))
-        starts |= (place - first) % self._run_rows == 0
-        return np.cumsum(starts) - 1
-
-    def _row(self, drawn: Int[np.ndarray, "_drawn"]) -> Int[np.ndarray, "_drawn"]:
-        row: np.ndarray = drawn & (2**self._row_bits - 1)
-        return row
+    def _units(self, codes: Int[np.ndarray, "_rows"]) -> Int[np.ndarray, "_rows"]:
+        """Return the unit of each row, counted from 0: at most `run_rows` neighbors of one shard and group."""
+        number = np.arange(len(codes))
+        if self._run_rows == 1 or not len(codes):
+            return number
+        shard, group = self._shard_of[codes & (2**self._row_bits - 1)], codes >> self._row_bits
+        is_start = np.r_[True, (shard[1:] != shard[:-1]) | (group[1:] != group[:-1])]
+        first = np.maximum.accumulate(np.where(is_start, number, 0))
+        is_start |= (number - first) % self._run_rows == 0
+        return np.cumsum(is_start) - 1
 
     @cached_property
     def _segments(self) -> _Segments:
-        changes = [np.array([self._first])]
-        for first, last in ranges(self._first, self._stop):
+        bounds = [np.array([self._first])]
+        for first, last in block_ranges(self._first, self._stop):
             before = max(self._first, first - 1)
             shard = self._shard_of[before:last]
-            changes.append(np.flatnonzero(shard[1:] != shard[:-1]) + before + 1)
-        if self._run_rows == 1:  # units can be cut nowhere, however large a shard is
-            changes.append(np.arange(self._first, self._stop, BLOCK_ROWS))
-        start: np.ndarray = np.unique(np.concatenate(changes))
+            bounds.append(np.flatnonzero(shard[1:] != shard[:-1]) + before + 1)
+        if self._run_rows == 1:  # larger units may be cut at the borders of shards only
+            bounds.append(np.arange(self._first, self._stop, BLOCK_ROWS))
+        start: np.ndarray = np.unique(np.concatenate(bounds))
         stop, units = np.r_[start[1:], self._stop], 0
         rows, unit = np.zeros(len(start), np.int64), np.zeros(len(start), np.int64)
-        for some in np.split(np.arange(len(start)), np.flatnonzero(np.diff(start // BLOCK_ROWS)) + 1):
-            drawn = self._drawn(int(start[some[0]]), int(stop[some[-1]]))
-            number = self._units(drawn)
-            numbers = np.r_[number, number[-1:] + 1 if len(number) else 0]  # the last is how many there are
-            place = np.searchsorted(self._row(drawn), start[some])
-            rows[some], unit[some] = np.diff(np.r_[place, len(drawn)]), units + numbers[place]
-            units += int(numbers[-1])
+        for block in np.split(np.arange(len(start)), np.flatnonzero(np.diff(start // BLOCK_ROWS)) + 1):
+            codes = self._codes(int(start[block[0]]), int(stop[block[-1]]))
+            number = self._units(codes)
+            number = np.r_[number, number[-1:] + 1 if len(number) else 0]  # the last entry is how many there are
+            position = np.searchsorted(codes & (2**self._row_bits - 1), start[block])
+            rows[block], unit[block] = np.diff(np.r_[position, len(codes)]), units + number[position]
+            units += int(number[-1])
         kept = rows > 0
         return _Segments(
             shard=self._shard_of[start[kept]], start=start[kept], stop=stop[kept], rows=rows[kept], unit=unit[kept]
         )
 
 
-def drawn_sources(
+def usable_sources(
     sources: Sequence[Source], shard_of: Int[np.ndarray, "rows"], groups: Int[np.ndarray, "rows"], run_rows: int
-) -> list[DrawnSource]:
-    """Those of which something is drawn.
+) -> list[SourceRows]:
+    """Return the rows of each source, without sources that have no usable row or no weight.
 
     Raises:
-        UserError: if the sources have other rows than the groups.
+        UserError: if the sources and `groups` have different numbers of rows.
     """
     if sum(source.rows for source in sources) != len(groups):
         raise UserError(
             f"the sources have {sum(s.rows for s in sources)} rows and the labels {len(groups)}; index again"
         )
-    drawn, first = [], 0
+    usable, first = [], 0
     for source in sources:
         stop = first + source.rows
-        drawn.append(
-            DrawnSource(
-                shard_of=shard_of, groups=groups, first=first, stop=stop, weight=source.weight, run_rows=run_rows
-            )
+        rows = SourceRows(
+            shard_of=shard_of, groups=groups, first=first, stop=stop, weight=source.weight, run_rows=run_rows
         )
+        usable += [rows] if rows.rows and rows.weight > 0 else []
         first = stop
-    return [source for source in drawn if source.rows and source.weight > 0]
+    return usable
 
 
-def _sorted_by_word(
-    blocks: Iterable[tuple[Int[np.ndarray, "_drawn"], UInt64[np.ndarray, "_drawn"]]],
+def _sort_by_word(
+    blocks: Iterable[tuple[Int[np.ndarray, "_rows"], UInt64[np.ndarray, "_rows"]]],
     low: int,
     high: int,
     bucket_bits: int,
-) -> Iterator[Int[np.ndarray, "_drawn"]]:
-    """What the blocks hold in the order of their words, from `low` to `high`; those of equal words in the given order.
+) -> Iterator[Int[np.ndarray, "_rows"]]:
+    """Yield the codes of all blocks by rising word, which lie between `low` and `high`; equal words keep their order.
 
-    Buckets by the leading bits of the words are sorted one by one.
+    A bucket sort by the leading bits of the words, so that each part to be sorted is small.
     """
     buckets: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(2**bucket_bits)]
     shift = np.uint64((high - low).bit_length() - bucket_bits)
-    for drawn, words in blocks:
-        bucket = ((words - np.uint64(low)) >> shift).astype(np.uint8)
-        by_bucket = np.argsort(bucket, kind="stable")
-        ends = np.cumsum(np.bincount(bucket, minlength=len(buckets)))[:-1]
-        for held, *part in zip(
-            buckets, np.split(drawn[by_bucket], ends), np.split(words[by_bucket], ends), strict=True
-        ):
-            held.append((part[0], part[1]))
-    for held in buckets:
-        words = np.concatenate([words for _, words in held])
-        yield np.concatenate([drawn for drawn, _ in held])[np.argsort(words, kind="stable")]
+    for codes, words in blocks:
+        number = ((words - np.uint64(low)) >> shift).astype(np.uint8)
+        by_bucket = np.argsort(number, kind="stable")
+        ends = np.cumsum(np.bincount(number, minlength=len(buckets)))[:-1]
+        pieces = zip(np.split(codes[by_bucket], ends), np.split(words[by_bucket], ends), strict=True)
+        for bucket, piece in zip(buckets, pieces, strict=True):
+            bucket.append(piece)
+    for bucket in buckets:
+        words = np.concatenate([words for _, words in bucket])
+        yield np.concatenate([codes for codes, _ in bucket])[np.argsort(words, kind="stable")]
 
 
-def interleaved(
-    orders: Sequence[Iterator[Int[np.ndarray, "_drawn"]]], counts: Sequence[int]
-) -> Iterator[Int[np.ndarray, "_drawn"]]:
-    """Rows of several orders, of `counts` rows, such that row r of n comes at (r + 1/2) / n, in parts."""
+def interleave(
+    orders: Sequence[Iterator[Int[np.ndarray, "_rows"]]], counts: Sequence[int]
+) -> Iterator[Int[np.ndarray, "_rows"]]:
+    """Merge orders of `counts` rows so that row r of n comes at the fraction (r + 1/2) / n of the whole, in parts."""
     parts = -(-sum(counts) // BLOCK_ROWS)
     stops = [[_rows_before(part / parts, count) for part in range(parts)] + [count] for count in counts]
-    pieces = [pieces_of(order, np.diff(stop).tolist()) for order, stop in zip(orders, stops, strict=True)]
+    chunks = [rechunk(order, np.diff(stop).tolist()) for order, stop in zip(orders, stops, strict=True)]
     for part in range(parts):
-        place = [(np.arange(stop[part], stop[part + 1]) + 0.5) / max(1, stop[-1]) for stop in stops]
-        drawn = np.concatenate([next(piece) for piece in pieces])
-        yield drawn[np.argsort(np.concatenate(place), kind="stable")]
+        fraction = [(np.arange(stop[part], stop[part + 1]) + 0.5) / max(1, stop[-1]) for stop in stops]
+        codes = np.concatenate([next(chunk) for chunk in chunks])
+        yield codes[np.argsort(np.concatenate(fraction), kind="stable")]
 
 
-def _rows_before(place: float, count: int) -> int:
-    return bisect_left(range(count), place, key=lambda row: (row + 0.5) / count)
+def _rows_before(fraction: float, count: int) -> int:
+    return bisect_left(range(count), fraction, key=lambda row: (row + 0.5) / count)
 
 
-def pieces_of(parts: Iterator[Int[np.ndarray, "_drawn"]], sizes: Iterable[int]) -> Iterator[Int[np.ndarray, "_drawn"]]:
-    """The same in pieces of `sizes`."""
+def rechunk(parts: Iterator[Int[np.ndarray, "_rows"]], sizes: Iterable[int]) -> Iterator[Int[np.ndarray, "_rows"]]:
+    """Yield the concatenation of `parts` in chunks of `sizes`."""
     held = [np.empty(0, np.int64)]
     for size in sizes:
         missing = size - len(held[0])
@@ -247,10 +248,10 @@ def pieces_of(parts: Iterator[Int[np.ndarray, "_drawn"]], sizes: Iterable[int]) 
 
 
 def row_bits(groups: Int[np.ndarray, "rows"]) -> int:
-    """A row and its group travel as one number: the row in so many low bits, the group above."""
+    """Return how many low bits of a code hold the row."""
     return len(groups).bit_length()
 
 
-def ranges(first: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Starts and stops of blocks of rows."""
+def block_ranges(first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of consecutive blocks of at most `BLOCK_ROWS` rows."""
     return ((start, min(start + BLOCK_ROWS, stop)) for start in range(first, stop, BLOCK_ROWS))

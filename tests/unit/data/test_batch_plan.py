@@ -40,6 +40,31 @@ def pieces(rows: np.ndarray, groups: np.ndarray) -> list[Counter]:
     return [Counter(groups[batch[batch != FILLER]].tolist()) for batch in rows]
 
 
+def test_the_example_of_ten_rows():
+    """What the docstrings of `row_order` and `batch_plan` show."""
+    groups, options = [0, 0, 1, 0, 2, 0, 1, 0, 0, 2], {"rows_per_shard": 5, "seed": 0, "stage": 0}
+
+    def order(**more) -> list[int]:
+        return (np.concatenate(list(make(groups, 4, **options, **more)._order(0))) % 16).tolist()
+
+    assert (random_words(10, 0, 0, "order", 0, 0) >> np.uint64(57)).tolist() == [
+        1,
+        119,
+        78,
+        123,
+        57,
+        95,
+        55,
+        73,
+        47,
+        96,
+    ]
+    assert order() == [0, 8, 6, 4, 7, 2, 5, 9, 1, 3]
+    assert order(window_shards=1) == [0, 4, 2, 1, 3, 8, 6, 7, 5, 9]
+    assert order(run_rows=2) == [0, 1, 7, 8, 5, 9, 3, 6, 2, 4]
+    assert make(groups, 4, **options).epoch_rows(0).tolist() == [[1, 3, 4, 9], [2, 6, -1, -1], [0, 5, 7, 8]]
+
+
 CASES = [
     *((sizes_like(count, 3000), batch) for count in (1, 10, 100, 1000) for batch in (2, 16, 64, 1000)),
     ([5], 8),  # fewer rows than a batch
@@ -283,7 +308,7 @@ def test_the_plan_is_what_its_definition_says_in_whatever_parts_it_is_made(case,
         for limit in ("BLOCK_ROWS", "PART_ROWS", "SORTED_ROWS"):
             monkeypatch.setattr(order_module, limit, int(draw.integers(1, 70)))
         monkeypatch.setattr("mcl_clip.data.batch_plan.BLOCK_ROWS", int(draw.integers(1, 70)))
-        monkeypatch.setattr(order_module, "MOST_PARTS", int(draw.integers(1, 6)))
+        monkeypatch.setattr(order_module, "MAX_PARTS", int(draw.integers(1, 6)))
     rows, count, runs = int(draw.integers(20, 400)), int(draw.choice([1, 3, 12, 80])), int(draw.integers(1, 6))
     groups = np.repeat(draw.choice(count, rows, p=draw.dirichlet(np.ones(count))), runs)[:rows]
     groups[draw.random(rows) < draw.choice([0, 0.2])] = -1
