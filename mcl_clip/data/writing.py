@@ -1,6 +1,7 @@
-"""Writing shards: training sets, and retrieval and classification sets in the layout of CLIP_benchmark.
+"""Writers of shards: training sets, and retrieval and classification sets in the layout of CLIP_benchmark.
 
-The same samples give the same bytes. Output is written into a temporary folder beside its place and renamed at the end.
+The same samples give the same bytes. Output is written into a temporary folder beside its destination and renamed at
+the end.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with further pictures behind it
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG followed by further images
 MAX_KEY_LENGTH = 80  # a tar name holds 100 characters, extension included
 
 _CLEAN_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
@@ -37,7 +38,7 @@ Members = dict[str, str | bytes]
 class Pair:
     """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`.
 
-    `image` is a JPEG, PNG or WebP file, stored as it is; empty if it could not be had, which counts as bad.
+    `image` is a JPEG, PNG or WebP file, stored as it is; empty if it is missing, which counts as a bad image.
     """
 
     key: str
@@ -56,28 +57,28 @@ class LabelledImage:
 
 
 class SetSize(NamedTuple):
-    """What was written."""
+    """Numbers of images and captions written."""
 
     images: int
     captions: int
 
 
 def refuse_non_empty(folder: Path) -> None:
-    """Nothing, for a folder that is empty or does not exist.
+    """Check that a folder is empty or does not exist.
 
     Raises:
-        UserError: if there is something at this path.
+        UserError: if there is a file or a non-empty folder at this path.
     """
     if folder.is_dir():
         if next(folder.iterdir(), None) is not None:
-            raise UserError(f"the output folder {folder} is not empty; name a new one, or delete it first")
+            raise UserError(f"the output folder {folder} is not empty; choose a new one, or delete it first")
     elif folder.exists():
-        raise UserError(f"the output folder {folder} is a file; name a folder that does not exist yet")
+        raise UserError(f"the output folder {folder} is a file; choose a folder that does not exist yet")
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends without an error, and otherwise leaves nothing.
+    """Yield a temporary folder that becomes `out` if the block ends without an error and is deleted otherwise.
 
     Raises:
         UserError: if `out` is not empty, or cannot be replaced because it is a mount point or the current folder.
@@ -85,15 +86,18 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = out.resolve()
     refuse_non_empty(out)
     if out.is_mount() or out == Path.cwd():
-        raise UserError(f"the output folder {out} cannot be replaced by a finished one; name a new folder inside it")
+        raise UserError(
+            f"the output folder {out} is a mount point or the current folder and cannot be replaced; choose a new "
+            f"folder inside it"
+        )
     with atomic_dir(out) as folder:
         yield folder
 
 
 def clean_key(name: str) -> str:
-    """A key for `name` without dots, slashes and other traps; names that differ give keys that differ.
+    """Return a key for `name` of letters, digits, '_' and '-' only; different names give different keys.
 
-    Where something had to be changed, a hash of the name is put behind it.
+    If a character had to be replaced, or the name is too long, a hash of the name is appended.
     """
     if _CLEAN_KEY.fullmatch(name):
         return name
@@ -102,20 +106,20 @@ def clean_key(name: str) -> str:
 
 
 def clean_captions(captions: Iterable[str]) -> list[str]:
-    """Captions of one line each, stripped, without the empty ones.
+    """Strip captions, join their lines, and drop empty ones.
 
-    Everything that `str.splitlines` splits at becomes a space, since readers take a line for a caption.
+    All line separators of `str.splitlines` become spaces, since readers take each line for a caption.
     """
     lines = (" ".join(caption.splitlines()).strip() for caption in captions)
     return [line.encode(errors="replace").decode() for line in lines if line]
 
 
 def image_extension(data: bytes) -> str:
-    """`jpg`, `png` or `webp`, from the header of an image file; empty if it cannot be opened as one of them."""
+    """Return `jpg`, `png` or `webp`, judging by the content of an image file; empty if it is none of them."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             return EXTENSIONS[image.format or ""]
-    except Exception:  # parsers of foreign bytes raise nearly everything
+    except Exception:  # parsers of untrusted bytes raise nearly everything
         return ""
 
 
@@ -130,18 +134,18 @@ def write_pairs(
 ) -> ShardIndex:
     """Write `out`/000000.tar and so on with an index beside them, and return the index.
 
-    Samples without a usable image or caption are left out and counted; a line at the end says how many.
+    Samples without a usable image or caption are left out; a line at the end reports how many.
 
     Args:
-        samples: In the order in which they are to be stored; keys as `clean_key` gives them, each once.
+        samples: In the order in which they are stored; keys as `clean_key` returns them, each once.
         out: A folder that is empty or does not exist.
         samples_per_shard: A shard also ends at 3 GB.
         total: Number of samples, for the progress bar and to stop early.
-        max_bad_fraction: Largest part of the samples whose image may be missing or unreadable.
-        counts: Filled with the numbers of what was left out, by reason.
+        max_bad_fraction: Largest share of the samples whose image may be missing or unreadable.
+        counts: Filled with the number of samples and captions left out, by reason.
 
     Raises:
-        UserError: for a bad or repeated key, too many bad images, or when nothing is left.
+        UserError: for an invalid or repeated key, too many bad images, or if no sample is left.
     """
     checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
     with new_folder(out) as folder:
@@ -167,7 +171,7 @@ def write_retrieval_set(
 ) -> SetSize:
     """Write a retrieval set as CLIP_benchmark reads it: `out`/test/0.tar and so on, with images and captions only.
 
-    Samples are named s0000000 and so on; line n of `keys.txt`, counted from 0, is the key that sample n came with.
+    Samples are named s0000000 and so on; line n of `keys.txt`, counted from 0, is the original key of sample n.
     Arguments and errors as for `write_pairs`.
     """
     checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
@@ -205,8 +209,8 @@ def write_classification_set(
         samples: Labels count from 0 in the order of `classnames`.
         out: A folder that is empty or does not exist.
         classnames: One line each.
-        templates: Each with `{c}` in the place of the class name.
-        samples_per_shard: As for `write_pairs`, like the arguments after it.
+        templates: Each with `{c}` in place of the class name.
+        samples_per_shard: See `write_pairs`.
         total: See `write_pairs`.
         max_bad_fraction: See `write_pairs`.
         counts: See `write_pairs`.
@@ -235,7 +239,7 @@ def write_classification_set(
 
 @dataclass
 class _Checks:
-    """Decides sample by sample what is written, and counts the rest."""
+    """Validates sample by sample, and counts what is left out."""
 
     total: int | None
     max_bad_fraction: float
@@ -248,7 +252,7 @@ class _Checks:
     keys: set[str] = field(default_factory=set)
 
     def members_of(self, pair: Pair) -> Members | None:
-        """The members of a sample, or nothing for one that is left out."""
+        """Return the members of a sample, or None if it is left out."""
         extension = self.extension_of(pair.key, pair.image)
         captions = clean_captions(pair.captions)
         self.counts["empty captions dropped"] += len(pair.captions) - len(captions)
@@ -266,9 +270,19 @@ class _Checks:
         return members | {"json": attributes} if attributes else members
 
     def extension_of(self, key: str, image: bytes) -> str:
-        """The extension for an image, or nothing for one that is bad."""
+        """Return the extension for an image, or an empty string if it is bad.
+
+        Raises:
+            UserError: for an invalid or repeated key.
+        """
         self.seen += 1
-        self._check_key(key)
+        if not _CLEAN_KEY.fullmatch(key):
+            raise UserError(
+                f"the key {key!r} is not 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-'; use clean_key(name)"
+            )
+        if key in self.keys:
+            raise UserError(f"the key {key!r} occurs twice; give every sample a unique key")
+        self.keys.add(key)
         if not image:
             return self._reject(key, "missing images")
         if len(image) > MAX_IMAGE_BYTES:
@@ -276,26 +290,19 @@ class _Checks:
         return image_extension(image) or self._reject(key, "unreadable images")
 
     def finish(self, out: Path) -> None:
-        """Say what was left out.
+        """Report what was left out.
 
         Raises:
-            UserError: if too much was, or everything.
+            UserError: if too many images were bad, or no sample is left.
         """
         self._check_bad(self.seen)
         self.counts.update(self.bad)
         if not self.images:
-            raise UserError(f"no sample is left for {out}: of {self.seen} {_listed(self.counts) or 'none came in'}")
-        if listed := _listed(self.counts):
-            tqdm.write(f"{out.name}: {self.images} of {self.seen} samples written ({listed})")
-
-    def _check_key(self, key: str) -> None:
-        if not _CLEAN_KEY.fullmatch(key):
             raise UserError(
-                f"the key {key!r} is not 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-'; use clean_key(name)"
+                f"no sample is left for {out}: {self.seen} given, {_format_counts(self.counts) or 'none left out'}"
             )
-        if key in self.keys:
-            raise UserError(f"the key {key!r} comes twice; give every sample a key of its own")
-        self.keys.add(key)
+        if left_out := _format_counts(self.counts):
+            tqdm.write(f"{out.name}: {self.images} of {self.seen} samples written ({left_out})")
 
     def _reject(self, key: str, reason: str) -> str:
         self.bad[reason] += 1
@@ -307,8 +314,8 @@ class _Checks:
     def _check_bad(self, of: int) -> None:
         if self.bad.total() > self.max_bad_fraction * of:
             raise UserError(
-                f"{self.bad.total()} of {of} images are bad ({_listed(self.bad)}), more than --max-bad-fraction "
-                f"{self.max_bad_fraction:g} allows; the first is {self.first_bad}. Mend them or allow more"
+                f"{self.bad.total()} of {of} images are bad ({_format_counts(self.bad)}), more than --max-bad-fraction "
+                f"{self.max_bad_fraction:g} allows; the first is {self.first_bad}; fix them or raise the limit"
             )
 
 
@@ -344,7 +351,7 @@ def _write_test_shards(samples: Iterable[Members], folder: Path, samples_per_sha
 def _check_names(classnames: Sequence[str], templates: Sequence[str]) -> None:
     for name in (*classnames, *templates):
         if clean_captions([name]) != [name]:
-            raise UserError(f"the class name or template {name!r} is empty, padded or longer than a line; mend it")
+            raise UserError(f"the class name or template {name!r} is empty, padded or longer than a line; correct it")
     if len(set(classnames)) < len(classnames):
         raise UserError(f"class names must differ; got {', '.join(classnames)}")
     for template in templates:
@@ -358,5 +365,5 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _listed(counts: Mapping[str, int]) -> str:
+def _format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)

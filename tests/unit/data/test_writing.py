@@ -170,7 +170,7 @@ def test_keys_that_readers_would_cut_are_refused(tmp_path, key):
 
 
 def test_repeated_keys_are_refused(tmp_path):
-    with pytest.raises(UserError, match="the key 'k' comes twice"):
+    with pytest.raises(UserError, match="the key 'k' occurs twice"):
         write_pairs(pairs(2, key="k"), tmp_path / "out")
 
 
@@ -204,7 +204,7 @@ def test_output_has_its_name_only_when_it_is_whole(tmp_path):
 
 def test_output_folders_that_hold_something_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="is not empty; name a new one"):
+    with pytest.raises(UserError, match="is not empty; choose a new one"):
         refuse_non_empty(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         refuse_non_empty(tmp_path / "file")
@@ -216,7 +216,7 @@ def test_output_folders_that_hold_something_are_refused(tmp_path):
 
 def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="name a new folder inside it"), new_folder(Path(".")):
+    with pytest.raises(UserError, match="choose a new folder inside it"), new_folder(Path(".")):
         pass
 
 
@@ -227,7 +227,7 @@ def test_odd_folder_names_are_only_names(tmp_path):
 
 
 def test_an_empty_set_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"no sample is left for .*out: of 0 none came in"):
+    with pytest.raises(UserError, match=r"no sample is left for .*out: 0 given, none left out"):
         write_pairs([], tmp_path / "out")
     with pytest.raises(UserError, match="--samples-per-shard is 0"):
         write_pairs(pairs(1), tmp_path / "out", samples_per_shard=0)
