@@ -54,9 +54,9 @@ def decode(*, pictures: int = 24, rounds: int = 7, data: Path | None = None, mod
     fast, exact = (TrainTransform(size_px=(SIZE_PX, SIZE_PX), scale=SCALE, jpeg=how) for how in ("fast", "exact"))
     ways: dict[str, Callable[[bytes, int], object]] = {
         "open_clip": lambda file, _: peer(Image.open(io.BytesIO(file))),
-        "fast": fast.of_file,
-        "fast_with_floats": lambda file, number: to_floats(fast.of_file(file, number)[None], CFG),
-        "exact": exact.of_file,
+        "fast": fast.decode,
+        "fast_with_floats": lambda file, number: to_floats(fast.decode(file, number)[None], CFG),
+        "exact": exact.decode,
     }
     for width, height in SIZES:
         files = [drawn_jpeg(width, height, number) for number in range(pictures)]
@@ -104,7 +104,7 @@ def moved_features(paths: list[Path], name: str) -> dict[str, object]:
 
     def features(how: str, draw: int) -> Tensor:
         transform = TrainTransform(size_px=size_px, scale=SCALE, jpeg=how)
-        pixels = [transform.of_file(file, number, draw) for number, file in enumerate(files)]
+        pixels = [transform.decode(file, number, draw) for number, file in enumerate(files)]
         return F.normalize(model.encode_image(to_floats(torch.stack(pixels), loaded.preprocess_cfg)))
 
     exact = features("exact", 0)

@@ -1,1 +1,1 @@
-"""From shard lists to batches: index, plan, reader, decoding."""
+"""Data pipeline from shard lists to batches: index, batch plan, reader, decoding, loader."""

@@ -1,4 +1,4 @@
-"""The index of a shard list: one row per sample, with the place of its members in the tar files."""
+"""The index of a shard list: one row per sample, with the offsets and sizes of its members in the tar files."""
 
 import hashlib
 import json
@@ -6,7 +6,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,7 +22,7 @@ from mcl_clip.core.files import atomic_path
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.shards import Shard, check_location, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
-from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS, Row, scan_shard
+from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS, IndexRow, scan_shard
 
 INDEX_NAME = "index.arrow"
 
@@ -44,7 +46,7 @@ _DIGEST_ROWS = 1 << 20
 
 
 class _File(NamedTuple):
-    """The file an index was loaded from, and what it was then."""
+    """The file that an index was loaded from, with its size and modification time."""
 
     path: str
     size: int
@@ -55,7 +57,7 @@ _Part: TypeAlias = tuple[Shard, pa.Table]
 
 
 class ShardIndex:
-    """All samples of a shard list by row, in the order of the shards and of their places in them.
+    """All samples of a shard list by row, in the order of the shards and of the samples within each.
 
     Columns are read-only numpy arrays with one entry per row; offsets are bytes in the tar, of payloads. The columns
     of a loaded index are views of the memory-mapped file, and a pickled one carries only the path.
@@ -64,18 +66,18 @@ class ShardIndex:
     shard_of: Int32[np.ndarray, "rows"]
     image_offset: Int64[np.ndarray, "rows"]
     image_size: Int32[np.ndarray, "rows"]
-    image_format: UInt8[np.ndarray, "rows"]  # a place in mcl_clip.data.tar.IMAGE_FORMATS
+    image_format: UInt8[np.ndarray, "rows"]  # index into mcl_clip.data.tar.IMAGE_FORMATS
     text_offset: Int64[np.ndarray, "rows"]
     text_size: Int32[np.ndarray, "rows"]
-    text_format: UInt8[np.ndarray, "rows"]  # a place in mcl_clip.data.tar.TEXT_FORMATS
+    text_format: UInt8[np.ndarray, "rows"]  # index into mcl_clip.data.tar.TEXT_FORMATS
     sample_offset: Int64[np.ndarray, "rows"]  # of the sample's first header
     sample_size: Int64[np.ndarray, "rows"]  # of all its members, with headers and padding
 
     def __init__(self, shards: Sequence[Shard], table: pa.Table, *, text_first: str = "txt"):
-        """An index from its parts; users call `build` or `load`.
+        """Create an index from its parts; users call `build` or `load`.
 
         Raises:
-            UserError: if rows and shards do not fit together.
+            UserError: if rows and shards do not match.
         """
         self.shards = tuple(shards)
         self.text_first = text_first
@@ -84,35 +86,44 @@ class ShardIndex:
         self._digest = ""
         firsts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         if [shard.first_row for shard in self.shards] != firsts[:-1].tolist() or firsts[-1] != table.num_rows:
-            raise UserError("the index is damaged: its shards and its rows do not fit together; build it again")
-        self.shard_of = self._column("shard")
+            raise UserError("the index is damaged: its shards and rows do not match; delete it and build it again")
+        self.shard_of = _to_numpy(self._table, "shard")
         for name in _DTYPES.keys() - {"shard"}:
-            setattr(self, name, self._column(name))
+            setattr(self, name, _to_numpy(self._table, name))
         self._key_ends, self._key_bytes = _key_buffers(self._table)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def key(self, row: int | np.integer) -> str:
-        """The WebDataset key of a row; unique within its shard only."""
+        """Return the WebDataset key of a row; it is unique within its shard only."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of an index with {len(self)} rows")
         return bytes(self._key_bytes[self._key_ends[row] : self._key_ends[row + 1]]).decode(errors="backslashreplace")
 
     def key_numbers(self) -> Int32[np.ndarray, "rows"]:
-        """A number for each row, equal where keys are."""
+        """Return a number for each row; equal keys have equal numbers."""
         keys = self._table.column("key")
         return np.from_dlpack(keys.chunk(0).dictionary_encode().indices) if len(self) else np.zeros(0, np.int32)
 
     @property
     def digest(self) -> str:
-        """16 bytes in hexadecimal over keys, member sizes and formats in row order; equal wherever the shards lie."""
-        if not self._digest:
-            self._digest = self._make_digest()
+        """16 bytes in hexadecimal over keys, member sizes and formats in row order; it does not depend on paths."""
+        if self._digest:
+            return self._digest
+        digest = hashlib.blake2b(digest_size=16)
+        lengths = self._key_ends[1:] - self._key_ends[:-1] if len(self) else self._key_ends[:0]
+        columns = (lengths, self.image_size, self.text_size, self.image_format, self.text_format)
+        for start in range(0, len(self), _DIGEST_ROWS):
+            end = min(start + _DIGEST_ROWS, len(self))
+            for column in columns:
+                digest.update(np.ascontiguousarray(column[start:end], dtype="<i8").data)
+            digest.update(self._key_bytes[self._key_ends[start] : self._key_ends[end]].data)
+        self._digest = digest.hexdigest()
         return self._digest
 
     def skipped_by_reason(self) -> dict[str, int]:
-        """How many samples of all shards are not rows, by reason, most frequent first."""
+        """Count the samples of all shards that are not rows, by reason, most frequent first."""
         return dict(sum((Counter(shard.skipped) for shard in self.shards), Counter[str]()).most_common())
 
     @classmethod
@@ -123,20 +134,20 @@ class ShardIndex:
         max_workers: int = 16,
         text_first: str = "txt",
         reuse: bool = True,
-        patience: RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
     ) -> "ShardIndex":
-        """The index of shards, from one pass over their tar headers.
+        """Index shards, in one pass over their tar headers.
 
         Args:
-            urls: Locations as `expand_shards` gives them.
+            urls: Locations as `expand_shards` returns them.
             max_workers: Threads; remote shards gain from many.
             text_first: `txt` or `json`: the text of samples that have both; `cls` or `npy` for labels in its place.
-            reuse: Take over the rows of unchanged shards from the `index.arrow` beside them.
-            patience: Repeats and timeouts for remote shards.
+            reuse: Copy the rows of unchanged shards from the `index.arrow` in their folder.
+            retry: Retries and timeouts for remote shards.
 
         Raises:
-            UserError: if a shard is missing, compressed, cut off or damaged, or if no sample has an image and a text.
-            OSError: if a shard cannot be read after all repeats.
+            UserError: if a shard is missing, compressed, truncated or damaged, or no sample has an image and a text.
+            OSError: if a shard cannot be read after all retries.
         """
         if text_first not in TEXT_FORMATS:
             raise UserError(f"text_first is {text_first!r}; it must be one of {', '.join(TEXT_FORMATS)}")
@@ -144,12 +155,12 @@ class ShardIndex:
             check_location(url)
         locations = [url if is_remote(url) else os.path.abspath(url) for url in urls]
         known = _known_parts(locations, text_first) if reuse else {}
-        waits = patience or RetryPolicy()
+        policy = retry or RetryPolicy()
         missing = [url for url in locations if url not in known]
         with ThreadPoolExecutor(max_workers=max_workers) as threads:
             try:
                 bar = Progress(
-                    threads.map(lambda url: _scan(url, text_first, waits), missing),
+                    threads.map(lambda url: _scan(url, text_first, policy), missing),
                     total=len(missing),
                     desc="indexing shards",
                     unit="shard",
@@ -161,16 +172,20 @@ class ShardIndex:
                 raise
         index = _assemble([known[url] for url in locations], text_first)
         if not len(index):
-            raise UserError(_nothing_found(index))
+            raise UserError(_describe_empty(index))
         return index
 
     def save(self, path: Path) -> None:
-        """Write the index as an Arrow file. Local shards below its folder are named relative to it, so both may move.
+        """Write the index as an Arrow file.
 
-        A file that names signed URLs is readable by its owner only.
+        Paths of local shards below its folder are relative, so that both can be moved together. A file with signed
+        URLs is readable by its owner only.
         """
         path = Path(path).absolute()
-        shards = [asdict(replace(shard, url=_relative(shard.url, path.parent))) for shard in self.shards]
+        shards = [asdict(shard) for shard in self.shards]
+        for shard in shards:
+            if not is_remote(shard["url"]) and Path(shard["url"]).is_relative_to(path.parent):
+                shard["url"] = str(Path(shard["url"]).relative_to(path.parent))
         metadata = {"version": _VERSION, "text_first": self.text_first, "shards": shards}
         table = self._table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
         with (
@@ -184,10 +199,10 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex":
-        """An index from its file, memory-mapped, so that the processes of a machine share it. All rows are checked.
+        """Load an index file, memory-mapped so that the processes of a machine share it, and check all rows.
 
         Raises:
-            UserError: if there is no such file, it is damaged or of another version, or its rows are not within shards.
+            UserError: if there is no such file, it is damaged or of another version, or a row lies outside its shard.
         """
         index = cls._read(Path(path).absolute())
         try:
@@ -198,30 +213,30 @@ class ShardIndex:
 
     @classmethod
     def _read(cls, path: Path) -> "ShardIndex":
-        """The index in a file, its rows not yet looked at."""
+        """Load an index file without checking its rows."""
         try:
             status = path.stat()
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             metadata = json.loads(table.schema.metadata[_METADATA])
             if metadata["version"] != _VERSION:
                 raise UserError(
-                    f"{path} is an index of version {metadata['version']!r}, not {_VERSION}; build it again"
+                    f"{path} is an index of version {metadata['version']!r}, expected {_VERSION}; build it again"
                 )
             if not table.schema.equals(_SCHEMA):
                 raise KeyError("columns")
             shards = [_stored_shard(shard, path.parent) for shard in metadata["shards"]]
             index = cls(shards, table, text_first=metadata["text_first"])
         except FileNotFoundError as error:
-            raise UserError(f"there is no index {path}; build it with `mcl-clip index`") from error
+            raise UserError(f"the index {path} does not exist; build it with `mcl-clip index`") from error
         except UserError:
             raise
         except Exception as error:  # a damaged file fails in many ways
-            raise UserError(f"{path} is not a whole index file ({error}); delete it and build it again") from error
+            raise UserError(f"{path} is not a complete index file ({error}); delete it and build it again") from error
         index._file = _File(str(path), status.st_size, status.st_mtime_ns)
         return index
 
     def write_beside(self) -> None:
-        """Write an `index.arrow` into each folder with local shards of this index; `build` reuses them.
+        """Write an `index.arrow` into each folder with local shards of this index, for `build` to reuse.
 
         Raises:
             UserError: if there are no local shards, or a folder is not writable.
@@ -231,7 +246,7 @@ class ShardIndex:
             if not is_remote(shard.url):
                 folders.setdefault(os.path.dirname(shard.url), []).append(number)
         if not folders:
-            raise UserError("all shards of the index are remote; save it to a local file instead")
+            raise UserError("all shards of the index are remote; save the index to a local file instead")
         for folder, numbers in folders.items():
             try:
                 _assemble([self._part(number) for number in numbers], self.text_first).save(Path(folder, INDEX_NAME))
@@ -240,31 +255,31 @@ class ShardIndex:
 
     @classmethod
     def concatenate(cls, indexes: Sequence["ShardIndex"]) -> "ShardIndex":
-        """The rows of several indexes, one after the other.
+        """Concatenate the rows of several indexes.
 
         Raises:
             UserError: if a shard is in two of them.
         """
         counts = Counter(shard.url for index in indexes for shard in index.shards)
         if repeated := [url for url, count in counts.items() if count > 1]:
-            raise UserError(f"{redacted(repeated[0])} is in several of the indexes; name each shard once")
+            raise UserError(f"shard {redacted(repeated[0])} is in more than one of the indexes; list each shard once")
         orders = {index.text_first for index in indexes}
         parts = [index._part(number) for index in indexes for number in range(len(index.shards))]
         return _assemble(parts, orders.pop() if len(orders) == 1 else "mixed")
 
-    def check_unchanged(self, *, max_workers: int = 16, patience: RetryPolicy | None = None) -> None:
-        """Compare size and modification time or ETag of every shard with the index.
+    def check_unchanged(self, *, max_workers: int = 16, retry: RetryPolicy | None = None) -> None:
+        """Check that size and modification time or ETag of every shard are those in the index.
 
         Raises:
-            UserError: naming the first shard that is gone or changed.
+            UserError: if a shard is missing or changed; names the first one.
         """
-        waits = patience or RetryPolicy()
+        policy = retry or RetryPolicy()
         with ThreadPoolExecutor(max_workers=max_workers) as threads:
-            for shard, now in zip(self.shards, threads.map(lambda s: stat(s.url, waits), self.shards), strict=True):
+            for shard, now in zip(self.shards, threads.map(lambda s: stat(s.url, policy), self.shards), strict=True):
                 if now != (shard.size, shard.stamp):
                     raise UserError(
-                        f"shard {redacted(shard.url)} changed since its index was made: it had {shard.size} bytes "
-                        f"({shard.stamp}) and has {now[0]} ({now[1]}); build the index again, or restore the shard"
+                        f"shard {redacted(shard.url)} changed since it was indexed: it had {shard.size} bytes "
+                        f"({shard.stamp}), now {now[0]} ({now[1]}); rebuild the index, or restore the shard"
                     )
 
     def relocated(
@@ -273,12 +288,12 @@ class ShardIndex:
         shards: Sequence[Shard],
         sample_offset: Int64[np.ndarray, "new_rows"],
     ) -> "ShardIndex":
-        """The index of copies of `rows`, shard after shard, when each copied sample starts at its `sample_offset`."""
+        """Return the index of copies of `rows` in new shards, where each sample starts at its `sample_offset`."""
         table = self._table.take(pa.array(rows)).combine_chunks()
         shift = sample_offset - self.sample_offset[rows]
         for name in ("image_offset", "text_offset", "sample_offset"):
-            place = _SCHEMA.get_field_index(name)
-            table = table.set_column(place, _SCHEMA.field(name), pa.array(_numpy(table, name) + shift))
+            column = pa.array(_to_numpy(table, name) + shift)
+            table = table.set_column(_SCHEMA.get_field_index(name), _SCHEMA.field(name), column)
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         parts = [(shard, table.slice(first, shard.rows)) for shard, first in zip(shards, firsts.tolist(), strict=False)]
         return _assemble(parts, self.text_first)
@@ -286,29 +301,15 @@ class ShardIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._file is not None:
             return _reload, (self._file,)
-        return _rebuild, (self.shards, self._table, self.text_first)
-
-    def _column(self, name: str) -> Any:
-        return _numpy(self._table, name)
+        return partial(ShardIndex, text_first=self.text_first), (self.shards, self._table)
 
     def _part(self, number: int) -> _Part:
         shard = self.shards[number]
         return shard, self._table.slice(shard.first_row, shard.rows)
 
-    def _make_digest(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        lengths = self._key_ends[1:] - self._key_ends[:-1] if len(self) else self._key_ends[:0]
-        columns = (lengths, self.image_size, self.text_size, self.image_format, self.text_format)
-        for start in range(0, len(self), _DIGEST_ROWS):
-            end = min(start + _DIGEST_ROWS, len(self))
-            for column in columns:
-                digest.update(np.ascontiguousarray(column[start:end], dtype="<i8").data)
-            digest.update(self._key_bytes[self._key_ends[start] : self._key_ends[end]].data)
-        return digest.hexdigest()
-
 
 def make_table(keys: Iterable[bytes], columns: Mapping[str, np.ndarray]) -> pa.Table:
-    """The rows of an index: UTF-8 keys, and a column of equal length for each name of `Row` and `shard`."""
+    """Create the table of an index from UTF-8 keys and a column for each field of `IndexRow` and `shard`."""
     keys = list(keys)
     ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
     buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(keys))]
@@ -318,23 +319,23 @@ def make_table(keys: Iterable[bytes], columns: Mapping[str, np.ndarray]) -> pa.T
 
 
 def _array(values: np.ndarray, name: str) -> pa.Array:
-    """A column from its memory: `pa.array` and `to_numpy` would import pandas, which takes half a second."""
+    """Wrap an array as a column; `pa.array` and `to_numpy` would import pandas, which takes half a second."""
     return pa.Array.from_buffers(_SCHEMA.field(name).type, len(values), [None, pa.py_buffer(values)])
 
 
-def _scan(url: str, text_first: str, patience: RetryPolicy) -> _Part:
-    before = stat(url, patience)
-    keys, rows, skipped = scan_shard(url, before[0], text_first=text_first, patience=patience)
-    if stat(url, patience) != before:
-        raise UserError(f"shard {redacted(url)} changed while it was read; wait until it is written, then try again")
-    values = np.array(rows, np.int64).reshape(-1, len(Row._fields))
-    columns = {name: values[:, number] for number, name in enumerate(Row._fields)}
+def _scan(url: str, text_first: str, retry: RetryPolicy) -> _Part:
+    before = stat(url, retry)
+    keys, rows, skipped = scan_shard(url, before[0], text_first=text_first, retry=retry)
+    if stat(url, retry) != before:
+        raise UserError(f"shard {redacted(url)} changed while it was read; wait until it is complete, then try again")
+    values = np.array(rows, np.int64).reshape(-1, len(IndexRow._fields))
+    columns = {name: values[:, number] for number, name in enumerate(IndexRow._fields)}
     table = make_table(keys, columns | {"shard": np.zeros(len(rows), np.int32)})
     return Shard(url, *before, first_row=0, rows=len(rows), skipped=dict(skipped)), table
 
 
 def _known_parts(locations: Sequence[str], text_first: str) -> dict[str, _Part]:
-    """Rows from the indexes beside local shards, of those that have not changed since."""
+    """Collect the rows of unchanged local shards from the `index.arrow` files in their folders."""
     known = {}
     folders = dict.fromkeys(os.path.dirname(url) for url in locations if not is_remote(url))
     wanted = set(locations)
@@ -343,16 +344,12 @@ def _known_parts(locations: Sequence[str], text_first: str) -> dict[str, _Part]:
             continue
         index = ShardIndex.load(file)
         for number, shard in enumerate(index.shards):
-            if index.text_first == text_first and shard.url in wanted and _is_unchanged(shard):
-                known[shard.url] = index._part(number)
+            if index.text_first != text_first or shard.url not in wanted:
+                continue
+            with suppress(UserError):  # a missing shard is reported when it is scanned
+                if stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp):
+                    known[shard.url] = index._part(number)
     return known
-
-
-def _is_unchanged(shard: Shard) -> bool:
-    try:
-        return stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp)
-    except UserError:
-        return False
 
 
 def _assemble(parts: Sequence[_Part], text_first: str) -> ShardIndex:
@@ -366,17 +363,19 @@ def _assemble(parts: Sequence[_Part], text_first: str) -> ShardIndex:
     )
 
 
-def _nothing_found(index: ShardIndex) -> str:
+def _describe_empty(index: ShardIndex) -> str:
+    """Say why an index has no rows."""
     skipped = index.skipped_by_reason()
-    first = f"{redacted(index.shards[0].url)} and {len(index.shards) - 1} more" if index.shards else "an empty list"
-    hint = "; the members of a sample must be neighbours in the tar" if "duplicate_key" in skipped else ""
+    where = f"{redacted(index.shards[0].url)} and {len(index.shards) - 1} more" if index.shards else "an empty list"
     if images := skipped.get("missing_text", 0):
-        text = f"{first} has no captions: {images} samples with an image and none with txt or json"
-        return f"{text} (skipped: {skipped}){hint}"
-    return f"{first} has no sample with an image and a text (skipped: {skipped}){hint}"
+        what = f"has no captions: {images} samples have an image but no txt or json member"
+    else:
+        what = "has no sample with an image and a text"
+    hint = "; the members of a sample must be adjacent in the tar" if "duplicate_key" in skipped else ""
+    return f"{where} {what} (skipped: {skipped}){hint}"
 
 
-def _numpy(table: pa.Table, name: str) -> np.ndarray:
+def _to_numpy(table: pa.Table, name: str) -> np.ndarray:
     column = table.column(name)
     if column.num_chunks == 0:
         return np.zeros(0, _DTYPES[name])
@@ -384,7 +383,7 @@ def _numpy(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _key_buffers(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Where keys end (int64, rows + 1) and their bytes."""
+    """Return where keys start and end (int64, rows + 1), and their bytes."""
     if not table.num_rows:
         return np.zeros(1, np.int64), np.zeros(0, np.uint8)
     keys = table.column("key").chunk(0)
@@ -393,17 +392,12 @@ def _key_buffers(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return offsets, np.frombuffer(data, np.uint8)
 
 
-def _relative(url: str, folder: Path) -> str:
-    is_below = not is_remote(url) and Path(url).is_relative_to(folder)
-    return str(Path(url).relative_to(folder)) if is_below else url
-
-
 def _stored_shard(values: Any, folder: Path) -> Shard:
-    """A shard as an index file describes it.
+    """Validate the description of a shard in an index file.
 
     Raises:
-        ValueError: if the description is not one.
-        UserError: if its location may not be opened.
+        ValueError: if it is malformed.
+        UserError: if its location is not allowed.
     """
     url, stamp, skipped = (values[name] for name in ("url", "stamp", "skipped"))
     if not isinstance(url, str) or not isinstance(stamp, str) or "\0" in url:
@@ -412,14 +406,14 @@ def _stored_shard(values: Any, folder: Path) -> Shard:
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError("a shard without a size")
     check_location(url)
-    return replace(Shard(**values), url=_absolute(url, folder))
+    return replace(Shard(**values), url=url if is_remote(url) else os.path.join(folder, url))
 
 
 def _check_rows(index: ShardIndex) -> None:
-    """Nothing, if every row lies in its shard and all columns hold values that `build` writes.
+    """Check that every row lies within its shard and that all columns hold values that `build` can write.
 
     Raises:
-        ValueError: if not.
+        ValueError: otherwise; names the columns.
     """
     rows, ends = len(index), index._key_ends
     if index.text_first not in (*TEXT_FORMATS, "mixed"):
@@ -427,7 +421,7 @@ def _check_rows(index: ShardIndex) -> None:
     if len(ends) != rows + 1 or ends[0] < 0 or ends[-1] > len(index._key_bytes) or (ends[1:] <= ends[:-1]).any():
         raise ValueError("keys")
     if not np.array_equal(index.shard_of, np.repeat(np.arange(len(index.shards)), [s.rows for s in index.shards])):
-        raise ValueError("shards of rows")
+        raise ValueError("shard numbers")
     if (index.image_format >= len(IMAGE_FORMATS)).any() or (index.text_format >= len(TEXT_FORMATS)).any():
         raise ValueError("formats")
     sizes = np.array([shard.size for shard in index.shards], np.int64)[index.shard_of]
@@ -435,19 +429,11 @@ def _check_rows(index: ShardIndex) -> None:
     for offset, size in ((index.image_offset, index.image_size), (index.text_offset, index.text_size)):
         inside = (size > 0) & (start + BLOCK <= offset) & (offset <= sizes) & (offset + size <= end)
         if not (inside & (start >= 0) & (index.sample_size <= sizes) & (end <= sizes)).all():
-            raise ValueError("places of members")
-
-
-def _absolute(url: str, folder: Path) -> str:
-    return url if is_remote(url) else os.path.join(folder, url)
+            raise ValueError("member offsets")
 
 
 def _reload(file: _File) -> ShardIndex:
     index = ShardIndex._read(Path(file.path))
     if index._file != file:
-        raise UserError(f"{file.path} was written anew while it was in use; start again")
+        raise UserError(f"the index {file.path} was overwritten while it was in use; start again")
     return index
-
-
-def _rebuild(shards: Sequence[Shard], table: pa.Table, text_first: str) -> ShardIndex:
-    return ShardIndex(shards, table, text_first=text_first)

@@ -1,8 +1,8 @@
-"""Batches of pixels and tokens, made in loader workers.
+"""Batches of pixels and tokens, decoded in DataLoader workers.
 
-A worker makes local batches from row numbers, or parts of large ones, which the main process joins. A batch is a
-function of (seed, stage, step) alone, not of the number of workers. The loader is not given to `accelerator.prepare`,
-which would drop or repeat data silently.
+`TrainingLoader` yields this process's part of each global batch of a plan; `captioned_batches` yields given rows with
+all their captions, for embedding and evaluation. A training batch is a function of (seed, stage, step) alone, not of
+the number of workers. The loaders are not passed to `accelerator.prepare`, which would drop or repeat data silently.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from mcl_clip.core.console import leave_signals_to_parent
 from mcl_clip.core.distributed import Name, check_same, random_words, rank, world_size
 from mcl_clip.core.errors import UserError, explain_os_error
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
-from mcl_clip.data.decode import BadSampleError, EvaluationTransform, TrainTransform, decode_captions, empty_images
+from mcl_clip.data.decode import MAX_PIXELS, BadSampleError, EvaluationTransform, TrainTransform, decode_captions
 from mcl_clip.data.features import TextFeatures
 from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.shards import redacted
@@ -30,8 +30,8 @@ from mcl_clip.data.shards import redacted
 Tokenizer = Callable[[list[str]], Tensor]
 Batch = TypeVar("Batch", "PairBatch", "CaptionedBatch")
 CPU = torch.device("cpu")
-PART_ROWS = 256  # of a batch that a worker makes at a time
-LENGTH_MULTIPLE = 8  # of texts without padding: few lengths, for which kernels are chosen or compiled
+PART_ROWS = 256  # of a local batch; larger ones are decoded in parts by several workers
+LENGTH_MULTIPLE = 8  # of trimmed texts: few distinct lengths, for which kernels are chosen or compiled
 
 
 class BadSample(NamedTuple):
@@ -46,9 +46,9 @@ class BadSample(NamedTuple):
 class PairBatch:
     """The part of a global batch that one process holds.
 
-    `rows`, `text_ids` and `image_ids` have a place for every row, fillers too (row -1). `images` and `tokens` hold only
-    what could be decoded; `places` says where each belongs. Ids are hashes of the tokens and of the image bytes. Where
-    text features come from disk, `text_features` holds them and `tokens` have length 0.
+    `rows`, `text_ids` and `image_ids` have an entry for every row, fillers (row -1) included. `images` and `tokens`
+    hold decoded samples only, and `places` the index of each among `rows`. Ids are hashes of the tokens and of the
+    image bytes. Where text features come from disk, `text_features` holds them and `tokens` have length 0.
     """
 
     step: int
@@ -62,19 +62,19 @@ class PairBatch:
     bad: tuple[BadSample, ...]
 
     def pin_memory(self) -> "PairBatch":
-        """The same batch in page-locked memory (called by the DataLoader)."""
-        return _each(self, lambda tensor: tensor.pin_memory())
+        """Copy the batch to page-locked memory (called by the DataLoader)."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on a device."""
-        return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy the batch to a device."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedBatch:
-    """Rows with all their captions: `tokens[j]` belongs to `rows[caption_of[j]]`. Rows that are bad are left out.
+    """Rows with all their captions: `tokens[j]` belongs to `rows[caption_of[j]]`. Bad rows are left out.
 
-    `full_captions` is the number of captions without padding: what was longer is cut.
+    `full_captions` counts captions without padding, that is, those that may have been truncated.
     """
 
     rows: Int64[Tensor, "images"]
@@ -87,32 +87,155 @@ class CaptionedBatch:
     bad: tuple[BadSample, ...]
 
     def pin_memory(self) -> "CaptionedBatch":
-        """The same batch in page-locked memory (called by the DataLoader)."""
-        return _each(self, lambda tensor: tensor.pin_memory())
+        """Copy the batch to page-locked memory (called by the DataLoader)."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with all its tensors changed."""
+def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(batch, **tensors)
 
 
-def without_padding(tokens: Int[Tensor, "texts length"]) -> Int[Tensor, "texts shorter"]:
-    """The texts without the columns of zeros at the end, but for some up to a multiple of 8."""
-    used = int(tokens.any(0).nonzero().max()) + 1 if tokens.any() else 0
-    return tokens[:, : min(-(-used // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, tokens.shape[1])]
-
-
 class _Request(NamedTuple):
+    """Rows of one part of a local batch."""
+
     step: int
     epoch: int
     rows: Int[np.ndarray, "part"]
 
 
+class TrainingLoader:
+    """Iterates over the local batches of a plan; which rows of a global batch are local follows from the rank."""
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        reader: Reader,
+        *,
+        transform: TrainTransform,
+        tokenizer: Tokenizer,
+        short_texts: bool = False,
+        texts: TextFeatures | None = None,
+        num_workers: int = 0,
+        prefetch_batches: int = 4,
+        device: torch.device = CPU,
+        max_pixels: int = MAX_PIXELS,
+        json_key: str = "caption",
+    ) -> None:
+        """Prepare a loader.
+
+        Args:
+            plan: Decides which rows form a batch.
+            reader: Reads samples by row.
+            transform: Maps image files to pixels.
+            tokenizer: Maps captions to tokens.
+            short_texts: Trim the padding after the longest caption of a batch.
+            texts: Features of the captions, used in place of tokens.
+            num_workers: Worker processes; 0 decodes in this process.
+            prefetch_batches: Batches that each worker keeps ready.
+            device: Where images are copied; the rest of a batch stays on the CPU, page-locked if `device` is a GPU.
+            max_pixels: Larger images are bad samples.
+            json_key: Key of the captions in a .json member.
+
+        Raises:
+            UserError: if the global batch is not divisible by the number of processes.
+        """
+        if plan.global_batch_size % world_size():
+            raise UserError(
+                f"a global batch of {plan.global_batch_size} rows is not divisible by {world_size()} processes; "
+                f"use a multiple of {world_size()}"
+            )
+        self.plan = plan
+        make_batch = _MakePairBatch(
+            decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
+            transform=transform,
+            tokenizer=tokenizer,
+            short_texts=short_texts,
+            texts=texts,
+            name=(plan.seed, plan.stage),
+        )
+        self._dataset = _BatchDataset(make_batch)
+        self._local_rows = plan.global_batch_size // world_size()
+        self._parts = -(-self._local_rows // PART_ROWS)
+        self._device, self._options = device, _loader_options(num_workers, prefetch_batches * self._parts, device)
+
+    def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
+        """Yield the batches of steps `start_step` to `stop_step - 1`.
+
+        Raises:
+            UserError: if the plans of the processes differ, or a shard cannot be read.
+        """
+        batches = _load(self._dataset, self._requests(start_step, stop_step), self._options)
+        while parts := tuple(itertools.islice(batches, self._parts)):
+            yield _join_parts(parts, self._device)
+
+    def _requests(self, start_step: int, stop_step: int) -> Iterator[_Request]:
+        checked = -1
+        for step in range(start_step, stop_step):
+            epoch = self.plan.epoch_of(step)
+            if epoch != checked and world_size() > 1:
+                check_same(self.plan.digest(epoch), f"the plan of epoch {epoch}")
+            checked = epoch
+            local = self.plan.batch(step)[rank() * self._local_rows : (rank() + 1) * self._local_rows]
+            for start in range(0, len(local), PART_ROWS):
+                yield _Request(step, epoch, local[start : start + PART_ROWS])
+
+
+def _join_parts(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch:
+    """Join the parts of a local batch, with the images on a device."""
+
+    def cat(tensors: list[Tensor]) -> Tensor:
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
+    decoded = [(part, start) for part, start in zip(parts, starts, strict=False) if (part.rows != FILLER).any()]
+    decoded = decoded or [(parts[0], 0)]  # a part without a decoded row holds one black image, see `_MakePairBatch`
+    length = max(part.tokens.shape[1] for part, _ in decoded)
+    features = [part.text_features for part, _ in decoded if part.text_features is not None]
+    return PairBatch(
+        step=parts[0].step,
+        **{name: cat([getattr(part, name) for part in parts]) for name in ("rows", "text_ids", "image_ids")},
+        images=cat([part.images.to(device, non_blocking=True) for part, _ in decoded]),
+        tokens=cat([F.pad(part.tokens, (0, length - part.tokens.shape[1])) for part, _ in decoded]),
+        places=cat([part.places + start for part, start in decoded]),
+        text_features=cat(features) if features else None,
+        bad=tuple(bad for part in parts for bad in part.bad),
+    )
+
+
+def captioned_batches(
+    reader: Reader,
+    batches: Iterable[Int[np.ndarray, "_rows"]],
+    *,
+    transform: EvaluationTransform | TrainTransform | None,
+    tokenizer: Tokenizer | None,
+    short_texts: bool = False,
+    num_workers: int = 0,
+    prefetch_batches: int = 4,
+    device: torch.device = CPU,
+    max_pixels: int = MAX_PIXELS,
+    json_key: str = "caption",
+) -> Iterator[CaptionedBatch]:
+    """Yield one `CaptionedBatch` for each array of rows, in order; see `TrainingLoader` for the arguments.
+
+    Without a `transform` images are not decoded and have no pixels; without a `tokenizer` texts have no tokens.
+
+    Raises:
+        UserError: if a shard cannot be read.
+    """
+    make_batch = _MakeCaptionedBatch(
+        decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
+        transform=transform,
+        tokenizer=tokenizer,
+        short_texts=short_texts,
+    )
+    yield from _load(_BatchDataset(make_batch), batches, _loader_options(num_workers, prefetch_batches, device))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Decoder:
-    """From rows to decoded samples; what cannot be decoded is named."""
+    """Reads and decodes rows; those that cannot be decoded become a `BadSample`."""
 
     reader: Reader
     max_pixels: int
@@ -120,21 +243,21 @@ class _Decoder:
 
     def samples(
         self, rows: Int[np.ndarray, "rows"], pixels_of: Callable[[RawSample], Tensor]
-    ) -> Iterator[tuple[int, Any]]:
-        """(place, (raw sample, pixels, captions)) or (place, BadSample) for each row."""
-        for place, raw in enumerate(self.reader.read(rows)):
+    ) -> Iterator[tuple[RawSample, Tensor, list[str]] | BadSample]:
+        """Yield (raw sample, pixels, captions) or a BadSample for each row."""
+        for raw in self.reader.read(rows):
             try:
                 pixels = pixels_of(raw)
-                yield place, (raw, pixels, decode_captions(raw.text, raw.text_format, json_key=self.json_key))
+                yield raw, pixels, decode_captions(raw.text, raw.text_format, json_key=self.json_key)
             except BadSampleError as error:
                 index = self.reader.index
                 shard = redacted(index.shards[int(index.shard_of[raw.row])].url)
-                yield place, BadSample(raw.row, shard, error.reason)
+                yield BadSample(raw.row, shard, error.reason)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TrainingBatches(Dataset[Any]):
-    """One request, one part of a batch. A UserError is returned, for a DataLoader would bury it in a traceback."""
+class _MakePairBatch:
+    """Makes one part of a local batch."""
 
     decoder: _Decoder
     transform: TrainTransform
@@ -143,26 +266,18 @@ class _TrainingBatches(Dataset[Any]):
     texts: TextFeatures | None
     name: tuple[Name, ...]
 
-    def __getitem__(self, request: _Request) -> PairBatch | UserError:
-        try:
-            return self._batch(request)
-        except UserError as error:
-            return error
-        except OSError as error:
-            return UserError(f"{explain_os_error(error)}; the same command continues when the storage answers")
-
-    def _batch(self, request: _Request) -> PairBatch:
+    def __call__(self, request: _Request) -> PairBatch:
         rows = torch.from_numpy(request.rows.astype(np.int64))
-        wanted = np.flatnonzero(request.rows != FILLER)
+        planned = np.flatnonzero(request.rows != FILLER)
         image_ids, text_ids = torch.zeros_like(rows), torch.zeros_like(rows)
-        places, images, captions, numbers, bad = [], [], [], [], []
+        places, images, captions, caption_numbers, bad = [], [], [], [], []
 
         def pixels_of(raw: RawSample) -> Tensor:
             name = (*self.name, request.epoch, raw.row, "augment")
-            return self.transform.of_file(raw.image, *name, max_pixels=self.decoder.max_pixels)
+            return self.transform.decode(raw.image, *name, max_pixels=self.decoder.max_pixels)
 
-        for number, sample in self.decoder.samples(request.rows[wanted], pixels_of):
-            place = int(wanted[number])
+        samples = self.decoder.samples(request.rows[planned], pixels_of)
+        for place, sample in zip(planned.tolist(), samples, strict=True):
             if isinstance(sample, BadSample):
                 bad.append(sample)
                 rows[place] = FILLER
@@ -170,25 +285,26 @@ class _TrainingBatches(Dataset[Any]):
             raw, pixels, texts = sample
             places.append(place)
             images.append(pixels)
-            drawn = random_words(1, *self.name, request.epoch, raw.row, "caption")[0]
-            numbers.append(int(drawn % np.uint64(len(texts))))
-            captions.append(texts[numbers[-1]])
+            word = random_words(1, *self.name, request.epoch, raw.row, "caption")[0]
+            caption_numbers.append(int(word % np.uint64(len(texts))))
+            captions.append(texts[caption_numbers[-1]])
             image_ids[place] = content_id(raw.image)
-        tokens, text_features = torch.zeros(len(captions) or 1, 0, dtype=torch.int64), None
+        # A process with nothing but fillers still takes part in the backward pass: one black image of weight 0.
+        images = images or [torch.zeros(3, *self.transform.size_px, dtype=torch.uint8)]
+        tokens, text_features = torch.zeros(len(images), 0, dtype=torch.int64), None
         if self.texts is None:
             tokens = self.tokenizer(captions or [""])
             text_ids[places] = content_ids(tokens[: len(places)])
-            tokens = without_padding(tokens) if self.short_texts else tokens
+            tokens = _trim_padding(tokens) if self.short_texts else tokens
         else:
-            text_features, text_ids[places] = self.texts.take(rows[places].tolist(), numbers)
+            text_features, text_ids[places] = self.texts.take(rows[places].tolist(), caption_numbers)
             text_features = text_features if places else torch.zeros(1, self.texts.dim)
         return PairBatch(
             step=request.step,
             rows=rows,
             text_ids=text_ids,
             image_ids=image_ids,
-            # A process with nothing but fillers still takes part in the backward pass: one black picture of weight 0.
-            images=torch.stack(images) if images else empty_images(1, self.transform.size_px),
+            images=torch.stack(images),
             tokens=tokens,
             places=torch.tensor(places or [0]),
             text_features=text_features,
@@ -197,30 +313,24 @@ class _TrainingBatches(Dataset[Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CaptionedBatches(Dataset[Any]):
+class _MakeCaptionedBatch:
+    """Makes a batch with all captions of its rows."""
+
     decoder: _Decoder
     transform: EvaluationTransform | TrainTransform | None
     tokenizer: Tokenizer | None
     short_texts: bool
 
-    def __getitem__(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch | UserError | None:
-        try:
-            return self._batch(rows)
-        except UserError as error:
-            return error
-        except OSError as error:
-            return UserError(f"{explain_os_error(error)}; the same command continues when the storage answers")
-
-    def _batch(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch:
+    def __call__(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch:
         kept: list[int] = []
         images, image_ids, text_ids, captions, caption_of, bad = [], [], [], [], [], []
 
         def pixels_of(raw: RawSample) -> Tensor:
             if self.transform is None:
-                return empty_images(1, (0, 0))[0]
-            return self.transform.of_file(raw.image, max_pixels=self.decoder.max_pixels)
+                return torch.zeros(3, 0, 0, dtype=torch.uint8)
+            return self.transform.decode(raw.image, max_pixels=self.decoder.max_pixels)
 
-        for _, sample in self.decoder.samples(rows, pixels_of):
+        for sample in self.decoder.samples(rows, pixels_of):
             if isinstance(sample, BadSample):
                 bad.append(sample)
                 continue
@@ -236,9 +346,9 @@ class _CaptionedBatches(Dataset[Any]):
             tokens = self.tokenizer(captions)
         return CaptionedBatch(
             rows=torch.tensor(kept, dtype=torch.int64),
-            images=torch.stack(images) if images else empty_images(0, (1, 1)),
+            images=torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
             image_ids=torch.tensor(image_ids, dtype=torch.int64),
-            tokens=without_padding(tokens) if self.short_texts else tokens,
+            tokens=_trim_padding(tokens) if self.short_texts else tokens,
             caption_of=torch.tensor(caption_of, dtype=torch.int64),
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
             full_captions=int(tokens[:, -1].ne(0).sum()) if tokens.numel() else 0,
@@ -246,157 +356,48 @@ class _CaptionedBatches(Dataset[Any]):
         )
 
 
-class TrainingLoader:
-    """Iterates over the local batches of steps `start_step` to `stop_step - 1`."""
-
-    def __init__(
-        self,
-        plan: BatchPlan,
-        reader: Reader,
-        *,
-        transform: TrainTransform,
-        tokenizer: Tokenizer,
-        short_texts: bool = False,
-        texts: TextFeatures | None = None,
-        num_workers: int = 0,
-        prefetch_batches: int = 4,
-        device: torch.device = CPU,
-        max_pixels: int = 50_000_000,
-        json_key: str = "caption",
-    ) -> None:
-        """Prepare a loader; the slice of each global batch follows from this process's rank.
-
-        Args:
-            plan: which rows form a batch.
-            reader: their bytes.
-            transform: from an image file to pixels.
-            tokenizer: from captions to tokens.
-            short_texts: leave out the padding behind the longest caption of a batch.
-            texts: features of the captions, in place of tokens.
-            num_workers: processes that decode; 0 is this one.
-            prefetch_batches: batches that each worker keeps ready, or as many parts as they have.
-            device: where the pictures are to be; the rest of a batch stays here, page-locked if that helps.
-            max_pixels: pictures with more are bad samples.
-            json_key: where a .json member holds the captions.
-
-        Raises:
-            UserError: if the global batch is not divisible by the number of processes.
-        """
-        if plan.global_batch_size % world_size():
-            raise UserError(
-                f"a global batch of {plan.global_batch_size} rows does not divide by {world_size()} processes; "
-                f"use a multiple of {world_size()}"
-            )
-        self.plan = plan
-        self._dataset = _TrainingBatches(
-            decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
-            transform=transform,
-            tokenizer=tokenizer,
-            short_texts=short_texts,
-            texts=texts,
-            name=(plan.seed, plan.stage),
-        )
-        self._local_rows = plan.global_batch_size // world_size()
-        self._parts = -(-self._local_rows // PART_ROWS)
-        self._device, self._options = device, _loader_options(num_workers, prefetch_batches * self._parts, device)
-
-    def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
-        """The batches from one step up to, and without, another.
-
-        Raises:
-            UserError: if the plans of the processes differ, or a shard cannot be read.
-        """
-        loader = DataLoader(
-            self._dataset, batch_size=None, sampler=self._requests(start_step, stop_step), **self._options
-        )
-        found = _raising(loader)
-        while parts := tuple(itertools.islice(found, self._parts)):
-            yield _joined(parts, self._device)
-
-    def _requests(self, start_step: int, stop_step: int) -> Iterator[_Request]:
-        checked = -1
-        for step in range(start_step, stop_step):
-            epoch = self.plan.epoch_of(step)
-            if epoch != checked and world_size() > 1:
-                check_same(self.plan.digest(epoch), f"the plan of epoch {epoch}")
-            checked = epoch
-            local = self.plan.batch(step)[rank() * self._local_rows : (rank() + 1) * self._local_rows]
-            for start in range(0, len(local), PART_ROWS):
-                yield _Request(step, epoch, local[start : start + PART_ROWS])
-
-
-def _joined(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch:
-    """The batch of which these are the parts, with its pictures on a device."""
-    starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
-    decoded = [(part, start) for part, start in zip(parts, starts, strict=False) if (part.rows != FILLER).any()]
-    decoded = decoded or [(parts[0], 0)]
-    kept = [part for part, _ in decoded]
-    length = max(part.tokens.shape[1] for part in kept)
-    features = [part.text_features for part in kept if part.text_features is not None]
-    return PairBatch(
-        step=parts[0].step,
-        **{name: _cat([getattr(part, name) for part in parts]) for name in ("rows", "text_ids", "image_ids")},
-        images=_cat([part.images.to(device, non_blocking=True) for part in kept]),
-        tokens=_cat([F.pad(part.tokens, (0, length - part.tokens.shape[1])) for part in kept]),
-        places=_cat([part.places + start for part, start in decoded]),
-        text_features=_cat(features) if features else None,
-        bad=tuple(bad for part in parts for bad in part.bad),
-    )
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def captioned_batches(
-    reader: Reader,
-    batches: Iterable[Int[np.ndarray, "_rows"]],
-    *,
-    transform: EvaluationTransform | TrainTransform | None,
-    tokenizer: Tokenizer | None,
-    short_texts: bool = False,
-    num_workers: int = 0,
-    prefetch_batches: int = 4,
-    device: torch.device = CPU,
-    max_pixels: int = 50_000_000,
-    json_key: str = "caption",
-) -> Iterator[CaptionedBatch]:
-    """One `CaptionedBatch` for each array of rows, in order, for embedding and evaluation; see `TrainingLoader`.
-
-    Without a `transform` pictures are not decoded and have no pixels; without a `tokenizer` texts have no tokens.
-
-    Raises:
-        UserError: if a shard cannot be read.
-    """
-    dataset = _CaptionedBatches(
-        decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
-        transform=transform,
-        tokenizer=tokenizer,
-        short_texts=short_texts,
-    )
-    options = _loader_options(num_workers, prefetch_batches, device)
-    yield from _raising(DataLoader(dataset, batch_size=None, sampler=batches, **options))
+def _trim_padding(tokens: Int[Tensor, "texts length"]) -> Int[Tensor, "texts shorter"]:
+    """Trim columns of zeros at the end, to a multiple of 8."""
+    used = int(tokens.any(0).nonzero().max()) + 1 if tokens.any() else 0
+    return tokens[:, : min(-(-used // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, tokens.shape[1])]
 
 
 def content_ids(tokens: Int[Tensor, "texts length"]) -> Int64[Tensor, "texts"]:
-    """The `content_id` of the tokens of each text."""
+    """Compute the `content_id` of the tokens of each text."""
     return torch.tensor([content_id(sequence.numpy().tobytes()) for sequence in tokens], dtype=torch.int64)
 
 
 def content_id(data: bytes) -> int:
-    """A 64-bit signed hash of bytes: equal content, equal number."""
+    """Compute a 64-bit signed hash; equal bytes have equal ids."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-def _raising(loader: Iterable[Any]) -> Iterator[Any]:
-    for batch in loader:
+@dataclass(frozen=True)
+class _BatchDataset(Dataset[Any]):
+    """Makes a batch in a worker. A UserError is returned, since a DataLoader would bury it in a traceback."""
+
+    make_batch: Callable[[Any], Any]
+
+    def __getitem__(self, request: Any) -> Any:
+        try:
+            return self.make_batch(request)
+        except UserError as error:
+            return error
+        except OSError as error:
+            return UserError(f"{explain_os_error(error)}; run the same command again once the storage responds")
+
+
+def _load(dataset: _BatchDataset, requests: Iterable[Any], options: dict[str, Any]) -> Iterator[Any]:
+    """Yield the batch of each request, and raise the errors that workers returned."""
+    for batch in DataLoader(dataset, batch_size=None, sampler=requests, **options):
         if isinstance(batch, UserError):
             raise batch
         yield batch
 
 
 def _loader_options(num_workers: int, prefetch_batches: int, device: torch.device) -> dict[str, Any]:
-    # A loader draws a seed for its workers, here not from the global generator. Nothing in them uses it.
+    # A DataLoader draws a seed for its workers: from a generator of its own, to leave the global one alone. No worker
+    # uses it.
     options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
     options["pin_memory"] = device.type == "cuda"
     if num_workers:

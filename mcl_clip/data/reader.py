@@ -1,4 +1,4 @@
-"""From row numbers to the bytes of images and texts, from local files and remote stores."""
+"""Reader of samples by row: the bytes of images and texts from local files and remote stores."""
 
 import os
 from collections import OrderedDict
@@ -24,7 +24,7 @@ _REMOTE_GAP = 256 << 10
 _MAX_SPAN = 16 << 20
 _RANGES_IN_FLIGHT = 64
 _SHARDS_IN_FLIGHT = 4
-_NAME_FITS = 90  # longer names stand in an extended header, and the header block holds what its writer made of them
+_MAX_NAME = 90  # longer names are in an extended header, and what the header block holds depends on the writer
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Reader:
     """Reads rows of an index.
 
     Local shards are read in place; remote ones by ranges, or from a cache of whole shards. Files and connections are
-    opened in the process that reads, so a reader may be pickled and may cross a fork. One thread at a time.
+    opened in the process that reads, so that a reader can be pickled and survives a fork. It is not thread-safe.
     """
 
     def __init__(
@@ -65,87 +65,57 @@ class Reader:
         backoff_s: float = 0.5,
         max_open_files: int = 256,
     ):
-        """A reader for local and remote shards.
+        """Create a reader.
 
         Args:
-            index: What to read.
-            remote: `range` merges neighbouring ranges and keeps many in flight; `stage` fetches whole shards once.
-            cache_dir: Folder for whole shards, on a local disk; `stage` needs it. Processes of a machine share it.
-            cache_gb: Limit of the cache in 10^9 bytes; it must hold at least one shard for each reading process.
-            retries: Repeats after a failure that may pass.
+            index: The rows to read.
+            remote: `range` merges adjacent ranges and requests many at a time; `stage` fetches whole shards once.
+            cache_dir: Folder for whole shards on a local disk, required by `stage`; processes of a machine share it.
+            cache_gb: Limit of the cache in 10^9 bytes; it must hold at least one shard per reading process.
+            retries: Attempts after the first one, for failures that may be transient.
             timeout_s: Longest wait for the next byte of a remote file.
-            backoff_s: First pause before a repeat; it doubles.
+            backoff_s: Pause before the first retry; it doubles each time.
             max_open_files: Local shards kept open.
 
         Raises:
-            UserError: for settings that cannot work.
+            UserError: for invalid settings.
         """
         if remote not in ("range", "stage"):
             raise UserError(f"remote is {remote!r}; it must be 'range' or 'stage'")
         if remote == "stage" and cache_dir is None:
-            raise UserError("remote='stage' keeps whole shards in a folder; name one with cache_dir")
+            raise UserError("remote='stage' stores whole shards in a folder; choose one with cache_dir")
         self.index = index
-        self.patience = RetryPolicy(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
-        self.cache = (
-            ShardCache(cache_dir, int(cache_gb * 1e9), self.patience) if remote == "stage" and cache_dir else None
-        )
+        self.retry = RetryPolicy(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
+        self.cache = ShardCache(cache_dir, int(cache_gb * 1e9), self.retry) if remote == "stage" and cache_dir else None
         self.max_open_files = max_open_files
         self._files: OrderedDict[int, int] = OrderedDict()
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
 
     def read(self, rows: Integer[np.ndarray, "n"]) -> list[RawSample]:
-        """The samples of `rows`, in their order.
+        """Read the samples of `rows`, in their order.
 
         Raises:
-            UserError: if a shard is gone, may not be read, or changed since the index was made.
-            OSError: if reading still fails after all repeats.
+            UserError: if a shard is missing, may not be read, or changed since it was indexed.
+            OSError: if reading still fails after all retries.
             IndexError: for a number that is not a row.
         """
         index = self.index
-        images, texts = self._members(rows, (index.image_offset, index.image_size), self._texts)
-        return [
-            RawSample(row, image, text, text_format)
-            for row, image, text, text_format in zip(rows.tolist(), images, texts, self._formats(rows), strict=True)
-        ]
+        image_columns, text_columns = (index.image_offset, index.image_size), (index.text_offset, index.text_size)
+        images, texts = self._members(rows, image_columns, text_columns)
+        formats = [TEXT_FORMATS[number] for number in index.text_format[rows].tolist()]
+        return list(map(RawSample, rows.tolist(), images, texts, formats))
 
     def read_texts(self, rows: Integer[np.ndarray, "n"]) -> list[tuple[bytes, str]]:
-        """The text members of `rows` with their formats, in their order, without the images.
+        """Read the text members of `rows` with their formats, in their order, without the images.
 
         Raises:
             UserError, OSError, IndexError: as `read`.
         """
-        (texts,) = self._members(rows, self._texts)
-        return list(zip(texts, self._formats(rows), strict=True))
-
-    @property
-    def _texts(self) -> _Columns:
-        return self.index.text_offset, self.index.text_size
-
-    def _formats(self, rows: Integer[np.ndarray, "n"]) -> list[str]:
-        return [TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist()]
-
-    def _members(self, rows: Integer[np.ndarray, "n"], *kinds: _Columns) -> list[list[bytes]]:
-        """One or more members of each row, given by columns of offsets and sizes; all are fetched together."""
-        self._check_rows(rows)
-        shards = self.index.shard_of[rows].tolist()
-        sizes = [size[rows].tolist() for _, size in kinds]
-        ranges = [
-            _Range(shard, start - BLOCK, start + length)
-            for (offset, _), of_kind in zip(kinds, sizes, strict=True)
-            for shard, start, length in zip(shards, offset[rows].tolist(), of_kind, strict=True)
-        ]
-        found, members = iter(self._fetch(ranges)), []
-        for of_kind in sizes:
-            of_rows = []
-            for row, size in zip(rows.tolist(), of_kind, strict=True):
-                member = next(found)
-                self._check(row, member[:BLOCK], size)
-                of_rows.append(bytes(member[BLOCK:]))
-            members.append(of_rows)
-        return members
+        (texts,) = self._members(rows, (self.index.text_offset, self.index.text_size))
+        return list(zip(texts, (TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist()), strict=True))
 
     def read_whole(self, rows: Integer[np.ndarray, "n"]) -> list[bytes]:
-        """All members of the samples of `rows` as they stand in the tar, headers and padding included.
+        """Read all members of the samples of `rows` as they are in the tar, headers and padding included.
 
         Raises:
             UserError, OSError, IndexError: as `read`.
@@ -158,11 +128,31 @@ class Reader:
         for row, whole in zip(rows.tolist(), wholes, strict=True):
             for offset, size in ((index.image_offset, index.image_size), (index.text_offset, index.text_size)):
                 header = int(offset[row] - index.sample_offset[row]) - BLOCK
-                self._check(row, whole[header : header + BLOCK], int(size[row]))
+                self._check_header(row, whole[header : header + BLOCK], int(size[row]))
         return [bytes(whole) for whole in wholes]
 
+    def _members(self, rows: Integer[np.ndarray, "n"], *columns: _Columns) -> list[list[bytes]]:
+        """Read one or more members of each row, given by columns of offsets and sizes; all are fetched together."""
+        self._check_rows(rows)
+        shards = self.index.shard_of[rows].tolist()
+        extents = [list(zip(offset[rows].tolist(), size[rows].tolist(), strict=True)) for offset, size in columns]
+        ranges = [  # with the headers, by which a changed shard is noticed
+            _Range(shard, offset - BLOCK, offset + size)
+            for of_column in extents
+            for shard, (offset, size) in zip(shards, of_column, strict=True)
+        ]
+        fetched, members = iter(self._fetch(ranges)), []
+        for of_column in extents:
+            payloads = []
+            for row, (_, size) in zip(rows.tolist(), of_column, strict=True):
+                data = next(fetched)
+                self._check_header(row, data[:BLOCK], size)
+                payloads.append(bytes(data[BLOCK:]))
+            members.append(payloads)
+        return members
+
     def close(self) -> None:
-        """Close files and threads; the next read opens them again."""
+        """Close files and threads; the next read reopens them."""
         while self._files:
             os.close(self._files.popitem()[1])
         if self._threads is not None and self._threads[0] == os.getpid():
@@ -178,23 +168,23 @@ class Reader:
 
     def _check_rows(self, rows: np.ndarray) -> None:
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self.index):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of an index with {len(self.index)} rows")
+            raise IndexError(f"rows {rows.min()} to {rows.max()} requested from an index with {len(self.index)} rows")
 
-    def _check(self, row: int, header: memoryview, size: int) -> None:
-        """Stop if a header is not the one that the index saw: same size, a regular file, the same key."""
+    def _check_header(self, row: int, data: memoryview, size: int) -> None:
+        """Raise if a header is not the one that was indexed: a regular file of the same size and key."""
         key = self.index.key(row)
         try:
-            found = parse_header(bytes(header))
-            same = found.size == size and found.kind == b"0"
-            if key.isascii() and len(key) <= _NAME_FITS:
-                same &= found.name.startswith(key.encode() + b".")
+            header = parse_header(bytes(data))
+            is_same = header.size == size and header.kind == b"0"
+            if key.isascii() and len(key) <= _MAX_NAME:
+                is_same &= header.name.startswith(key.encode() + b".")
         except ValueError:
-            same = False
-        if not same:
-            raise self._changed(int(self.index.shard_of[row]), f"row {row} (key {key!r}) is not where it was")
+            is_same = False
+        if not is_same:
+            raise self._changed(int(self.index.shard_of[row]), f"row {row} (key {key!r}) is no longer at its offset")
 
     def _check_file(self, number: int, now: os.stat_result) -> None:
-        """Stop if a local shard is not the file that the index saw, even where all headers stand as they did."""
+        """Raise if a local shard is not the file that was indexed, even if all headers are as before."""
         shard = self.index.shards[number]
         if now.st_size != shard.size or (
             shard.stamp.startswith("mtime:") and shard.stamp != f"mtime:{now.st_mtime_ns}"
@@ -205,46 +195,46 @@ class Reader:
 
     def _changed(self, shard: int, what: str) -> UserError:
         return UserError(
-            f"shard {redacted(self.index.shards[shard].url)} changed since its index was made: {what}; "
-            f"build the index again, or restore the shard"
+            f"shard {redacted(self.index.shards[shard].url)} changed since it was indexed: {what}; "
+            f"rebuild the index, or restore the shard"
         )
 
     def _fetch(self, ranges: Sequence[_Range]) -> list[memoryview]:
-        """The bytes of each range; ranges that lie close together are read at once."""
-        spans, places = _merge(ranges, self._gap)
+        """Read the bytes of each range; ranges that are close together are read as one span."""
+        spans, span_of = _merge_ranges(ranges, self._max_gap)
         reads: list[Callable[[], list[bytes]]] = []
         futures: list[Future[list[bytes]]] = []
         for number, group in groupby(spans, key=lambda span: span.shard):
             shard, parts = self.index.shards[number], list(group)
             if not is_remote(shard.url):
-                reads.append(partial(self.patience.run, partial(self._read_local, number, parts), shard.url))
+                reads.append(partial(self.retry.run, partial(self._read_local, number, parts), shard.url))
                 continue
-            started = self._start(shard, parts)
-            futures += started
-            reads += [future.result for future in started]
+            submitted = self._submit(shard, parts)
+            futures += submitted
+            reads += [future.result for future in submitted]
         try:
             data = [memoryview(part) for read in reads for part in read()]
         finally:
             for future in futures:
                 future.cancel()
         return [
-            data[place][wanted.start - spans[place].start : wanted.end - spans[place].start]
-            for wanted, place in zip(ranges, places, strict=True)
+            data[number][wanted.start - spans[number].start : wanted.end - spans[number].start]
+            for wanted, number in zip(ranges, span_of, strict=True)
         ]
 
-    def _gap(self, shard: int) -> int:
-        by_request = self.cache is None and is_remote(self.index.shards[shard].url)
-        return _REMOTE_GAP if by_request else _LOCAL_GAP
+    def _max_gap(self, shard: int) -> int:
+        is_request = self.cache is None and is_remote(self.index.shards[shard].url)
+        return _REMOTE_GAP if is_request else _LOCAL_GAP
 
-    def _start(self, shard: Shard, spans: list[_Range]) -> list[Future[list[bytes]]]:
-        """Begin to read spans of a remote shard in other threads."""
+    def _submit(self, shard: Shard, spans: list[_Range]) -> list[Future[list[bytes]]]:
+        """Start to read spans of a remote shard in other threads."""
         if self._threads is None or self._threads[0] != os.getpid():  # threads do not survive a fork
             count = _RANGES_IN_FLIGHT if self.cache is None else _SHARDS_IN_FLIGHT
             self._threads = (os.getpid(), ThreadPoolExecutor(max_workers=count))
         submit = self._threads[1].submit
         if self.cache is not None:
             return [submit(self._read_staged, self.cache, shard, spans)]
-        return [submit(_read_remote, shard.url, span, self.patience) for span in spans]
+        return [submit(_read_remote, shard.url, span, self.retry) for span in spans]
 
     def _read_staged(self, cache: ShardCache, shard: Shard, spans: list[_Range]) -> list[bytes]:
         descriptor = cache.open(shard)
@@ -261,7 +251,7 @@ class Reader:
             parts = self._read_spans(descriptor, spans)
             self._check_file(number, os.fstat(descriptor))
         except (OSError, UserError):
-            os.close(descriptor)  # a stale handle would fail for ever
+            os.close(descriptor)  # a stale handle would fail forever
             raise
         self._files[number] = descriptor
         while len(self._files) > self.max_open_files:
@@ -269,7 +259,7 @@ class Reader:
         return parts
 
     def _read_spans(self, descriptor: int, spans: list[_Range]) -> list[bytes]:
-        if hasattr(os, "posix_fadvise"):  # lets the kernel fetch all of them at once
+        if hasattr(os, "posix_fadvise"):  # lets the kernel read all of them ahead
             for span in spans:
                 os.posix_fadvise(descriptor, span.start, span.end - span.start, os.POSIX_FADV_WILLNEED)
         return [self._pread(descriptor, span) for span in spans]
@@ -284,28 +274,28 @@ class Reader:
         return data
 
 
-def _read_remote(url: str, span: _Range, patience: RetryPolicy) -> list[bytes]:
-    return [read_range(url, span.start, span.end, patience)]
+def _read_remote(url: str, span: _Range, retry: RetryPolicy) -> list[bytes]:
+    return [read_range(url, span.start, span.end, retry)]
 
 
-def _merge(ranges: Sequence[_Range], gap_of: Callable[[int], int]) -> tuple[list[_Range], list[int]]:
-    """Spans that cover the ranges, sorted by shard and start, and for each range the number of its span.
+def _merge_ranges(ranges: Sequence[_Range], max_gap: Callable[[int], int]) -> tuple[list[_Range], list[int]]:
+    """Return spans that cover the ranges, sorted by shard and start, and for each range the number of its span.
 
-    Ranges at most `gap_of(shard)` bytes apart share a span, up to a largest size of span.
+    Ranges at most `max_gap(shard)` bytes apart share a span, up to a maximum size of the span.
     """
     spans: list[_Range] = []
-    places = [0] * len(ranges)
+    span_of = [0] * len(ranges)
     for number in sorted(range(len(ranges)), key=ranges.__getitem__):
         wanted = ranges[number]
         last = spans[-1] if spans else None
         if (
             last is not None
             and wanted.shard == last.shard
-            and wanted.start <= last.end + gap_of(wanted.shard)
+            and wanted.start <= last.end + max_gap(wanted.shard)
             and max(wanted.end, last.end) - last.start <= _MAX_SPAN
         ):
             spans[-1] = last._replace(end=max(wanted.end, last.end))
         else:
             spans.append(wanted)
-        places[number] = len(spans) - 1
-    return spans, places
+        span_of[number] = len(spans) - 1
+    return spans, span_of

@@ -310,7 +310,7 @@ class Shards:
         path = case.write("0000.tar", data)
         other = case.write("0001.tar", tar_of(self._shard(case).members, kind)) if case.chance(0.2) else None
         try:
-            index = ShardIndex.build([str(path), *([str(other)] if other else [])], max_workers=1, patience=QUICK)
+            index = ShardIndex.build([str(path), *([str(other)] if other else [])], max_workers=1, retry=QUICK)
         except UserError as error:
             if path.name not in str(error):
                 raise LostError(f"the shard is not named: {error}") from error
@@ -359,7 +359,7 @@ class Shards:
     def _changed_later(self, case: Case, data: bytes) -> str:
         """A shard that changes between indexing and reading."""
         path = case.write("0000.tar", data)
-        index = ShardIndex.build([str(path)], max_workers=1, patience=QUICK)
+        index = ShardIndex.build([str(path)], max_workers=1, retry=QUICK)
         reader, rows, before = Reader(index, retries=0), np.arange(len(index)), path.stat()
         is_open = case.chance(0.5)
         if is_open:
@@ -397,7 +397,7 @@ class Shards:
                 *("{a,b", "{" * 3000, "x" * 5000 + ".tar", f"{case.folder}/**/*.tar"),
             )
         )
-        ShardIndex.build(expand_shards(location), max_workers=1, patience=QUICK)
+        ShardIndex.build(expand_shards(location), max_workers=1, retry=QUICK)
         return "accepted"
 
 
@@ -680,7 +680,7 @@ class Images:
         image = decode_image(data, max_pixels=max_pixels)
         if image.mode != "RGB" or not 0 < image.width * image.height <= max_pixels:
             raise LostError(f"{image.mode} picture of {image.size}")
-        trained = self.training.of_file(data, "fuzz", case.number, max_pixels=max_pixels)
+        trained = self.training.decode(data, "fuzz", case.number, max_pixels=max_pixels)
         for pixels in (self.evaluation(image), self.training(image, "fuzz", case.number), trained):
             if pixels.shape != (3, SIZE_PX, SIZE_PX) or pixels.dtype != torch.uint8:
                 raise LostError(f"pixels of {pixels.dtype} {pixels.shape}")
@@ -822,7 +822,7 @@ class Indexes:
             index.skipped_by_reason(), dict
         ):  # fmt: skip
             raise LostError("an index without a digest")
-        index.check_unchanged(max_workers=1, patience=QUICK)
+        index.check_unchanged(max_workers=1, retry=QUICK)
         for raw in Reader(index, retries=0).read(np.arange(len(index))):
             is_checked = len(keys[raw.row]) <= 90  # longer names do not stand in the header that the reader looks at
             if is_checked and self.read.get(keys[raw.row]) not in ((raw.image, raw.text), None):

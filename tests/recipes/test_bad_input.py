@@ -72,7 +72,7 @@ def test_options_that_do_not_parse(recipe, capsys, monkeypatch, arguments, sente
     [
         (["--num-stages", "0"], "--num-stages must be a number of at least 1, not '0'"),
         (["--data.train", "/nowhere/{0..3}.tar"], "the shard /nowhere/0.tar does not exist"),
-        (["--data.train", "pipe:cat x.tar"], "starts with 'pipe:', which is not opened"),
+        (["--data.train", "pipe:cat x.tar"], "starts with 'pipe:', which is not a supported protocol"),
         (["--eval.retrieval", "/nowhere"], "/nowhere is not an evaluation set"),
         (["--stages.0.train.loss", "siglip"], "siglip needs a tower with a bias: put init_logit_bias"),
         (["--stages.0.train.lr-multipliers", "visual.nothing", "0.1"], "'visual.nothing' matches none of the"),

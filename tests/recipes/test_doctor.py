@@ -57,8 +57,8 @@ def test_a_healthy_recipe(doctor, tmp_path):
 
 def test_samples_are_read_as_the_training_reads_them(doctor, monkeypatch):
     found = []
-    of_file = TrainTransform.of_file
-    monkeypatch.setattr(TrainTransform, "of_file", lambda self, *a, **o: found.append(self) or of_file(self, *a, **o))
+    decode = TrainTransform.decode
+    monkeypatch.setattr(TrainTransform, "decode", lambda self, *a, **o: found.append(self) or decode(self, *a, **o))
     doctor("--stages.0.train.augment.jpeg", "exact")
     assert (len(found), {transform.jpeg for transform in found}) == (200, {"exact"})
 

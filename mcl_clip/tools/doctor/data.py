@@ -93,7 +93,7 @@ def _index_of(urls: Sequence[str], run_index: Path) -> tuple[ShardIndex, int]:
     stored = {url for folder in _folders(urls) for url in _indexed(Path(folder, INDEX_NAME))}
     without = [url for url in urls if url not in stored][:SHARDS_WITHOUT_INDEX]
     chosen = [url for url in urls if url in stored or url in without]
-    return ShardIndex.build(chosen, patience=RetryPolicy(retries=1, timeout_s=TIMEOUT_S)), len(without)
+    return ShardIndex.build(chosen, retry=RetryPolicy(retries=1, timeout_s=TIMEOUT_S)), len(without)
 
 
 def _folders(urls: Iterable[str]) -> Iterable[str]:
@@ -120,9 +120,9 @@ def _check_remote(urls: Sequence[str]) -> list[Finding]:
     if not urls:
         return []
     tried = [urls[place] for place in np.unique(np.linspace(0, len(urls) - 1, REMOTE_SHARDS_TRIED).astype(int))]
-    patience = RetryPolicy(retries=1, timeout_s=TIMEOUT_S)
+    retry = RetryPolicy(retries=1, timeout_s=TIMEOUT_S)
     with ThreadPoolExecutor(max_workers=len(tried)) as threads:
-        answers = list(threads.map(lambda url: attempt("shards", lambda: stat(url, patience))[1], tried))
+        answers = list(threads.map(lambda url: attempt("shards", lambda: stat(url, retry))[1], tried))
     wrongs = [finding for answer in answers for finding in answer]
     return wrongs[:3]
 

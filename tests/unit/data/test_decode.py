@@ -100,7 +100,9 @@ def test_caps_hold_before_pixels_are_unpacked():
 def test_a_picture_that_would_be_blown_up_is_bad(size, is_bad):
     data = encoded(Image.new("L", size), "PNG")
     if is_bad:
-        with pytest.raises(BadSampleError, match=f"too_narrow: {size[0]} x {size[1]}, sides may be as 1 to 100"):
+        with pytest.raises(
+            BadSampleError, match=f"too_narrow: {size[0]} x {size[1]}, the limit of the aspect ratio is 100"
+        ):
             decode_image(data)
     else:
         assert decode_image(data).size == size
@@ -117,13 +119,13 @@ def test_a_jpeg_with_scans_without_end_is_not_decoded():
     data = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
     last_scan = data[data.rfind(b"\xff\xc4") : -2]
     assert decode_image(data[:-2] + 20 * last_scan + data[-2:]).size == (64, 64)
-    with pytest.raises(BadSampleError, match="broken_image: a JPEG of more than 64 scans"):
+    with pytest.raises(BadSampleError, match="broken_image: a JPEG with more than 64 scans"):
         decode_image(data[:-2] + 100_000 * last_scan + data[-2:])
 
 
 @pytest.mark.parametrize("data", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n(x) run\n"])
 def test_programs_that_draw_are_no_images(data):
-    with pytest.raises(BadSampleError, match="not_an_image: no JPEG, PNG, WEBP"):
+    with pytest.raises(BadSampleError, match="not_an_image: not one of JPEG, PNG, WEBP"):
         decode_image(data)
 
 

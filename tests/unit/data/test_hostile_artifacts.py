@@ -166,7 +166,7 @@ def test_labels_that_are_no_labels(tmp_path, canary, kind):
         "short": header("<i8", "(5,)") + bytes(40), "cut": header("<i8", "(6,)") + bytes(40), "empty": b"",
     }  # fmt: skip
     path.write_bytes(contents[kind])
-    with pytest.raises(UserError, match=r"labels\.npy does not hold a whole number for each of 6 rows \(.*restore it"):
+    with pytest.raises(UserError, match=r"labels\.npy does not hold one integer for each of 6 rows \(.*restore it"):
         load_numbers(path, 6)
     np.save(path, good)
     assert load_numbers(path, 6).tolist() == good.tolist()
@@ -225,10 +225,10 @@ def test_features_of_another_shape(tmp_path, changes):
 
 def test_tensors_that_are_missing_or_cut(tmp_path):
     save_file({"image": torch.ones(2)}, tmp_path / "c.safetensors")
-    with pytest.raises(UserError, match=r"c\.safetensors has no text; delete its folder"):
+    with pytest.raises(UserError, match=r"c\.safetensors has no tensor 'text'; delete its folder"):
         load_tensors(tmp_path / "c.safetensors", "image", "text")
     (tmp_path / "c.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(UserError, match=r"c\.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"c\.safetensors is not a complete safetensors file"):
         load_tensors(tmp_path / "c.safetensors")
 
 

@@ -76,7 +76,7 @@ def test_a_name_with_braces_and_brackets_of_its_own_is_taken_as_it_is(tmp_path):
     ],
 )
 def test_other_protocols_are_refused(location):
-    with pytest.raises(UserError, match="is not opened"):
+    with pytest.raises(UserError, match="is not a supported protocol"):
         expand_shards(location)
 
 
@@ -90,17 +90,17 @@ def test_chained_urls_are_refused(location):
 
 @pytest.mark.parametrize("text", ["{0..999999999}.tar", "{0..99999999999999999999}.tar", "{0..99999}{0..99999}.tar"])
 def test_braces_without_end_are_refused(text):
-    with pytest.raises(UserError, match="stands for more than 1000000 shards; correct its braces"):
+    with pytest.raises(UserError, match="expands to more than 1000000 shards; correct its braces"):
         expand_shards(text)
 
 
 def test_reference_files_are_refused():
-    with pytest.raises(UserError, match="is not opened"):
+    with pytest.raises(UserError, match="is not a supported protocol"):
         expand_shards("reference://x")
 
 
 def test_braces_cannot_smuggle_a_protocol():
-    with pytest.raises(UserError, match="is not opened"):
+    with pytest.raises(UserError, match="is not a supported protocol"):
         expand_shards("{pipe:cat x,y}")
 
 
@@ -115,7 +115,7 @@ def test_what_is_missing_is_named(folder):
         expand_shards(str(empty))
     with pytest.raises(UserError, match="is empty"):
         expand_shards([])
-    with pytest.raises(UserError, match="names no file"):
+    with pytest.raises(UserError, match="has no path"):
         check_location("s3://")
 
 

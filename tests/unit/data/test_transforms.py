@@ -125,7 +125,7 @@ def jpeg(image: Image.Image, **options) -> bytes:
 def both(data: bytes, *name, **options):
     """The pixels of a file, fast and exact, as whole numbers."""
     return [
-        TrainTransform(size_px=(32, 32), jpeg=how, **options).of_file(data, *name).int() for how in ("fast", "exact")
+        TrainTransform(size_px=(32, 32), jpeg=how, **options).decode(data, *name).int() for how in ("fast", "exact")
     ]
 
 
@@ -162,8 +162,8 @@ def test_a_small_crop_of_a_large_picture_keeps_its_detail(monkeypatch):
 
     monkeypatch.setattr(Jpeg, "pixels", watched)
     data = jpeg(smooth(512, 512))
-    TrainTransform(size_px=(32, 32), scale=(0.01, 0.01), ratio=(1, 1)).of_file(data)
-    TrainTransform(size_px=(32, 32), scale=(1, 1), ratio=(1, 1)).of_file(data)
+    TrainTransform(size_px=(32, 32), scale=(0.01, 0.01), ratio=(1, 1)).decode(data)
+    TrainTransform(size_px=(32, 32), scale=(1, 1), ratio=(1, 1)).decode(data)
     assert sizes == [512, 64]
 
 
@@ -190,7 +190,7 @@ def test_damaged_pictures_are_refused_alike():
     for data, limits, reason in cases.values():
         for how in ("fast", "exact"):
             with pytest.raises(BadSampleError) as error:
-                TrainTransform(size_px=(8, 8), jpeg=how).of_file(data, **limits)
+                TrainTransform(size_px=(8, 8), jpeg=how).decode(data, **limits)
             assert error.value.reason == reason, how
 
 

@@ -153,6 +153,6 @@ def test_mistakes(index, tmp_path, monkeypatch):
 
 def test_a_shard_that_changed_leaves_nothing_behind(index, tmp_path):
     write_tar(Path(index.shards[1].url), pairs(3))
-    with pytest.raises(UserError, match=r"1\.tar changed since its index was made"):
+    with pytest.raises(UserError, match=r"1\.tar changed since it was indexed"):
         reshard(index, groups_of(index), tmp_path / "new", rows_per_shard=7, seed=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-import mcl_clip.data.loader as batches_module
+import mcl_clip.data.loader as loader_module
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
 from mcl_clip.data.decode import TrainTransform, evaluation_transform
@@ -102,7 +102,7 @@ def test_workers_change_nothing(index, workers):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_parts_are_joined_to_the_same_batches(index, workers, monkeypatch):
     whole = list(make(index, short_texts=True).steps(0, 12))
-    monkeypatch.setattr(batches_module, "PART_ROWS", 2)
+    monkeypatch.setattr(loader_module, "PART_ROWS", 2)
     parts = list(make(index, short_texts=True, num_workers=workers, prefetch_batches=2).steps(0, 12))
     for one, other in zip(whole, parts, strict=True):
         assert_equal(one, other)
@@ -236,7 +236,7 @@ def test_a_changed_shard_stops_with_one_sentence(index, tmp_path, workers):
     write_tar(path, [("x.jpg", picture(0)), ("x.txt", b"a"), ("1.jpg", picture(1)), ("1.txt", b"b")])
     plan = BatchPlan(shard_of=found.shard_of, groups=np.zeros(2, int), global_batch_size=2, seed=0, stage=0)
     options = {"transform": TrainTransform(size_px=SIZE), "tokenizer": tokenize, "num_workers": workers}
-    with pytest.raises(UserError, match=r"^shard .*c.tar changed since its index was made: it had 10240 bytes"):
+    with pytest.raises(UserError, match=r"^shard .*c.tar changed since it was indexed: it had 10240 bytes"):
         list(TrainingLoader(plan, Reader(found), **options).steps(0, 1))
 
 
@@ -269,7 +269,7 @@ def refused(plan: BatchPlan, index: ShardIndex) -> str:
 
 
 def test_a_batch_that_does_not_divide_is_refused(index, pool):
-    message = "a global batch of 5 rows does not divide by 2 processes; use a multiple of 2"
+    message = "a global batch of 5 rows is not divisible by 2 processes; use a multiple of 2"
     assert pool.run(refused, 2, make(index).plan, index) == [message] * 2
 
 
