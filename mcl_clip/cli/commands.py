@@ -39,9 +39,9 @@ from mcl_clip.runs.pipeline import check_stages, plan_phases
 from mcl_clip.runs.train_phase import train
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.tools.browse import serve
-from mcl_clip.tools.checkup import diagnoses, examine, status_lines
-from mcl_clip.tools.doctor.findings import as_bytes, finding_text
+from mcl_clip.tools.doctor import examine
 from mcl_clip.tools.experiment import ExperimentPlan, control_arms, run_arms, table
+from mcl_clip.tools.findings import as_bytes, finding_text
 from mcl_clip.tools.launch import launch, read_placement, resolve_placement
 from mcl_clip.tools.profile import (
     Setup,
@@ -54,6 +54,7 @@ from mcl_clip.tools.profile import (
     steps_of_profile,
 )
 from mcl_clip.tools.reshard import reshard
+from mcl_clip.tools.status import diagnoses, status_lines
 
 ROWS_TO_CACHE = 50_000  # up to which a profile caches text features as the run does; of more it only says so
 PROFILE_OPTIONS = ("--stage", "--steps", "--warmup", "--out")

@@ -27,8 +27,8 @@ from mcl_clip.core.distributed import barrier, count_cores, gather_objects, is_m
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.loader import PairBatch, TrainingLoader
-from mcl_clip.tools.doctor.findings import as_bytes
-from mcl_clip.tools.doctor.machine import find_gpus, machines_for
+from mcl_clip.tools.doctor_machine import find_gpus, machines_for
+from mcl_clip.tools.findings import as_bytes
 from mcl_clip.train import loop
 
 PARTS = {

@@ -12,8 +12,8 @@ from mcl_clip.cli import recipe as cli
 from mcl_clip.core.files import append_jsonl
 from mcl_clip.data.decode import TrainTransform
 from mcl_clip.results.record import data_losses
-from mcl_clip.tools import checkup
-from mcl_clip.tools.doctor import needs
+from mcl_clip.tools import doctor as module
+from mcl_clip.tools import estimates
 from mcl_clip.train import loop
 from tests.commands import run_command
 from tests.recipes.runs import execute, files, load_recipe, records, write_shards
@@ -65,8 +65,8 @@ def test_samples_are_read_as_the_training_reads_them(doctor, monkeypatch):
 
 def test_the_estimates_are_near_what_a_run_takes(recipe):
     execute(recipe)
-    plans = checkup._stage_plans(recipe, recipe.tower.model)
-    estimated = needs.disk_needs(plans, rows=200, keep_checkpoints=recipe.machine.keep_checkpoints)
+    plans = module.estimate_stages(recipe, recipe.tower.model)
+    estimated = estimates.estimate_disk(plans, rows=200, keep_checkpoints=recipe.machine.keep_checkpoints)
     for name, size in estimated.items():
         folder = recipe.run_dir / name
         taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -108,7 +108,7 @@ def test_too_many_clusters(doctor):
     code, found = doctor("--stages.0.cluster.num-clusters", "20")
     assert code == 0
     assert (
-        "stage 1 has 10 rows a label: most are merged, into groups of at least 16 rows"
+        "stage 1 has 10 rows per label: most are merged, into groups of at least 16 rows"
         in (lines(found, "warning", "groups")[0])
     )
 
@@ -131,7 +131,7 @@ def test_two_sets_of_one_name(doctor, path):
 @pytest.mark.parametrize(
     ("corrupt", "code", "level", "sentence"),
     [
-        ((17, 113), 0, "warning", "2 of 201 samples cannot be decoded: 2 broken_image; they are counted and left out"),
+        ((17, 113), 0, "warning", "2 of 201 samples cannot be decoded: 2 broken_image; they are counted and skipped"),
         (range(0, 60, 2), 1, "FAIL", "30 of 201 samples cannot be decoded: 30 broken_image; the run stops above"),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_finished_run_stays_as_it_is(doctor, copy):
     assert (code, failures(found)) == (0, [])
     ran = lines(found, "ok", "run")
     assert "stage 0: train done, embed done, cluster done, labels done, eval done (step 8 of 8)" in ran[0]
-    assert "the recipe matches: 11 of 11 phases are done and stay" in ran[-1]
+    assert "the recipe matches: 11 of 11 phases are done and are kept" in ran[-1]
     assert "needs no more" in lines(found, "ok", "disk")[0]
     assert files(copy) == before
 
@@ -189,7 +189,7 @@ def test_a_run_whose_shards_are_gone(doctor, copy):
     code, found = doctor("--data.train", "/nowhere.tar")
     assert code == 1
     assert "stage 1: train done" in " ".join(lines(found, "ok", "run"))
-    assert "only when all shards and sets can be looked at" in lines(found, "warning", "run")[0]
+    assert "only when all shards and sets can be opened" in lines(found, "warning", "run")[0]
 
 
 def test_publishing_is_checked_before_the_training(doctor, monkeypatch):

@@ -13,8 +13,11 @@ from mcl_clip.core.files import DONE
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.runs.phase import Phase
 from mcl_clip.stages.diagnose import diagnose
-from mcl_clip.tools.doctor import data, machine, needs, stages, weights
-from mcl_clip.tools.doctor.findings import Finding, as_bytes, as_duration, attempt, finding_text
+from mcl_clip.tools import doctor, estimates
+from mcl_clip.tools import doctor_data as data
+from mcl_clip.tools import doctor_machine as machine
+from mcl_clip.tools import doctor_weights as weights
+from mcl_clip.tools.findings import Finding, as_bytes, as_duration, attempt, finding_text
 from tests.unit.data.tars import pairs, write_tar
 
 MODEL = {
@@ -22,8 +25,8 @@ MODEL = {
     "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
     "text_cfg": {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
 }
-TOWER = needs.TowerSize(parameters=1_000_000, trained=600_000, saved_bytes=10_000, pixels=3072, dim=16)
-PLAN = needs.StageEstimate(
+TOWER = estimates.TowerSize(parameters=1_000_000, trained=600_000, saved_bytes=10_000, pixels=3072, dim=16)
+PLAN = estimates.StageEstimate(
     steps=100, global_batch_size=64, warmup_steps=10, groups="labels", min_group_size=32, min_negatives=1,
     precision="fp32", grad_cache_rows=0, loss_chunk_rows=0, has_average=False, clusters=(10,), has_projection=False,
     tower=TOWER,
@@ -128,7 +131,7 @@ def test_devices_are_named():
 
 
 def test_bfloat16_without_support():
-    assert "V100 has no bfloat16" in only(devices([NEW, OLD], precisions=["fp32", "bf16"]), "warning")
+    assert "V100 has no native bfloat16" in only(devices([NEW, OLD], precisions=["fp32", "bf16"]), "warning")
     assert not texts(devices([NEW], precisions=["bf16"]), "warning")
     assert not texts(devices([OLD]), "warning")
 
@@ -149,7 +152,7 @@ def test_more_loaders_than_cores():
 
 
 def test_the_size_of_a_tower_is_that_of_the_real_one():
-    size = needs.measure(MODEL, locked={"text": True})
+    size = estimates.measure(MODEL, locked={"text": True})
     real = open_clip.CLIP(**MODEL)
     assert size.parameters == sum(parameter.numel() for parameter in real.parameters())
     visual = sum(parameter.numel() for parameter in real.visual.parameters())
@@ -158,7 +161,7 @@ def test_the_size_of_a_tower_is_that_of_the_real_one():
 
 
 def test_what_is_kept_for_backward_is_nearly_what_torch_keeps():
-    size, model = needs.measure(MODEL, locked={}), open_clip.CLIP(**MODEL)
+    size, model = estimates.measure(MODEL, locked={}), open_clip.CLIP(**MODEL)
     own, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
 
     def keep(tensor):
@@ -174,42 +177,42 @@ def test_what_is_kept_for_backward_is_nearly_what_torch_keeps():
         counts.append(sum(kept.values()))
         del out
     assert size.saved_bytes == pytest.approx((counts[1] - counts[0]) / 32, rel=0.3)
-    assert needs.measure(MODEL, locked={"text": True}).saved_bytes < size.saved_bytes
+    assert estimates.measure(MODEL, locked={"text": True}).saved_bytes < size.saved_bytes
 
 
 def test_a_tower_that_cannot_be_made():
-    with pytest.raises(UserError, match=r"open_clip cannot make this tower .*depth"):
-        needs.measure({**MODEL, "vision_cfg": {"depth": 3}}, locked={})
+    with pytest.raises(UserError, match=r"open_clip cannot build this model .*depth"):
+        estimates.measure({**MODEL, "vision_cfg": {"depth": 3}}, locked={})
 
 
 def test_memory():
-    parts = needs.memory_needs(PLAN, 2)
+    parts = estimates.estimate_memory(PLAN, 2)
     assert parts == {
         "weights, gradients and Adam": 4 * (1_000_000 + 4 * 600_000),
         "activations": 32 * 10_000,
-        "loss": 32 * 64 * needs.BYTES_OF_A_LOGIT,
+        "loss": 32 * 64 * estimates.BYTES_PER_LOGIT,
     }
-    assert needs.memory_needs(PLAN, 1)["weights, gradients and Adam"] == 4 * (1_000_000 + 3 * 600_000)
+    assert estimates.estimate_memory(PLAN, 1)["weights, gradients and Adam"] == 4 * (1_000_000 + 3 * 600_000)
     small = replace(PLAN, precision="bf16", grad_cache_rows=8, loss_chunk_rows=16, has_average=True)
-    assert needs.memory_needs(small, 1) == {
+    assert estimates.estimate_memory(small, 1) == {
         "weights, gradients and Adam": 4 * (2_000_000 + 3 * 600_000),
         "activations": 8 * 10_000 // 2,
-        "loss": 16 * 64 * needs.BYTES_OF_A_LOGIT,
+        "loss": 16 * 64 * estimates.BYTES_PER_LOGIT,
     }
-    assert needs.memory_needs(replace(PLAN, steps=0), 1) == {}
-    assert needs.memory_needs(replace(PLAN, tower=None), 1) == {}
+    assert estimates.estimate_memory(replace(PLAN, steps=0), 1) == {}
+    assert estimates.estimate_memory(replace(PLAN, tower=None), 1) == {}
 
 
 @pytest.mark.parametrize(
     ("memory", "level", "sentence"),
     [
-        (10**9, "ok", "stage 0 takes about 12 MB of 1 GB of GPU memory for a process (rough): weights"),
+        (10**9, "ok", "stage 0 takes about 12 MB of 1 GB of GPU memory per process (rough): weights"),
         (
             11_500_000,
             "warning",
             "it may not fit: use smaller batches, more processes, bf16, or --stages.K.train.grad-checkpointing",
         ),
-        (10**6, "FAIL", "the tower alone does not fit, use a smaller one"),
+        (10**6, "FAIL", "the model alone does not fit, use a smaller one"),
     ],
 )
 def test_memory_against_a_device(memory, level, sentence):
@@ -221,12 +224,12 @@ def test_memory_of_batches_that_wait():
     found = machine.check_memory(
         [PLAN], processes=1, memory=10**12, device="x", host_memory=3 * 10**6, loader_batches=8
     )
-    assert "keep ready take up to 1.57 MB of 3 MB; use fewer --machine.workers" in only(found, "warning")
+    assert "prefetched batches take up to 1.57 MB of 3 MB; use fewer --machine.workers" in only(found, "warning")
 
 
 def test_memory_of_an_unknown_tower():
     options = {"processes": 1, "memory": 1, "device": "x", "host_memory": 1, "loader_batches": 1}
-    assert "the size of the tower is not known" in only(
+    assert "the size of the model is unknown" in only(
         machine.check_memory([replace(PLAN, tower=None)], **options), "warning"
     )
 
@@ -237,7 +240,7 @@ def test_free_memory_is_that_of_this_machine():
 
 def test_disk_needs():
     product = replace(PLAN, steps=0, clusters=(10, 5), has_projection=True, has_average=True)
-    found = needs.disk_needs([PLAN, product], rows=1000, keep_checkpoints=2)
+    found = estimates.estimate_disk([PLAN, product], rows=1000, keep_checkpoints=2)
     model, adam = 4_000_000, 8 * 600_000
     assert found == {
         "index": 75 * 1000,
@@ -251,14 +254,14 @@ def test_disk_needs():
         "stage-1/labels": 8000,
         "combined": 2 * model,
     }
-    averaged = needs.disk_needs([replace(PLAN, has_average=True)], rows=0, keep_checkpoints=1)
+    averaged = estimates.estimate_disk([replace(PLAN, has_average=True)], rows=0, keep_checkpoints=1)
     assert averaged["stage-0/train"] == model + 2 * (2 * model + adam)
-    large = needs.disk_needs([PLAN], rows=60_000_000, keep_checkpoints=1)
+    large = estimates.estimate_disk([PLAN], rows=60_000_000, keep_checkpoints=1)
     assert large["index"] == 60_000_000 * (75 + 8)
     cached = replace(PLAN, has_cached_texts=True)
     seen_twice = PLAN.steps * PLAN.global_batch_size // 2
     for rows, more in ((seen_twice, seen_twice * (4 * 16 + 16)), (seen_twice + 1, 0)):
-        plain, with_texts = (needs.disk_needs([plan], rows=rows, keep_checkpoints=1) for plan in (PLAN, cached))
+        plain, with_texts = (estimates.estimate_disk([plan], rows=rows, keep_checkpoints=1) for plan in (PLAN, cached))
         assert with_texts["stage-0/train"] - plain["stage-0/train"] == more
 
 
@@ -295,16 +298,16 @@ def test_a_run_directory_that_cannot_be(tmp_path):
 
 
 def test_steps_and_epochs():
-    found = list(stages.check_steps([PLAN, replace(PLAN, steps=0)], rows=1000))
+    found = list(doctor.check_steps([PLAN, replace(PLAN, steps=0)], rows=1000))
     assert only(found, "ok") == "100 steps in 2 stages: 100 of 64 rows (6.25 epochs)"
     assert len(found) == 1
     many = replace(PLAN, steps=20_000)
-    assert "20,000 of 64 rows (1,250 epochs)" in only(stages.check_steps([many], rows=1000), "ok")
-    assert only(stages.check_steps([PLAN], rows=None), "ok") == "100 steps in 1 stage: 100 of 64 rows"
+    assert "20,000 of 64 rows (1,250 epochs)" in only(doctor.check_steps([many], rows=1000), "ok")
+    assert only(doctor.check_steps([PLAN], rows=None), "ok") == "100 steps in 1 stage: 100 of 64 rows"
 
 
 def test_steps_that_go_badly():
-    found = list(stages.check_steps([PLAN, replace(PLAN, warmup_steps=100)], rows=50))
+    found = list(doctor.check_steps([PLAN, replace(PLAN, warmup_steps=100)], rows=50))
     large, slow = texts(found, "warning")
     assert large.startswith("--stages.0.train.global-batch-size 64 is more than the 50 rows of an epoch")
     assert large.endswith("(also stage 1)")
@@ -313,39 +316,39 @@ def test_steps_that_go_badly():
 
 def test_expected_rows_of_a_label():
     plans = [PLAN, replace(PLAN, clusters=(2, 5)), PLAN]
-    assert needs.rows_of_a_label(plans, 6000) == [6000, 600, 60]
+    assert estimates.rows_per_label(plans, 6000) == [6000, 600, 60]
 
 
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        (10, "stage 1 has 1 rows a label: rows with fewer than 1 negatives get no weight"),
-        (300, "stage 1 has 30 rows a label: most are merged, into groups of at least 32 rows"),
-        (630, "stage 1 has 63 rows a label: a batch of 64 holds several groups, with about 62 negatives a row"),
+        (10, "stage 1 has 1 rows per label: rows with fewer than 1 negatives get no weight"),
+        (300, "stage 1 has 30 rows per label: most are merged, into groups of at least 32 rows"),
+        (630, "stage 1 has 63 rows per label: a batch of 64 holds several groups, with about 62 negatives per row"),
     ],
 )
 def test_groups_that_are_too_small(rows, sentence):
-    assert only(stages.check_groups([PLAN, PLAN], rows), "warning").startswith(sentence)
+    assert only(doctor.check_groups([PLAN, PLAN], rows), "warning").startswith(sentence)
 
 
 def test_groups_of_a_batch_are_enough():
-    found = list(stages.check_groups([PLAN, PLAN], 640))
+    found = list(doctor.check_groups([PLAN, PLAN], 640))
     assert [finding.level for finding in found] == ["ok"]
     assert found[0].text.endswith("stage 1 64")
 
 
 def test_groups_do_not_matter_without_them():
     without = replace(PLAN, groups="none")
-    assert not list(stages.check_groups([PLAN, without, replace(PLAN, steps=0)], 640))
+    assert not list(doctor.check_groups([PLAN, without, replace(PLAN, steps=0)], 640))
 
 
 def test_clusters_that_cannot_be():
     many = replace(PLAN, clusters=(3, 500))
     assert "--stages.1.cluster.num-clusters 500 is more than the 400 rows" in only(
-        stages.check_groups([PLAN, many], 400), "FAIL"
+        doctor.check_groups([PLAN, many], 400), "FAIL"
     )
     huge = replace(PLAN, clusters=(10**6, 10**6), groups="none")
-    assert "over 2^63 labels" in only(stages.check_groups([huge, huge], 10**12), "FAIL")
+    assert "over 2^63 labels" in only(doctor.check_groups([huge, huge], 10**12), "FAIL")
 
 
 # --- shards
@@ -360,16 +363,14 @@ def shards(tmp_path):
 
 
 def look(*specs, run_index=Path("/nowhere/index.arrow")):
-    return data.look_at_shards([str(spec) for spec in specs], run_index)
+    return data.inspect_shards([str(spec) for spec in specs], run_index)
 
 
 def test_shards_without_an_index_are_estimated_from_the_first(shards):
     rows, found = look(shards / "{00..02}.tar", shards / "{03..11}.tar")
     assert (rows.per_list, rows.total, rows.is_whole) == ((30, 90), 120, False)
     assert len(rows.index) == 10 * data.SHARDS_WITHOUT_INDEX
-    assert "12 shards, about 120 rows: 8 shards were looked at, for the others there is no index" in only(
-        found, "warning"
-    )
+    assert "12 shards, about 120 rows: 8 shards were inspected, the others have no index" in only(found, "warning")
 
 
 def test_a_stored_index_is_used_where_shards_are_as_it_says(shards):
@@ -396,12 +397,12 @@ def test_the_index_of_the_run_counts_first(shards, tmp_path):
 def test_samples_that_are_not_pairs(tmp_path):
     write_tar(tmp_path / "x.tar", [*pairs(5), ("alone.jpg", b"x")])
     _, found = look(tmp_path / "x.tar")
-    assert only(found, "warning") == "samples that are not pairs are left out: 1 missing_text"
+    assert only(found, "warning") == "samples that are not image-text pairs are skipped: 1 missing_text"
 
 
 def test_no_shards():
-    assert data.look_at_shards([], Path("x"))[0] is None
-    assert "--data.train names no shards" in only(data.look_at_shards([], Path("x"))[1], "FAIL")
+    assert data.inspect_shards([], Path("x"))[0] is None
+    assert "--data.train names no shards" in only(data.inspect_shards([], Path("x"))[1], "FAIL")
 
 
 def test_remote_shards_that_do_not_answer(monkeypatch):
@@ -415,7 +416,7 @@ def test_remote_shards_that_do_not_answer(monkeypatch):
 
     monkeypatch.setattr(data, "stat", stat)
     monkeypatch.setattr(data.ShardIndex, "build", lambda *a, **k: pytest.fail("shards are known to be missing"))
-    rows, found = data.look_at_shards(["https://example.org/{00..99}.tar"], Path("x"))
+    rows, found = data.inspect_shards(["https://example.org/{00..99}.tar"], Path("x"))
     assert rows is None
     assert len(asked) == data.REMOTE_SHARDS_TRIED
     assert {"https://example.org/00.tar", "https://example.org/99.tar"} <= set(asked)
@@ -430,11 +431,11 @@ def test_rows_of_an_epoch(shards):
 
 def test_a_sample_says_only_so_much_about_bad_samples():
     bad = Counter(broken_image=3, empty_caption=1)
-    few = data._bad_finding(bad, 256, 0.01, is_all=False)
+    few = data.judge_bad_samples(bad, 256, 0.01, is_all=False)
     assert few.level == "warning"
     assert few.text.startswith("4 of 256 samples cannot be decoded: 3 broken_image, 1 empty_caption; they are counted")
-    assert data._bad_finding(bad, 256, 0.01, is_all=True).level == "FAIL"
-    assert data._bad_finding(Counter(broken_image=30), 256, 0.01, is_all=False).level == "FAIL"
+    assert data.judge_bad_samples(bad, 256, 0.01, is_all=True).level == "FAIL"
+    assert data.judge_bad_samples(Counter(broken_image=30), 256, 0.01, is_all=False).level == "FAIL"
 
 
 # --- evaluation sets and weights
@@ -487,13 +488,13 @@ def test_weights_in_the_cache(hub):
 
 def test_weights_on_the_hub(hub):
     hub.served = {f"{REPOSITORY}/open_clip_pytorch_model.bin": 1_710_000_000}
-    assert "to be fetched from the Hub, 1.71 GB" in only(weights.check_weights("ViT-L-14", "openai"), "ok")
+    assert "to be downloaded from the Hub, 1.71 GB" in only(weights.check_weights("ViT-L-14", "openai"), "ok")
     assert len(hub.asked) == 2  # the safe file first
 
 
 def test_weights_out_of_reach(hub):
     text = only(weights.check_weights("ViT-L-14", "openai"), "FAIL")
-    assert "are not on this machine and cannot be had from the Hub (ConnectionError: no route)" in text
+    assert "are not on this machine and cannot be downloaded from the Hub (ConnectionError: no route)" in text
     assert "give the file as --tower.pretrained" in text
     assert "FAIL" in [finding.level for finding in weights.check_weights("hf-hub:a/b", "")]
 
@@ -521,7 +522,7 @@ def test_tokenizers_of_the_hub(hub):
 
 def test_settings_of_a_tower(hub, tmp_path):
     def config(**changes):
-        return weights.tower_config(**{"architecture": "", "model": {}, "preprocess": {}, **changes})
+        return weights.find_model_cfg(**{"architecture": "", "model": {}, "preprocess": {}, **changes})
 
     assert config(architecture="ViT-B-32")["embed_dim"] == 512
     assert config(model=MODEL, preprocess={"size": 48})["vision_cfg"]["image_size"] == 48
@@ -550,8 +551,8 @@ def test_phases_that_match(tmp_path):
     done.begin()
     done.mark_done()
     todo = Phase(name="next", folder=tmp_path / "next", settings={}, run=lambda: None)
-    assert only(stages.check_phases(lambda: [done, todo]), "ok") == (
-        "the recipe matches: 1 of 2 phases are done and stay"
+    assert only(doctor.check_phases(lambda: [done, todo]), "ok") == (
+        "the recipe matches: 1 of 2 phases are done and are kept"
     )
 
 
@@ -562,9 +563,9 @@ def test_phases_of_another_recipe(tmp_path, is_done):
     if is_done:
         before.mark_done()
     listed = sorted(tmp_path.rglob("*"))
-    found = list(stages.check_phases(lambda: [phase(tmp_path, 2.0)] * 2))
-    state = "finished" if is_done else "begun"
-    assert f"is {state} but does not match this recipe: lr was 1.0 and is now 2.0" in only(found, "FAIL")
+    found = list(doctor.check_phases(lambda: [phase(tmp_path, 2.0)] * 2))
+    state = "finished but" if is_done else "unfinished and"
+    assert f"is {state} does not match this recipe: lr was 1.0 and is now 2.0" in only(found, "FAIL")
     assert not texts(found, "ok")
     assert sorted(tmp_path.rglob("*")) == listed
 
@@ -573,26 +574,28 @@ def test_phases_that_cannot_be_planned():
     def plan():
         raise UserError("no row map")
 
-    assert only(stages.check_phases(plan), "FAIL") == "no row map"
+    assert only(doctor.check_phases(plan), "FAIL") == "no row map"
 
 
 def test_a_lock(tmp_path):
-    assert not list(stages.check_lock(tmp_path))
+    assert not list(doctor.check_lock(tmp_path))
     (tmp_path / "lock").write_text('{"host": "node7", "pid": 12, "process": "1"}')
-    assert "is held by process 12 on node7; a job that is dead" in only(stages.check_lock(tmp_path), "warning")
+    assert "is locked by process 12 on node7; the run is refused while that job lives" in only(
+        doctor.check_lock(tmp_path), "warning"
+    )
 
 
 def test_waiting_for_data():
     late = [{"step": n, "data_wait_share": 0.05 if n < 90 else 0.5} for n in range(100)]
-    assert "stage 1 spent 50 % of its time waiting for data" in only(stages.check_waiting(1, late), "warning")
-    assert not list(stages.check_waiting(1, late[:90]))
-    assert not list(stages.check_waiting(1, [{"step": 1}]))
+    assert "stage 1 spent 50 % of its time waiting for data" in only(doctor.check_data_wait(1, late), "warning")
+    assert not list(doctor.check_data_wait(1, late[:90]))
+    assert not list(doctor.check_data_wait(1, [{"step": 1}]))
 
 
 def suppression(loss, *, score=0.1, **changes):
     said = diagnose(loss=loss, negatives=63, scores={"shape": score}, rows=16_384, global_batch_size=64)
     options = {"labels_needed": 256, "clusters": 10, "next_start": "previous", "is_pretrained": False} | changes
-    (finding,) = stages.check_suppression(0, said, **options)
+    (finding,) = doctor.check_suppression(0, said, **options)
     assert said in finding.text
     return finding
 
@@ -613,11 +616,11 @@ def test_a_stage_that_still_learns_goes_on():
     assert suppression(3.0).level == "ok"
     finding = suppression(3.0, next_start="scratch")
     assert finding.level == "warning"
-    assert "more steps, or --stages.1.start previous, which goes on learning" in finding.text
+    assert "more steps, or --stages.1.start previous, which continues training" in finding.text
     assert suppression(3.0, next_start=None).level == "ok"
 
 
 def test_a_stage_in_which_nothing_is_suppressed():
     finding = suppression(0.01, score=0.9)
     assert (finding.level, finding.topic) == ("ok", "learned")
-    assert "It follows" not in finding.text
+    assert "Recommended" not in finding.text

@@ -1,4 +1,4 @@
-"""What a check has found, and how it is shown."""
+"""Results of the doctor's checks, and their formatting."""
 
 import textwrap
 from collections.abc import Callable
@@ -12,7 +12,7 @@ COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "FAIL": "\033[31m"}
 
 
 class Finding(NamedTuple):
-    """What a check has found: `FAIL` is what will stop the job, or spoil it."""
+    """Result of one check; `FAIL` means that the job will stop or produce unusable results."""
 
     level: Level
     topic: str
@@ -20,16 +20,16 @@ class Finding(NamedTuple):
 
 
 def finding_text(finding: Finding, *, columns: int = 0, has_colours: bool = False) -> str:
-    """A finding as a line or, with a width given, as several."""
-    mark = f"{finding.level:<8}"
+    """Format a finding as one line, or wrapped to `columns` characters if given."""
+    level = f"{finding.level:<8}"
     text = f"{finding.topic:<10} {finding.text}"
     if columns:
         text = textwrap.fill(text, max(40, columns - 8), subsequent_indent=" " * 11).replace("\n", f"\n{'':8}")
-    return f"{COLOURS[finding.level]}{mark}\033[0m{text}" if has_colours else mark + text
+    return f"{COLOURS[finding.level]}{level}\033[0m{text}" if has_colours else level + text
 
 
 def attempt(topic: str, action: Callable[[], T]) -> tuple[T | None, list[Finding]]:
-    """The result of `action`; or none, and what it says is wrong."""
+    """Return the result of `action`, or None and a `FAIL` finding for a UserError or an OSError."""
     try:
         return action(), []
     except UserError as error:
@@ -39,7 +39,7 @@ def attempt(topic: str, action: Callable[[], T]) -> tuple[T | None, list[Finding
 
 
 def as_bytes(number: float) -> str:
-    """A number of bytes for people: `1.71 GB`, in powers of ten."""
+    """Format a number of bytes with a decimal prefix, as in `1.71 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -47,7 +47,7 @@ def as_bytes(number: float) -> str:
 
 
 def as_duration(seconds: float) -> str:
-    """A time for people, in seconds, minutes or hours."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds >= 5400:
         return f"{seconds / 3600:.3g} h"
     return f"{seconds / 60:.2g} min" if seconds >= 90 else f"{seconds:.2g} s"
