@@ -151,7 +151,7 @@ def init(name: str = "", /, *, out: Path | None = None) -> None:
 def _recipes_folder() -> Path:
     """The recipes of the repository or, of an installed package, what lies beside it."""
     places = (
-        Path(__file__).parents[1] / "recipes",
+        Path(__file__).parents[2] / "recipes",
         Path(sysconfig.get_path("data")) / "share" / "mcl_clip" / "recipes",
     )
     found = next((place for place in places if (place / "photos.py").is_file()), None)
