@@ -1,24 +1,31 @@
-"""What `mcl-clip` does: a function a command. `mcl_clip.__main__` lists them."""
+"""Commands of `mcl-clip`, one function each. `mcl_clip.__main__` lists them without importing this module."""
 
-import runpy
 import shlex
 import shutil
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
 
-from mcl_clip.cli.recipe import create_accelerator, lost_lines, parse, speaking_once
-from mcl_clip.config import EvalConfig, ExperimentConfig, RunConfig, check_range
+from mcl_clip.cli.recipe import (
+    create_accelerator,
+    find_recipes,
+    load_experiment,
+    load_recipe,
+    lost_lines,
+    parse,
+    speaking_once,
+    split_arguments,
+)
+from mcl_clip.config import EvalConfig, RunConfig, check_range
 from mcl_clip.core.console import has_colours, run_program
 from mcl_clip.core.distributed import is_main, world_size
 from mcl_clip.core.errors import UserError
@@ -40,7 +47,7 @@ from mcl_clip.runs.train_phase import train
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.tools.browse import serve
 from mcl_clip.tools.doctor import examine
-from mcl_clip.tools.experiment import ExperimentPlan, control_arms, run_arms, table
+from mcl_clip.tools.experiment import plan_experiment, run_arms, table
 from mcl_clip.tools.findings import as_bytes, finding_text
 from mcl_clip.tools.launch import launch, read_placement, resolve_placement
 from mcl_clip.tools.profile import (
@@ -65,22 +72,22 @@ PLACEMENT_OPTIONS = (
 
 
 def index(shards: tuple[str, ...], /) -> None:
-    """Index shards: one pass over the tar headers.
+    """Index shards in one pass over their tar headers.
 
     The index is written as index.arrow beside local shards.
 
     Args:
         shards: paths or URLs with braces and globs, or folders.
     """
-    made = ShardIndex.build(expand_shards(shards))
-    made.write_beside()
-    print(f"{len(made.shards)} shards, {len(made)} rows, digest {made.digest}")
-    if skipped := made.skipped_by_reason():
-        print("left out: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
+    built = ShardIndex.build(expand_shards(shards))
+    built.write_beside()
+    print(f"{len(built.shards)} shards, {len(built)} rows, digest {built.digest}")
+    if skipped := built.skipped_by_reason():
+        print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
 
 
 def status(run: Path, /) -> None:
-    """Print how far a run is, what was lost on the way, and what it measured.
+    """Print the progress of a run, its losses and restarts, and its results.
 
     Args:
         run: the run directory.
@@ -91,15 +98,15 @@ def status(run: Path, /) -> None:
 
 
 def report(run: Path, /, *, max_mb: float = 10.0, images: bool = True, out: Path | None = None) -> None:
-    """Write report.html: what each stage learned, as one page to look at.
+    """Write report.html, a page that shows what each stage learned.
 
-    It is written after each stage by the run itself; this writes it again, of a run that goes on too.
+    A run writes it after each stage; this command writes it again, also while the run continues.
 
     Args:
         run: the run directory.
-        max_mb: largest size of the page, in 10^6 bytes; pictures are made smaller, then fewer.
-        images: with pictures of the data; --no-images for a page that may be shown where the data may not.
-        out: the file; by default report.html in the run directory.
+        max_mb: largest size of the page, in 10^6 bytes; thumbnails are made smaller, then fewer.
+        images: include images of the data; use --no-images to share the page but not the data.
+        out: output file; by default report.html in the run directory.
     """
     check_range("max-mb", max_mb, 0.01)
     started = time.monotonic()
@@ -108,72 +115,57 @@ def report(run: Path, /, *, max_mb: float = 10.0, images: bool = True, out: Path
 
 
 def browse(run: Path, /, *, port: int = 7860, gallery: str = "", open: bool = False, device: str | None = None) -> None:
-    """Search the pictures of a run in the browser, stage by stage.
+    """Search the images of a run in the browser, stage by stage.
 
-    By a text, a picture of yours, or one that was found. The page is for this machine alone (127.0.0.1).
+    Queries are a text, an uploaded image, or an image of the results. The page is served to this machine only
+    (127.0.0.1).
 
     Args:
-        run: the run directory; a run that goes on shows the stages that are done.
-        port: of the page; 0 takes a free one.
-        gallery: the evaluation set to show first, or train for the training pairs.
+        run: the run directory; of an unfinished run, finished stages are shown.
+        port: TCP port; 0 for a free one.
+        gallery: evaluation set to show first, or train for the training pairs.
         open: open the page in the browser.
-        device: where queries are encoded, such as cuda:1; by default a GPU where there is one.
+        device: device that encodes queries, such as cuda:1; by default a GPU if there is one.
     """
     check_range("port", port, 0, 65535)
-    where = _device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    serve(run, port=port, gallery=gallery, open_browser=open, device=where)
+    encoder = _device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    serve(run, port=port, gallery=gallery, open_browser=open, device=encoder)
 
 
 def init(name: str = "", /, *, out: Path | None = None) -> None:
     """Copy a recipe to start from; without a name, list the recipes.
 
     Args:
-        name: of a recipe, such as photos.
-        out: the file; by default NAME.py here. Nothing is overwritten.
+        name: name of the recipe, such as photos.
+        out: output file; by default NAME.py in the current folder. No file is overwritten.
     """
-    folder = _recipes_folder()
-    recipes = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    recipes = find_recipes()
     if not name:
         width = max(map(len, recipes))
         for each, path in recipes.items():
-            print(f"{each:<{width}}  {_first_line(path)}")
+            title = path.read_text(encoding="utf-8").split("\n", 1)[0].strip().strip('"')
+            print(f"{each:<{width}}  {title}")
         return
     if name not in recipes:
         raise UserError(f"there is no recipe {name!r}; there are {', '.join(recipes)}")
     target = out or Path(f"{Path(name).name}.py")
     if target.exists():
-        raise UserError(f"{target} is there already; give --out another name")
+        raise UserError(f"{target} exists already; give --out another name")
     with atomic_path(target) as path:
         shutil.copyfile(recipes[name], path)
-    print(f"{target}: change it, then `mcl-clip doctor {target}` and `mcl-clip launch {target}`")
-
-
-def _recipes_folder() -> Path:
-    """The recipes of the repository or, of an installed package, what lies beside it."""
-    places = (
-        Path(__file__).parents[2] / "recipes",
-        Path(sysconfig.get_path("data")) / "share" / "mcl_clip" / "recipes",
-    )
-    found = next((place for place in places if (place / "photos.py").is_file()), None)
-    if found is None:
-        raise UserError(f"the recipes are in none of {', '.join(map(str, places))}; install mcl_clip again")
-    return found
-
-
-def _first_line(path: Path) -> str:
-    return path.read_text(encoding="utf-8").split("\n", 1)[0].strip().strip('"')
+    print(f"{target}: edit it, then run `mcl-clip doctor {target}` and `mcl-clip launch {target}`")
 
 
 def reshard_run(run: Path, out: Path, /, *, stage: int, rows_per_shard: int = 10_000) -> None:
     """Copy the shards of a run in the order of its groups.
 
-    Reads become sequential. Use the result with `--stages.K.train.resharded OUT --stages.K.train.run-rows 32`.
+    Training then reads sequentially, with `--stages.K.train.resharded OUT --stages.K.train.run-rows 32`.
 
     Args:
         run: the run directory.
         out: an empty or new folder for the shards.
-        stage: the stage whose groups decide the order; the labels of the stages before it must be done.
-        rows_per_shard: samples of a shard.
+        stage: the stage whose groups decide the order; the labels of earlier stages must be done.
+        rows_per_shard: samples per shard.
     """
     labels = run / f"stage-{stage - 1}" / "labels"
     if stage < 1 or not (labels / DONE).exists():
@@ -182,16 +174,14 @@ def reshard_run(run: Path, out: Path, /, *, stage: int, rows_per_shard: int = 10
     settings = config["stages"][min(stage, len(config["stages"]) - 1)]["train"]
     sizes = [settings.get(name) for name in ("min_group_size", "global_batch_size")]
     if not all(type(number) is int for number in (config.get("seed"), *sizes)):
-        raise UserError(
-            f"{run / 'config.json'} has no seed or no sizes of groups; run the recipe again to write it anew"
-        )
+        raise UserError(f"{run / 'config.json'} has no seed or no group sizes; run the recipe again to write it")
     source = ShardIndex.load(run / "index" / "index.arrow")
-    found = group_labels(
+    grouping = group_labels(
         read_labels(labels, len(source)),
         min_group_size=sizes[0] or default_min_group_size(sizes[1]),
     )
-    made = reshard(source, found.group_of, out, rows_per_shard=rows_per_shard, seed=config["seed"])
-    print(f"{len(made.shards)} shards, {len(made)} rows in {len(found.groups)} groups, in {out}")
+    written = reshard(source, grouping.group_of, out, rows_per_shard=rows_per_shard, seed=config["seed"])
+    print(f"{len(written.shards)} shards, {len(written)} rows in {len(grouping.groups)} groups, in {out}")
 
 
 def evaluate_model(
@@ -208,30 +198,30 @@ def evaluate_model(
     precision: Literal["fp32", "bf16"] = "fp32",
     combine: Literal["concat", "mean_cosine"] | None = None,
 ) -> None:
-    """Measure a model on evaluation sets, with intervals.
+    """Evaluate a model on evaluation sets, with confidence intervals.
 
-    The same command again continues where it stopped. `accelerate launch -m mcl_clip eval ...` shares the images among
-    processes; the figures stay the same.
+    The same command resumes an interrupted evaluation. `accelerate launch -m mcl_clip eval ...` distributes the images
+    over processes; the results do not change.
 
     Args:
         model: a run directory (its combined model), RUN/stage-K, an exported folder, ARCHITECTURE/TAG of open_clip
             such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME or local-dir:FOLDER.
-        data: a set, or a folder with sets up to two levels below it. Layouts: CLIP_benchmark's (retrieval,
+        data: an evaluation set, or a folder with sets up to two levels below. Layouts: CLIP_benchmark's (retrieval,
             classification, multilabel), a folder of images for each class, pairs.json.
-        tasks: names of the sets to use, as folders below DATA; all by default.
+        tasks: sets to use, as folders below DATA; all by default.
         out: folder for results.jsonl and outcomes-*.npz; by default evaluations/ and the name of the model.
-        each: also measure every stage of a run.
-        batch_size: images, and texts, of a forward pass of one process.
-        workers: loader processes of each process; 0 for none.
-        device: such as cpu or cuda:1; by default a GPU where there is one. Only for a single process.
-        precision: bf16 runs the towers in bfloat16 autocast.
-        combine: how the stages of a multistage model are combined, in place of its own way.
+        each: also evaluate every stage of a run.
+        batch_size: images, or texts, per forward pass and process.
+        workers: loader processes per process; 0 to load in the process itself.
+        device: device such as cpu or cuda:1, for a single process; by default a GPU if there is one.
+        precision: bf16 runs the encoders in bfloat16 autocast.
+        combine: how to combine the features of the stages; by default as the model says.
     """
     check_range("batch-size", batch_size, 1)
     check_range("workers", workers, 0)
     accelerator = create_accelerator()
     with speaking_once():
-        found = evaluate(
+        folder = evaluate(
             model,
             data=data,
             tasks=tasks,
@@ -244,14 +234,14 @@ def evaluate_model(
             combine=combine,
         )
         if is_main():
-            print(f"{results_table(found)}\nin {found}")
+            print(f"{results_table(folder)}\nin {folder}")
     accelerator.end_training()
 
 
 def _device(name: str) -> torch.device:
     if world_size() > 1:
         raise UserError(
-            f"--device {name} cannot be shared by {world_size()} processes, which have one each; leave it out"
+            f"--device {name} cannot be shared by {world_size()} processes, each of which has its own; leave it out"
         )
     try:
         device = torch.device(name)
@@ -264,16 +254,16 @@ def _device(name: str) -> torch.device:
 def compare(a: str, b: str, /, *, resamples: int = 10_000, out: Path | None = None) -> None:
     """Compare two models query by query: A - B with 95 % intervals.
 
-    On the sets that both were evaluated on. Intervals are from a paired bootstrap over queries, or over images (units)
-    where several queries belong to one. `only A/B` counts the queries that only A, or only B, gets right; p is
-    McNemar's exact test of these, and Holm the same, adjusted for the number of tests of the set.
+    Uses the sets that both were evaluated on. Intervals are from a paired bootstrap over queries, or over images
+    (units) with several queries each. `only A/B` counts queries that only A, or only B, answers correctly; p is from
+    McNemar's exact test of these, and Holm is p adjusted for the number of tests on the set.
 
     Args:
         a: a run directory (its combined model), RUN/stage-K (that stage alone), a folder that `mcl-clip eval` wrote, or
             one of these with :LABEL for the model that the tables call LABEL, as in RUN:stages-0-1-concat.
         b: the other model, named likewise.
-        resamples: bootstrap draws; 10,000 take about a second per metric of 25,000 images.
-        out: file for the same figures as JSON lines.
+        resamples: bootstrap resamples; 10,000 take about a second per metric on 25,000 images.
+        out: output file for the same numbers as JSON lines.
     """
     check_range("resamples", resamples, 100)
     comparison = compare_models(find_results(a), find_results(b), resamples=resamples)
@@ -296,42 +286,28 @@ def experiment(
     launcher: str = sys.executable,
     resamples: int = 2000,
 ) -> None:
-    """Run a recipe beside its controls over several seeds.
+    """Run a recipe and its controls over several seeds.
 
-    Prints one table with intervals. Arms: `mcl` (the recipe), the controls of `--control`, and those that the recipe's
-    EXPERIMENT adds. The same command continues; with everything done it prints the table again.
+    Prints one table with intervals. Arms: `mcl` (the recipe), the controls of `--control`, and those of the recipe's
+    EXPERIMENT. The same command resumes; if all runs are done it prints the table again.
 
     Args:
         recipe: a file with RECIPE and, for the columns of the table, EXPERIMENT.
         out: folder for the runs, table.md and results.jsonl.
-        seeds: training seeds; the data stays the same.
-        arms: which arms to run; all by default.
+        seeds: training seeds; the data does not change.
+        arms: arms to run; all by default.
         arguments: further arguments of the recipe for every arm, in one string.
         jobs: runs at the same time, which share the processor cores.
-        launcher: what starts a run, such as "accelerate launch --config_file recipes/accelerate/eight_gpus.yaml".
-        resamples: bootstrap draws.
+        launcher: command that starts a run, such as "accelerate launch --config_file
+            recipes/accelerate/eight_gpus.yaml".
+        resamples: bootstrap resamples.
     """
     check_range("jobs", jobs, 1)
     check_range("resamples", resamples, 100)
-    if len(set(seeds)) < len(seeds) or not seeds:
-        raise UserError(f"--seeds {seeds} must be one or more different numbers")
-    config, settings = _experiment_of(recipe)
-    shared = shlex.split(arguments)
-    if config.publish.repo or any(argument.startswith("--publish.") for argument in shared):
-        raise UserError("every arm and seed of an experiment would be published in one place; leave out --publish")
-    chosen = control_arms(arms, settings.arms)
-    twins = [with_control(replace(config, control=name), rows=0).stages for name in ("ensemble", "no-groups")]
-    if not arms and twins[0] == twins[1]:
-        print("no-groups is left out: stages from scratch without groups are the ensemble")
-        del chosen["no-groups"]
-    plan = ExperimentPlan(
-        recipe=recipe,
-        out=out,
-        seeds=seeds,
-        arms={name: (*shared, *own) for name, own in chosen.items()},  # what makes an arm comes last and holds
-        figures=settings.figures,
-        high=settings.high if settings.high in chosen and "single" in chosen else None,
-    )
+    config, settings = load_experiment(recipe)
+    plan = plan_experiment(recipe, config, settings, out=out, seeds=seeds, arms=arms, arguments=shlex.split(arguments))
+    if not arms and "no-groups" not in plan.arms:
+        print("no-groups is skipped: training stages from scratch without groups equals the ensemble")
     run_arms(plan, launcher=shlex.split(launcher), jobs=jobs)
     print(table(plan, resamples=resamples))
     for run in runs_with_controls(out):
@@ -353,17 +329,17 @@ def launch_recipe(
 
     `mcl-clip launch RECIPE [--num-processes N] [arguments of the recipe]`; `python RECIPE --help` lists the latter.
     The recipe and its arguments are checked before processes start. SIGTERM and SIGUSR1 stop the job with a checkpoint
-    and exit code 0 (or --machine.preempt-exit-code), Ctrl-C with 130; a second one stops at once. If a process fails,
-    the job ends with its message and its exit code. No process stays behind.
+    and exit code 0 (or --machine.preempt-exit-code), Ctrl-C with 130; a second signal stops it immediately. If a
+    process fails, the job ends with its message and exit code. All processes end with the command.
 
     Args:
         recipe: a file with RECIPE; its own arguments follow it.
-        num_processes: training processes over all machines; by default one for each GPU, or one.
-        config_file: a configuration of Accelerate, as in recipes/accelerate; options given here come before it.
-        num_machines: machines; the command runs on each.
+        num_processes: training processes on all machines; by default one per GPU, or one.
+        config_file: configuration of Accelerate, as in recipes/accelerate; options given here override it.
+        num_machines: number of machines; run the command on each.
         machine_rank: number of this machine, from 0.
         main_process_ip: address of machine 0.
-        main_process_port: a port there; by default 29500, or a free one on a single machine.
+        main_process_port: TCP port of machine 0; by default 29500, or a free one on a single machine.
     """
     given = {
         "num_processes": num_processes,
@@ -375,46 +351,28 @@ def launch_recipe(
     settings = read_placement(config_file) if config_file else {}
     settings |= {name: value for name, value in given.items() if value is not None}
     placement = resolve_placement(settings, gpus=torch.cuda.device_count())
-    arguments = _split_placement(sys.argv[1:])[1]
-    config = parse(_recipe_of(recipe), arguments)
+    arguments = split_arguments(sys.argv[1:], PLACEMENT_OPTIONS)[1]
+    config = parse(load_recipe(recipe), arguments)
     check_stages(config, processes=placement.num_processes)
     command = [sys.executable, str(recipe), *arguments]
     sys.exit(launch(command, placement, planned_codes={0, 130, config.machine.preempt_exit_code}))
 
 
-def _split_placement(
-    arguments: Sequence[str], options: Sequence[str] = PLACEMENT_OPTIONS
-) -> tuple[list[str], list[str]]:
-    """Arguments of the command, whose `options` may also stand behind the recipe, and those of the recipe."""
-    own, following = _split_at_recipe(arguments)
-    of_recipe = []
-    while following:
-        argument = following.pop(0)
-        name, equals, _ = argument.partition("=")
-        if name.replace("_", "-") in options:
-            own += [argument] if equals else [argument, *following[:1]]
-            following = following if equals else following[1:]
-        else:
-            of_recipe.append(argument)
-    return own, of_recipe
-
-
 def doctor(recipe: Path, /, *, processes: int = 0) -> None:
-    """Find what will fail, or go badly, before a job runs.
+    """Find what will fail, or perform badly, before a job runs.
 
-    `mcl-clip doctor RECIPE [arguments of the recipe]`; `python RECIPE --help` lists the latter. Looks at packages,
-    devices, shards and a sample of what is in them, evaluation sets, weights, steps, groups, memory, disk and, if there
-    is one, the run directory. Writes nothing. Exit code 1 if something will fail, 0 otherwise.
+    `mcl-clip doctor RECIPE [arguments of the recipe]`; `python RECIPE --help` lists the latter. Checks packages,
+    devices, shards, a sample of the data, evaluation sets, weights, steps, groups, memory, disk space and an existing
+    run directory. Writes nothing. Exit code 1 if something will fail, 0 otherwise.
 
     Args:
         recipe: a file with RECIPE; its own arguments follow it.
-        processes: training processes; 0 is one for each GPU of this machine, or one. Stands before the recipe.
+        processes: training processes, given before the recipe; 0 for one per GPU of this machine, or one.
     """
     check_range("processes", processes, 0)
-    config = parse(_recipe_of(recipe), _split_at_recipe(sys.argv[1:])[1])
+    config = parse(load_recipe(recipe), split_arguments(sys.argv[1:])[1])
     levels = []
-    on_terminal = sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns if on_terminal else 0
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for finding in examine(config, processes=processes, make_accelerator=create_accelerator):
         print(finding_text(finding, columns=columns, has_colours=has_colours()), flush=True)
         levels.append(finding.level)
@@ -443,7 +401,7 @@ def profile(
     """
     check_range("steps", steps, 1)
     check_range("warmup", warmup, 1)
-    config = parse(_recipe_of(recipe), _split_placement(sys.argv[1:], PROFILE_OPTIONS)[1])
+    config = parse(load_recipe(recipe), split_arguments(sys.argv[1:], PROFILE_OPTIONS)[1])
     accelerator = create_accelerator()
     with speaking_once():
         check_stages(config)
@@ -520,16 +478,16 @@ def _setup(config: RunConfig, stage: int, accelerator: Accelerator) -> Setup:
 
 
 def export(run: Path, folder: Path, /, *, what: Annotated[Export, tyro.conf.OmitArgPrefixes] = EVERYTHING) -> None:
-    """Write a run as a folder that others can load.
+    """Export a run to a folder that other libraries can load.
 
-    It is loaded back in every way it is made for. By default all stages as one model, for `mcl_clip.load` and
-    transformers (trust_remote_code); in it, plain open_clip loads each stage_K. With --stage or --average a single
-    model, as an open_clip folder or a CLIPModel.
+    The export is loaded back with each library to verify it. By default it holds all stages as one model, for
+    `mcl_clip.load` and transformers (trust_remote_code); open_clip loads each of its stage_K. With --stage or --average
+    it is a single model, as an open_clip folder or a CLIPModel.
 
     Args:
         run: the run directory.
         folder: a new or empty folder, or an earlier export, which is replaced.
-        what: of the run.
+        what: part and format of the run.
     """
     print(_export_text(folder, export_run(run, folder, what)))
 
@@ -547,17 +505,17 @@ def push(
 ) -> None:
     """Publish a run on the Hugging Face Hub, with a model card.
 
-    RUN/upload is written and loaded back first. The same command again continues, or does nothing. A README.md that was
-    edited on the Hub is kept once the line that says so is removed from it.
+    RUN/upload is written and verified first. The same command resumes an interrupted upload, and does nothing after a
+    complete one. An edited README.md on the Hub is kept once its line that allows replacing it is removed.
 
     Args:
         run: the run directory.
-        repo: where to, as ORG/NAME; made if it does not exist.
-        private: make a new repository one that only its owner sees.
-        revision: branch; made if it does not exist.
-        create_pr: propose the files in a pull request.
-        dry_run: write and check RUN/upload, and list it; nothing is sent.
-        what: of the run.
+        repo: repository, as ORG/NAME; created if it does not exist.
+        private: create a private repository.
+        revision: branch; created if it does not exist.
+        create_pr: upload the files as a pull request.
+        dry_run: write, verify and list RUN/upload, and upload nothing.
+        what: part and format of the run.
     """
     check_repo_name(repo)
     check_target(revision, create_pr)
@@ -568,7 +526,7 @@ def push(
     if dry_run:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"  {path.relative_to(folder)}  {as_bytes(path.stat().st_size)}")
-        print("nothing was sent")
+        print("nothing was uploaded")
         return
     message = f"{run.resolve().name}: {what.form} model, written by mcl_clip {version('mcl_clip')}"
     published = upload(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
@@ -577,38 +535,8 @@ def push(
 
 def _export_text(folder: Path, differences: Mapping[str, float]) -> str:
     size = as_bytes(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-    ways = ", ".join(f"{name} {difference:.1g}" for name, difference in differences.items())
-    return f"{folder}: {size}; loaded back, with the largest difference of features by: {ways}"
-
-
-def _split_at_recipe(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments up to the first Python file, and what follows."""
-    end = next((place for place, argument in enumerate(arguments, 1) if argument.endswith(".py")), len(arguments))
-    return list(arguments[:end]), list(arguments[end:])
-
-
-def _recipe_of(recipe: Path) -> RunConfig:
-    config = _names_of(recipe).get("RECIPE")
-    if not isinstance(config, RunConfig):
-        raise UserError(f"{recipe} has no RECIPE = RunConfig(...)")
-    return config
-
-
-def _names_of(recipe: Path) -> dict[str, Any]:
-    if not recipe.is_file():
-        raise UserError(f"there is no recipe {recipe}; give the path of a Python file with RECIPE")
-    return runpy.run_path(str(recipe))
-
-
-def _experiment_of(recipe: Path) -> tuple[RunConfig, ExperimentConfig]:
-    names = _names_of(recipe)
-    config, settings = names.get("RECIPE"), names.get("EXPERIMENT")
-    if not isinstance(config, RunConfig) or not isinstance(settings, ExperimentConfig):
-        raise UserError(
-            f"{recipe} has no RECIPE = RunConfig(...) with EXPERIMENT = ExperimentConfig(...), which says what the "
-            f"table shows"
-        )
-    return config, settings
+    libraries = ", ".join(f"{name} {difference:.1g}" for name, difference in differences.items())
+    return f"{folder}: {size}; loaded back, with a largest difference of features of {libraries}"
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -627,22 +555,23 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "index": index,
     "reshard": reshard_run,
 }
-SPLITS: dict[str, Callable[[Sequence[str]], tuple[list[str], list[str]]]] = {  # of commands with a recipe's arguments
-    "launch": _split_placement,
-    "doctor": _split_at_recipe,
-    "profile": partial(_split_placement, options=PROFILE_OPTIONS),
+RECIPE_COMMANDS = {  # commands that pass arguments to a recipe, with their options that may follow it
+    "launch": PLACEMENT_OPTIONS,
+    "doctor": (),
+    "profile": PROFILE_OPTIONS,
 }
 
 
 def command() -> None:
-    """The `mcl-clip` command, from `sys.argv`."""
-    run_program(_command)
+    """Run the `mcl-clip` command given by `sys.argv`."""
 
+    def run() -> None:
+        if "--quiet" in sys.argv:
+            be_quiet()
+            sys.argv.remove("--quiet")
+        arguments = sys.argv[1:]
+        if arguments and arguments[0] in RECIPE_COMMANDS:
+            arguments, _ = split_arguments(arguments, RECIPE_COMMANDS[arguments[0]])
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mcl-clip", args=arguments)
 
-def _command() -> None:
-    if "--quiet" in sys.argv:
-        be_quiet()
-        sys.argv.remove("--quiet")
-    split = SPLITS.get(sys.argv[1] if sys.argv[1:] else "")
-    arguments = split(sys.argv[1:])[0] if split else sys.argv[1:]
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mcl-clip", args=arguments)
+    run_program(run)

@@ -1,19 +1,22 @@
-"""The command line of recipes: `main` is their entry point, and `parse` applies overrides."""
+"""Entry point of recipes: parse overrides, set up Accelerate and run the pipeline; also find and load recipes."""
 
 import logging
 import os
+import runpy
 import sys
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from mcl_clip.config import RunConfig, StageConfig
+from mcl_clip.config import ExperimentConfig, RunConfig
 from mcl_clip.core.console import PlannedStop, run_program
 from mcl_clip.core.distributed import is_main
 from mcl_clip.core.errors import UserError
@@ -29,28 +32,28 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 def main(recipe: RunConfig) -> None:
     """Run a recipe with the overrides of the command line.
 
-    `--num-stages N` repeats or drops last stages; `--quiet` prints warnings and results alone.
+    `--num-stages N` repeats or drops last stages; `--quiet` prints only warnings and results.
     """
-    run_program(lambda: _run(recipe))
 
+    def run() -> None:
+        config = parse(recipe, sys.argv[1:])
+        with Interrupt(config.machine.preempt_exit_code).listening() as interrupt:
+            accelerator = create_accelerator()
+            with speaking_once():
+                run_pipeline(config, accelerator, interrupt)
+                if is_main():
+                    print("\n".join(lost_lines(config.run_dir)))
+            accelerator.end_training()
 
-def _run(recipe: RunConfig) -> None:
-    config = parse(recipe, sys.argv[1:])
-    with Interrupt(config.machine.preempt_exit_code).listening() as interrupt:
-        accelerator = create_accelerator()
-        with speaking_once():
-            run_pipeline(config, accelerator, interrupt)
-            if is_main():
-                print("\n".join(lost_lines(config.run_dir)))
-        accelerator.end_training()
+    run_program(run)
 
 
 @contextmanager
 def speaking_once() -> Iterator[None]:
-    """What all processes have to say is said by the main one."""
+    """Log, and report errors that all processes share, from the main process only."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    said = logging.WARNING if is_quiet() else logging.INFO
-    logging.getLogger("mcl_clip").setLevel(said if is_main() else logging.ERROR)
+    level = logging.WARNING if is_quiet() else logging.INFO
+    logging.getLogger("mcl_clip").setLevel(level if is_main() else logging.ERROR)
     logging.getLogger(RESULTS).setLevel(logging.INFO if is_main() else logging.ERROR)
     try:
         yield
@@ -68,7 +71,13 @@ def speaking_once() -> Iterator[None]:
 
 
 def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
-    """The recipe with overrides. `--quiet` is for all loops of this process and those that it starts."""
+    """Apply command-line overrides to a recipe.
+
+    `--quiet` silences this process and those that it starts.
+
+    Raises:
+        UserError: if `--num-stages` is not an integer of at least 1.
+    """
     if "--quiet" in arguments:
         be_quiet()
     arguments = [argument for argument in arguments if argument != "--quiet"]
@@ -76,30 +85,26 @@ def parse(recipe: RunConfig, arguments: list[str]) -> RunConfig:
         if argument.split("=")[0] == "--num-stages":
             _, equals, value = argument.partition("=")
             value = value if equals else "".join(arguments[position + 1 : position + 2])
+            if not value.isdigit() or int(value) < 1:
+                raise UserError(f"--num-stages must be an integer of at least 1, not {value!r}")
             del arguments[position : position + (1 if equals else 2)]
-            recipe = replace(recipe, stages=_with_stages(recipe, value))
+            number = int(value)
+            recipe = replace(recipe, stages=(*recipe.stages, *[recipe.stages[-1]] * number)[:number])
             break
     return tyro.cli(RunConfig, default=recipe, args=arguments, description=sys.modules["__main__"].__doc__)
 
 
-def _with_stages(recipe: RunConfig, value: str) -> tuple[StageConfig, ...]:
-    if not value.isdigit() or int(value) < 1:
-        raise UserError(f"--num-stages must be a number of at least 1, not {value!r}")
-    number = int(value)
-    return (*recipe.stages, *[recipe.stages[-1]] * number)[:number]
-
-
 def create_accelerator() -> Accelerator:
-    """Accelerate on GPUs or, where there are none, on the CPU with gloo.
+    """Create an Accelerator on GPUs or, without any, on the CPU with gloo.
 
     Raises:
-        UserError: for launch settings that cannot be honoured.
+        UserError: for FSDP or DeepSpeed, which are not supported.
     """
     for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(
-                f"{what} is not supported: the towers of CLIP fit one GPU, and checkpoints and gathered features are "
-                f"those of plain data parallelism; launch with a config from recipes/accelerate"
+                f"{what} is not supported: CLIP encoders fit on one GPU, and checkpoints and gathered features assume "
+                f"data parallelism (DDP); launch with a config from recipes/accelerate"
             )
     on_cpu = not torch.cuda.is_available()
     return Accelerator(
@@ -114,5 +119,78 @@ def create_accelerator() -> Accelerator:
 
 
 def lost_lines(run: Path) -> list[str]:
-    """What a run lost on its way, with a title."""
-    return ["lost on the way:", *(f"  {line}" for line in data_losses(run))]
+    """List data losses and restarts of a run under a title."""
+    return ["losses and restarts:", *(f"  {line}" for line in data_losses(run))]
+
+
+def find_recipes() -> dict[str, Path]:
+    """Return the recipes of the repository, or those that were installed with the package, by name.
+
+    Raises:
+        UserError: if there are neither.
+    """
+    folders = (
+        Path(__file__).parents[2] / "recipes",
+        Path(sysconfig.get_path("data")) / "share" / "mcl_clip" / "recipes",
+    )
+    folder = next((folder for folder in folders if (folder / "photos.py").is_file()), None)
+    if folder is None:
+        raise UserError(f"the recipes are in none of {', '.join(map(str, folders))}; install mcl_clip again")
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.py"))}
+
+
+def load_recipe(path: Path) -> RunConfig:
+    """Return RECIPE of a recipe file.
+
+    Raises:
+        UserError: if there is no such file, or no RECIPE in it.
+    """
+    config = _run_file(path).get("RECIPE")
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{path} has no RECIPE = RunConfig(...)")
+    return config
+
+
+def load_experiment(path: Path) -> tuple[RunConfig, ExperimentConfig]:
+    """Return RECIPE and EXPERIMENT of a recipe file.
+
+    Raises:
+        UserError: if there is no such file, or one of the two is missing.
+    """
+    names = _run_file(path)
+    config, settings = names.get("RECIPE"), names.get("EXPERIMENT")
+    if not isinstance(config, RunConfig) or not isinstance(settings, ExperimentConfig):
+        raise UserError(
+            f"{path} has no RECIPE = RunConfig(...) with EXPERIMENT = ExperimentConfig(...), which defines the table"
+        )
+    return config, settings
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no recipe {path}; give the path of a Python file with RECIPE")
+    return runpy.run_path(str(path))
+
+
+def split_arguments(arguments: Sequence[str], options: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Split the arguments of a command that passes some of them to a recipe.
+
+    Args:
+        arguments: command, options, recipe (the first Python file) and further arguments.
+        options: options of the command that may also follow the recipe.
+
+    Returns:
+        The arguments of the command, up to the recipe, and those of the recipe.
+    """
+    end = next((i for i, argument in enumerate(arguments, 1) if argument.endswith(".py")), len(arguments))
+    own, following = list(arguments[:end]), list(arguments[end:])
+    of_recipe = []
+    while following:
+        argument = following.pop(0)
+        name, equals, _ = argument.partition("=")
+        if name.replace("_", "-") in options:
+            own += [argument] if equals else [argument, *following[:1]]
+            following = following if equals else following[1:]
+        else:
+            of_recipe.append(argument)
+    return own, of_recipe

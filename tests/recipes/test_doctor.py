@@ -269,7 +269,7 @@ def test_what_was_lost_is_the_same_after_a_resume(recipe, tmp_path, monkeypatch)
 
 
 def test_status_and_the_end_of_a_run_say_what_was_lost(copy, path, monkeypatch, capsys):
-    expected = ["lost on the way:", *(f"  {line}" for line in data_losses(copy))]
+    expected = ["losses and restarts:", *(f"  {line}" for line in data_losses(copy))]
     monkeypatch.setattr(sys, "argv", ["mcl-clip", "status", str(copy)])
     commands.command()
     shown = capsys.readouterr().out.splitlines()

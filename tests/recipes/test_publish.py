@@ -179,7 +179,7 @@ def test_a_dry_run_sends_nothing(copy, hub, monkeypatch, capsys):
     code, out, _ = run_command(monkeypatch, capsys, "push", copy, "someone/tiny", "--dry-run")
     assert (code, hub.calls, hub.repos) == (0, {}, {})
     assert "stage_1/open_clip_model.safetensors" in out
-    assert "nothing was sent" in out
+    assert "nothing was uploaded" in out
     assert (copy / "upload" / "README.md").is_file()
 
 
@@ -223,7 +223,7 @@ def test_an_experiment_publishes_nothing(path, tmp_path, monkeypatch, capsys):
     extra = "\nfrom mcl_clip import ExperimentConfig\nEXPERIMENT = ExperimentConfig(figures={})\n"
     recipe.write_text(path.read_text() + extra)
     code, _, err = run_command(monkeypatch, capsys, "experiment", recipe, *arguments)
-    assert (code, "would be published in one place" in err) == (2, True)
+    assert (code, "would be published to the same repository" in err) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

@@ -65,5 +65,5 @@ def test_the_commands_of_the_readme_work_one_after_the_other(project):
         printed[start] = run(f"{command} {more}", project)
     assert (project / "runs/photos/report.html").stat().st_size > 100_000
     assert "combined: done" in printed["mcl-clip status runs/photos"]
-    assert "nothing was sent" in printed["mcl-clip push runs/photos"]
+    assert "nothing was uploaded" in printed["mcl-clip push runs/photos"]
     assert (project / "exported/README.md").is_file()

@@ -63,9 +63,9 @@ def test_stages_are_repeated_or_dropped(recipe):
 
 @pytest.mark.parametrize("value", ["0", "-3", "two", "1.5", ""])
 def test_numbers_of_stages_that_make_no_sense(recipe, value):
-    with pytest.raises(UserError, match=f"--num-stages must be a number of at least 1, not '{value}'"):
+    with pytest.raises(UserError, match=f"--num-stages must be an integer of at least 1, not '{value}'"):
         cli.parse(recipe, ["--num-stages", value])
-    with pytest.raises(UserError, match="--num-stages must be a number of at least 1, not ''"):
+    with pytest.raises(UserError, match="--num-stages must be an integer of at least 1, not ''"):
         cli.parse(recipe, ["--num-stages"])
 
 
@@ -91,7 +91,7 @@ def test_status_says_how_far_each_phase_is(run, monkeypatch, capsys):
         "stage 0: train done, embed missing, cluster missing, labels missing, eval missing (step 100 of 100)",
         "stage 1: train partial, embed missing, cluster missing, labels missing, eval missing (step 20 of 100)",
         "combined: missing",
-        "lost on the way:",
+        "losses and restarts:",
         "  stage 1: steps 1 to 20 are not in a checkpoint yet; if training stops now, they are repeated",
     ]
 
@@ -125,7 +125,7 @@ def test_index_writes_an_index_beside_the_shards(tmp_path, monkeypatch, capsys):
     assert code == 0
     first, second = out.splitlines()
     assert first.startswith("2 shards, 10 rows, digest ")
-    assert second.startswith("left out: 2 ")
+    assert second.startswith("skipped: 2 ")
     assert (tmp_path / "index.arrow").exists()
 
 
@@ -233,7 +233,7 @@ def test_recipes_are_listed_and_copied(monkeypatch, capsys, tmp_path):
     assert run_command(monkeypatch, capsys, "init", "photos")[0] == 0
     assert "RECIPE = RunConfig(" in (tmp_path / "photos.py").read_text()
     code, _, err = run_command(monkeypatch, capsys, "init", "photos")
-    assert (code, err) == (2, "error: photos.py is there already; give --out another name\n")
+    assert (code, err) == (2, "error: photos.py exists already; give --out another name\n")
     code, _, err = run_command(monkeypatch, capsys, "init", "nothing")
     assert code == 2
     assert "there is no recipe 'nothing'; there are " in err

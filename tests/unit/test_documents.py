@@ -133,12 +133,12 @@ def parse_command(arguments: list[str]) -> None:
     if name in ("completion", "--version", "--help") or arguments[1:] == ["--help"]:
         assert name in (*entry.names(), "--version", "--help"), name
         return
-    split = commands.SPLITS.get(name)
-    own, of_recipe = split(arguments) if split else (arguments, [])
+    options = commands.RECIPE_COMMANDS.get(name)
+    own, of_recipe = (arguments, []) if options is None else cli.split_arguments(arguments, options)
     recorders = {known: recorder(function) for known, function in commands.COMMANDS.items()}
     own = [argument for argument in own if argument != "--quiet"]
     tyro.extras.subcommand_cli_from_dict(recorders, prog="mcl-clip", args=own)
-    if split:
+    if options is not None:
         parse_recipe(next(argument for argument in own if argument.endswith(".py")), of_recipe)
 
 

@@ -346,10 +346,10 @@ def test_a_device_is_not_for_several_processes(here, monkeypatch, capsys):
     monkeypatch.setattr(commands, "world_size", lambda: 4)
     code, _, err = run_command(monkeypatch, capsys, "eval", "tower", "--data", "sets", "--device", "cpu")
     assert code == 2
-    assert "error: --device cpu cannot be shared by 4 processes, which have one each; leave it out\n" in err
+    assert "error: --device cpu cannot be shared by 4 processes, each of which has its own; leave it out\n" in err
 
 
 def test_the_help_has_units(monkeypatch, capsys):
     code, out, _ = run_command(monkeypatch, capsys, "eval", "--help")
     assert code == 0
-    assert "images, and texts, of a forward pass of one process" in " ".join(out.replace("│", " ").split())
+    assert "images, or texts, per forward pass and process" in " ".join(out.replace("│", " ").split())
