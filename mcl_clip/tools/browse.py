@@ -1,14 +1,14 @@
-"""The server of the page: on this machine alone, by the standard library.
+"""Serve a page that searches the images of a run, on this machine only.
 
     GET  /                              the page
     GET  /search?gallery=G&text=...     what each stage finds for a text, as JSON
-    GET  /search?gallery=G&row=N        for picture N of gallery G
-    POST /search?gallery=G              for a picture, the body of the request
-    GET  /picture?gallery=G&row=N       picture N of gallery G, small, as WebP
+    GET  /search?gallery=G&row=N        the same for image N of gallery G
+    POST /search?gallery=G              the same for an uploaded image, the body of the request
+    GET  /picture?gallery=G&row=N       thumbnail of image N of gallery G, as WebP
 
-It answers `{"found": [{"model": "stage 0", "pictures": [{"row", "score", "words"}, ...]}, ...]}`, or
-`{"error": "..."}`. Requests that name another host, as after DNS rebinding, or that come from another site are refused.
-Clients name pictures by number, never by path.
+Searches answer `{"found": [{"model": "stage 0", "pictures": [{"row", "score", "words"}, ...]}, ...]}`, or
+`{"error": "..."}`. Requests for another host name, as after DNS rebinding, and requests from other sites are refused.
+Clients name images by number, never by path.
 """
 
 import io
@@ -16,29 +16,42 @@ import json
 import logging
 import threading
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from torch import Tensor
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.report.thumbnails import TRAINING
+from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.eval.classification import ClassificationTask
+from mcl_clip.eval.embed import ImageSource
+from mcl_clip.eval.retrieval import RetrievalTask
+from mcl_clip.eval.task import Task
+from mcl_clip.model.clip import ClipBundle, load_clip
+from mcl_clip.model.multistage import combine_features, normalized
+from mcl_clip.report.thumbnails import TRAINING, image_source
 from mcl_clip.report.view import RunView
-from mcl_clip.tools.browse_search import Search
 
+NUM_RESULTS = 12
+ALL = "all stages"
 HOST = "127.0.0.1"
 HOST_NAMES = ("127.0.0.1", "localhost")
-PICTURE_PX = 224
+THUMBNAIL_PX = 224
 MAX_TEXT = 1_000
 MAX_UPLOAD = 32 << 20
-SECONDS_TO_WAIT = 30.0
+TIMEOUT_S = 30.0
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -54,6 +67,172 @@ _FOLDER = Path(__file__).parent / "browse_page"
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Images to search.
+
+    Attributes:
+        name: name of the evaluation set; empty for the training pairs.
+        title: title for users.
+        stages: numbers of the stages with features of these images.
+        images: un-normalized features, in the order of `stages`.
+        words: caption or class of each image.
+        source: reader of the images; None for the training pairs, which the reader of the run has.
+    """
+
+    name: str
+    title: str
+    stages: tuple[int, ...]
+    images: tuple[Float32[Tensor, "images _dim"], ...]
+    words: tuple[str, ...]
+    source: ImageSource | None
+
+
+class Search:
+    """Galleries of a run, searched by cosine similarity under each stage."""
+
+    def __init__(self, view: RunView, device: torch.device) -> None:
+        """List the galleries; encoders and features are loaded on first use.
+
+        Raises:
+            UserError: if nothing of the run can be searched yet.
+        """
+        self.view, self._device = view, device
+        self.names = [
+            name for name, task in view.tasks.items() if image_source(task) is not None and view.set_features(0, name)
+        ]
+        self.names.sort(key=lambda name: not isinstance(view.tasks[name], RetrievalTask))
+        if view.stages_with("embed") and view.reader is not None:
+            self.names.append(TRAINING)
+        if not self.names:
+            raise UserError(
+                f"{view.folder} has nothing to search yet: a stage must be embedded or evaluated, and its images must "
+                f"still be in their original location. {' '.join(view.missing)}".strip()
+            )
+
+    def title(self, name: str) -> str:
+        """Return the title of a gallery."""
+        if name != TRAINING:
+            return name
+        rows, total = len(self.view.sample.rows), self.view.sample.total
+        return f"training pairs ({rows:,} of {total:,})" if rows < total else f"training pairs ({total:,})"
+
+    @lru_cache(maxsize=4)  # noqa: B019 - a search lives as long as the server
+    def gallery(self, name: str) -> Gallery:
+        """Load the features and words of a gallery."""
+        if name == TRAINING:
+            stages = tuple(self.view.stages_with("embed"))
+            images = tuple(torch.from_numpy(self.view.features(s, "image")) for s in stages)
+            words = tuple(texts[0] if texts else "" for texts in self.view.sample.captions)
+            return Gallery(name=name, title=self.title(name), stages=stages, images=images, words=words, source=None)
+        task = self.view.tasks[name]
+        stages = tuple(s for s in self.view.stages_with("eval") if self.view.set_features(s, name))
+        return Gallery(
+            name=name,
+            title=self.title(name),
+            stages=stages,
+            images=tuple(self.view.set_features(s, name)["image"] for s in stages),
+            words=tuple(_words_of(task)),
+            source=image_source(task),
+        )
+
+    def by_text(self, name: str, text: str) -> list[dict[str, Any]]:
+        """Find the images closest to a text, for each stage."""
+        gallery = self.gallery(name)
+        return self._nearest(gallery, [self._encode(s, text=text) for s in gallery.stages])
+
+    def by_upload(self, name: str, data: bytes) -> list[dict[str, Any]]:
+        """Find the images closest to an encoded image, for each stage.
+
+        Raises:
+            UserError: if it cannot be decoded.
+        """
+        try:
+            image = decode_image(data)
+        except BadSampleError as error:
+            raise UserError(f"the file is not a readable JPEG, PNG or WebP image ({error.reason})") from error
+        gallery = self.gallery(name)
+        return self._nearest(gallery, [self._encode(s, image=image) for s in gallery.stages])
+
+    def by_row(self, name: str, row: int) -> list[dict[str, Any]]:
+        """Find the images closest to one of the gallery, for each stage."""
+        gallery = self._gallery_with(name, row)
+        return self._nearest(gallery, [images[row] for images in gallery.images])
+
+    def image(self, name: str, row: int) -> Image.Image:
+        """Read an image of a gallery.
+
+        Raises:
+            UserError: if there is no such image, or it cannot be read.
+        """
+        gallery = self._gallery_with(name, row)
+        if gallery.source is not None:
+            return next(iter(gallery.source.images(np.array([row]))))
+        if self.view.reader is None:
+            raise UserError("the shards of the run are gone")
+        (sample,) = self.view.reader.read(self.view.sample.rows[[row]])
+        try:
+            return decode_image(sample.image)
+        except BadSampleError as error:
+            raise UserError(f"image {row} cannot be decoded ({error.reason})") from error
+
+    def _gallery_with(self, name: str, row: int) -> Gallery:
+        gallery = self.gallery(name)
+        if not 0 <= row < len(gallery.words):
+            raise UserError(f"there is no image {row}; {gallery.title} has {len(gallery.words)}")
+        return gallery
+
+    def _nearest(self, gallery: Gallery, queries: Sequence[Float32[Tensor, " _dim"]]) -> list[dict[str, Any]]:
+        """Rank the images by cosine similarity, for each stage and for the combination of several stages."""
+        models = {
+            f"stage {s}": (images, query)
+            for s, images, query in zip(gallery.stages, gallery.images, queries, strict=True)
+        }
+        if len(gallery.stages) > 1:
+            models[ALL] = (self._combined(gallery.name), combine_features(list(queries), self.view.combine))
+        results = []
+        for model, (images, query) in models.items():
+            scores = normalized(images) @ normalized(query)
+            best = torch.argsort(scores, descending=True, stable=True)[:NUM_RESULTS].tolist()
+            pictures = [
+                {"row": row, "score": round(float(scores[row]), 4), "words": gallery.words[row]} for row in best
+            ]
+            results.append({"model": model, "pictures": pictures})
+        return results
+
+    @lru_cache(maxsize=4)  # noqa: B019
+    def _combined(self, name: str) -> Float32[Tensor, "images dims"]:
+        return combine_features(list(self.gallery(name).images), self.view.combine)
+
+    @torch.inference_mode()
+    def _encode(self, stage: int, *, text: str = "", image: Image.Image | None = None) -> Float32[Tensor, " dim"]:
+        """Encode a query by a stage; return un-normalized features."""
+        clip = self._clips[stage]
+        if image is not None:
+            pixels = clip.image_transform(image)[None].to(self._device)
+            return clip.model.encode_image(pixels)[0].float().cpu()  # type: ignore[operator, no-any-return]
+        tokens = clip.tokenizer([text]).to(self._device)
+        return clip.model.encode_text(tokens)[0].float().cpu()  # type: ignore[operator, no-any-return]
+
+    @cached_property
+    def _clips(self) -> dict[int, ClipBundle]:
+        clips = {}
+        for s in self.view.stages_with("train"):
+            clips[s] = load_clip(self.view.folder / f"stage-{s}" / "train" / "model")
+            clips[s].model.to(self._device).eval()
+        return clips
+
+
+def _words_of(task: Task) -> list[str]:
+    """Return the first caption, or the class, of each image of a set."""
+    if isinstance(task, RetrievalTask):
+        return [captions[0] if captions else "" for captions in task.data.captions]
+    if isinstance(task, ClassificationTask):
+        return [task.data.classnames[label] for label in task.data.labels.tolist()]
+    source = image_source(task)
+    return [""] * (len(source) if source is not None else 0)
+
+
 def serve(
     run: Path, *, port: int = 7860, gallery: str = "", open_browser: bool = False, device: torch.device | None = None
 ) -> None:
@@ -61,13 +240,13 @@ def serve(
 
     Args:
         run: the run directory.
-        port: of 127.0.0.1; 0 takes a free one.
-        gallery: the evaluation set that is shown first, or `train`.
-        open_browser: show the page in the browser of this machine.
-        device: where queries are encoded; the CPU by default.
+        port: TCP port on 127.0.0.1; 0 for a free one.
+        gallery: evaluation set to show first, or `train`.
+        open_browser: open the page in the browser of this machine.
+        device: device that encodes queries; the CPU by default.
 
     Raises:
-        UserError: if there is nothing to search, no such gallery, or the port is taken.
+        UserError: if there is nothing to search, no such gallery, or the port is in use.
     """
     search = Search(RunView(run), device or torch.device("cpu"))
     wanted = TRAINING if gallery == "train" else gallery
@@ -82,7 +261,7 @@ def serve(
             f"port {port} of {HOST} cannot be used ({error.strerror}); give --port another, or 0 for a free one"
         ) from error
     url = f"http://{HOST}:{server.server_address[1]}/"
-    print(f"{url}  (Ctrl-C ends it)", flush=True)
+    print(f"{url}  (press Ctrl-C to stop)", flush=True)
     if open_browser:
         webbrowser.open(url)
     with server:
@@ -93,52 +272,53 @@ def serve(
 
 
 def make_server(search: Search, names: list[str], port: int) -> ThreadingHTTPServer:
-    """A server that is bound, and not started; galleries are numbered as in `names`."""
+    """Create a server that is bound but not started; galleries are numbered as in `names`."""
     server = ThreadingHTTPServer((HOST, port), partial(_Handler, _Answers(search, names)))
     server.daemon_threads = True
     return server
 
 
 class _Answers:
-    """What is answered to whom; one query at a time goes through the towers."""
+    """Contents of the answers; a lock lets one query at a time use the encoders."""
 
     def __init__(self, search: Search, names: list[str]) -> None:
         self._search, self._names, self._lock = search, names, threading.Lock()
 
     def page(self) -> bytes:
         environment = Environment(loader=FileSystemLoader(_FOLDER), undefined=StrictUndefined, autoescape=True)
-        return (
-            environment.get_template("page.html.jinja")
-            .render(
-                name=self._search.view.name,
-                galleries=[self._search.title(name) for name in self._names],
-                missing=self._search.view.missing,
-            )
-            .encode()
+        page = environment.get_template("page.html.jinja").render(
+            name=self._search.view.name,
+            galleries=[self._search.title(name) for name in self._names],
+            missing=self._search.view.missing,
         )
+        return page.encode()
 
-    def found(self, query: Mapping[str, str], body: bytes | None) -> bytes:
-        name = self._gallery(query)
+    def search(self, query: Mapping[str, str], body: bytes | None) -> bytes:
+        name, text = self._gallery(query.get("gallery", "0")), query.get("text", "").strip()
         if body is not None:
-            action: Callable[[], list[dict[str, Any]]] = partial(self._search.by_picture, name, body)
+            action = partial(self._search.by_upload, name, body)
         elif "row" in query:
             action = partial(self._search.by_row, name, _number(query["row"]))
+        elif not text:
+            raise UserError("type what to look for")
+        elif len(query["text"]) > MAX_TEXT:
+            raise UserError(f"a text of {len(query['text'])} characters is too long; at most {MAX_TEXT} are accepted")
         else:
-            action = partial(self._search.by_text, name, _text(query.get("text", "")))
+            action = partial(self._search.by_text, name, text)
         with self._lock:
             return json.dumps({"found": action()}).encode()
 
     @lru_cache(maxsize=2_000)  # noqa: B019 - as long as the server
-    def picture(self, gallery: str, row: str) -> bytes:
+    def thumbnail(self, gallery: str, row: str) -> bytes:
         with self._lock:
-            image = self._search.picture(self._gallery({"gallery": gallery}), _number(row))
-        image.thumbnail((PICTURE_PX, PICTURE_PX))
+            image = self._search.image(self._gallery(gallery), _number(row))
+        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         file = io.BytesIO()
         image.save(file, "WEBP", quality=80)
         return file.getvalue()
 
-    def _gallery(self, query: Mapping[str, str]) -> str:
-        number = _number(query.get("gallery", "0"))
+    def _gallery(self, text: str) -> str:
+        number = _number(text)
         if number >= len(self._names):
             raise UserError(f"there is no gallery {number}; there are {len(self._names)}")
         return self._names[number]
@@ -150,36 +330,28 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _text(text: str) -> str:
-    if not text.strip():
-        raise UserError("type what to look for")
-    if len(text) > MAX_TEXT:
-        raise UserError(f"a text of {len(text)} characters is too long; at most {MAX_TEXT} are searched for")
-    return text.strip()
-
-
 class _Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Handler of one request."""
 
     server_version, sys_version = "mcl_clip", ""
-    timeout = SECONDS_TO_WAIT
+    timeout = TIMEOUT_S
 
     def __init__(self, answers: _Answers, *arguments: Any) -> None:
         self._answers = answers
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        """Answer a request for the page, its files, a search or a picture."""
+        """Answer a request for the page, its files, a search or a thumbnail."""
         self._answer(None)
 
     def do_POST(self) -> None:
-        """Answer a search by an uploaded picture."""
+        """Answer a search by an uploaded image."""
         length = self.headers.get("Content-Length", "")
         if not self._is_from_here():
-            self._refuse(HTTPStatus.FORBIDDEN, "this page answers to itself alone")
+            self._refuse(HTTPStatus.FORBIDDEN, "only requests from this page are answered")
         elif not length.isdigit() or int(length) > MAX_UPLOAD:
             self.close_connection = True
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a picture may have {MAX_UPLOAD >> 20} MiB at most")
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an image may have at most {MAX_UPLOAD >> 20} MiB")
         else:
             self._answer(self.rfile.read(int(length)))
 
@@ -187,49 +359,51 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query, max_num_fields=8).items()}
         if not self._is_from_here():
-            self._refuse(HTTPStatus.FORBIDDEN, "this page answers to itself alone")
+            self._refuse(HTTPStatus.FORBIDDEN, "only requests from this page are answered")
             return
         try:
             if url.path == "/search":
-                self._send(HTTPStatus.OK, "application/json", self._answers.found(query, body))
+                self._send(HTTPStatus.OK, "application/json", self._answers.search(query, body))
             elif body is not None:
-                self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
+                self._refuse(HTTPStatus.NOT_FOUND, "there is nothing at this address")
             elif url.path == "/picture":
-                picture = self._answers.picture(query.get("gallery", ""), query.get("row", ""))
-                self._send(HTTPStatus.OK, "image/webp", picture, {"Cache-Control": "private, max-age=3600"})
+                thumbnail = self._answers.thumbnail(query.get("gallery", ""), query.get("row", ""))
+                self._send(HTTPStatus.OK, "image/webp", thumbnail, {"Cache-Control": "private, max-age=3600"})
             elif url.path == "/":
                 self._send(HTTPStatus.OK, "text/html; charset=utf-8", self._answers.page())
             elif url.path in FILES:
-                kind = f"{FILES[url.path]}; charset=utf-8"
-                self._send(HTTPStatus.OK, kind, (_FOLDER / url.path.removeprefix("/")).read_bytes())
+                content_type = f"{FILES[url.path]}; charset=utf-8"
+                self._send(HTTPStatus.OK, content_type, (_FOLDER / url.path.removeprefix("/")).read_bytes())
             else:
-                self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
+                self._refuse(HTTPStatus.NOT_FOUND, "there is nothing at this address")
         except UserError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except (OSError, ValueError) as error:  # a shard that went away; too many fields
+        except (OSError, ValueError) as error:  # such as a shard that was deleted
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
 
     def _is_from_here(self) -> bool:
-        """Whether the request names this server, and comes from its own page or from no page at all."""
+        """Return whether the request names this server, and comes from its own page or from no page at all."""
         port = self.server.server_address[1]  # type: ignore[index]
         hosts = {f"{name}:{port}" for name in HOST_NAMES}
         site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
         is_own = origin is None or origin in {f"http://{host}" for host in hosts}
-        is_page = urlsplit(self.path).path == "/"  # a link on another page may lead to the page itself
+        is_page = urlsplit(self.path).path == "/"  # other sites may link to the page itself
         return self.headers.get("Host") in hosts and is_own and (site in ("same-origin", "none") or is_page)
 
-    def _refuse(self, status: HTTPStatus, sentence: str) -> None:
-        self._send(status, "application/json", json.dumps({"error": sentence}).encode())
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        self._send(status, "application/json", json.dumps({"error": message}).encode())
 
-    def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-        given = {"Content-Type": kind, "Cache-Control": "no-store", **HEADERS, **(headers or {})}
+    def _send(
+        self, status: HTTPStatus, content_type: str, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        defaults = {"Content-Type": content_type, "Cache-Control": "no-store", **HEADERS}
         self.send_response(status)
-        for name, value in {**given, "Content-Length": str(len(body))}.items():
+        for name, value in {**defaults, **(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
-        with suppress(ConnectionError):  # the page asks for something else by now
+        with suppress(ConnectionError):  # the browser has canceled the request
             self.end_headers()
             self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Requests are told to those who ask for debugging alone."""
+        """Log requests at debug level."""
         logger.debug(format, *arguments)

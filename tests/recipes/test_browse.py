@@ -1,4 +1,4 @@
-"""The page to search with: what it finds, and whom it answers."""
+"""The search page: its results, and the requests that it answers."""
 
 import io
 import json
@@ -14,8 +14,7 @@ from PIL import Image
 from mcl_clip.core.errors import UserError
 from mcl_clip.report.view import RunView
 from mcl_clip.tools import browse as module
-from mcl_clip.tools.browse import make_server, serve
-from mcl_clip.tools.browse_search import Search
+from mcl_clip.tools.browse import Search, make_server, serve
 from tests.recipes.runs import draw
 
 
@@ -136,7 +135,7 @@ def test_other_sites_are_refused(ask):
     [
         ("/picture", {"gallery": 0, "row": "../../etc/passwd"}, "is not a number"),
         ("/picture", {"gallery": 0, "row": "-1"}, "is not a number"),
-        ("/picture", {"gallery": 0, "row": 99999}, "there is no picture 99999; retrieval has 32"),
+        ("/picture", {"gallery": 0, "row": 99999}, "there is no image 99999; retrieval has 32"),
         ("/picture", {"gallery": 7, "row": 0}, "there is no gallery 7; there are 3"),
         ("/search", {"gallery": 0, "row": "1" * 30}, "is not a number"),
         ("/search", {"gallery": 0, "text": "  "}, "type what to look for"),
@@ -151,7 +150,10 @@ def test_what_cannot_be_answered_gets_a_sentence(ask, address, query, sentence):
 
 def test_uploads_are_bounded_and_checked(ask, monkeypatch):
     status, _, body = ask("/search", {"gallery": 0}, method="POST", body=b"<svg onload=alert(1)>")
-    assert (status, json.loads(body)["error"]) == (400, "this is no JPEG, PNG or WebP that can be read (not_an_image)")
+    assert (status, json.loads(body)["error"]) == (
+        400,
+        "the file is not a readable JPEG, PNG or WebP image (not_an_image)",
+    )
     monkeypatch.setattr(module, "MAX_UPLOAD", 1 << 20)
     assert ask("/search", {"gallery": 0}, method="POST", headers={"Content-Length": str((1 << 20) + 1)})[0] == 413
     assert ask("/search", {"gallery": 0}, method="POST", headers={"Content-Length": "-5"})[0] == 413

@@ -31,10 +31,10 @@ async function search(what, query, body) {
     const result = await answer.json();
     if (number !== asked) return;
     if (result.error) throw new Error(result.error);
-    said.textContent = `Pictures ${what}`;
+    said.textContent = `Images ${what}`;
     found.replaceChildren(...result.found.map(row));
   } catch (error) {
-    if (number === asked) said.textContent = `That did not work: ${error.message}`;
+    if (number === asked) said.textContent = `Search failed: ${error.message}`;
   } finally {
     found.removeAttribute("aria-busy");
   }
@@ -53,14 +53,14 @@ function row({ model, pictures }) {
 function item({ row: number, score, words }) {
   const image = document.createElement("img");
   image.src = `picture?${new URLSearchParams({ gallery: gallery.value, row: number })}`;
-  image.alt = words || `picture ${number}`;
+  image.alt = words || `image ${number}`;
   image.width = image.height = 120;
   const button = document.createElement("button");
   button.type = "button";
-  button.title = `${words}\ncosine ${score.toFixed(3)}. Click to search with this picture.`;
+  button.title = `${words}\ncosine ${score.toFixed(3)}. Click to search with this image.`;
   button.append(image);
   button.addEventListener("click", () => {
-    search(`like “${words || `picture ${number}`}”`, { row: number });
+    search(`like “${words || `image ${number}`}”`, { row: number });
     scrollTo({ top: 0 });
   });
   const cosine = document.createElement("span");
