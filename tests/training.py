@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from mcl_clip.cli.recipe import create_accelerator
+from mcl_clip.config import MachineConfig, TrainConfig
 from mcl_clip.core.distributed import random_words, rank, world_size
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.decode import train_transform
@@ -24,7 +25,7 @@ from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.writing import Pair, write_pairs
 from mcl_clip.model.clip import create_clip
-from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
+from mcl_clip.train.loop import train_stage
 from mcl_clip.train.optim import create_optimizer
 
 ROWS, BATCH, STEPS, SAVE = 52, 8, 30, 4  # 52 rows: the last batch of an epoch of 7 has fillers
@@ -88,23 +89,23 @@ def train(
     plan = BatchPlan(shard_of=index.shard_of, groups=groups, global_batch_size=BATCH, seed=0, stage=1)
     transform = train_transform(tower.preprocess_cfg, scale=(crop, 1.0), ratio=(1.0, 1.0))
     loader = StoppingLoader(plan, Reader(index), transform=transform, tokenizer=tower.tokenizer, most_steps=most_steps)
-    optimizer = create_optimizer(
-        tower.model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, lr_multipliers={}, weight_decays={}
-    )
+    config = TrainConfig(
+        steps=STEPS, global_batch_size=BATCH, lr=1e-3, warmup_steps=3, weight_decay=0.1, max_grad_norm=1.0,
+        average_decay=0.9,
+    )  # fmt: skip
     out.mkdir(exist_ok=True)
     with contextlib.suppress(StoppedError):
         train_stage(
             accelerator(),
             tower.model,
             loader=loader,
-            objective=Objective(groups=groups, preprocess_cfg=tower.preprocess_cfg),
-            optimizer=optimizer,
-            schedule=Schedule(total_steps=STEPS, lr=1e-3, warmup_steps=3, max_grad_norm=1.0),
-            intervals=Intervals(log_steps=1, save_steps=SAVE),
+            groups=groups,
+            preprocess_cfg=tower.preprocess_cfg,
+            config=config,
+            machine=MachineConfig(log_steps=1, save_steps=SAVE, progress=False),
+            optimizer=create_optimizer(tower.model, config),
             out=out,
             seed=(0, 1),
-            average_decay=0.9,
-            show_progress=False,
         )
     return loader.rows, {name: tensor.numpy().tobytes() for name, tensor in tower.model.state_dict().items()}
 

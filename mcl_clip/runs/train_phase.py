@@ -1,9 +1,8 @@
 """The training phase of a stage: start weights, batches by pseudo-label group, cached texts, settings of the loop."""
 
 import logging
-import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,12 @@ from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip, t
 from mcl_clip.model.clip import lock as lock_parameters
 from mcl_clip.model.fast_paths import prepare_training
 from mcl_clip.model.multistage import combine_features
-from mcl_clip.runs.context import RunContext, only
+from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
 from mcl_clip.stages.embed import SIDES, write_text_features
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, no_labels
-from mcl_clip.train.loop import Intervals, Objective, Schedule, train_stage
+from mcl_clip.train.loop import BatchSource, train_stage
+from mcl_clip.train.metrics import Spans
 from mcl_clip.train.optim import create_optimizer
 
 logger = logging.getLogger(__name__)
@@ -48,72 +48,83 @@ IDENTITY_COLUMNS = ("image_size", "text_size")  # bytes of each row: recognize s
 
 
 def train(run: RunContext, s: int) -> None:
-    """Train the model of a stage on batches of its groups."""
-    config, stage, out = run.config, run.config.stages[s], run.folder(s, "train")
-    settings = stage.train
-    clip = start_clip(run, s)
-    if settings.steps:
-        _prepare_bias(clip.model, settings.loss)
-        lock_parameters(
-            clip.model,
-            text=settings.lock.text,
-            image_unlocked_groups=settings.lock.image_unlocked_groups,
-            patterns=settings.lock.patterns,
-        )
-        logger.info("stage %d: %s", s, trainable_summary(clip.model))
-        prepare_training(
-            clip.model,
-            compiled=settings.compiled,
-            patch_dropout=settings.patch_dropout,
-            grad_checkpointing=settings.grad_checkpointing,
-        )
-        clip.model = _synchronize_batch_norm(clip.model.to(run.accelerator.device), s, settings.grad_cache_rows)
-        plan, groups, reader = _batch_plan(run, s)
-        loader = TrainingLoader(
-            plan,
-            reader,
-            transform=train_transform(clip.preprocess_cfg, **asdict(settings.augment)),
-            texts=_cached_texts(run, s, clip, reader.index),
-            **run.batch_options(clip),
-        )
-        train_stage(
-            run.accelerator,
-            clip.model,
-            loader=loader,
-            objective=Objective(
-                groups=groups,
-                preprocess_cfg=clip.preprocess_cfg,
-                **only(settings, "loss", "ifm_epsilon", "precision", "min_negatives", "mask_duplicates"),
-                **only(settings, "grad_cache_rows", "loss_chunk_rows"),
-            ),
-            optimizer=create_optimizer(
-                clip.model,
-                **only(settings, "lr", "weight_decay", "betas", "eps", "lr_multipliers", "weight_decays"),
-            ),
-            schedule=Schedule(
-                total_steps=settings.steps,
-                lr=settings.lr,
-                warmup_steps=settings.warmup_steps,
-                shape=settings.schedule,
-                max_grad_norm=settings.max_grad_norm or math.inf,
-            ),
-            intervals=Intervals(
-                evaluate_steps=config.eval.every_steps,
-                **only(config.machine, "log_steps", "save_steps", "save_minutes", "keep_checkpoints"),
-            ),
-            out=out,
-            seed=(config.seed, s),
-            average_decay=settings.average_decay,
-            max_bad_fraction=config.data.max_bad_fraction,
-            evaluate=partial(_evaluate, run, clip),
-            show_progress=config.machine.progress,
-            track=partial(_track, run, s),
-            interrupt=run.interrupt,
-        )
-        run.accelerator.free_memory()
+    """Train the model of a stage on batches of its groups, and save it."""
+    clip, out = start_clip(run, s), run.folder(s, "train")
+    if run.config.stages[s].train.steps:
+        make_loader, groups = prepare_stage(run, s, clip)
+        fit_stage(run, s, clip, make_loader(), groups)
     if is_main():
         save_clip(clip, out / "model")
         shutil.rmtree(out / TEXTS, ignore_errors=True)
+
+
+def prepare_stage(
+    run: RunContext, s: int, clip: ClipBundle
+) -> tuple[Callable[..., TrainingLoader], Int64[np.ndarray, "rows"]]:
+    """Set up the model for training, in place; return a factory of loaders and the group of each row.
+
+    Keyword arguments of the factory replace options of the loader. A collective call.
+    """
+    config = run.config.stages[s].train
+    _prepare_bias(clip.model, config.loss)
+    lock_parameters(
+        clip.model,
+        text=config.lock.text,
+        image_unlocked_groups=config.lock.image_unlocked_groups,
+        patterns=config.lock.patterns,
+    )
+    logger.info("stage %d: %s", s, trainable_summary(clip.model))
+    prepare_training(
+        clip.model,
+        compiled=config.compiled,
+        patch_dropout=config.patch_dropout,
+        grad_checkpointing=config.grad_checkpointing,
+    )
+    clip.model = _synchronize_batch_norm(clip.model.to(run.accelerator.device), s, config.grad_cache_rows)
+    plan, groups, reader = _batch_plan(run, s)
+    make_loader = partial(
+        TrainingLoader,
+        plan,
+        reader,
+        transform=train_transform(clip.preprocess_cfg, **asdict(config.augment)),
+        texts=_cached_texts(run, s, clip, reader.index),
+        **run.batch_options(clip),
+    )
+    return make_loader, groups
+
+
+def fit_stage(
+    run: RunContext,
+    s: int,
+    clip: ClipBundle,
+    loader: BatchSource,
+    groups: Int64[np.ndarray, "rows"],
+    *,
+    spans: Spans | None = None,
+    max_steps: int | None = None,
+) -> None:
+    """Train a model that `prepare_stage` has set up; see `train_stage` for `spans` and `max_steps`."""
+    config = run.config
+    train_stage(
+        run.accelerator,
+        clip.model,
+        loader=loader,
+        groups=groups,
+        preprocess_cfg=clip.preprocess_cfg,
+        config=config.stages[s].train,
+        machine=config.machine,
+        optimizer=create_optimizer(clip.model, config.stages[s].train),
+        out=run.folder(s, "train"),
+        seed=(config.seed, s),
+        max_bad_fraction=config.data.max_bad_fraction,
+        evaluate=partial(_evaluate, run, clip),
+        evaluate_steps=config.eval.every_steps,
+        track=partial(_track, run, s),
+        interrupt=run.interrupt,
+        spans=spans,
+        max_steps=max_steps,
+    )
+    run.accelerator.free_memory()
 
 
 def start_stage(config: RunConfig, s: int) -> int | None:

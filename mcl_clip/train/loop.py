@@ -1,33 +1,32 @@
-"""The training of one stage, top to bottom."""
+"""The training loop of one stage."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
+from mcl_clip.config import MachineConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, check_same, is_main, rank, seed_of, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.loader import PairBatch, TrainingLoader
+from mcl_clip.data.batch_plan import BatchPlan
+from mcl_clip.data.loader import PairBatch
 from mcl_clip.model.clip import autocast, to_floats
 from mcl_clip.model.grad_cache import Outputs, add_gradients
 from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
-from mcl_clip.train.metrics import BadSamples, Meter, StepLog
+from mcl_clip.train.metrics import BadSamples, Meter, Spans, StepLog
 from mcl_clip.train.optim import ExponentialAverage, lr_at, set_lr
-
-logger = logging.getLogger(__name__)
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 COUNTS = ("loss", "rows", "weight", "negatives", "duplicates")
@@ -38,218 +37,238 @@ class TrainingDivergedError(UserError):
     """The loss or the gradient is not finite."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What a step minimises: the masked contrastive loss of a batch.
+@runtime_checkable
+class BatchSource(Protocol):
+    """What the loop needs of a loader: batches by step, and the plan behind them."""
 
-    Attributes:
-        groups: group of every row of the index.
-        preprocess_cfg: mean and std of the pixels.
-        loss: `clip` or `siglip`.
-        ifm_epsilon: of implicit feature modification; 0 is none.
-        precision: `fp32`, or `bf16` autocast for the towers.
-        min_negatives: rows with fewer negatives get weight 0.
-        mask_duplicates: leave other rows with an equal caption or image out of the negatives.
-        grad_cache_rows: rows of this process that go through the towers at a time; 0 is all.
-        loss_chunk_rows: rows of this process that go through the loss at a time; 0 is all.
-    """
+    plan: BatchPlan
 
-    groups: Int[np.ndarray, "rows"]
-    preprocess_cfg: dict[str, object]
-    loss: str = "clip"
-    ifm_epsilon: float = 0.0
-    precision: str = "fp32"
-    min_negatives: int = 1
-    mask_duplicates: bool = True
-    grad_cache_rows: int = 0
-    loss_chunk_rows: int = 0
-
-    def add_gradients(
-        self,
-        model: nn.Module,
-        batch: PairBatch,
-        device: torch.device,
-        *,
-        seed: tuple[str | int, ...],
-        backward: Callable[[Tensor], object] = Tensor.backward,
-    ) -> dict[str, Tensor]:
-        """Add the gradients of a batch; this process's share of the loss, and its counts, as `COUNTS` and `ROWS` name.
-
-        `seed` names the draws of dropout in this step and process.
-        """
-        groups = torch.from_numpy(self.groups[batch.rows.numpy()].astype(np.int64)).to(device)
-        batch = batch.to(device)
-
-        def encode(model: nn.Module, rows: slice) -> Outputs:
-            texts = batch.tokens[rows] if batch.text_features is None else None
-            with autocast(self.precision, device):
-                out = model(to_floats(batch.images[rows], self.preprocess_cfg), texts)
-            if batch.text_features is not None:
-                out = {**out, "text_features": batch.text_features[rows]}
-            return {name: tensor for name, tensor in out.items() if tensor is not None}
-
-        return add_gradients(
-            model,
-            encode,
-            partial(self._loss, batch, groups),
-            rows=len(batch.images),
-            # Decided by what is the same on all processes: their numbers of decoded rows are not.
-            chunk_rows=self.grad_cache_rows if self.grad_cache_rows < len(batch.rows) else 0,
-            seed_chunk=lambda chunk: torch.manual_seed(seed_of(*seed, chunk)),  # dropout has no generator of its own
-            backward=backward,
-        )
-
-    def _loss(self, batch: PairBatch, groups: Tensor, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process's share of the loss, and its counts, from the features of the decoded rows."""
-        negatives = find_negatives(
-            rows=batch.rows,
-            groups=groups,
-            text_ids=batch.text_ids,
-            image_ids=batch.image_ids,
-            min_negatives=self.min_negatives,
-            mask_duplicates=self.mask_duplicates,
-            chunk_rows=self.loss_chunk_rows,
-        )
-        images = _in_place(out["image_features"], batch)
-        texts = _in_place(out["text_features"], batch)
-        if self.loss == "siglip":
-            loss = siglip_loss(
-                images, texts, out["logit_scale"], out["logit_bias"], negatives, ifm_epsilon=self.ifm_epsilon
-            )
-        else:
-            loss = clip_loss(images, texts, out["logit_scale"], negatives, ifm_epsilon=self.ifm_epsilon)
-        counts = {
-            "loss": loss,
-            "rows": (batch.rows >= 0).sum(),
-            "weight": negatives.weight.sum(),
-            "negatives": (negatives.num_negatives * negatives.weight).sum(),
-            "duplicates": negatives.duplicates,
-        }
-        rows = {"row_groups": groups, "row_losses": negatives.losses, "row_weights": negatives.weight}
-        return loss, counts | rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Intervals:
-    """When to log, save and evaluate; 0 is never. Nothing here changes a weight.
-
-    A step that saves logs too, so that no count is lost between a checkpoint and a record; saves by minutes wait for
-    the next record.
-    """
-
-    log_steps: int = 10
-    save_steps: int = 1000
-    save_minutes: float = 30.0
-    evaluate_steps: int = 0
-    keep_checkpoints: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long and how fast."""
-
-    total_steps: int
-    lr: float
-    warmup_steps: int = 0
-    shape: str = "cosine"
-    max_grad_norm: float = math.inf
+    def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
+        """Iterate over the local batches of steps `start_step` to `stop_step - 1`."""
+        ...
 
 
 def train_stage(
     accelerator: Accelerator,
     model: nn.Module,
     *,
-    loader: TrainingLoader,
-    objective: Objective,
+    loader: BatchSource,
+    groups: Int[np.ndarray, "rows"],
+    preprocess_cfg: Mapping[str, Any],
+    config: TrainConfig,
+    machine: MachineConfig,
     optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    intervals: Intervals,
     out: Path,
     seed: tuple[str | int, ...],
-    average_decay: float = 0.0,
     max_bad_fraction: float = 0.01,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    show_progress: bool = True,
+    evaluate_steps: int = 0,
     track: Callable[[Mapping[str, Any], int], object] = lambda *_: None,
     interrupt: Interrupt | None = None,
+    spans: Spans | None = None,
+    max_steps: int | None = None,
 ) -> TrainState:
-    """Train `model` in place, from the newest checkpoint in `out` if there is one.
+    """Train `model` in place, resuming from the newest checkpoint in `out` if there is one.
 
-    With `average_decay` above 0 the model ends up with the running average of its weights.
+    With `config.average_decay` above 0 the model ends up with the moving average of its weights.
+
+    Args:
+        accelerator: wraps model and optimizer; its device holds the model.
+        model: image and text tower, with the output of open_clip's models.
+        loader: the batches of the stage.
+        groups: the group of each row of the data, shape (rows,); -1 for held-out rows.
+        preprocess_cfg: `mean` and `std` of the pixels.
+        config: loss, schedule and batch of the stage.
+        machine: intervals of records and checkpoints.
+        optimizer: with `lr_scale` in each parameter group.
+        out: folder of metrics.jsonl, bad_samples.jsonl and checkpoints.
+        seed: name of the random seed of the stage.
+        max_bad_fraction: share of samples that may fail to decode.
+        evaluate: returns metrics of the model, logged every `evaluate_steps` steps inside the stage; 0 is never.
+        evaluate_steps: see `evaluate`.
+        track: called with each record and its step.
+        interrupt: requests to stop.
+        spans: timer of the parts of a step; by default one that never waits for the device.
+        max_steps: stop after so many steps, without a checkpoint; by default the stage is trained to its end.
 
     Raises:
-        PlannedStop: when `interrupt` was asked to stop; the step that was in work is saved.
+        PlannedStop: if `interrupt` was asked to stop; the current step is saved.
         TrainingDivergedError: if the loss or the gradient is not finite.
-        UserError: if too many samples are bad, or processes disagree on the plan.
+        UserError: if too many samples are bad, or processes disagree on the batch plan.
     """
-    device = accelerator.device
+    device, checkpoints = accelerator.device, out / "checkpoints"
     raw, raw_optimizer = model, optimizer
-    average = ExponentialAverage(model, average_decay) if average_decay else None
-    state = load_newest(out / "checkpoints", model=raw, optimizer=raw_optimizer, average=average)
+    average = ExponentialAverage(model, config.average_decay) if config.average_decay else None
+    state = load_newest(checkpoints, model=raw, optimizer=raw_optimizer, average=average)
     check_same(str(state.step), "the step of the newest checkpoint")
     model, optimizer = accelerator.prepare(model, optimizer)  # never the loader, never a scheduler
-    log = StepLog(out / "metrics.jsonl")
+    log, plan = StepLog(out / "metrics.jsonl"), loader.plan
     evaluated = [record["step"] for record in log.rewind(state.step) if "loss" not in record]
     bad = BadSamples(
-        out / "bad_samples.jsonl", max_fraction=max_bad_fraction, rows=loader.plan.rows_per_epoch, step=state.step
+        out / "bad_samples.jsonl", max_fraction=max_bad_fraction, rows=plan.rows_per_epoch, step=state.step
     )
-    meter = Meter(COUNTS, device, num_groups=int(objective.groups.max(initial=0)) + 1)
-    due = _Due(intervals, schedule.total_steps)
+    meter = Meter(COUNTS, device, num_groups=int(groups.max(initial=0)) + 1)
+    spans = spans or Spans()
+    time_all_reduce(model, spans)
     interrupt, stopping = interrupt or Interrupt(), False
+    last_step = config.steps if max_steps is None else min(config.steps, state.step + max_steps)
+    batches, saved_at = loader.steps(state.step, config.steps), time.monotonic()
+    bar = Progress(
+        total=config.steps, initial=state.step, unit="step", desc="train", show=machine.progress and is_main()
+    )
     model.train()
 
-    batches = partial(loader.steps, state.step, schedule.total_steps)
-    for batch in _progress(batches, state, schedule.total_steps, meter, show_progress, interrupt):
-        if evaluate is not None and due.evaluate(state.step) and state.step not in evaluated:
-            log.add({"step": state.step, **_evaluate(raw, average, evaluate)})
-        lr = schedule.lr * lr_at(
-            state.step,
-            total_steps=schedule.total_steps,
-            warmup_steps=schedule.warmup_steps,
-            schedule=schedule.shape,
-        )
-        set_lr(raw_optimizer, lr)
+    with bar, interrupt.deferred():  # signals wait for the end of a step
+        while state.step < last_step and not stopping:
+            with spans("data"):
+                batch = next(batches)
+            if evaluate is not None and _is_due(state.step, evaluate_steps) and state.step not in evaluated:
+                with spans("evaluate"):
+                    log.add({"step": state.step, **_evaluate(raw, average, evaluate)})
 
-        drawn = (*seed, "dropout", state.step, rank())
-        counts = objective.add_gradients(model, batch, device, seed=drawn, backward=accelerator.backward)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        clamp_logit_scale_(raw)
-        state.step += 1
-        state.samples_seen += loader.plan.global_batch_size
-        if average is not None:
-            average.update(raw, state.step)
-        meter.add(counts)
-        meter.add_rows(*(counts[name] for name in ROWS))
-        bad.add(batch.bad)
-        stopping = interrupt.asked(device)
+            counts = forward_backward(
+                model, batch, groups=groups, preprocess_cfg=preprocess_cfg, config=config, device=device,
+                seed=(*seed, "dropout", state.step, rank()), backward=accelerator.backward, spans=spans,
+            )  # fmt: skip
+            with spans("optimizer"):
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+                lr = config.lr * lr_at(
+                    state.step,
+                    total_steps=config.steps,
+                    warmup_steps=config.warmup_steps,
+                    schedule=config.schedule,
+                )
+                set_lr(raw_optimizer, lr)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                clamp_logit_scale_(raw)
+                state.step += 1
+                state.samples_seen += plan.global_batch_size
+                if average is not None:
+                    average.update(raw, state.step)
+            meter.add(counts)
+            meter.add_rows(*(counts[name] for name in ROWS))
+            bad.add(batch.bad)
+            stopping = interrupt.asked(device)
 
-        if due.log(state.step) or stopping:
-            record = _record(raw, meter, state, lr, grad_norm, loader)  # the only wait for the device
-            _stop_if_diverged(record, out)
-            bad.flush(state.step, loader.plan.rows_per_epoch * state.step // loader.plan.batches_per_epoch)
-            log.add({**record, "bad_samples": bad.count})
-            track(record, state.step)
-        if (due.save(state.step) or stopping) and is_main() and math.isfinite(float(grad_norm)):
-            save_checkpoint(
-                out / "checkpoints",
-                model=raw,
-                optimizer=raw_optimizer,
-                average=average,
-                state=state,
-                keep=intervals.keep_checkpoints,
-            )
-            due.saved()
-        if stopping:
-            break
+            # A step that saves logs too, so that no count is lost between a checkpoint and a record.
+            is_saving = stopping or state.step == config.steps or _is_due(state.step, machine.save_steps)
+            if is_saving or _is_due(state.step, machine.log_steps):
+                with spans("log"):
+                    record, seconds = _record(raw, meter, spans, state, lr, grad_norm, plan)
+                    _stop_if_diverged(record, checkpoints)
+                    bad.flush(state.step, plan.rows_per_epoch * state.step // plan.batches_per_epoch)
+                    log.add({**record, "bad_samples": bad.count, "spans": seconds})
+                    track(record, state.step)
+                bar.set_postfix(
+                    {"loss": f"{record['loss']:.3f}", "samples/s": f"{record['samples_per_s']:.0f}"}, refresh=False
+                )
+                # Saves by minutes wait for a record; the clock is that of the main process.
+                is_saving |= 0 < machine.save_minutes <= (time.monotonic() - saved_at) / 60
+                if is_saving and is_main() and math.isfinite(float(grad_norm)):
+                    with spans("save"):
+                        save_checkpoint(
+                            checkpoints, model=raw, optimizer=raw_optimizer, average=average, state=state,
+                            keep=machine.keep_checkpoints,
+                        )  # fmt: skip
+                    saved_at = time.monotonic()
+            bar.update()
 
     if stopping:
-        barrier()  # no process leaves before the checkpoint is whole
-        raise interrupt.stop(f"step {state.step} of {schedule.total_steps} is saved in {out / 'checkpoints'}")
+        barrier()  # no process leaves before the checkpoint is complete
+        raise interrupt.stop(f"step {state.step} of {config.steps} is saved in {checkpoints}")
     if average is not None:
         average.swap(raw)
     return state
+
+
+def forward_backward(
+    model: nn.Module,
+    batch: PairBatch,
+    *,
+    groups: Int[np.ndarray, "rows"],
+    preprocess_cfg: Mapping[str, Any],
+    config: TrainConfig,
+    device: torch.device,
+    seed: tuple[str | int, ...],
+    backward: Callable[[Tensor], object] = Tensor.backward,
+    spans: Spans | None = None,
+) -> dict[str, Tensor]:
+    """Run towers, masked contrastive loss and backward pass on a batch; gradients add up in the parameters.
+
+    Args:
+        model: the towers, wrapped in DistributedDataParallel or not.
+        batch: this process's part of a global batch.
+        groups: the group of each row of the data, shape (rows,); rows of other groups are no negatives.
+        preprocess_cfg: `mean` and `std` of the pixels.
+        config: loss, masking, precision and chunk sizes.
+        device: where the model is.
+        seed: name of the dropout seed of this step and process.
+        backward: runs the backward pass of the loss.
+        spans: timer of `device`, `forward`, `loss` and `backward`.
+
+    Returns:
+        This process's share of the loss and its counts, named as in `COUNTS`, and values of each row, as in `ROWS`.
+    """
+    spans = spans or Spans()
+    with spans("device"):
+        batch_groups = torch.from_numpy(groups[batch.rows.numpy()].astype(np.int64)).to(device)
+        batch = batch.to(device)
+
+    def encode(model: nn.Module, rows: slice) -> Outputs:
+        with spans("device"):
+            images = to_floats(batch.images[rows], preprocess_cfg)
+        with spans("forward"), autocast(config.precision, device):
+            out = model(images, batch.tokens[rows] if batch.text_features is None else None)
+        if batch.text_features is not None:
+            out = {**out, "text_features": batch.text_features[rows]}
+        return {name: tensor for name, tensor in out.items() if tensor is not None}
+
+    def at_batch_positions(features: Tensor) -> Tensor:
+        """Put the features of decoded rows at their positions in the batch, with zeros for fillers."""
+        if len(batch.places) == len(batch.rows):
+            return features
+        return features.new_zeros(len(batch.rows), features.shape[1]).index_put((batch.places,), features)
+
+    def loss_of(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        with spans("loss"):
+            negatives = find_negatives(
+                rows=batch.rows,
+                groups=batch_groups,
+                text_ids=batch.text_ids,
+                image_ids=batch.image_ids,
+                min_negatives=config.min_negatives,
+                mask_duplicates=config.mask_duplicates,
+                chunk_rows=config.loss_chunk_rows,
+            )
+            images, texts = at_batch_positions(out["image_features"]), at_batch_positions(out["text_features"])
+            scale, epsilon = out["logit_scale"], config.ifm_epsilon
+            if config.loss == "siglip":
+                loss = siglip_loss(images, texts, scale, out["logit_bias"], negatives, ifm_epsilon=epsilon)
+            else:
+                loss = clip_loss(images, texts, scale, negatives, ifm_epsilon=epsilon)
+            return loss, {
+                "loss": loss,
+                "rows": (batch.rows >= 0).sum(),
+                "weight": negatives.weight.sum(),
+                "negatives": (negatives.num_negatives * negatives.weight).sum(),
+                "duplicates": negatives.duplicates,
+                "row_groups": batch_groups,
+                "row_losses": negatives.losses,
+                "row_weights": negatives.weight,
+            }
+
+    with spans("backward"):  # less the spans inside it
+        return add_gradients(
+            model,
+            encode,
+            loss_of,
+            rows=len(batch.images),
+            # All processes must decide alike, and their numbers of decoded rows differ: hence by `batch.rows`.
+            chunk_rows=config.grad_cache_rows if config.grad_cache_rows < len(batch.rows) else 0,
+            seed_chunk=lambda chunk: torch.manual_seed(seed_of(*seed, chunk)),  # dropout takes no generator
+            backward=backward,
+        )
 
 
 def clamp_logit_scale_(model: nn.Module) -> None:
@@ -258,78 +277,35 @@ def clamp_logit_scale_(model: nn.Module) -> None:
         model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
 
 
-def _in_place(features: Tensor, batch: PairBatch) -> Tensor:
-    """Features of the decoded rows at their places in the batch; zeros where there is a filler."""
-    if len(batch.places) == len(batch.rows):
-        return features
-    empty = features.new_zeros(len(batch.rows), features.shape[1])
-    return empty.index_put((batch.places,), features)
+def time_all_reduce(model: nn.Module, spans: Spans) -> None:
+    """When profiling several processes, charge the wait for the all-reduce of gradients to the span `exchange`."""
+    if spans.device is None or not isinstance(model, DistributedDataParallel):
+        return
+
+    def hook(_, bucket):  # type: ignore[no-untyped-def]  # torch accepts its own annotations, or none
+        if bucket.is_last():  # all gradients are computed: what is not exchanged yet is waited for
+            spans.switch("exchange")
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # over all processes
+
+    model.register_comm_hook(None, hook)
 
 
-class _Due:
-    def __init__(self, intervals: Intervals, total_steps: int) -> None:
-        self._at, self._total = intervals, total_steps
-        self.saved()
-
-    def saved(self) -> None:
-        self._last_save = time.monotonic()
-
-    def log(self, step: int) -> bool:
-        is_multiple = any(self._is_multiple(step, interval) for interval in (self._at.log_steps, self._at.save_steps))
-        return is_multiple or step == self._total
-
-    def evaluate(self, step: int) -> bool:
-        """When the step is done, saved if it was due, and another follows."""
-        return self._is_multiple(step, self._at.evaluate_steps) and 0 < step < self._total
-
-    def save(self, step: int) -> bool:
-        """By steps, by minutes of this process's clock, and at the end."""
-        minutes = (time.monotonic() - self._last_save) / 60
-        is_late = 0 < self._at.save_minutes <= minutes
-        return self._is_multiple(step, self._at.save_steps) or (is_late and self.log(step)) or step == self._total
-
-    @staticmethod
-    def _is_multiple(step: int, interval: int) -> bool:
-        return interval > 0 and step % interval == 0
-
-
-def _progress(
-    make_batches: Callable[[], Iterator[PairBatch]],
-    state: TrainState,
-    total_steps: int,
-    meter: Meter,
-    show: bool,
-    interrupt: Interrupt,
-) -> Iterator[PairBatch]:
-    """The batches, with a bar on the main process and the time that was spent waiting for them.
-
-    Signals wait for the end of a step meanwhile.
-    """
-    bar = Progress(total=total_steps, initial=state.step, unit="step", desc="train", show=show and is_main())
-    with interrupt.deferred(), bar:
-        batches = make_batches()
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            meter.data_wait_s += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-            bar.update()
-            if meter.last:
-                bar.set_postfix(meter.last, refresh=False)
+def _is_due(step: int, interval: int) -> bool:
+    """Return whether `step` is a multiple of `interval`; an interval of 0 is never due."""
+    return interval > 0 and step > 0 and step % interval == 0
 
 
 def _record(
-    model: nn.Module, meter: Meter, state: TrainState, lr: float, grad_norm: Tensor, loader: TrainingLoader
-) -> dict[str, Any]:
-    wait = meter.data_wait_s
+    model: nn.Module, meter: Meter, spans: Spans, state: TrainState, lr: float, grad_norm: Tensor, plan: BatchPlan
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the metrics and the seconds by span since the last record. The only wait for the device in the loop."""
     spread = meter.take_spread()
     sums, steps, seconds = meter.take()
+    by_span = spans.take()
     state.seconds += seconds
     record = {
         "step": state.step,
-        "epoch": loader.plan.epoch_of(state.step - 1),
+        "epoch": plan.epoch_of(state.step - 1),
         "samples_seen": state.samples_seen,
         "loss": sums["loss"] / steps / world_size(),
         "lr": lr,
@@ -339,20 +315,20 @@ def _record(
         "rows_without_weight": sums["rows"] - sums["weight"],
         "duplicates": sums["duplicates"],
         "samples_per_s": sums["rows"] / seconds,
-        "data_wait_share": wait / seconds,
+        "data_wait_share": by_span["data"] / seconds,
         "seconds": state.seconds,
         **({"group_loss": spread} if spread else {}),
     }
-    meter.last = {"loss": f"{record['loss']:.3f}", "samples/s": f"{record['samples_per_s']:.0f}"}
-    return record
+    return record, {name: round(spent, 6) for name, spent in by_span.items()}
 
 
-def _stop_if_diverged(record: Mapping[str, Any], out: Path) -> None:
+def _stop_if_diverged(record: Mapping[str, Any], checkpoints: Path) -> None:
+    """Raise TrainingDivergedError if the loss or the gradient norm of a record is not finite."""
     if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
         return
     raise TrainingDivergedError(
-        f"at step {record['step']} the loss is {record['loss']} and the norm of the gradient {record['grad_norm']}; "
-        f"the last good checkpoint is in {out / 'checkpoints'}. Use a lower --stages.K.train.lr, a longer warm-up, or "
+        f"at step {record['step']} the loss is {record['loss']} and the gradient norm {record['grad_norm']}; the last "
+        f"good checkpoint is in {checkpoints}. Use a lower --stages.K.train.lr, a longer warmup, or "
         f"--stages.K.train.max-grad-norm 1"
     ).on_every_process()
 
@@ -360,6 +336,7 @@ def _stop_if_diverged(record: Mapping[str, Any], out: Path) -> None:
 def _evaluate(
     model: nn.Module, average: ExponentialAverage | None, evaluate: Callable[[nn.Module], dict[str, float]]
 ) -> dict[str, float]:
+    """Evaluate the model, or the moving average of its weights, and return to training mode."""
     if average is not None:
         average.swap(model)
     results = evaluate(model)

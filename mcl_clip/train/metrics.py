@@ -1,8 +1,9 @@
-"""Counts of a stage: losses and rates for `metrics.jsonl`, bad samples for `bad_samples.jsonl`."""
+"""Metrics of a stage: loss and throughput in `metrics.jsonl`, time by span, bad samples in `bad_samples.jsonl`."""
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,85 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+from torch.profiler import record_function
 
 from mcl_clip.core.distributed import all_reduce_sum, gather_objects, is_main
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl, atomic_path, read_jsonl
 
-ROWS_BEFORE_JUDGEMENT = 10_000
-SPREAD = {"p10": 0.1, "p50": 0.5, "p90": 0.9}  # of the loss over groups
+MIN_ROWS_TO_JUDGE = 10_000  # a bad start of a large data set is not yet a bad data set
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}  # of the mean loss of each group
+OTHER = "other"
+
+
+class Spans:
+    """Elapsed time of a loop by named span.
+
+    `with spans("forward"): ...` adds the duration of the block to the span, without that of spans opened inside it, and
+    marks the block for `torch.profiler`. Time outside of all spans counts as `other`, so the spans add up to the
+    elapsed time.
+
+    Usually nothing waits for the device: on a GPU, a span measures how long the host takes to launch the work, and
+    the work itself shows up where the host waits for a result. When profiling, each border waits for the device.
+
+    Attributes:
+        device: the device to wait for at each border; None (no profiling) never waits.
+        history: when profiling, every (span, seconds) in order, one entry between two borders.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self.history: list[tuple[str, float]] = []
+        self._seconds: dict[str, float] = {}
+        self._open = [OTHER]
+        self._since = self.now()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Charge the block to a span."""
+        self.begin(name)
+        try:
+            with record_function(name):
+                yield
+        finally:
+            self.end()
+
+    def begin(self, name: str) -> None:
+        """Open a span inside the current one."""
+        self._charge()
+        self._open.append(name)
+
+    def end(self) -> None:
+        """Close the innermost span."""
+        self._charge()
+        self._open.pop()
+
+    def switch(self, name: str, *, wait: bool = True) -> None:
+        """Charge the rest of the innermost span to another name.
+
+        Without `wait`, work that is still pending on the device counts for the new name.
+        """
+        self._charge(wait=wait)
+        self._open[-1] = name
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds by span since the last call, and start again at 0."""
+        self._charge()
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def now(self, *, wait: bool = True) -> float:
+        """Return the time in seconds; when profiling with `wait`, once the device is idle."""
+        if wait and self.device is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return time.perf_counter()
+
+    def _charge(self, *, wait: bool = True) -> None:
+        now = self.now(wait=wait)
+        name, seconds, self._since = self._open[-1], now - self._since, now
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        if self.device is not None:
+            self.history.append((name, seconds))
 
 
 class Meter:
@@ -24,53 +97,58 @@ class Meter:
 
     def __init__(self, names: Iterable[str], device: torch.device, *, num_groups: int = 1) -> None:
         self._names = tuple(names)
-        self._groups = torch.zeros(2, num_groups, dtype=torch.float64, device=device)  # losses and rows of each
+        self._groups = torch.zeros(2, num_groups, dtype=torch.float64, device=device)  # weighted losses, and weights
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
         self._steps = 0
         self._started = time.perf_counter()
-        self.data_wait_s = 0.0
-        self.last: dict[str, str] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take in this process's values of one step."""
+        """Add this process's values of one step."""
         self._sums += torch.stack([values[name].detach().double() for name in self._names])
         self._steps += 1
 
     def add_rows(self, groups: Tensor, losses: Tensor, weights: Tensor) -> None:
-        """Take in the losses of this process's rows of one step."""
-        counted = weights.double()
-        for sums, values in zip(self._groups, (losses.double() * counted, counted), strict=True):
-            sums.index_add_(0, groups.clamp(min=0), values)  # rows of no group have no weight
+        """Add the losses of this process's rows of one step."""
+        weights = weights.double()
+        for sums, values in zip(self._groups, (losses.double() * weights, weights), strict=True):
+            sums.index_add_(0, groups.clamp(min=0), values)  # rows without a group have weight 0
 
     def take_spread(self) -> dict[str, float]:
-        """The loss of the lower, the middle and the upper group since the last call; nothing for a single group.
+        """Return quantiles over groups of the mean loss of a group since the last call; empty for a single group.
 
-        Quantiles over groups of the mean loss of each group that had rows. A collective call.
+        Groups without a row do not count. A collective call.
         """
         if self._groups.shape[1] < 2:
             return {}
         losses, rows = all_reduce_sum(self._groups.clone())
         self._groups.zero_()
         means = (losses / rows)[rows > 0].cpu().numpy()
-        return {name: float(np.quantile(means, share)) for name, share in SPREAD.items()} if len(means) else {}
+        return {name: float(np.quantile(means, share)) for name, share in QUANTILES.items()} if len(means) else {}
 
     def take(self) -> tuple[dict[str, float], int, float]:
-        """Sums over processes and steps, the number of steps, and the seconds since the last call; then start anew."""
+        """Return sums over processes and steps, the number of steps, and the seconds since the last call; then reset.
+
+        A collective call.
+        """
         sums: Float64[Tensor, names] = all_reduce_sum(self._sums.clone())
         seconds, steps = time.perf_counter() - self._started, self._steps
         self._sums.zero_()
-        self._steps, self._started, self.data_wait_s = 0, time.perf_counter(), 0.0
+        self._steps, self._started = 0, time.perf_counter()
         return dict(zip(self._names, sums.tolist(), strict=True)), steps, seconds
 
 
 class StepLog:
-    """A JSON-lines file of records with a `step`; a restart takes back what came after its checkpoint."""
+    """A JSON-lines file of records with a `step`; a resumed run drops the records after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records after `step`; the ones that stay."""
+        """Drop the records after `step` and return the others.
+
+        Raises:
+            UserError: if a record has no step.
+        """
         records = read_jsonl(self.path)
         if not all(type(record.get("step")) is int for record in records):
             raise UserError(f"{self.path} has a record without a step; restore the file or delete it")
@@ -83,66 +161,67 @@ class StepLog:
         return records
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Add a record (main process only)."""
+        """Append a record, on the main process."""
         if is_main():
             append_jsonl(self.path, record)
 
 
 class BadSamples:
-    """Rows that became fillers, by shard and reason; stops the run when they are too many."""
+    """Rows that could not be decoded and became fillers; stops the run when there are too many."""
 
     def __init__(self, path: Path, *, max_fraction: float, rows: int, step: int = 0) -> None:
-        """Continue the file at `path`.
+        """Resume the file at `path`.
 
         Args:
             path: the JSON-lines file.
-            max_fraction: share of rows that may be bad.
-            rows: rows of the data set.
-            step: the step from which training goes on; what was written after it is taken back.
+            max_fraction: largest share of bad rows, from 0 to 1.
+            rows: number of rows of the data set.
+            step: the step to resume from; later records are dropped.
+
+        Raises:
+            UserError: if a record is malformed.
         """
         self._log = StepLog(path)
         self.max_fraction, self.rows = max_fraction, rows
-        self._found: dict[int, tuple[str, str]] = {}
+        self._bad: dict[int, tuple[str, str]] = {}
         for record in self._log.rewind(step):
             row, shard, reason = (record.get(name) for name in ("row", "shard", "reason"))
             if type(row) is not int or not isinstance(shard, str) or not isinstance(reason, str):
                 raise UserError(f"{path} has a record without row, shard and reason; restore the file or delete it")
-            self._found[row] = (shard, reason)
+            self._bad[row] = (shard, reason)
         self._pending: list[tuple[int, str, str]] = []
 
     @property
     def count(self) -> int:
-        """Distinct bad rows so far, over all processes as of the last `flush`."""
-        return len(self._found)
+        """Number of distinct bad rows over all processes, as of the last `flush`."""
+        return len(self._bad)
 
     def add(self, bad: Iterable[tuple[int, str, str]]) -> None:
-        """Note rows of this process."""
+        """Add (row, shard, reason) of this process."""
         self._pending += bad
 
     def flush(self, step: int, rows_seen: int) -> None:
-        """Write down what all processes found. A collective call.
+        """Write the new bad rows of all processes. A collective call.
 
         Raises:
-            UserError: if more than `max_fraction` of the rows seen (at first, of 10,000) are bad.
+            UserError: if more than `max_fraction` of the rows seen (at least of 10,000) are bad.
         """
         pending = [bad for process in gather_objects(self._pending) for bad in process]
         self._pending = []
         for row, shard, reason in sorted(pending):
-            if row not in self._found:
-                self._found[row] = (shard, reason)
+            if row not in self._bad:
+                self._bad[row] = (shard, reason)
                 self._log.add({"step": step, "row": row, "shard": shard, "reason": reason})
-        limit = self.max_fraction * max(min(rows_seen, self.rows), min(self.rows, ROWS_BEFORE_JUDGEMENT))
-        if len(self._found) > limit:
-            raise UserError(self._complaint(min(rows_seen, self.rows))).on_every_process()
+        limit = self.max_fraction * max(min(rows_seen, self.rows), min(self.rows, MIN_ROWS_TO_JUDGE))
+        if len(self._bad) > limit:
+            shards = Counter(shard for shard, _ in self._bad.values()).most_common(5)
+            raise UserError(
+                f"{len(self._bad)} of about {min(rows_seen, self.rows)} samples could not be decoded "
+                f"{self.by_reason()}, more than max_bad_fraction = {self.max_fraction:g}; most in "
+                f"{', '.join(f'{shard} ({count})' for shard, count in shards)}. Fix or remove these shards, or raise "
+                f"--data.max-bad-fraction"
+            ).on_every_process()
 
     def by_reason(self) -> dict[str, int]:
-        """Number of distinct bad rows by reason."""
-        return dict(Counter(reason for _, reason in self._found.values()).most_common())
-
-    def _complaint(self, seen: int) -> str:
-        shards = Counter(shard for shard, _ in self._found.values()).most_common(5)
-        return (
-            f"{len(self._found)} of about {seen} samples could not be decoded {self.by_reason()}, more than "
-            f"max_bad_fraction = {self.max_fraction:g}; most in {', '.join(f'{s} ({n})' for s, n in shards)}. "
-            f"Mend or leave out these shards, or raise --data.max-bad-fraction"
-        )
+        """Count distinct bad rows by reason."""
+        return dict(Counter(reason for _, reason in self._bad.values()).most_common())

@@ -1,49 +1,40 @@
-"""Optimiser, parameter groups and learning rate; what depends on the step is a pure function of the step."""
+"""Optimizer, parameter groups, learning rate schedule and weight averaging.
+
+What depends on the step is a pure function of the step, so that resuming needs no state of a scheduler.
+"""
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.optim import AdamW
 
+from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 
 
-def create_optimizer(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    lr_multipliers: Mapping[str, float],
-    weight_decays: Mapping[str, float],
-) -> AdamW:
-    """AdamW over the parameters that train.
+def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """Create AdamW over the trainable parameters.
 
-    Gains, biases, positions and everything else with fewer than two dimensions, and what the model lists in
-    `no_weight_decay()`, are not decayed. Each group has `lr_scale`, the factor on the learning rate of the step.
+    Parameters with fewer than two dimensions (gains, biases), and those that the model lists in `no_weight_decay()`
+    (positions), are not decayed unless `config.weight_decays` says so. Each parameter group has `lr_scale`, its factor
+    on the learning rate of the step.
 
     Args:
         model: the unwrapped model.
-        lr: learning rate at its peak.
-        weight_decay: of matrices and kernels.
-        betas: of Adam.
-        eps: of Adam.
-        lr_multipliers: regular expression of parameter names -> factor on the learning rate; the last match counts.
-        weight_decays: regular expression -> weight decay, in place of the rule above; the last match counts.
+        config: `lr`, `weight_decay`, `betas`, `eps`, `lr_multipliers` and `weight_decays` of the stage.
 
     Raises:
-        UserError: if an expression is malformed or matches no parameter that trains.
+        UserError: if a regular expression is malformed or matches no trainable parameter.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    scale_of = _by_pattern(named, lr_multipliers, "lr-multipliers", lambda _: 1.0)
-    decay_of = _by_pattern(
-        named, weight_decays, "weight-decays", lambda n: 0.0 if named[n].ndim < 2 or n in skip else weight_decay
-    )
+    scale_of = dict.fromkeys(named, 1.0)
+    decay_of = {name: 0.0 if p.ndim < 2 or name in skip else config.weight_decay for name, p in named.items()}
+    _override(scale_of, config.lr_multipliers, "lr-multipliers")
+    _override(decay_of, config.weight_decays, "weight-decays")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         groups.setdefault((scale_of[name], decay_of[name]), []).append(parameter)
@@ -52,30 +43,27 @@ def create_optimizer(
             {"params": parameters, "lr_scale": scale, "weight_decay": decay}
             for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
         ],
-        lr=lr,
-        betas=betas,
-        eps=eps,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
         fused=True,
     )
 
 
-def _by_pattern(
-    named: Mapping[str, nn.Parameter], values: Mapping[str, float], option: str, default: Callable[[str], float]
-) -> dict[str, float]:
-    result = {name: default(name) for name in named}
-    for pattern, value in values.items():
+def _override(values: dict[str, float], patterns: Mapping[str, float], option: str) -> None:
+    """Set the values of parameters by regular expressions of their names, in place; the last match counts."""
+    for pattern, value in patterns.items():
         try:
-            matching = [name for name in named if re.search(pattern, name)]
+            matching = [name for name in values if re.search(pattern, name)]
         except re.error as error:
             raise UserError(f"{option} {pattern!r} is not a regular expression: {error}") from error
         if not matching:
-            raise UserError(f"{option} {pattern!r} matches none of the {len(named)} parameters that train")
-        result.update(dict.fromkeys(matching, value))
-    return result
+            raise UserError(f"{option} {pattern!r} matches none of the {len(values)} parameters that train")
+        values.update(dict.fromkeys(matching, value))
 
 
 def lr_at(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Factor on the learning rate of a step: a linear warm-up, then `cosine` to 0 or `constant`."""
+    """Return the learning rate factor of a step: linear warmup, then `cosine` decay to 0 or `constant`."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":
@@ -84,15 +72,16 @@ def lr_at(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> f
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its learning rate for the coming step."""
+    """Set the learning rate of every parameter group, scaled by its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 class ExponentialAverage:
-    """Running average of the weights that train, for evaluation and export.
+    """Exponential moving average (EMA) of the trainable weights, for evaluation and export.
 
-    After t steps the average a becomes d a + (1 - d) w, d = min(decay, (1 + t) / (10 + t)): the start is forgotten.
+    After step t the average is d * average + (1 - d) * weights with d = min(decay, (1 + t) / (10 + t)); the growing
+    decay lets the average forget the initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -101,16 +90,16 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after `step` updates."""
+        """Update the average with the weights after `step` optimizer steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         named = dict(model.named_parameters())
         torch._foreach_lerp_(list(self.average.values()), [named[name].detach() for name in self.average], 1 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the weights of the model with the average; twice is nothing."""
+        """Swap the weights of the model with the average; calling it twice restores both."""
         named = dict(model.named_parameters())
         for name, average in self.average.items():
-            kept = named[name].detach().clone()
+            weights = named[name].detach().clone()
             named[name].copy_(average)
-            average.copy_(kept)
+            average.copy_(weights)

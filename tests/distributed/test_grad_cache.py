@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mcl_clip.core.distributed import gather, rank, seed_of, world_size
 from mcl_clip.data.batch_plan import FILLER
-from mcl_clip.train.loop import Objective
-from tests.distributed.test_losses import BATCH, CFG, CPU, Data, Towers
+from tests.distributed.test_losses import BATCH, Data, Towers, add_gradients
 
 STEPS = 8
 FEATURES = ("image_features", "text_features")
@@ -59,18 +58,16 @@ def gradients(loss, chunk_rows, find_unused):
         prepared = [DistributedDataParallel(model, find_unused_parameters=find_unused) for model in (raw, graph)]
         prepared[0].register_comm_hook(None, lambda state, bucket: _counted(synchronised, state, bucket))
     data = Data()
-    options = {"groups": data.groups, "preprocess_cfg": CFG, "loss": loss, "loss_chunk_rows": 2}
     for step in range(STEPS):
-        batch = data.batch(step)
         seed = (step, rank())
         graph.seed = seed
         counted = [
-            Objective(**options, grad_cache_rows=rows).add_gradients(model, batch, CPU, seed=seed)
+            add_gradients(model, data, step, seed, loss=loss, loss_chunk_rows=2, grad_cache_rows=rows)
             for model, rows in zip(prepared, (chunk_rows, 0), strict=True)
         ]
         for name in counted[0]:
             assert torch.allclose(counted[0][name].double(), counted[1][name].double(), atol=1e-12), name
-        chunks.append([-(-int(rows) // chunk_rows) for rows in gather(torch.tensor([len(batch.images)]))])
+        chunks.append([-(-int(rows) // chunk_rows) for rows in gather(torch.tensor([len(data.batch(step).images)]))])
         found.append(
             [
                 {name: None if p.grad is None else p.grad.clone().numpy() for name, p in model.named_parameters()}
@@ -118,8 +115,7 @@ def passes(rows):
         return forward(self, images, tokens)
 
     with patch.object(Towers, "forward", counted):
-        objective = Objective(groups=data.groups, preprocess_cfg=CFG, grad_cache_rows=rows)
-        objective.add_gradients(model, data.batch(0), CPU, seed=())
+        add_gradients(model, data, 0, grad_cache_rows=rows)
     return calls, all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize
 from torch.nn.parallel import DistributedDataParallel
 
+from mcl_clip.config import TrainConfig
 from mcl_clip.core.distributed import all_reduce_sum, rank, world_size
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
 from mcl_clip.data.loader import PairBatch
-from mcl_clip.train.loop import ROWS, Objective, clamp_logit_scale_
+from mcl_clip.train.loop import ROWS, clamp_logit_scale_, forward_backward
 from mcl_clip.train.metrics import Meter
 
 BATCH, CHECKED_GRADIENTS = 8, 20
@@ -83,6 +84,14 @@ def make(loss: str, dtype: torch.dtype) -> tuple[Towers, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
 
 
+def add_gradients(model: nn.Module, data: Data, step: int, seed: tuple = (), **options) -> dict[str, Tensor]:
+    """A step of the loop up to the gradients, with these fields of `TrainConfig`."""
+    config = TrainConfig(steps=200, global_batch_size=BATCH, lr=0.01, **options)
+    return forward_backward(
+        model, data.batch(step), groups=data.groups, preprocess_cfg=CFG, config=config, device=CPU, seed=seed
+    )
+
+
 def gradients(model: Towers) -> dict[str, np.ndarray]:
     return {name: p.grad.double().numpy().copy() for name, p in model.named_parameters()}
 
@@ -93,19 +102,13 @@ def train(
     """Loss of each step, gradients of the first ones, the weights at the end; `chunks` of the towers and the loss."""
     data, (raw, optimizer) = Data(), make(loss, dtype)
     model = DistributedDataParallel(raw) if world_size() > 1 else raw
-    objective = Objective(
-        groups=data.groups,
-        preprocess_cfg=CFG,
-        loss=loss,
-        ifm_epsilon=epsilon,
-        min_negatives=min_negatives,
-        mask_duplicates=mask,
-        grad_cache_rows=chunks[0],
-        loss_chunk_rows=chunks[1],
-    )
+    options = {
+        "loss": loss, "ifm_epsilon": epsilon, "min_negatives": min_negatives, "mask_duplicates": mask,
+        "grad_cache_rows": chunks[0], "loss_chunk_rows": chunks[1],
+    }  # fmt: skip
     losses, grads = [], []
     for step in range(steps):
-        counts = objective.add_gradients(model, data.batch(step), CPU, seed=())
+        counts = add_gradients(model, data, step, **options)
         losses.append(float(all_reduce_sum(counts["loss"].detach().clone())) / world_size())
         weights, of_rows = counts["row_weights"].double(), counts["row_losses"].double()
         total, weight = all_reduce_sum(torch.stack([(of_rows * weights).sum(), weights.sum()])).tolist()
@@ -198,9 +201,8 @@ def spreads(chunk_rows: int) -> list[dict[str, float]]:
     """The loss by group at two records of ten steps."""
     data, (model, _) = Data(), make("clip", torch.float64)
     meter, found = Meter((), CPU, num_groups=4), []
-    objective = Objective(groups=data.groups, preprocess_cfg=CFG, loss_chunk_rows=chunk_rows)
     for step in range(20):
-        counts = objective.add_gradients(model, data.batch(step), CPU, seed=())
+        counts = add_gradients(model, data, step, loss_chunk_rows=chunk_rows)
         meter.add_rows(*(counts[name] for name in ROWS))
         found += [meter.take_spread()] if step % 10 == 9 else []
     return found
@@ -253,8 +255,7 @@ def test_the_batches_are_of_every_kind():
 def test_a_batch_of_fillers_alone_has_a_loss_and_gradients_of_zero(loss, rows):
     data, (model, _) = Data(), make(loss, torch.float64)
     data.rows = torch.full((1, BATCH), FILLER)
-    objective = Objective(groups=data.groups, preprocess_cfg=CFG, loss=loss, grad_cache_rows=rows, loss_chunk_rows=rows)
-    counts = objective.add_gradients(model, data.batch(0), CPU, seed=())
+    counts = add_gradients(model, data, 0, loss=loss, grad_cache_rows=rows, loss_chunk_rows=rows)
     assert float(counts["loss"].detach()) == 0
     assert not counts["rows"]
     assert not counts["weight"]

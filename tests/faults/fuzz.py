@@ -59,6 +59,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as make_safetensors
 from tqdm import tqdm
 
+from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, read_json, read_jsonl, read_run_config
 from mcl_clip.data.decode import BadSampleError, TrainTransform, decode_captions, decode_image, evaluation_transform
@@ -984,7 +985,7 @@ class Runs:
     def _model() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
         model = torch.nn.Linear(3, 2)
         return model, create_optimizer(
-            model, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-6, lr_multipliers={}, weight_decays={}
+            model, TrainConfig(steps=1, global_batch_size=2, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-6)
         )
 
     def run(self, case: Case) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, read_json, read_jsonl, read_run_config, write_json
 from mcl_clip.data.storage import load_numbers, load_tensors
@@ -30,7 +31,7 @@ MODEL = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
 }
-OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-6, "lr_multipliers": {}, "weight_decays": {}}
+CONFIG = TrainConfig(steps=1, global_batch_size=2, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-6)
 
 
 class Touch:
@@ -292,7 +293,7 @@ def test_records_without_their_fields(tmp_path):
 )
 def test_a_checkpoint_that_was_tampered_with(tmp_path, canary, name, sentence):
     model = torch.nn.Linear(3, 2)
-    optimizer = create_optimizer(model, **OPTIONS)
+    optimizer = create_optimizer(model, CONFIG)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = TrainState(step=5, samples_seen=5, seconds=1.0)

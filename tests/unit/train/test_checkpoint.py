@@ -1,15 +1,17 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.train import checkpoint
 from mcl_clip.train.checkpoint import TrainState, checkpoints, load_newest, save_checkpoint
 from mcl_clip.train.optim import ExponentialAverage, create_optimizer
 
-OPTIONS = {"lr": 0.1, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decays": {}}
+CONFIG = TrainConfig(steps=1, global_batch_size=2, lr=0.1, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6)
 
 
 class Run:
@@ -19,7 +21,7 @@ class Run:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
-        self.optimizer = create_optimizer(self.model, **OPTIONS, lr_multipliers={fast: 2.0})
+        self.optimizer = create_optimizer(self.model, replace(CONFIG, lr_multipliers={fast: 2.0}))
         self.average = ExponentialAverage(self.model, 0.9)
         self.state = TrainState()
 
@@ -129,7 +131,7 @@ def convolutional() -> tuple[nn.Module, torch.optim.Optimizer]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Conv2d(4, 5, 3).to(memory_format=torch.channels_last)
-    return model, create_optimizer(model, **OPTIONS, lr_multipliers={})
+    return model, create_optimizer(model, CONFIG)
 
 
 def train_convolutional(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:

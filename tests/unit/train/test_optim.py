@@ -1,14 +1,16 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.train.optim import ExponentialAverage, create_optimizer, lr_at, set_lr
 
-OPTIONS = {"lr": 0.1, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6, "lr_multipliers": {}, "weight_decays": {}}
+CONFIG = TrainConfig(steps=1, global_batch_size=2, lr=0.1, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6)
 
 
 class Towers(nn.Module):
@@ -26,7 +28,7 @@ class Towers(nn.Module):
 
 def options_by_name(model: nn.Module, **changed) -> dict[str, tuple[float, float]]:
     """Learning rate factor and weight decay of each parameter."""
-    optimizer = create_optimizer(model, **{**OPTIONS, **changed})
+    optimizer = create_optimizer(model, replace(CONFIG, **changed))
     of = {
         id(p): (group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
     }
@@ -54,13 +56,13 @@ def test_patterns_override_and_the_last_match_counts():
 def test_patterns_that_cannot_be_meant_are_refused(option):
     name = option.replace("_", "-")
     with pytest.raises(UserError, match=f"{name} 'locked' matches none of the 8 parameters that train"):
-        create_optimizer(Towers(), **{**OPTIONS, option: {"locked": 0.1}})
+        create_optimizer(Towers(), replace(CONFIG, **{option: {"locked": 0.1}}))
     with pytest.raises(UserError, match=f"{name} '\\(' is not a regular expression"):
-        create_optimizer(Towers(), **{**OPTIONS, option: {"(": 0.1}})
+        create_optimizer(Towers(), replace(CONFIG, **{option: {"(": 0.1}}))
 
 
 def test_each_group_gets_its_learning_rate():
-    optimizer = create_optimizer(Towers(), **{**OPTIONS, "lr_multipliers": {"text": 0.25}})
+    optimizer = create_optimizer(Towers(), replace(CONFIG, lr_multipliers={"text": 0.25}))
     set_lr(optimizer, 0.08)
     assert {(group["lr_scale"], group["lr"]) for group in optimizer.param_groups} == {(1.0, 0.08), (0.25, 0.02)}
 
