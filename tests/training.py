@@ -4,6 +4,8 @@ import contextlib
 import io
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,8 +26,8 @@ from mcl_clip.data.loader import TrainingLoader
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.writing import Pair, write_pairs
-from mcl_clip.model.clip import create_clip
-from mcl_clip.train.loop import train_stage
+from mcl_clip.model.clip import ClipBundle, create_clip
+from mcl_clip.train.loop import BatchSource, train_stage
 from mcl_clip.train.optim import create_optimizer
 
 ROWS, BATCH, STEPS, SAVE = 52, 8, 30, 4  # 52 rows: the last batch of an epoch of 7 has fillers
@@ -44,7 +46,7 @@ class StoppedError(Exception):
 class StoppingLoader(TrainingLoader):
     """Notes the rows of each step and, asked for one more than it may give, stops."""
 
-    def __init__(self, *args, most_steps, **options):
+    def __init__(self, *args, most_steps=math.inf, **options):
         super().__init__(*args, **options)
         self.most_steps, self.rows = most_steps, []
 
@@ -81,33 +83,48 @@ def train(
     dtype: torch.dtype = torch.float32,
 ):
     """Train up to the end or until stopped; the local rows of each step that was done, and the weights."""
+    make_loader, tower = parts(shards, patch_dropout=patch_dropout, crop=crop, dtype=dtype)
+    loader = make_loader(most_steps=most_steps)
+    with contextlib.suppress(StoppedError):
+        fit(tower, loader, out=out)
+    return loader.rows, {name: tensor.numpy().tobytes() for name, tensor in tower.model.state_dict().items()}
+
+
+def parts(
+    shards: Path, *, patch_dropout: float = 0.0, crop: float = 0.5, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[..., StoppingLoader], ClipBundle]:
+    """A factory of loaders, and small towers that are not trained yet."""
     vision = MODEL["vision_cfg"] | {"patch_dropout": patch_dropout}
     tower = create_clip(model_cfg=MODEL | {"vision_cfg": vision}, seed=1)
     tower.model.to(dtype).visual.register_forward_pre_hook(_cast)
     index = ShardIndex.build(expand_shards(str(shards)))
-    groups = np.arange(len(index)) % 3
-    plan = BatchPlan(shard_of=index.shard_of, groups=groups, global_batch_size=BATCH, seed=0, stage=1)
+    plan = BatchPlan(
+        shard_of=index.shard_of, groups=np.arange(len(index)) % 3, global_batch_size=BATCH, seed=0, stage=1
+    )
     transform = train_transform(tower.preprocess_cfg, scale=(crop, 1.0), ratio=(1.0, 1.0))
-    loader = StoppingLoader(plan, Reader(index), transform=transform, tokenizer=tower.tokenizer, most_steps=most_steps)
+    return partial(StoppingLoader, plan, Reader(index), transform=transform, tokenizer=tower.tokenizer), tower
+
+
+def fit(tower: ClipBundle, loader: BatchSource, *, out: Path, **options) -> None:
+    """Train the towers in place."""
     config = TrainConfig(
         steps=STEPS, global_batch_size=BATCH, lr=1e-3, warmup_steps=3, weight_decay=0.1, max_grad_norm=1.0,
         average_decay=0.9,
     )  # fmt: skip
     out.mkdir(exist_ok=True)
-    with contextlib.suppress(StoppedError):
-        train_stage(
-            accelerator(),
-            tower.model,
-            loader=loader,
-            groups=groups,
-            preprocess_cfg=tower.preprocess_cfg,
-            config=config,
-            machine=MachineConfig(log_steps=1, save_steps=SAVE, progress=False),
-            optimizer=create_optimizer(tower.model, config),
-            out=out,
-            seed=(0, 1),
-        )
-    return loader.rows, {name: tensor.numpy().tobytes() for name, tensor in tower.model.state_dict().items()}
+    train_stage(
+        accelerator(),
+        tower.model,
+        loader=loader,
+        groups=np.arange(ROWS) % 3,
+        preprocess_cfg=tower.preprocess_cfg,
+        config=config,
+        machine=MachineConfig(log_steps=1, save_steps=SAVE, progress=False),
+        optimizer=create_optimizer(tower.model, config),
+        out=out,
+        seed=(0, 1),
+        **options,
+    )
 
 
 def _cast(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -5,15 +5,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
 
 from mcl_clip.cli.recipe import (
     create_accelerator,
@@ -25,7 +22,7 @@ from mcl_clip.cli.recipe import (
     speaking_once,
     split_arguments,
 )
-from mcl_clip.config import EvalConfig, RunConfig, check_range
+from mcl_clip.config import check_range
 from mcl_clip.core.console import has_colours, run_program
 from mcl_clip.core.distributed import is_main, world_size
 from mcl_clip.core.errors import UserError
@@ -40,30 +37,17 @@ from mcl_clip.report.evaluation import runs_with_controls
 from mcl_clip.report.page import write_report
 from mcl_clip.results.compare import compare_models, comparison_records, comparison_text, find_results
 from mcl_clip.results.text import results_table
-from mcl_clip.runs.context import RunContext, load_index, only
-from mcl_clip.runs.controls import with_control
-from mcl_clip.runs.pipeline import check_stages, plan_phases
-from mcl_clip.runs.train_phase import train
+from mcl_clip.runs.pipeline import check_stages
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.tools.browse import serve
 from mcl_clip.tools.doctor import examine
 from mcl_clip.tools.experiment import plan_experiment, run_arms, table
 from mcl_clip.tools.findings import as_bytes, finding_text
 from mcl_clip.tools.launch import launch, read_placement, resolve_placement
-from mcl_clip.tools.profile import (
-    Setup,
-    borrowed,
-    hints,
-    lend_stages,
-    machine_of,
-    profile_text,
-    profile_training,
-    steps_of_profile,
-)
+from mcl_clip.tools.profile import hints, profile_recipe, profile_text
 from mcl_clip.tools.reshard import reshard
 from mcl_clip.tools.status import diagnoses, status_lines
 
-ROWS_TO_CACHE = 50_000  # up to which a profile caches text features as the run does; of more it only says so
 PROFILE_OPTIONS = ("--stage", "--steps", "--warmup", "--out")
 PLACEMENT_OPTIONS = (
     *("--num-processes", "--config-file", "--num-machines", "--machine-rank"),
@@ -388,93 +372,28 @@ def profile(
     """Measure where a training step spends its time.
 
     `mcl-clip profile RECIPE [--stage K] [arguments of the recipe]`; `python RECIPE --help` lists the latter. Trains a
-    few steps as the recipe would, in a temporary folder (below TMPDIR), and says what to change. The run directory is
-    only read: a later stage needs the earlier ones done there. `accelerate launch -m mcl_clip profile ...` measures
-    several processes, of one machine.
+    few steps as the recipe would, in a temporary folder (below TMPDIR), and suggests what to change. The run directory
+    is only read: a later stage needs the earlier ones done there. `accelerate launch -m mcl_clip profile ...` measures
+    several processes on one machine.
 
     Args:
         recipe: a file with RECIPE; its own arguments follow it.
-        stage: which stage, from 0; by default the first that trains.
-        steps: steps that are measured.
-        warmup: steps before, which are not.
-        out: file for the same figures as JSON: seconds of a step by part, shares, samples per second, bytes, hints.
+        stage: number of the stage, from 0; by default the first that trains.
+        steps: number of steps to measure.
+        warmup: number of steps before the measured ones.
+        out: file for the figures as JSON: seconds of a step by part, shares, samples per second, bytes, hints.
     """
     check_range("steps", steps, 1)
     check_range("warmup", warmup, 1)
     config = parse(load_recipe(recipe), split_arguments(sys.argv[1:], PROFILE_OPTIONS)[1])
     accelerator = create_accelerator()
     with speaking_once():
-        check_stages(config)
-        if config.machine.threads:
-            torch.set_num_threads(config.machine.threads)
-        with borrowed(config.run_dir) as folder:
-            index, sources = load_index(replace(config, run_dir=folder))
-            config = with_control(config, rows=len(index))
-            number = _stage_to_profile(config, stage)
-            lend_stages(folder, config.run_dir, number)
-            ready = config.machine.workers * config.machine.prefetch_batches
-            trial = _trial(config, number, folder=folder, steps=steps_of_profile(steps, warmup, ready), rows=len(index))
-            run = RunContext(config=trial, accelerator=accelerator, index=index, sources=sources, tasks={})
-            _check_earlier(run, number, config.run_dir)
-            found = profile_training(
-                partial(train, run, number),
-                accelerator,
-                steps=steps,
-                warmup_steps=warmup,
-                ready_batches=ready,
-                show_progress=config.machine.progress,
-            )
-        setup = _setup(config, number, accelerator)
+        found, setup = profile_recipe(config, accelerator, stage=stage, steps=steps, warmup_steps=warmup)
         if is_main():
             print(profile_text(found, setup))
             if out:
-                write_json(out, {"stage": number, **found.record(), "hints": hints(found, setup)})
+                write_json(out, {"stage": setup.stage, **found.record(), "hints": hints(found, setup)})
     accelerator.end_training()
-
-
-def _stage_to_profile(config: RunConfig, stage: int | None) -> int:
-    trained = [number for number, one in enumerate(config.stages) if one.train.steps]
-    if stage is None and trained:
-        return trained[0]
-    if stage not in trained:
-        raise UserError(
-            f"--stage {stage} is not a stage that trains; those of this recipe are {', '.join(map(str, trained))}"
-        ).on_every_process()
-    return stage
-
-
-def _trial(config: RunConfig, stage: int, *, folder: Path, steps: int, rows: int) -> RunConfig:
-    """The recipe in another folder, with a stage that trains long enough and does nothing beside it."""
-    settings = config.stages[stage].train
-    settings = replace(settings, steps=max(settings.steps, steps))
-    if rows > ROWS_TO_CACHE or config.stages[stage].train.steps * settings.global_batch_size < 2 * rows:
-        settings = replace(settings, lock=replace(settings.lock, cached_texts=False))
-    stages = [replace(one, train=settings) if number == stage else one for number, one in enumerate(config.stages)]
-    machine = replace(config.machine, save_steps=0, save_minutes=0, progress=False)
-    return replace(config, run_dir=folder, stages=tuple(stages), machine=machine, eval=EvalConfig())
-
-
-def _check_earlier(run: RunContext, stage: int, run_dir: Path) -> None:
-    """Refuse a stage before what it is made from is done."""
-    (phase,) = [phase for phase in plan_phases(run) if phase.name == f"stage-{stage}/train"]
-    if missing := [earlier.name for earlier in phase.inputs if not (earlier.folder / DONE).exists()]:
-        raise UserError(
-            f"--stage {stage} trains from {', '.join(missing)}, not done in {run_dir}; run the recipe so far, or give "
-            f"the --run-dir of a run that has it"
-        ).on_every_process()
-
-
-def _setup(config: RunConfig, stage: int, accelerator: Accelerator) -> Setup:
-    settings = config.stages[stage].train
-    return Setup(
-        stage=stage,
-        workers=config.machine.workers,
-        jpeg=settings.augment.jpeg,
-        is_text_locked=settings.lock.text,
-        cached_texts=settings.lock.cached_texts,
-        **only(settings, "global_batch_size", "loss_chunk_rows", "grad_cache_rows", "precision"),
-        **machine_of(accelerator),
-    )
 
 
 def export(run: Path, folder: Path, /, *, what: Annotated[Export, tyro.conf.OmitArgPrefixes] = EVERYTHING) -> None:

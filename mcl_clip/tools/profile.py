@@ -1,35 +1,41 @@
-"""Where a training step spends its time, and what to change about it.
+"""Profile a training step: where its time goes, and what to change.
 
-Real steps of a stage run in a folder that is thrown away. A clock stands at the borders of their parts: around the
-loader, the two towers, the loss, the backward pass and the optimiser. Every moment is charged to exactly one part, so
-the parts add up to the step. On a GPU the host waits at each border for what it has asked the device to do.
+Real steps of a stage run in a temporary folder, with the spans of the training loop in profiling mode: on a GPU, the
+host waits at each border of a span for the work that it has launched. Spans exclude each other, so the parts add up to
+the step.
 """
 
 import resource
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
+from mcl_clip.config import EvalConfig, RunConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, count_cores, gather_objects, is_main, on_main
 from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import DONE
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.loader import PairBatch, TrainingLoader
+from mcl_clip.data.loader import PairBatch
+from mcl_clip.runs.context import RunContext, load_index
+from mcl_clip.runs.controls import with_control
+from mcl_clip.runs.pipeline import check_stages, plan_phases
+from mcl_clip.runs.train_phase import fit_stage, prepare_stage, start_clip
 from mcl_clip.tools.doctor_machine import find_gpus, machines_for
 from mcl_clip.tools.findings import as_bytes
-from mcl_clip.train import loop
+from mcl_clip.train.loop import BatchSource
+from mcl_clip.train.metrics import Spans
 
 PARTS = {
     "data": "waiting for data",
@@ -39,35 +45,35 @@ PARTS = {
     "loss": "loss, with gather",
     "backward": "backward",
     "exchange": "gradient all-reduce",
-    "optimizer": "gradient norm, optimiser",
+    "optimizer": "gradient norm, optimizer",
     "rest": "everything else",
 }
-ENCODERS = {"encode_image": "image", "_encode_image": "image", "encode_text": "text", "_encode_text": "text"}
-LATE = 0.02  # share of its step that a batch may take to arrive
-PROMPT = 0.1  # share of a step within which a batch that was ready arrives
-STEPS_TO_SETTLE = 2
-ENOUGH = 2.0  # times what the towers take: loaders that are late all the same lack cores
-SECONDS_OF_LOADING = 3.0
-MUCH = 0.1  # share of a step that is worth a hint
-SOME = 0.05  # the same, where nothing need be given for it
-MOST = 0.8  # share of the towers that leaves little for others
-MANY_HINTS = 3
-ROWS_WORTH_CHUNKS = 2048  # of one process: below it, chunks of the loss cost as much as they save
-GOOD_CHUNK_ROWS = 256
+LATE_BATCH_SHARE = 0.02  # a batch that takes more of its step to arrive is late
+READY_BATCH_SHARE = 0.1  # a batch that takes less of a step to arrive was prefetched
+SETTLE_STEPS = 2
+MAX_ROWS_TO_CACHE_TEXTS = 50_000  # computing more text features would take longer than the profile
+LOADING_SECONDS = 3.0
+LOADER_HEADROOM = 2.0  # loaders that are late in spite of this factor over the towers lack cores
+MIN_HINT_SHARE = 0.1
+MIN_TEXT_HINT_SHARE = 0.05  # lower, because caching text features costs nothing
+DOMINANT_TOWERS_SHARE = 0.8
+MAX_HINTS = 3
+MIN_ROWS_FOR_LOSS_CHUNKS = 2048  # of one process: below it, chunks of the loss cost as much as they save
+GOOD_LOSS_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Where the counted steps of a stage spent their time, as the mean over steps and processes.
+    """Time of the measured steps of a stage, as the mean over steps and processes.
 
     Attributes:
-        seconds: of a step, by part.
-        steps: how many were counted.
-        processes: that trained.
+        seconds: seconds of a step by part.
+        steps: number of measured steps.
+        processes: number of training processes.
         rows: decoded rows of a step over all processes.
         late_share: share of the steps that waited for data.
-        loader_rows_per_s: what one loader process reads and decodes, while nothing trains.
-        peak_bytes: of the greediest process: allocated on its GPU while steps were counted, or resident so far.
+        loader_rows_per_s: rows that one loader process reads and decodes per second while nothing trains.
+        peak_bytes: largest peak of a process: allocated on its GPU in the measured steps, or resident so far.
     """
 
     seconds: dict[str, float]
@@ -84,16 +90,16 @@ class Profile:
         return sum(self.seconds.values())
 
     def share(self, *parts: str) -> float:
-        """Share of a step that parts take together."""
+        """Return the share of a step that some parts take together."""
         return sum(self.seconds[part] for part in parts) / self.step_s
 
     @property
     def towers_rows_per_s(self) -> float:
-        """Rows per second if data were always there."""
+        """Rows per second without waiting for data."""
         return self.rows / (self.step_s - self.seconds["data"])
 
     def record(self) -> dict[str, Any]:
-        """The figures for a JSON file."""
+        """Return the figures for a JSON file."""
         return {
             **asdict(self),
             "shares": {part: self.share(part) for part in self.seconds},
@@ -104,379 +110,326 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a profile depends on: the machine for one process, and settings of the stage.
+    """Settings and hardware that a profile depends on.
 
     Attributes:
+        stage: number of the stage.
+        train: settings of the stage.
+        workers: loader processes of each training process.
         device: `cpu` or `cuda`.
-        cores: processor cores for a process and its loaders.
-        memory: bytes of the GPU; 0 if there is none.
-        has_bf16: whether there is a GPU that computes in bfloat16 itself.
+        cores: processor cores for one training process and its loaders.
+        memory: bytes of the GPU; 0 without one.
+        has_bf16: whether the GPU computes in bfloat16 natively.
     """
 
     stage: int
+    train: TrainConfig
     workers: int
-    jpeg: str
-    global_batch_size: int
-    loss_chunk_rows: int
-    grad_cache_rows: int
-    precision: str
-    is_text_locked: bool
-    cached_texts: bool
     device: str = "cpu"
     cores: int = 1
     memory: int = 0
     has_bf16: bool = False
 
 
-def machine_of(accelerator: Accelerator) -> dict[str, Any]:
-    """What a `Setup` says of the machine."""
-    gpus = find_gpus()
-    here = accelerator.num_processes // machines_for(accelerator.num_processes, gpus)
-    device = accelerator.device.type
-    return {
-        "device": device,
-        "cores": max(1, count_cores() // max(1, here)),
-        "memory": min(gpu.memory for gpu in gpus) if device == "cuda" else 0,
-        "has_bf16": device == "cuda" and all(gpu.has_bf16 for gpu in gpus),
-    }
+def profile_recipe(
+    config: RunConfig, accelerator: Accelerator, *, stage: int | None, steps: int, warmup_steps: int
+) -> tuple[Profile, Setup]:
+    """Profile a stage of a recipe, by default the first that trains. A collective call.
+
+    The run directory is only read: earlier stages must be done there, and all output goes to a temporary folder.
+
+    Raises:
+        UserError: if the recipe cannot run, or the stage does not train or needs one that is not done.
+    """
+    check_stages(config)
+    if config.machine.threads:
+        torch.set_num_threads(config.machine.threads)
+    with temporary_run_dir(config.run_dir) as folder:
+        index, sources = load_index(replace(config, run_dir=folder))
+        config = with_control(config, rows=len(index))
+        trained = [number for number, each in enumerate(config.stages) if each.train.steps]
+        stage = trained[0] if stage is None and trained else stage
+        if stage is None or stage not in trained:
+            raise UserError(
+                f"--stage {stage} is not a stage that trains; those of this recipe are {', '.join(map(str, trained))}"
+            ).on_every_process()
+        ready_batches = config.machine.workers * config.machine.prefetch_batches
+        # One step more than is used: the last step of a stage is saved.
+        min_steps = warmup_steps + ready_batches + SETTLE_STEPS + steps + 1
+        run = ProfileContext(
+            config=_trial_config(config, stage, run_dir=folder, min_steps=min_steps, rows=len(index)),
+            accelerator=accelerator,
+            index=index,
+            sources=sources,
+            tasks={},
+            source=config.run_dir,
+            stage=stage,
+        )
+        (phase,) = [phase for phase in plan_phases(run) if phase.name == f"stage-{stage}/train"]
+        if missing := [earlier.name for earlier in phase.inputs if not (earlier.folder / DONE).exists()]:
+            raise UserError(
+                f"--stage {stage} trains from {', '.join(missing)}, not done in {config.run_dir}; run the recipe so "
+                f"far, or give the --run-dir of a run that has it"
+            ).on_every_process()
+        on_main(partial(phase.folder.mkdir, parents=True))
+        clip = start_clip(run, stage)
+        make_loader, groups = prepare_stage(run, stage, clip)
+        profile = profile_training(
+            partial(fit_stage, run, stage, clip, groups=groups),
+            make_loader,
+            clip.model.visual,  # type: ignore[arg-type]
+            accelerator.device,
+            steps=steps,
+            warmup_steps=warmup_steps,
+            ready_batches=ready_batches,
+            show_progress=config.machine.progress,
+        )
+    gpus, on_gpu = find_gpus(), accelerator.device.type == "cuda"
+    processes_here = accelerator.num_processes // machines_for(accelerator.num_processes, gpus)
+    return profile, Setup(
+        stage=stage,
+        train=config.stages[stage].train,
+        workers=config.machine.workers,
+        device=accelerator.device.type,
+        cores=max(1, count_cores() // max(1, processes_here)),
+        memory=min(gpu.memory for gpu in gpus) if on_gpu else 0,
+        has_bf16=on_gpu and all(gpu.has_bf16 for gpu in gpus),
+    )
 
 
-class Clock:
-    """Charges every moment from `start` to `stop` to the innermost part that is open, else to `rest`."""
+@dataclass(frozen=True, kw_only=True)
+class ProfileContext(RunContext):
+    """A run in a temporary folder whose earlier stages are read from another run directory, `source`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._device, self._open = device, ["rest"]
-        self._since: float | None = None
+    source: Path
+    stage: int
 
-    def start(self) -> None:
-        """Begin to charge."""
-        self._since = self.now()
+    def folder(self, stage: int, phase: str) -> Path:
+        """Return the folder of a phase."""
+        root = self.source if stage < self.stage else self.config.run_dir
+        return root / f"stage-{stage}" / phase
 
-    def stop(self) -> None:
-        """Charge no more."""
-        self._charge()
-        self._since = None
 
-    def charged(self) -> float:
-        """Seconds that were charged up to now."""
-        self._charge()
-        return sum(self.seconds.values())
+@contextmanager
+def temporary_run_dir(run_dir: Path) -> Iterator[Path]:
+    """Create a temporary run directory with the index of a run, shared by all processes of this machine.
 
-    def now(self, *, waits: bool = True) -> float:
-        """Seconds; if it `waits`, once the device has done what it was asked for."""
-        if waits and self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        return time.perf_counter()
+    Errors that name the folder name the run directory instead.
+    """
+    with ExitStack() as stack:
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Charge what happens in the block to a part."""
-        self._charge()
-        self._open.append(name)
+        def make() -> str:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mcl-clip-profile-"))
+            if (index := run_dir / "index" / "index.arrow").exists():
+                (Path(folder) / "index").mkdir()
+                shutil.copyfile(index, Path(folder) / "index" / "index.arrow")
+            return folder
+
+        folder = on_main(make)
         try:
-            yield
+            yield Path(folder)
+            barrier()  # before the main process removes it
+        except UserError as error:
+            renamed = UserError(str(error).replace(folder, str(run_dir)))
+            raise (renamed.on_every_process() if error.everywhere else renamed) from error
+
+
+def _trial_config(config: RunConfig, stage: int, *, run_dir: Path, min_steps: int, rows: int) -> RunConfig:
+    """Return the recipe in another folder, with a stage that trains long enough and neither saves nor evaluates."""
+    train = config.stages[stage].train
+    if rows > MAX_ROWS_TO_CACHE_TEXTS or train.steps * train.global_batch_size < 2 * rows:
+        train = replace(train, lock=replace(train.lock, cached_texts=False))
+    train = replace(train, steps=max(train.steps, min_steps))
+    stages = [replace(each, train=train) if number == stage else each for number, each in enumerate(config.stages)]
+    machine = replace(config.machine, save_steps=0, save_minutes=0, progress=False)
+    return replace(config, run_dir=run_dir, stages=tuple(stages), machine=machine, eval=EvalConfig())
+
+
+class MeasuredLoader:
+    """Feeds the training loop with warm-up steps, then with steps to measure.
+
+    Between them it drops the batches that workers prefetched during the slow first steps: they would hide that the
+    loaders are too slow for all later steps.
+    """
+
+    def __init__(
+        self, loader: BatchSource, spans: Spans, bar: Progress, *, warmup_steps: int, ready_batches: int
+    ) -> None:
+        """Wrap a loader.
+
+        Args:
+            loader: the loader of the stage.
+            spans: timer of the loop; its history will begin with the first measured step.
+            bar: progress over warm-up and measured steps.
+            warmup_steps: steps for caches, autotuning and compilation.
+            ready_batches: batches that the workers keep ready.
+        """
+        self.plan, self._loader, self._spans, self._bar = loader.plan, loader, spans, bar
+        self._warmup_steps, self._ready_batches = warmup_steps, ready_batches
+        self.rows, self.next_step, self.reads_text_features = 0, 0, False
+
+    def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
+        """Iterate over the batches; the caller stops after the measured ones."""
+        source, spans = self._loader.steps(start_step, stop_step), self._spans
+        try:
+            started = spans.now()
+            for _ in range(self._warmup_steps):
+                yield next(source)
+                self._bar.update()
+            step_s = (spans.now() - started) / max(1, self._warmup_steps)
+            for _ in range(self._ready_batches):  # all processes drop the same number
+                asked = spans.now(wait=False)
+                next(source)
+                if any(gather_objects(spans.now(wait=False) - asked > READY_BATCH_SHARE * step_s)):
+                    break
+            for _ in range(SETTLE_STEPS):
+                yield next(source)
+            if spans.device is not None and spans.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(spans.device)
+            spans.take()
+            spans.history.clear()
+            for batch in source:
+                spans.switch("device", wait=False)  # the loader has begun to copy the images to the device
+                self.rows += int((batch.rows >= 0).sum())
+                self.next_step, self.reads_text_features = batch.step + 1, batch.text_features is not None
+                yield batch
+                self._bar.update()
         finally:
-            self._charge()
-            self._open.pop()
-
-    def turn_to(self, name: str, *, waits: bool = True) -> None:
-        """From now on charge what is left of the innermost block to another part.
-
-        So is what the device has to do yet, unless it `waits` for that.
-        """
-        self._charge(waits=waits)
-        self._open[-1] = name
-
-    def during(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, charged to a part."""
-
-        def charged(*arguments: Any, **options: Any) -> Any:
-            with self.part(name):
-                return function(*arguments, **options)
-
-        return charged
-
-    def _charge(self, *, waits: bool = True) -> None:
-        if self._since is not None:
-            now = self.now(waits=waits)
-            self.seconds[self._open[-1]] += now - self._since
-            self._since = now
-
-
-class _EnoughError(Exception):
-    """All steps are counted."""
-
-
-@dataclass(kw_only=True)
-class _Watch:
-    """The steps that are watched: some to warm up, some to settle, and those that count."""
-
-    clock: Clock
-    device: torch.device
-    steps: int
-    warmup_steps: int
-    ready_batches: int
-    bar: Progress
-    rows: int = 0
-    waited: list[bool] = field(default_factory=list)
-    peak_bytes: int = 0
-    next_step: int = 0
-    makers: list[Callable[[], TrainingLoader]] = field(default_factory=list)
-
-    def batches(self, source: Iterator[PairBatch]) -> Iterator[PairBatch]:
-        """The batches of all steps; each is done when the next is asked for."""
-        started = self.clock.now()
-        for _ in range(self.warmup_steps):
-            yield next(source)
-            self.bar.update()
-        self._use_up(source, (self.clock.now() - started) / max(1, self.warmup_steps))
-        for _ in range(STEPS_TO_SETTLE):
-            yield next(source)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.clock.start()
-        for _ in range(self.steps):
-            begun, waited = self.clock.charged(), self.clock.seconds["data"]
-            with self.clock.part("data"):
-                batch = next(source)
-                self.clock.turn_to("device", waits=False)  # the copies that it has begun
-            waited = self.clock.seconds["data"] - waited
-            self.rows += int((batch.rows >= 0).sum())
-            self.next_step = batch.step + 1
-            yield batch
-            self.bar.update()
-            self.waited.append(waited > LATE * (self.clock.charged() - begun))
-        self.clock.stop()
-        self.peak_bytes = _peak_bytes(self.device)
-        raise _EnoughError
-
-    def _use_up(self, source: Iterator[PairBatch], step_s: float) -> None:
-        """Take what loaders got ready in slow first steps, which would hide that they are late in all others.
-
-        All processes take the same number.
-        """
-        for _ in range(self.ready_batches):
-            asked = self.clock.now(waits=False)
-            next(source)
-            if any(gather_objects(self.clock.now(waits=False) - asked > PROMPT * step_s)):
-                return
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10  # kilobytes elsewhere
-
-
-def steps_of_profile(steps: int, warmup_steps: int, ready_batches: int) -> int:
-    """How many steps a stage must have to be profiled; one more than are made, for the last one would be saved."""
-    return warmup_steps + ready_batches + STEPS_TO_SETTLE + steps + 1
+            source.close()  # type: ignore[attr-defined]  # ends the worker processes
 
 
 def profile_training(
-    train: Callable[[], object],
-    accelerator: Accelerator,
+    fit: Callable[..., object],
+    make_loader: Callable[..., BatchSource],
+    image_tower: nn.Module,
+    device: torch.device,
     *,
     steps: int,
     warmup_steps: int,
     ready_batches: int,
     show_progress: bool = False,
 ) -> Profile:
-    """Where the steps of `train` spend their time. A collective call; it ends the training.
+    """Train some steps and return where their time went. A collective call.
 
     Args:
-        train: trains a stage, by `mcl_clip.train.loop.train_stage` with `accelerator`.
-        accelerator: of the training.
-        steps: how many to count, after some that are not.
-        warmup_steps: steps for caches and tuning before.
-        ready_batches: how many batches loaders keep ready.
+        fit: trains a stage by `train_stage`, given `loader`, `spans` and `max_steps`.
+        make_loader: creates the loader of the stage; keyword arguments replace its options.
+        image_tower: the module of the image tower, whose forward passes are timed.
+        device: the device that trains.
+        steps: number of steps to measure.
+        warmup_steps: number of steps before.
+        ready_batches: batches that the workers keep ready.
         show_progress: show a bar on the main process.
     """
-    clock = Clock(accelerator.device)
-    with ExitStack() as stack:
-        watch = _Watch(
-            clock=clock,
-            device=accelerator.device,
-            steps=steps,
-            warmup_steps=warmup_steps,
-            ready_batches=ready_batches,
-            bar=stack.enter_context(
-                Progress(total=warmup_steps + steps, unit="step", desc="profile", show=show_progress and is_main())
-            ),
-        )
-        for owner, name, change in _borders(clock, watch, accelerator):
-            stack.enter_context(_changed(owner, name, change))
-        _until_enough(train)
-    rate = _rows_per_s(watch.makers[-1](), watch.next_step)
-    mine = (clock.seconds, watch.rows, watch.waited, rate, watch.peak_bytes)
-    every_seconds, rows, waited, rates, peaks = zip(*gather_objects(mine), strict=True)
+    spans, total = Spans(device), warmup_steps + steps
+    outside_graphs = cast(Callable[[Callable[..., None]], Callable[..., None]], torch.compiler.disable)
+    image_tower.register_forward_pre_hook(outside_graphs(lambda *_: spans.begin("image")))
+    image_tower.register_forward_hook(outside_graphs(lambda *_: spans.end()))
+    with Progress(total=total, unit="step", desc="profile", show=show_progress and is_main()) as bar:
+        loader = MeasuredLoader(make_loader(), spans, bar, warmup_steps=warmup_steps, ready_batches=ready_batches)
+        fit(loader=loader, spans=spans, max_steps=total + SETTLE_STEPS)
+    measured = step_parts(spans.history, reads_text_features=loader.reads_text_features)
+    if len(measured) != steps:
+        raise RuntimeError(f"the training ended after {len(measured)} of {steps} measured steps")
+    if device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak_bytes = peak if sys.platform == "darwin" else peak << 10  # kilobytes elsewhere
+    rows_per_s = _loader_rows_per_s(make_loader(num_workers=0, device=torch.device("cpu")), loader.next_step)
+    seconds = {part: sum(step[part] for step in measured) / steps for part in PARTS}
+    late = [step["data"] > LATE_BATCH_SHARE * sum(step.values()) for step in measured]
+    gathered = gather_objects((seconds, loader.rows, late, rows_per_s, peak_bytes))
+    all_seconds, rows, all_late, rates, peaks = zip(*gathered, strict=True)
     return Profile(
-        seconds={part: float(np.mean([each[part] for each in every_seconds])) / steps for part in PARTS},
+        seconds={part: float(np.mean([each[part] for each in all_seconds])) for part in PARTS},
         steps=steps,
         processes=len(rates),
         rows=sum(rows) / steps,
-        late_share=float(np.mean(np.any(waited, axis=0))),  # a step waits for the last of its processes
+        late_share=float(np.mean(np.any(all_late, axis=0))),  # a step waits for the last of its processes
         loader_rows_per_s=float(np.mean(rates)),
         peak_bytes=max(peaks),
     )
 
 
-def _until_enough(train: Callable[[], object]) -> None:
-    try:
-        train()
-    except _EnoughError:
-        return
-    raise RuntimeError("the training ended before all steps were counted")
+def step_parts(history: Sequence[tuple[str, float]], *, reads_text_features: bool) -> list[dict[str, float]]:
+    """Split a history of spans into steps, each with its seconds by part; a step begins with the span `data`.
+
+    The forward pass without the image tower is the text tower's, or almost nothing where text features are read.
+    """
+    forward, steps = "image" if reads_text_features else "text", list[dict[str, float]]()
+    for span, seconds in history:
+        if span == "data":
+            steps.append(dict.fromkeys(PARTS, 0.0))
+        part = forward if span == "forward" else span if span in PARTS else "rest"
+        steps[-1][part] += seconds
+    return steps
 
 
-Change = Callable[[Any], Any]
-
-
-def _borders(clock: Clock, watch: _Watch, accelerator: Accelerator) -> Iterator[tuple[Any, str, Change]]:
-    """The functions at the borders of the parts of a step, and what becomes of them."""
-
-    def noting(init: Callable[..., None]) -> Callable[..., None]:
-        def noted(loader: TrainingLoader, *arguments: Any, **options: Any) -> None:
-            alone = {**options, "num_workers": 0, "device": torch.device("cpu")}
-            watch.makers.append(partial(TrainingLoader, *arguments, **alone))
-            init(loader, *arguments, **options)
-
-        return noted
-
-    def watching(steps: Callable[..., Iterator[PairBatch]]) -> Callable[..., Iterator[PairBatch]]:
-        def watched(*arguments: Any) -> Iterator[PairBatch]:
-            source = steps(*arguments)
-            try:
-                yield from watch.batches(source)
-            finally:
-                source.close()  # type: ignore[attr-defined]  # ends its processes
-
-        return watched
-
-    yield TrainingLoader, "__init__", noting
-    yield TrainingLoader, "steps", watching
-    yield PairBatch, "to", lambda to: clock.during("device", to)
-    yield loop, "add_gradients", lambda add_gradients: _with_borders(clock, add_gradients)
-    yield accelerator, "prepare", lambda prepare: _preparing(clock, prepare)
-    yield accelerator, "clip_grad_norm_", lambda clip: clock.during("optimizer", clip)
-
-
-@contextmanager
-def _changed(owner: Any, name: str, change: Change) -> Iterator[None]:
-    """A function of an object, class or module is changed while the block runs."""
-    original = getattr(owner, name)
-    setattr(owner, name, change(original))
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-def _with_borders(clock: Clock, add_gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """`add_gradients`: what it does beside the towers and the loss is to go backward."""
-
-    def changed(model: nn.Module, encode: Callable[..., Any], loss_of: Callable[..., Any], **options: Any) -> Any:
-        with clock.part("backward"):
-            return add_gradients(model, clock.during("device", encode), clock.during("loss", loss_of), **options)
-
-    return changed
-
-
-def _preparing(clock: Clock, prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """`Accelerator.prepare`, which also puts the clock around towers, optimizer and the exchange of gradients."""
-
-    def exchange(bucket: Any) -> Any:
-        if bucket.is_last():  # now all gradients are there, and what is not exchanged yet is waited for
-            clock.turn_to("exchange")
-        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # of all processes
-
-    def changed(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        for name, part in ENCODERS.items():
-            if hasattr(model, name):
-                setattr(model, name, clock.during(part, getattr(model, name)))
-        model, optimizer = prepare(model, optimizer)
-        if isinstance(model, DistributedDataParallel):
-            model.register_comm_hook(None, lambda _, bucket: exchange(bucket))  # annotations must be torch's, or none
-        optimizer.step = clock.during("optimizer", optimizer.step)  # type: ignore[method-assign]
-        return model, optimizer
-
-    return changed
-
-
-def _rows_per_s(loader: TrainingLoader, step: int) -> float:
-    """Rows that a loader process reads and decodes in a second, measured in this one from a step on."""
-    stop = (loader.plan.epoch_of(step) + 1) * loader.plan.batches_per_epoch  # there, processes would meet
-    loader.plan.batch(step)  # the plan of an epoch comes before it
+def _loader_rows_per_s(loader: BatchSource, step: int) -> float:
+    """Measure in this process how many rows a loader process reads and decodes per second, from a step on."""
+    stop = (loader.plan.epoch_of(step) + 1) * loader.plan.batches_per_epoch  # a new epoch would be a collective call
+    loader.plan.batch(step)  # make the plan of the epoch before the clock starts
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
     try:
         rows, started = 0, time.perf_counter()
         for batch in loader.steps(step, stop):
             rows += int((batch.rows >= 0).sum())
-            if time.perf_counter() - started > SECONDS_OF_LOADING:
+            if time.perf_counter() - started > LOADING_SECONDS:
                 break
         return rows / (time.perf_counter() - started)
     finally:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def borrowed(run_dir: Path) -> Iterator[Path]:
-    """A folder that stands for a run directory, the same on all processes of this machine.
-
-    The index of the run can be read there, and what `lend_stages` adds; what is written goes away with the folder.
-    Errors that name it name the run directory instead.
-    """
-    with ExitStack() as stack:
-
-        def make() -> str:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mcl-clip-profile-"))
-            _link(Path(folder), run_dir, "index/index.arrow")
-            return folder
-
-        folder = on_main(make)
-        try:
-            yield Path(folder)
-            barrier()  # before the main process takes it away
-        except UserError as error:
-            renamed = UserError(str(error).replace(folder, str(run_dir)))
-            raise (renamed.on_every_process() if error.everywhere else renamed) from error
-
-
-def lend_stages(folder: Path, run_dir: Path, stage: int) -> None:
-    """Let a borrowed folder show the stages before `stage`, and have an empty one for its training."""
-
-    def make() -> None:
-        (folder / f"stage-{stage}" / "train").mkdir(parents=True)
-        for earlier in range(stage):
-            _link(folder, run_dir, f"stage-{earlier}")
-
-    on_main(make)
-
-
-def _link(folder: Path, run_dir: Path, name: str) -> None:
-    if (run_dir / name).exists():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).symlink_to((run_dir / name).absolute())
-
-
 def hints(profile: Profile, setup: Setup) -> list[str]:
-    """What to change, at most three things, the one that takes most of a step first."""
+    """Return at most three changes to make, for the part with the largest share of a step first."""
+    train, prefix, rows = setup.train, f"--stages.{setup.stage}.train", setup.train.global_batch_size
+    rows_here, found = rows // profile.processes, list[tuple[float, str]]()
+
+    if (share := profile.share("data")) > MIN_HINT_SHARE:
+        found.append((share, _data_hint(profile, setup)))
+
+    share, chunk = profile.share("loss"), train.loss_chunk_rows
+    is_slow = 0 < chunk < GOOD_LOSS_CHUNK_ROWS // 2 or (chunk == 0 and setup.device == "cpu")
+    if share > MIN_HINT_SHARE and rows_here >= MIN_ROWS_FOR_LOSS_CHUNKS and is_slow:
+        option = f"{prefix}.loss-chunk-rows {GOOD_LOSS_CHUNK_ROWS} (now {chunk})"
+        found.append((share, f"the loss takes {_percent(share)} of a step: {option} gives the same result"))
+
+    if (share := profile.share("exchange")) > MIN_HINT_SHARE:
+        text = f"waiting for the all-reduce of gradients takes {_percent(share)} of a step: a larger "
+        found.append((share, f"{text}{prefix}.global-batch-size (now {rows}) does it less often for the same rows"))
+
     towers = profile.share("image", "text", "backward")
-    found = [
-        (profile.share("data"), _data_hint(profile, setup)),
-        (profile.share("loss"), _loss_hint(profile, setup)),
-        (profile.share("exchange"), _exchange_hint(profile, setup)),
-        (towers, _precision_hint(profile, setup)),
-        (profile.share("text"), _text_hint(profile, setup)),
-        (profile.share("image", "text"), _grad_cache_hint(profile, setup)),
-    ]
-    said = [text for _, text in sorted(found, reverse=True) if text][:MANY_HINTS]
-    if max(profile.share("data"), profile.share("loss")) <= MUCH:
-        said.append(_rest_hint(profile, towers))
-    return said[:MANY_HINTS]
+    if setup.has_bf16 and train.precision == "fp32" and towers > MIN_HINT_SHARE:
+        text = f"the towers take {_percent(towers)} of a step in float32, and this GPU computes in bfloat16: "
+        found.append((towers, f"{text}{prefix}.precision bf16 (now fp32)"))
+
+    if train.lock.text and (share := profile.share("text")) > MIN_TEXT_HINT_SHARE:
+        option, text = f"{prefix}.lock.cached-texts", f"the text tower is locked and takes {_percent(share)} of a step"
+        if train.lock.cached_texts:
+            text += f", but not in a run that sees each caption twice or more, which runs it once ({option}, now on)"
+        else:
+            text += f": {option} (now off) runs it once"
+        found.append((share, text))
+
+    chunk = train.grad_cache_rows
+    if 0 < chunk < rows_here and profile.peak_bytes * rows_here / chunk <= 0.9 * setup.memory:
+        text = (
+            f"the towers run forward twice, with {as_bytes(profile.peak_bytes)} of {as_bytes(setup.memory)} of GPU "
+            f"memory in use: the batch fits at once, {prefix}.grad-cache-rows 0 (now {chunk})"
+        )
+        found.append((profile.share("image", "text"), text))
+
+    texts = [text for _, text in sorted(found, reverse=True)]
+    if max(profile.share("data"), profile.share("loss")) <= MIN_HINT_SHARE:
+        text = f"towers take {_percent(towers)} of the step"
+        if towers < DOMINANT_TOWERS_SHARE:
+            part = max(("device", "exchange", "optimizer", "rest"), key=profile.share)
+            text += f", and next comes {PARTS[part]} with {_percent(profile.share(part))}"
+        texts = [*texts[:MAX_HINTS], f"{text}: nothing in the loader or the loss would help"]
+    return texts[:MAX_HINTS]
 
 
 def _percent(share: float) -> str:
@@ -484,95 +437,32 @@ def _percent(share: float) -> str:
 
 
 def _data_hint(profile: Profile, setup: Setup) -> str:
-    share, ways = profile.share("data"), []
-    if share <= MUCH:
-        return ""
-    if setup.jpeg == "exact":
-        ways.append(f"--stages.{setup.stage}.train.augment.jpeg fast (now exact)")
+    """Return how to load data faster."""
+    options, towers_rows_per_s = [], profile.towers_rows_per_s / profile.processes
+    if setup.train.augment.jpeg == "exact":
+        options.append(f"--stages.{setup.stage}.train.augment.jpeg fast (now exact)")
+    all_cores = f"(--machine.workers is {setup.workers} and takes every core already)"
     if setup.workers < setup.cores:
-        wanted = int(profile.towers_rows_per_s / profile.processes / max(profile.loader_rows_per_s, 1e-9)) + 1
+        wanted = int(towers_rows_per_s / max(profile.loader_rows_per_s, 1e-9)) + 1
         workers = min(setup.cores, max(setup.workers + 1, wanted))
         has = f"this machine has {setup.cores} core{'s' * (setup.cores != 1)}"
-        of_each = " for each process" if profile.processes > 1 else ""
-        ways.append(f"--machine.workers {workers} (now {setup.workers}, {has}{of_each})")
-    elif setup.workers * profile.loader_rows_per_s > ENOUGH * profile.towers_rows_per_s / profile.processes:
-        ways.append(
-            f"loaders deliver enough where nothing else runs, so they lack free cores; leave them some by "
-            f"--machine.threads (--machine.workers is {setup.workers} and takes every core already)"
+        for_each = " for each process" if profile.processes > 1 else ""
+        options.append(f"--machine.workers {workers} (now {setup.workers}, {has}{for_each})")
+    elif setup.workers * profile.loader_rows_per_s > LOADER_HEADROOM * towers_rows_per_s:
+        options.append(
+            f"loaders are fast enough while nothing trains, so they lack free cores; leave them some with "
+            f"--machine.threads {all_cores}"
         )
     else:
-        ways.append(
-            f"shards with smaller pictures, as data_prep/from_table.py --max-side-px writes them "
-            f"(--machine.workers is {setup.workers} and takes every core already)"
-        )
-    return f"waiting for data takes {_percent(share)} of a step: {', or '.join(ways)}"
-
-
-def _loss_hint(profile: Profile, setup: Setup) -> str:
-    share, rows, chunk = profile.share("loss"), setup.global_batch_size // profile.processes, setup.loss_chunk_rows
-    is_slow = 0 < chunk < GOOD_CHUNK_ROWS // 2 or (chunk == 0 and setup.device == "cpu")
-    if share <= MUCH or rows < ROWS_WORTH_CHUNKS or not is_slow:
-        return ""
-    option = f"--stages.{setup.stage}.train.loss-chunk-rows {GOOD_CHUNK_ROWS} (now {chunk})"
-    return f"the loss takes {_percent(share)} of a step: {option} gives the same result"
-
-
-def _exchange_hint(profile: Profile, setup: Setup) -> str:
-    share, option = profile.share("exchange"), f"--stages.{setup.stage}.train.global-batch-size"
-    if share <= MUCH:
-        return ""
-    return (
-        f"waiting for the exchange of gradients takes {_percent(share)} of a step: a larger {option} (now "
-        f"{setup.global_batch_size}) exchanges them less often for the same rows"
-    )
-
-
-def _text_hint(profile: Profile, setup: Setup) -> str:
-    share, option = profile.share("text"), f"--stages.{setup.stage}.train.lock.cached-texts"
-    if not setup.is_text_locked or share <= SOME:
-        return ""
-    if not setup.cached_texts:
-        return f"the text tower is locked and takes {_percent(share)} of a step: {option} (now off) runs it once"
-    return (
-        f"the text tower is locked, and its {_percent(share)} of a step fall away in a run that sees each caption "
-        f"twice or more, which runs it once ({option}, now on)"
-    )
-
-
-def _precision_hint(profile: Profile, setup: Setup) -> str:
-    share = profile.share("image", "text", "backward")
-    if not setup.has_bf16 or setup.precision != "fp32" or share <= MUCH:
-        return ""
-    option = f"--stages.{setup.stage}.train.precision bf16 (now fp32)"
-    return f"the towers take {_percent(share)} of a step in float32, and this GPU computes in bfloat16: {option}"
-
-
-def _grad_cache_hint(profile: Profile, setup: Setup) -> str:
-    rows, chunk = setup.global_batch_size // profile.processes, setup.grad_cache_rows
-    if not 0 < chunk < rows or profile.peak_bytes * rows / chunk > 0.9 * setup.memory:
-        return ""
-    peak, memory = as_bytes(profile.peak_bytes), as_bytes(setup.memory)
-    return (
-        f"the towers run forward twice, with {peak} of {memory} of GPU memory in use: the batch fits at once, "
-        f"--stages.{setup.stage}.train.grad-cache-rows 0 (now {chunk})"
-    )
-
-
-def _rest_hint(profile: Profile, towers: float) -> str:
-    if towers >= MOST:
-        return f"towers take {_percent(towers)} of the step: nothing in the loader or the loss would help"
-    part = max(("device", "exchange", "optimizer", "rest"), key=profile.share)
-    return (
-        f"towers take {_percent(towers)} of the step, and next comes {PARTS[part]} with {_percent(profile.share(part))}"
-        f": nothing in the loader or the loss would help"
-    )
+        options.append(f"shards with smaller images, as data_prep/from_table.py --max-side-px writes them {all_cores}")
+    return f"waiting for data takes {_percent(profile.share('data'))} of a step: {', or '.join(options)}"
 
 
 def profile_text(profile: Profile, setup: Setup) -> str:
-    """The figures as a table, with the hints below."""
-    jobs = f"{profile.processes} process{'es' * (profile.processes != 1)}"
+    """Return the figures as a table, with the hints below."""
+    processes = f"{profile.processes} process{'es' * (profile.processes != 1)}"
     lines = [
-        f"stage {setup.stage}: {profile.steps} steps of {profile.rows:g} rows by {jobs} on {setup.device}, "
+        f"stage {setup.stage}: {profile.steps} steps of {profile.rows:g} rows by {processes} on {setup.device}, "
         f"{setup.workers} loader worker{'s' * (setup.workers != 1)} each",
         "",
         f"{'part of a step':<28}{'ms':>10}{'share':>10}",
@@ -580,18 +470,19 @@ def profile_text(profile: Profile, setup: Setup) -> str:
     for part, seconds in profile.seconds.items():
         if part != "exchange" or profile.processes > 1:
             lines.append(f"{PARTS[part]:<28}{1000 * seconds:>10.1f}{100 * profile.share(part):>8.1f} %")
-    lines.append(f"{'all':<28}{1000 * profile.step_s:>10.1f}{100:>8.1f} %")
-    loaders = max(1, setup.workers) * profile.processes
-    kind = "allocated on the GPU" if setup.device == "cuda" else "resident"
-    lines += [
-        "",
-        f"samples per second: {profile.rows / profile.step_s:,.0f}; without waiting for data "
-        f"{profile.towers_rows_per_s:,.0f}",
-        f"a loader process delivers {profile.loader_rows_per_s:,.0f} samples/s where nothing else runs, and there are "
-        f"{loaders}",
-        f"batches came late in {_percent(profile.late_share)} of the steps",
-        f"peak memory: {as_bytes(profile.peak_bytes)} {kind}",
-        "",
-        *(f"hint: {text}" for text in hints(profile, setup)),
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            f"{'all':<28}{1000 * profile.step_s:>10.1f}{100:>8.1f} %",
+            "",
+            f"samples per second: {profile.rows / profile.step_s:,.0f}; without waiting for data "
+            f"{profile.towers_rows_per_s:,.0f}",
+            f"a loader process delivers {profile.loader_rows_per_s:,.0f} samples/s while nothing trains, and there are "
+            f"{max(1, setup.workers) * profile.processes}",
+            f"batches came late in {_percent(profile.late_share)} of the steps",
+            f"peak memory: {as_bytes(profile.peak_bytes)} "
+            f"{'allocated on the GPU' if setup.device == 'cuda' else 'resident'}",
+            "",
+            *(f"hint: {text}" for text in hints(profile, setup)),
+        ]
+    )

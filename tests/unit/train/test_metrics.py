@@ -4,7 +4,7 @@ import torch
 from mcl_clip.core.distributed import rank
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_jsonl
-from mcl_clip.train.metrics import BadSamples, Meter, StepLog
+from mcl_clip.train.metrics import BadSamples, Meter, Spans, StepLog
 
 
 def test_a_rewound_log_goes_on_after_its_step(tmp_path):
@@ -114,3 +114,43 @@ def test_a_single_group_has_no_spread():
     meter = Meter((), torch.device("cpu"))
     meter.add_rows(torch.tensor([0, -1]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
     assert meter.take_spread() == {}
+
+
+class Clock(Spans):
+    """Spans whose time is moved by hand."""
+
+    time = 0.0
+
+    def now(self, *, wait=True):
+        return self.time
+
+
+def test_every_moment_is_charged_to_one_span():
+    spans = Clock()
+
+    def spend(seconds):
+        spans.time += seconds
+
+    with spans("loss"):
+        spend(100)
+    assert spans.take() == {"other": 0, "loss": 100}
+    spend(1)
+    with spans("backward"):
+        spend(2)
+        with spans("forward"):
+            spend(4)
+        spend(8)
+        spans.switch("exchange")
+        spend(16)
+    spend(32)
+    assert spans.take() == {"other": 33, "backward": 10, "forward": 4, "exchange": 16}
+    assert spans.history == []  # kept in profiling mode alone
+
+
+def test_a_span_ends_with_an_error_too():
+    spans = Clock(torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), spans("loss"):
+        spans.time += 1 / 0
+    spans.time += 1
+    assert spans.take()["other"] == 1
+    assert spans.history == [("other", 0), ("loss", 0), ("other", 1)]
