@@ -132,12 +132,7 @@ def train_stage(
             )  # fmt: skip
             with spans("optimizer"):
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-                lr = config.lr * lr_at(
-                    state.step,
-                    total_steps=config.steps,
-                    warmup_steps=config.warmup_steps,
-                    schedule=config.schedule,
-                )
+                lr = lr_at(state.step, config)
                 set_lr(raw_optimizer, lr)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

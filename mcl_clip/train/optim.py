@@ -62,13 +62,14 @@ def _override(values: dict[str, float], patterns: Mapping[str, float], option: s
         values.update(dict.fromkeys(matching, value))
 
 
-def lr_at(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Return the learning rate factor of a step: linear warmup, then `cosine` decay to 0 or `constant`."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+def lr_at(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of a step: linear warmup, then `cosine` decay to 0 or `constant`."""
+    if step < config.warmup_steps:
+        return config.lr * ((step + 1) / config.warmup_steps)
+    if config.schedule == "constant":
+        return config.lr
+    angle = math.pi * (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * (0.5 * (1 + math.cos(angle)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

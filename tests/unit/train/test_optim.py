@@ -68,14 +68,17 @@ def test_each_group_gets_its_learning_rate():
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
-    rates = [lr_at(step, total_steps=100, warmup_steps=10, schedule="cosine") for step in range(101)]
+    config = replace(CONFIG, lr=1.0, steps=100, warmup_steps=10)
+    rates = [lr_at(step, config) for step in range(101)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
     np.testing.assert_allclose([rates[10], rates[55], rates[100]], [1, 0.5, 0], atol=1e-12)
     assert all(np.diff(rates[10:]) < 0)
     assert min(rates[:100]) > 0
-    assert [lr_at(s, total_steps=9, warmup_steps=2, schedule="constant") for s in (0, 1, 2, 8)] == [0.5, 1, 1, 1]
-    assert lr_at(0, total_steps=1, warmup_steps=0, schedule="cosine") == 1
-    assert math.isfinite(lr_at(5, total_steps=5, warmup_steps=5, schedule="cosine"))
+    constant = replace(config, steps=9, warmup_steps=2, schedule="constant")
+    assert [lr_at(step, constant) for step in (0, 1, 2, 8)] == [0.5, 1, 1, 1]
+    assert lr_at(0, replace(config, steps=1, warmup_steps=0)) == 1
+    assert math.isfinite(lr_at(5, replace(config, steps=5, warmup_steps=5)))
+    assert [lr_at(step, replace(config, lr=0.5)) for step in range(101)] == [0.5 * rate for rate in rates]
 
 
 def test_the_average_follows_the_weights():
