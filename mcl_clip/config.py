@@ -1,6 +1,7 @@
-"""What a run is: frozen, keyword-only dataclasses. Recipes fill them in, the command line overrides them.
+"""Configuration of a run: frozen, keyword-only dataclasses, set by recipes and overridden on the command line.
 
-Batch sizes are over all processes. Only `MachineConfig` and `EvalConfig.every_steps` cannot change a result.
+Batch sizes are over all processes. `MachineConfig` and `EvalConfig.every_steps` never change a result. Field docstrings
+are the texts of `--help`.
 """
 
 import math
@@ -15,10 +16,10 @@ from mcl_clip.core.errors import UserError
 
 
 def check_range(flag: str, value: float, least: float, most: float = math.inf) -> None:
-    """Refuse a value outside its range.
+    """Check that a value is within its range.
 
     Raises:
-        UserError: naming the flag, the value and the range.
+        UserError: if it is not; names the flag, the range and the value.
     """
     if not least <= value <= most:
         limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
@@ -35,15 +36,15 @@ class DataConfig:
     train: tuple[str, ...] = ()
     """Training shards: paths or URLs with braces and globs, or folders. Several lists make a mixture."""
     weights: tuple[float, ...] = ()
-    """How often each list is drawn in an epoch; empty is once each."""
+    """How often each list is sampled in an epoch; by default once."""
     caption_key: str = "caption"
-    """Where a .json member holds the caption or the list of captions."""
+    """Key of the caption, or list of captions, in a .json member."""
     holdout_rows: int = 1024
-    """Rows kept out of training to fit the combination's logit scale, at most a twentieth of all."""
+    """Rows held out of training to fit the logit scale of the combined model; at most 1/20 of all rows."""
     max_bad_fraction: float = 0.01
-    """Share of samples that may fail to decode before the run stops."""
+    """Stop the run if a larger share of the samples, from 0 to 1, cannot be decoded."""
     max_pixels: int = 50_000_000
-    """Pictures with more pixels are bad samples, refused before they are decoded."""
+    """Images with more pixels count as bad samples and are not decoded."""
 
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.train):
@@ -56,16 +57,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """Image and text towers of open_clip, by name or given in a recipe."""
+    """Image and text tower, by their open_clip name or by a model config in the recipe."""
 
     architecture: str = ""
     """An open_clip name such as ViT-B-32, `local-dir:FOLDER` or `hf-hub:ORG/NAME`."""
     pretrained: str = ""
-    """An open_clip tag such as openai, or a .pt or .safetensors file. Missing weights are an error."""
+    """An open_clip tag such as openai, or a .pt or .safetensors file; missing weights are an error."""
     model: Inline = field(default_factory=dict)
-    """An open_clip model config, in place of `architecture`."""
+    """An open_clip model config, instead of `architecture`."""
     preprocess: Inline = field(default_factory=dict)
-    """Changes to the tower's preprocessing: mean, std, interpolation, resize_mode."""
+    """Overrides of the preprocessing: mean, std, interpolation, resize_mode."""
 
     def __post_init__(self) -> None:
         if bool(self.architecture) == bool(self.model):
@@ -75,104 +76,103 @@ class TowerConfig:
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the towers start from weights."""
+        """Whether the towers start from pretrained weights."""
         return bool(self.pretrained) or self.architecture.startswith(("local-dir:", "hf-hub:"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LockConfig:
-    """Which parameters of a stage do not train."""
+    """Which parameters are frozen in a stage."""
 
     text: bool = False
-    """Lock the text tower."""
+    """Freeze the text tower."""
     image_unlocked_groups: int | None = None
-    """Lock the image tower but for its last n groups; none: the whole image tower trains."""
+    """Freeze the image tower except for its last n layer groups; by default all of it trains."""
     patterns: tuple[str, ...] = ()
-    """Lock parameters whose name matches one of these regular expressions."""
+    """Freeze parameters whose name matches one of these regular expressions."""
     cached_texts: bool = True
-    """With a locked text tower: compute the features of all captions once and read them from the run directory (4 bytes
-    a dimension and caption, while the stage trains), where the stage sees each caption about twice or more."""
+    """With a frozen text tower, compute the features of all captions once if the stage sees each caption about twice or
+    more, and read them from the run directory (4 bytes per dimension and caption, deleted after the stage)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random resized crops, and flips; each augmentation destroys the feature that it varies."""
+    """Random resized crops and flips. Training becomes invariant to what an augmentation varies."""
 
     scale: tuple[float, float] = (0.9, 1.0)
-    """Smallest and largest share of a picture's area that is kept."""
+    """Smallest and largest area of the crop, as a share of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest aspect ratio of the crop."""
+    """Smallest and largest aspect ratio of the crop, width / height."""
     horizontal_flip: float = 0.0
-    """Probability of a flip. It destroys orientation, and makes captions wrong that name left and right."""
+    """Probability of a horizontal flip; flips make captions wrong that mention left or right."""
     jpeg: Literal["fast", "exact"] = "fast"
-    """JPEGs are decoded at a reduced size where that is enough, and resized by torchvision (`fast`), or treated by
-    Pillow as in open_clip (`exact`). Evaluation and embedding are always exact."""
+    """`fast` decodes JPEGs at a reduced size where that is enough and resizes with torchvision; `exact` uses Pillow as
+    open_clip does. Evaluation and embedding are always exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The training of one stage."""
+    """Training of one stage."""
 
     steps: int
-    """Optimiser updates; 0 leaves a pretrained stage 0 untouched."""
+    """Optimizer steps; 0 uses a pretrained stage 0 as it is."""
     global_batch_size: int
     """Rows of a batch over all processes."""
     lr: float
-    """Learning rate at its peak."""
+    """Peak learning rate."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps of linear warmup of the learning rate from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """The learning rate after the warm-up."""
+    """Learning rate after warmup: cosine decay to 0, or constant."""
     weight_decay: float = 0.2
-    """Of matrices and kernels; gains, biases and positions are not decayed."""
+    """AdamW weight decay of matrices and kernels; gains, biases and position embeddings are not decayed."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Of Adam."""
+    """Betas of AdamW."""
     eps: float = 1e-6
-    """Of Adam."""
+    """Epsilon of AdamW."""
     lr_multipliers: dict[str, float] = field(default_factory=dict)
-    """Regular expression of parameter names, and a factor on the learning rate; the last match counts."""
+    """Regular expressions of parameter names with a factor on the learning rate; the last match counts."""
     weight_decays: dict[str, float] = field(default_factory=dict)
-    """Regular expression of parameter names, and their weight decay; the last match counts."""
+    """Regular expressions of parameter names with their weight decay; the last match counts."""
     max_grad_norm: float | None = None
-    """Clip the gradient to this norm."""
+    """Clip the gradient to this L2 norm; by default it is not clipped."""
     loss: Literal["clip", "siglip"] = "clip"
-    """InfoNCE, or the sigmoid loss (the tower then needs `init_logit_bias`)."""
+    """InfoNCE (`clip`), or the sigmoid loss of SigLIP, for which the model config needs `init_logit_bias`."""
     ifm_epsilon: float = 0.0
-    """Implicit feature modification (arXiv 2106.11230): the mean of the loss and of the loss with every cosine moved by
-    this much against the pair, such as 0.1; 0 is the plain loss."""
+    """Implicit feature modification (arXiv 2106.11230): average the loss with one whose positive cosines are lower and
+    negative cosines higher by this much, such as 0.1; 0 is off."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the towers in bfloat16 autocast; weights and loss stay float32."""
+    """bf16 runs the towers under bfloat16 autocast; weights and loss stay in float32."""
     grad_cache_rows: int = 0
-    """Rows of one process that go through the towers at a time, for batches larger than memory; the gradients stay
-    exact (GradCache, arXiv 2101.06983), and the towers run forward twice. 0 is off."""
+    """Rows of one process that go through the towers at a time, for batches larger than memory; gradients stay exact
+    (GradCache, arXiv 2101.06983), at the price of a second forward pass. 0 is off."""
     loss_chunk_rows: int = 0
-    """Rows of one process that go through the loss at a time, with the same result, so that its memory does not grow
-    with the square of the batch, such as 256. 0 is all at once."""
+    """Rows of one process that go through the loss at a time, such as 256, so that its memory does not grow with the
+    square of the batch; the result is the same. 0 is all at once."""
     grad_checkpointing: bool = False
-    """Keep only the inputs of the towers' blocks for the backward pass, and run the blocks twice: less memory, up to a
-    third more work."""
+    """Recompute the transformer blocks in the backward pass: less memory, up to a third more compute."""
     compiled: bool = False
-    """Run the towers through torch.compile, which takes a minute or more at the start of the stage."""
+    """Compile the towers with torch.compile, which takes a minute or more at the start of the stage."""
     patch_dropout: float = 0.0
-    """Share of the patches of a picture that a vision transformer leaves out in training (FLIP, arXiv 2212.00794):
-    faster steps, and features of a part of the picture. A last stage or a few steps without it are advised."""
+    """Share of image patches that a vision transformer drops in training (FLIP, arXiv 2212.00794), for faster steps.
+    Finish with a stage, or a few steps, without it."""
     average_decay: float = 0.0
-    """Decay of a running average of the weights, used in evaluation and export; 0 is none."""
+    """Decay of an exponential moving average of the weights, used for evaluation and export; 0 is off."""
     groups: Literal["labels", "none", "random"] = "labels"
-    """Negatives come from the same clusters (`labels`), from everywhere (`none`), or from groups of the same sizes
-    drawn at random (`random`): the last two are controls."""
+    """Where negatives come from: the same pseudo-label (`labels`), all rows (`none`), or random groups of the same
+    sizes (`random`). The last two are controls."""
     min_group_size: int | None = None
-    """Groups with fewer rows are merged; by default an eighth of the batch, at least 32."""
+    """Groups with fewer rows are merged; by default 1/8 of the batch, at least 32."""
     min_negatives: int = 1
-    """Rows with fewer negatives in a batch get weight 0."""
+    """Rows with fewer negatives in a batch have weight 0 in the loss."""
     mask_duplicates: bool = True
-    """Leave other rows with an equal caption or an equal picture out of the negatives."""
+    """Exclude rows with the same caption or the same image from the negatives."""
     window_shards: int = 0
-    """Rows are shuffled within windows of that many shuffled shards; 0 is one window, best on local disks."""
+    """Shuffle rows within windows of so many shuffled shards; 0 shuffles over all shards, best on local disks."""
     resharded: str = ""
-    """Read this stage's rows from a folder written by `mcl-clip reshard`."""
+    """Read the rows of this stage from a folder written by `mcl-clip reshard`."""
     run_rows: int = 1
-    """Neighbouring rows of a group that stay together; with resharded shards, reads get longer."""
+    """Neighboring rows of a group that stay together, for longer reads from resharded shards."""
     augment: AugmentConfig = AugmentConfig()
     lock: LockConfig = LockConfig()
 
@@ -198,21 +198,21 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """How the features of a stage are clustered."""
+    """Clustering of the features of a stage."""
 
     num_clusters: int = 10
-    """K, of the image features or of the text features."""
+    """Number of clusters K of the image features, or of the text features."""
     on: Literal["image", "text", "product"] = "image"
-    """Which features; `product` clusters both and takes the pair of numbers."""
+    """Which features are clustered; `product` clusters both and combines the two cluster numbers."""
     text_clusters: int = 0
-    """With `product`: clusters of the text features; 0 is as many as of the image features."""
+    """Number of clusters of the text features with `product`; 0 is `num_clusters`."""
     metric: Literal["cosine", "shared"] = "shared"
-    """Cosine of the features as they are, as in the paper, or with each direction weighted by how well picture and
-    caption agree in it, which keeps apart more of what a stage has learned."""
+    """Cosine similarity of the features, as in the paper (`cosine`), or with each direction weighted by how well images
+    and captions agree in it (`shared`), which separates more of what a stage has learned."""
     num_starts: int = 8
-    """k-means++ starts on a sample, of which the best goes on."""
+    """k-means++ initializations on a sample of the rows; the best one is continued on all rows."""
     max_passes: int = 20
-    """Most passes over all rows."""
+    """Largest number of k-means passes over all rows."""
 
     def __post_init__(self) -> None:
         for name, smallest in {"num_clusters": 1, "text_clusters": 0, "num_starts": 1, "max_passes": 0}.items():
@@ -221,30 +221,30 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage: train, embed, cluster, label."""
+    """One stage: train, embed, cluster, assign pseudo-labels."""
 
     train: TrainConfig
     cluster: ClusterConfig = ClusterConfig()
     start: Literal["base", "previous", "scratch"] = "previous"
-    """Weights to start from, after stage 0: what stage 0 started from if that was pretrained, else its result (`base`);
-    the result of the stage before (`previous`); a new random draw (`scratch`)."""
+    """Initial weights of stages after stage 0: the pretrained weights, or the result of stage 0 if there are none
+    (`base`); the result of the previous stage (`previous`); new random weights (`scratch`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is measured after each stage."""
+    """Evaluation after each stage."""
 
     retrieval: tuple[str, ...] = ()
-    """Retrieval sets in the layout of CLIP_benchmark: folders, or NAME=FOLDER."""
+    """Retrieval sets in CLIP_benchmark layout, as FOLDER or NAME=FOLDER."""
     classification: tuple[str, ...] = ()
-    """Zero-shot classification sets in the layout of CLIP_benchmark: folders, or NAME=FOLDER."""
+    """Zero-shot classification sets in CLIP_benchmark layout, as FOLDER or NAME=FOLDER."""
     sets: tuple[str, ...] = ()
-    """Sets of any kind, told by their layout: retrieval, classification with one label or several, image folders,
-    pairs.json; folders, or NAME=FOLDER."""
+    """Sets of any kind, detected from their layout: retrieval, classification with one or several labels, image
+    folders, pairs.json; as FOLDER or NAME=FOLDER."""
     every_steps: int = 0
-    """Also evaluate every n steps inside a stage; 0 is never."""
+    """Steps between evaluations inside a stage; 0 is never."""
     batch_size: int = 64
-    """Pictures of a forward pass, also when the rows are embedded."""
+    """Images in a forward pass, also when the training rows are embedded."""
 
     def __post_init__(self) -> None:
         check_range("eval.batch-size", self.batch_size, 1)
@@ -252,14 +252,14 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
-    """What cannot change a result and may differ between launches."""
+    """Settings of the machine: they never change a result and may differ between launches."""
 
     workers: int = 2
-    """Loader processes for each training process."""
+    """Loader processes of each training process."""
     prefetch_batches: int = 4
     """Batches that each loader process keeps ready."""
     threads: int = 0
-    """CPU threads of each training process; 0 leaves the choice to torch."""
+    """CPU threads of each training process; 0 is the default of torch."""
     log_steps: int = 10
     """Steps between records in metrics.jsonl."""
     save_steps: int = 1000
@@ -267,33 +267,33 @@ class MachineConfig:
     save_minutes: float = 30.0
     """Minutes between checkpoints; 0 is never."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     progress: bool = True
     """Show progress bars on a terminal."""
     report: bool = True
     """Write report.html in the run directory after each stage."""
     report_images: bool = True
-    """Put small pictures of the data into the report; without, it may be shown where the data may not."""
+    """Include thumbnails of the data in the report; turn off to share the report where the data must stay private."""
     report_mb: float = 10.0
-    """Largest size of the report, in 10^6 bytes; pictures are made smaller, then fewer."""
+    """Largest size of the report in MB; thumbnails get smaller, then fewer."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
-    """Where metrics go beside metrics.jsonl, through Accelerate; each must be installed."""
+    """Experiment trackers to log to besides metrics.jsonl; each must be installed."""
     tracker_project: str = "mcl_clip"
-    """Name of the project, or experiment, at the trackers."""
+    """Project or experiment name at the trackers."""
     remote: Literal["range", "stage"] = "range"
-    """Remote shards are read in ranges, or fetched whole into a cache."""
+    """Read remote shards by HTTP ranges (`range`), or download whole shards into a cache (`stage`)."""
     cache_dir: Path | None = None
-    """Folder of that cache, and of plans too large for memory."""
+    """Folder of the shard cache and of batch plans too large for memory."""
     cache_gb: float = 100.0
-    """Largest size of the cache, in 10^9 bytes."""
+    """Largest size of the shard cache in GB."""
     preempt_exit_code: int = 0
-    """Exit code after SIGTERM or SIGUSR1 has stopped the job in good order; schedulers may start by it anew."""
+    """Exit code after SIGTERM or SIGUSR1 stopped the job with a checkpoint, for schedulers that requeue by code."""
 
     def __post_init__(self) -> None:
         if self.preempt_exit_code in (1, 2):
             raise UserError(
-                f"--machine.preempt-exit-code {self.preempt_exit_code} says that a job has failed; use another, such "
-                f"as 85"
+                f"--machine.preempt-exit-code {self.preempt_exit_code} means that a job has failed; use another, "
+                f"such as 85"
             )
         check_range("machine.preempt-exit-code", self.preempt_exit_code, 0, 255)
         least = {
@@ -310,24 +310,24 @@ class MachineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishConfig:
-    """Publishing the finished run on the Hugging Face Hub, as the last phase; only if `repo` is given."""
+    """Publish the finished run on the Hugging Face Hub, if `repo` is set."""
 
     repo: str = ""
-    """Where to, as ORG/NAME; empty for nowhere."""
+    """Repository ORG/NAME; empty to publish nothing."""
     private: bool = False
-    """Make a new repository one that only its owner sees."""
+    """Create the repository as private."""
     revision: str = "main"
-    """Branch; made if it does not exist."""
+    """Branch, created if it does not exist."""
     create_pr: bool = False
-    """Propose the files in a pull request."""
+    """Open a pull request instead of committing."""
     compact: bool = False
-    """Write what the stages share once; plain open_clip then loads the first stage alone."""
+    """Write weights that the stages share only once; plain open_clip then loads the first stage only."""
     license: str = ""
-    """For the model card: an identifier of the Hub, such as apache-2.0; empty for not stated."""
+    """License identifier of the Hub for the model card, such as apache-2.0; empty for none."""
     datasets: tuple[str, ...] = ()
-    """For the model card: data sets on the Hub that the pairs come from."""
+    """Data sets on the Hub that the pairs come from, for the model card."""
     description: str = ""
-    """For the model card: a paragraph about data and purpose."""
+    """A paragraph about data and purpose for the model card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,20 +335,20 @@ class RunConfig:
     """A whole run."""
 
     run_dir: Path
-    """Where everything is written; the same folder again continues the run."""
+    """Folder of all output; the same folder resumes the run."""
     tower: TowerConfig
     stages: tuple[StageConfig, ...]
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     control: Literal["none", "single", "ensemble", "no-groups", "random-groups", "ifm"] = "none"
-    """What to compare the stages with, from the same recipe: a single stage of equal compute (`single`), as many models
-    from other seeds (`ensemble`), the same stages without groups or with random ones, or `single` with implicit feature
-    modification (`ifm`)."""
+    """Baseline to run instead of the recipe: a single stage of equal compute (`single`), as many independent models
+    (`ensemble`), the same stages without groups or with random groups, or `single` with implicit feature modification
+    (`ifm`)."""
     combine: Literal["mean_cosine", "concat", "best"] = "mean_cosine"
-    """How the stages are combined: the mean of their cosines, or the un-normalised features side by side as in the MCL
-    paper (`concat`); `best` takes the one with the lower loss on held-out rows."""
+    """How the stages are combined: mean of their cosine similarities (`mean_cosine`), concatenated un-normalized
+    features as in the MCL paper (`concat`), or whichever has the lower loss on held-out rows (`best`)."""
     seed: int = 0
-    """Seed of every draw."""
+    """Random seed."""
     publish: PublishConfig = PublishConfig()
     machine: MachineConfig = MachineConfig()
 
@@ -365,11 +365,11 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """What `mcl-clip experiment` runs beside a recipe, and shows of it."""
+    """Arms and columns of `mcl-clip experiment`."""
 
     figures: Mapping[str, tuple[str, ...]]
-    """Columns of the table: name -> SET:METRIC terms, whose mean is shown."""
+    """Columns of the table: name -> SET:METRIC terms, which are averaged."""
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Arms of its own, beside the stages and the controls: name -> arguments of the recipe."""
+    """Additional arms besides the recipe and its controls: name -> arguments of the recipe."""
     high: str | None = None
-    """The arm that shows what could be had if nothing were suppressed; the gap runs from `single` to it."""
+    """The arm that is the upper bound, without suppressed features; the gap is measured from `single` to it."""

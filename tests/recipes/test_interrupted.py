@@ -267,7 +267,7 @@ def test_no_process_of_a_recipe_outlives_a_killed_launcher(path, tmp_path):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(("code", "sentence"), [(1, "says that a job has failed"), (256, "must be from 0 to 255")])
+@pytest.mark.parametrize(("code", "sentence"), [(1, "means that a job has failed"), (256, "must be from 0 to 255")])
 def test_exit_codes_that_would_mislead_are_refused(recipe, code, sentence):
     with pytest.raises(ValueError, match=f"--machine.preempt-exit-code.* {sentence}"):
         replace(recipe.machine, preempt_exit_code=code)
