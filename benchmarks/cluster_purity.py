@@ -15,8 +15,7 @@ import numpy as np
 import tyro
 from jaxtyping import Float16, Int64
 
-from mcl_clip.core.console import run_program
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.stages.embed import SIDES, EmbeddingTable

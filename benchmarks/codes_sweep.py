@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import run_program
 from mcl_clip.results.record import COMBINED, load_results
 from mcl_clip.tools.experiment import is_done
 

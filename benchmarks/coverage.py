@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import tyro
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import random_words
+from mcl_clip.core.errors import run_program
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.decode import TrainTransform
 from mcl_clip.data.index import ShardIndex

@@ -28,8 +28,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import random_words
+from mcl_clip.core.errors import run_program
 from mcl_clip.data.decode import TrainTransform
 from mcl_clip.model.clip import to_floats
 from mcl_clip.model.multistage import MultistageCLIP

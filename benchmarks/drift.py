@@ -26,7 +26,7 @@ from mcl_clip import (
     TrainConfig,
     main,
 )
-from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import run_program
 from mcl_clip.core.files import read_jsonl
 
 RECIPE = RunConfig(

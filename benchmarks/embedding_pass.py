@@ -36,8 +36,7 @@ from watch import (
     watch,
 )
 
-from mcl_clip.core.console import run_program
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.model.clip import create_clip, save_clip
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cc12m_vit_b32.py"

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import random_words
+from mcl_clip.core.errors import run_program
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.stages.pseudo_labels import group_labels, no_labels

@@ -39,9 +39,8 @@ import torch
 import tyro
 from jaxtyping import Float16
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import count_cores, random_words, torch_generator
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.stages.kmeans import Clustering, spherical_kmeans
 
 DIRECTIONS, DRAWN_ROWS = 400, 16_384

@@ -27,8 +27,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import torch_generator
+from mcl_clip.core.errors import run_program
 from mcl_clip.model.grad_cache import Outputs, add_gradients
 from mcl_clip.model.losses import clip_loss, find_negatives
 

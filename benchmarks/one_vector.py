@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mcl_clip.core.console import run_program
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.eval.embed import ReaderImages
 from mcl_clip.eval.retrieval import RetrievalSet
 from mcl_clip.model.multistage import VECTOR, MultistageCLIP

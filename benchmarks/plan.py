@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import random_words
+from mcl_clip.core.errors import run_program
 from mcl_clip.data.batch_plan import BatchPlan
 
 CASES = {  # rows: groups, seconds and 10^6 bytes that are aimed at

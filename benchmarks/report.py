@@ -24,8 +24,8 @@ import tyro
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import random_words
+from mcl_clip.core.errors import run_program
 from mcl_clip.core.files import DONE, append_jsonl, write_json
 from mcl_clip.data.index import INDEX_NAME, ShardIndex
 from mcl_clip.data.writing import Pair, write_pairs

@@ -30,9 +30,8 @@ import numpy as np
 import torch
 import tyro
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import count_cores, torch_generator
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 
 CAPTIONS_PER_IMAGE = 5
 AGREEMENT = 0.15  # of a caption with its image: about half of the images are found

@@ -19,7 +19,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import run_program
 from mcl_clip.data.decode import decode_captions, decode_image
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader

@@ -19,8 +19,8 @@ import open_clip
 import torch
 import tyro
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import torch_generator
+from mcl_clip.core.errors import run_program
 from mcl_clip.model.clip import create_clip
 from mcl_clip.model.multistage import MultistageCLIP
 

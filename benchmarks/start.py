@@ -34,7 +34,7 @@ from watch import (
     watch,
 )
 
-from mcl_clip.core.console import run_program
+from mcl_clip.core.errors import run_program
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards
 

@@ -16,8 +16,7 @@ import datasets
 import fsspec
 import tyro
 
-from mcl_clip.core.console import run_program
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
 
 Builder = Literal["auto", "disk", "imagefolder", "parquet", "json"]

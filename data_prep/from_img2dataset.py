@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
-from mcl_clip.core.console import run_program
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import read_json
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards, is_remote

@@ -24,8 +24,7 @@ import pyarrow.parquet as pq
 import tyro
 from PIL import Image, ImageOps
 
-from mcl_clip.core.console import run_program
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
 

@@ -24,8 +24,7 @@ import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
-from mcl_clip.core.console import run_program
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import read_json, write_json
 from mcl_clip.data.writing import image_extension, new_folder, refuse_non_empty
 from mcl_clip.eval.pairs import FORMAT, PairSet, json_lines

@@ -32,9 +32,8 @@ from from_table import group_rows, read_rows
 from PIL import Image
 from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import permutation, random_words
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import write_json
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.tar import IMAGE_FORMATS

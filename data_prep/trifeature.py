@@ -22,9 +22,8 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from mcl_clip.core.console import run_program
 from mcl_clip.core.distributed import Name, permutation, random_words
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import write_json
 from mcl_clip.data.writing import (
     LabelledImage,

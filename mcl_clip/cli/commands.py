@@ -23,11 +23,10 @@ from mcl_clip.cli.recipe import (
     split_arguments,
 )
 from mcl_clip.config import check_range
-from mcl_clip.core.console import has_colours, run_program
 from mcl_clip.core.distributed import is_main, world_size
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import DONE, append_jsonl, atomic_path, read_run_config, write_json
-from mcl_clip.core.progress import be_quiet
+from mcl_clip.core.progress import be_quiet, has_colours
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.eval.evaluate import evaluate

@@ -17,9 +17,8 @@ import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from mcl_clip.config import ExperimentConfig, RunConfig
-from mcl_clip.core.console import PlannedStop, run_program
 from mcl_clip.core.distributed import is_main
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import PlannedStop, UserError, run_program
 from mcl_clip.core.progress import be_quiet, is_quiet
 from mcl_clip.results.record import data_losses
 from mcl_clip.runs.context import RESULTS

@@ -1,10 +1,12 @@
-"""Processes, collectives and named seeds.
+"""Process group, collectives, signals of child processes, and named random streams.
 
 Every function works without a process group, as a world of one process.
 """
 
 import hashlib
 import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,27 +23,27 @@ T = TypeVar("T")
 
 
 def is_initialized() -> bool:
-    """Whether there is a process group; without one all helpers act for one process."""
+    """Return whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """Number of this process, 0 on the main process."""
+    """Return the rank of this process, 0 on the main process."""
     return dist.get_rank() if is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is process 0, the one that writes files and prints."""
+    """Return whether this is process 0, the one that writes files and prints."""
     return rank() == 0
 
 
 def count_cores() -> int:
-    """The processor cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -52,35 +54,35 @@ def barrier() -> None:
 
 
 def seed_of(*name: Name) -> int:
-    """A 63-bit seed for the draw called `name`, equal on every machine and in every version."""
+    """Return the 63-bit seed of the random stream `name`, equal on every machine and in every version."""
     digest = hashlib.blake2b(repr(name).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def random_words(size: int, *name: Name) -> np.ndarray:
-    """`size` raw 64-bit Philox words for the draw called `name`, shape [size], uint64.
+    """Return the first `size` raw 64-bit Philox words of the random stream `name`, shape [size], uint64.
 
-    Raw words are the algorithm itself; unlike numpy's distributions they cannot change with an upgrade.
+    Raw words are fixed by the algorithm; numpy's distributions may change with an upgrade.
     """
     words: np.ndarray = np.random.Philox(key=seed_of(*name)).random_raw(size)
     return words
 
 
 def random_words_between(start: int, stop: int, *name: Name) -> np.ndarray:
-    """`random_words(stop, *name)[start:]`, without drawing those before."""
+    """Return `random_words(stop, *name)[start:]` without generating the words before `start`."""
     bits = np.random.Philox(key=seed_of(*name))
-    bits.advance(start // 4)  # it counts fours
+    bits.advance(start // 4)  # in blocks of four words
     words: np.ndarray = bits.random_raw(stop - start + start % 4)[start % 4 :]
     return words
 
 
 def permutation(size: int, *name: Name) -> np.ndarray:
-    """A permutation of 0..size-1 for the draw called `name`, shape [size], int64."""
+    """Return a permutation of 0..size-1 from the random stream `name`, shape [size], int64."""
     return np.argsort(random_words(size, *name), kind="stable")
 
 
 def torch_generator(*name: Name) -> torch.Generator:
-    """A CPU generator for the draw called `name`."""
+    """Return a CPU generator seeded by `name`."""
     return torch.Generator().manual_seed(seed_of(*name))
 
 
@@ -92,7 +94,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)  # autograd may still use the one it gave
+        grad = grads[0].clone(memory_format=torch.contiguous_format)  # autograd may still use the original
         if dist.get_backend() == "nccl":
             mine = torch.empty_like(grad[: ctx.rows])
             dist.reduce_scatter_tensor(mine, grad)
@@ -102,9 +104,10 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def gather_with_grad(local: Float[Tensor, "local *dim"]) -> Float[Tensor, "total *dim"]:
-    """Rows of all processes in rank order; the gradient of each row returns to the process that owns it.
+    """Concatenate the rows of all processes in rank order, with gradient.
 
-    The gradient is the sum over processes. Every process must hold the same number of rows.
+    The gradient of a row is summed over processes and returned to the process that owns the row. All processes must
+    have the same number of rows.
     """
     if world_size() == 1:
         return local
@@ -113,7 +116,7 @@ def gather_with_grad(local: Float[Tensor, "local *dim"]) -> Float[Tensor, "total
 
 
 def gather(local: Shaped[Tensor, "local *dim"]) -> Shaped[Tensor, "total *dim"]:
-    """Rows of all processes in rank order, without gradient. Equal numbers of rows on each process."""
+    """Concatenate the rows of all processes in rank order, without gradient; the same number of rows on each."""
     if world_size() == 1:
         return local
     local = local.contiguous()
@@ -123,14 +126,14 @@ def gather(local: Shaped[Tensor, "local *dim"]) -> Shaped[Tensor, "total *dim"]:
 
 
 def all_reduce_sum(value: Shaped[Tensor, "*dim"]) -> Shaped[Tensor, "*dim"]:
-    """The sum over processes, without gradient, in place."""
+    """Sum over processes, in place and without gradient."""
     if world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all processes in rank order, on every process. Small things only: they are pickled."""
+    """Return the values of all processes in rank order, on every process. Values are pickled, so keep them small."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -139,11 +142,11 @@ def gather_objects(value: T) -> list[T]:
 
 
 def on_main(make: Callable[[], T]) -> T:
-    """The result of `make()` run on the main process, on every process.
+    """Run `make()` on the main process and return its result on every process.
 
     Raises:
         UserError: on every process, if `make` raised one.
-        RuntimeError: on the other processes, if `make` failed in another way.
+        RuntimeError: on the other processes, if `make` raised another error.
     """
     if world_size() == 1:
         return make()
@@ -167,10 +170,10 @@ def on_main(make: Callable[[], T]) -> T:
 
 
 def check_same(value: str, what: str) -> None:
-    """Stop when a value that must be equal everywhere is not.
+    """Check that a value is equal on all processes.
 
     Raises:
-        UserError: naming `what` and the processes that differ from the main process.
+        UserError: on every process, naming `what` and the processes that differ from the main process.
     """
     values = gather_objects(value)
     different = [number for number, other in enumerate(values) if other != values[0]]
@@ -179,3 +182,22 @@ def check_same(value: str, what: str) -> None:
             f"{what} differs between process 0 ({values[0]}) and processes {different}; all processes must see "
             f"the same shards, recipe and package versions"
         ).on_every_process()
+
+
+def leave_signals_to_parent() -> None:
+    """Ignore, in a child process, Ctrl-C and the signals that a scheduler sends to every process of a job.
+
+    The parent handles them. SIGTERM ends the child only if the parent sent it.
+    """
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # a signal handler does not know the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_parent, daemon=True).start()

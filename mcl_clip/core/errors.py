@@ -1,39 +1,76 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and the exit codes they end a program with. Only the standard library."""
 
 import errno
 import os
 import re
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake outside the code: shown as one sentence without a traceback, exit code 2.
+    """A mistake in the input or the environment: printed as one sentence without a traceback, exit code 2.
 
-    The message names the value, the limit and the way out. `everywhere` is set where all processes raise the same
-    error, so that it is shown once.
+    The message names the value, the limit and the fix. `everywhere` is True where all processes raise the same error,
+    so that only the main process prints it.
     """
 
     everywhere = False
 
     def on_every_process(self) -> "UserError":
-        """The same error, known to be raised by all processes."""
+        """Mark the error as raised by all processes and return it."""
         self.everywhere = True
         return self
 
 
-def os_error_in(error: Exception) -> OSError | None:
-    """What the operating system refused, where a library says so in words alone: `... (os error 28)`, as Rust does."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+class PlannedStop(BaseException):  # like KeyboardInterrupt: `except Exception` must not catch it
+    """The job was asked to stop and the same command resumes it. The message says what is saved."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def explain_os_error(error: OSError) -> str:
-    """One sentence with the file, what went wrong, and the way out."""
+    """Describe an operating system error in one sentence: the file, the cause and the fix."""
     where = f"{error.filename}: " if error.filename else ""
-    is_short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))  # as numpy says it
-    if is_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
+    is_short_write = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))  # numpy's words
+    if is_short_write or error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}no space left to write; free some space or choose a folder on another disk"
     if isinstance(error, PermissionError):
         return f"{where}permission denied; change the permissions or choose another path"
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{where}there is no such file or folder; correct the path"
     return f"{where}{error.strerror or error or type(error).__name__}"
+
+
+def run_program(main: Callable[[], object]) -> None:
+    """Run `main` and turn errors that the user can fix into one sentence on stderr and an exit code.
+
+    Exit codes: 2 for a `UserError` or an operating system error (no permission, no space, no such file), 130 for
+    Ctrl-C, 141 if the reader of stdout has closed the pipe, and its own for a `PlannedStop`. Other exceptions are bugs
+    and propagate with their traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except PlannedStop as stop:
+        message, code = str(stop), stop.exit_code
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit raises it again
+        sys.exit(141)
+    except OSError as error:
+        message, code = f"error: {explain_os_error(error)}", 2
+    except Exception as error:
+        # Libraries written in Rust raise errors of their own class and give the system's code only in the text.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
+            raise
+        number = int(match[1])
+        message, code = f"error: {explain_os_error(OSError(number, os.strerror(number)))}", 2
+    sys.stderr.write(" ".join(message.splitlines()) + "\n")
+    sys.exit(code)

@@ -1,4 +1,4 @@
-"""Atomic files, JSON and digests. Only the standard library."""
+"""Atomic writes, JSON files and digests. Only the standard library."""
 
 import hashlib
 import json
@@ -17,33 +17,32 @@ STARTED = "STARTED.json"
 
 
 def canonical_json(value: Any) -> str:
-    """`value` as JSON with sorted keys and no spaces: equal values give equal text."""
+    """Serialize `value` as JSON with sorted keys and no spaces, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def fingerprint(value: Any) -> str:
-    """16 bytes of BLAKE2b of the canonical JSON of `value`, in hexadecimal."""
+    """Return the 16-byte BLAKE2b digest of the canonical JSON of `value`, in hexadecimal."""
     return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """16 bytes of BLAKE2b of a file, in hexadecimal."""
+    """Return the 16-byte BLAKE2b digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends without an error.
+    """Yield a temporary path beside `path` and rename it to `path` if the block raises no error.
 
-    Readers see the old file or the whole new one. The file gets the permissions that the umask asks for.
+    Readers see the old file or the complete new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        _finish_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,18 +50,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends without an error, replacing what was there."""
+    """Yield a temporary folder and rename it to `path` if the block raises no error, replacing an older `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        mode = 0o666 & ~_umask()
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(mode)
-                _sync(file)
+                _finish_file(file)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
@@ -70,56 +67,56 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def _finish_file(path: Path) -> None:
+    """Set the default permissions and flush the file to disk, so that a rename never reveals incomplete content."""
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # some libraries create files for the owner alone
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, as JSON spells it
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # lone surrogates become JSON escapes
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Read a JSON file.
 
     Raises:
         UserError: if the file is not JSON.
     """
     try:
         return _parse(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers without end
-        raise UserError(f"{path} is not valid JSON ({error}); restore it or delete it to make it anew") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8 and overlong integers
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or delete it to recreate it") from error
 
 
 def _parse(text: str) -> Any:
-    """The JSON in `text`; what Python reads beyond it, NaN and infinities, could not be written again."""
-    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    """Parse JSON and reject NaN and infinities, which Python reads but `write_json` could not write back."""
 
+    def finite(literal: str) -> float:
+        number = float(literal)
+        if not math.isfinite(number):
+            raise ValueError(f"{literal} is not a number of JSON")
+        return number
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a number of JSON")
-    return number
+    return json.loads(text, parse_float=finite, parse_constant=finite)
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line to a JSON-lines file."""
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a character, as JSON spells it
+    """Append one record to a JSON Lines file."""
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # as in `write_json`
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; none if there is no file. A last line without its end is left out.
+    """Read the records of a JSON Lines file; an empty list if there is no file.
+
+    A last line without a newline was being written when its process ended, and is ignored.
 
     Raises:
         UserError: if a line is not a JSON object.
@@ -132,18 +129,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         for line in text.split("\n")[:-1]:  # splitlines() would also cut at U+2028 in a string
             record = _parse(line)
             if not isinstance(record, dict):
-                raise ValueError(f"an object is needed, not {type(record).__name__}")
+                raise ValueError(f"expected an object, not {type(record).__name__}")
             records.append(record)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"line {len(records) + 1} of {path} is not a JSON object ({error}); restore the file or delete it to make "
-            f"it anew"
+            f"line {len(records) + 1} of {path} is not a JSON object ({error}); restore the file or delete it to "
+            f"recreate it"
         ) from error
     return records
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved recipe of a run, as its config.json holds it.
+    """Read the resolved recipe of a run from its config.json.
 
     Raises:
         UserError: if the folder is not a run directory, or the file is not a recipe.
@@ -151,14 +148,13 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f"{run_dir} is not a run directory: it has no config.json")
-    config = read_json(path)
+    config: dict[str, Any] = read_json(path)
     try:
         steps = [stage.get("train", {}).get("steps", 0) for stage in config["stages"]]
-        is_whole = bool(steps) and all(type(number) is int for number in (config.get("seed", 0), *steps))
-        is_whole &= isinstance(config.get("tower", {}).get("architecture", ""), str)
+        is_valid = bool(steps) and all(type(number) is int for number in (config.get("seed", 0), *steps))
+        is_valid &= isinstance(config.get("tower", {}).get("architecture", ""), str)
     except (LookupError, TypeError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{path} is not the configuration of a run; run the recipe again to write it anew")
-    found: dict[str, Any] = config
-    return found
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{path} is not the configuration of a run; run the recipe again to rewrite it")
+    return config

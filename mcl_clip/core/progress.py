@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, a line now and then elsewhere, nothing where quiet was asked for."""
+"""Progress of long loops: a bar on a terminal, at most one line a minute elsewhere, nothing when quiet."""
 
 import io
 import os
@@ -8,29 +8,29 @@ from typing import Any
 
 from tqdm import tqdm
 
-QUIET = "MCL_CLIP_QUIET"  # in the environment, so that child processes are quiet too
+QUIET = "MCL_CLIP_QUIET"  # an environment variable, so that child processes are quiet too
 SECONDS_BETWEEN_LINES = 60.0
-_LINE = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+LINE_FORMAT = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
 
 
 class Progress(tqdm):  # type: ignore[misc]
-    """tqdm whose output in a file or a log has whole lines, at most one a minute."""
+    """tqdm that prints whole lines, at most one a minute, if stderr is not a terminal."""
 
     def __init__(self, iterable: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> None:
-        """A bar, or lines.
+        """Create a bar, or lines if stderr is not a terminal.
 
         Args:
-            iterable: what to go through; without it, call `update`.
-            show: False on all processes but one, or where nobody looks.
+            iterable: the loop to follow; without it, call `update`.
+            show: False on all processes but one.
             options: of tqdm: `total`, `desc`, `unit`, `initial`, `unit_scale`.
         """
         self._in_lines = not sys.stderr.isatty()
         if self._in_lines:
-            options |= {"mininterval": SECONDS_BETWEEN_LINES, "miniters": 1, "bar_format": _LINE}
+            options |= {"mininterval": SECONDS_BETWEEN_LINES, "miniters": 1, "bar_format": LINE_FORMAT}
         super().__init__(iterable, disable=not show or is_quiet(), leave=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Show how far it is; in lines only after some time."""
+        """Draw the bar, or print a line once the first interval has passed."""
         if not self._in_lines:
             shown: bool = super().display(msg, pos)
             return shown
@@ -39,17 +39,22 @@ class Progress(tqdm):  # type: ignore[misc]
         return True
 
     def close(self) -> None:
-        """Take the bar away; lines stay."""
+        """Remove the bar; printed lines stay."""
         if self._in_lines and not self.disable:
-            self.fp = io.StringIO()
+            self.fp = io.StringIO()  # tqdm would overwrite the last line with spaces
         super().close()
 
 
 def be_quiet() -> None:
-    """No progress from now on, in this process and those that it starts."""
+    """Show no progress from now on, in this process and its children."""
     os.environ[QUIET] = "1"
 
 
 def is_quiet() -> bool:
-    """Whether `be_quiet` was called, here or in the process that started this one."""
+    """Return whether `be_quiet` was called, here or in a parent process."""
     return bool(os.environ.get(QUIET))
+
+
+def has_colours() -> bool:
+    """Return whether stdout is a terminal whose user wants colors (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

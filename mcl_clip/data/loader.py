@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from mcl_clip.core.console import leave_signals_to_parent
-from mcl_clip.core.distributed import Name, check_same, random_words, rank, world_size
+from mcl_clip.core.distributed import Name, check_same, leave_signals_to_parent, random_words, rank, world_size
 from mcl_clip.core.errors import UserError, explain_os_error
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
 from mcl_clip.data.decode import MAX_PIXELS, BadSampleError, EvaluationTransform, TrainTransform, decode_captions

@@ -20,8 +20,7 @@ import webdataset
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mcl_clip.core.console import run_program
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.model.resolve import load
 
 MODEL_TYPE = "mcl_clip"

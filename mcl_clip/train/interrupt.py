@@ -17,8 +17,8 @@ import torch.distributed as dist
 from jaxtyping import Int32
 from torch import Tensor
 
-from mcl_clip.core.console import PlannedStop
 from mcl_clip.core.distributed import gather_objects, is_main, world_size
+from mcl_clip.core.errors import PlannedStop
 
 SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__)
 SAME_REQUEST_S = 2.0  # a launcher and a scheduler may both hand on one request

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mcl_clip.cli.recipe import main
-from mcl_clip.core import files as artifacts
+from mcl_clip.core import files as files_module
 from tests.recipes.runs import execute, files, records
 
 WEIGHTS = "combined/model/stage_1/open_clip_model.safetensors"
@@ -40,17 +40,17 @@ REFUSALS = {
     ],
 )
 def test_what_cannot_be_written_stops_the_run_and_loses_nothing(place, number, recipe, finished, capsys, monkeypatch):
-    sync, refused = artifacts._sync, []
+    finish, refused = files_module._finish_file, []
 
     def refusing(path: Path) -> None:
         shown = str(path.relative_to(recipe.run_dir)).replace("/.", "/")
         if shown.startswith(place.replace("/.", "/")):
             refused.append(path)
             raise OSError(number, os.strerror(number), str(path))
-        sync(path)
+        finish(path)
 
     with monkeypatch.context() as patches:
-        patches.setattr(artifacts, "_sync", refusing)
+        patches.setattr(files_module, "_finish_file", refusing)
         patches.setattr(sys, "argv", ["recipe.py"])
         with pytest.raises(SystemExit) as caught:
             main(recipe)

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from mcl_clip.core.console import PlannedStop
 from mcl_clip.core.distributed import barrier, rank, world_size
+from mcl_clip.core.errors import PlannedStop
 from mcl_clip.train import interrupt as module
 from mcl_clip.train.interrupt import Interrupt, wait_for_the_cause
 
