@@ -16,9 +16,9 @@ import tyro
 from jaxtyping import Float16, Int64
 
 from mcl_clip.core.errors import UserError, run_program
+from mcl_clip.data.features import SIDES, EmbeddingTable
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
-from mcl_clip.stages.embed import SIDES, EmbeddingTable
 from mcl_clip.stages.kmeans import spherical_kmeans
 from mcl_clip.stages.shared_metric import fit_shared_metric
 

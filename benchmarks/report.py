@@ -27,10 +27,10 @@ from safetensors.numpy import save_file
 from mcl_clip.core.distributed import random_words
 from mcl_clip.core.errors import run_program
 from mcl_clip.core.files import DONE, append_jsonl, write_json
+from mcl_clip.data.features import part_name
 from mcl_clip.data.index import INDEX_NAME, ShardIndex
 from mcl_clip.data.writing import Pair, write_pairs
 from mcl_clip.report.page import write_report
-from mcl_clip.stages.embed import part_name
 
 ROWS_PER_SHARD = 10_000
 PICTURE_PX = 64

@@ -1,24 +1,191 @@
-"""Text features of all captions on disk, for stages whose text tower is locked: one file a shard, and their reader."""
+"""The feature store: one safetensors file a shard, its readers, and the file layout that both stores share.
 
+`EmbeddingTable` reads the image and text features of all rows under the model of a stage. `TextFeatures` reads the
+text features of single captions, for stages whose text encoder is locked.
+"""
+
+import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float16, Float32, Int64
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import atomic_path
 from mcl_clip.data.index import ShardIndex
 
-MOST_MAPPED = 256  # parts, in a process
+SIDES = ("image", "text")
+MAX_MAPPED_PARTS = 256  # of `TextFeatures`, in a process
+_COLUMNS = {  # of an embedding part: data type and number of dimensions
+    **dict.fromkeys(("image", "text"), ("<f2", 2)),
+    **dict.fromkeys(("image_norm", "text_norm"), ("<f4", 1)),
+    **dict.fromkeys(("image_id", "text_id"), ("<i8", 1)),
+    "ok": ("|b1", 1),
+}
 
 
-class _Part(NamedTuple):
-    """Slices of a mapped file."""
+def part_name(shard: int) -> str:
+    """Return the file name of the embeddings of a shard."""
+    return f"part-{shard:06d}.safetensors"
+
+
+def text_part_name(shard: int) -> str:
+    """Return the file name of the caption features of a shard."""
+    return f"texts-{shard:06d}.safetensors"
+
+
+def first_rows(index: ShardIndex) -> Int64[np.ndarray, "shards_and_end"]:
+    """Return the first row of each shard, and the number of rows."""
+    return np.array([shard.first_row for shard in index.shards] + [len(index)])
+
+
+def missing_parts(folder: Path, index: ShardIndex, name_of: Callable[[int], str]) -> list[int]:
+    """Return the numbers of the shards that have rows and no part file yet."""
+    return [number for number in _shards_with_rows(index) if not (folder / name_of(number)).exists()]
+
+
+def write_part(path: Path, columns: Mapping[str, np.ndarray], counts: Mapping[str, Any] | None = None) -> None:
+    """Write the columns of a part atomically, with what was counted in the shard as metadata."""
+    # All counts under one key: safetensors does not keep the order of several, and files would differ between runs.
+    metadata = None if counts is None else {"counts": json.dumps(counts)}
+    with atomic_path(path) as temporary:
+        save_file(dict(columns), temporary, metadata=metadata)
+
+
+def read_counts(folder: Path, index: ShardIndex, shard: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield `bad_samples` and `full_captions` of all embedding parts, or of one shard.
+
+    `bad_samples` are the rows that could not be decoded, as [row, key, reason]. `full_captions` counts the captions
+    that fill the context of the text encoder, for tokenizers that pad with 0; longer ones were truncated.
+
+    Raises:
+        UserError: if a part does not have them.
+    """
+    for number in _shards_with_rows(index) if shard is None else [shard]:
+        path = folder / part_name(number)
+        with safe_open(path, framework="numpy") as part:
+            text = (part.metadata() or {}).get("counts", "")
+        try:
+            counts = json.loads(text)
+            types = [tuple(type(value) for value in bad) for bad in counts["bad_samples"]]
+            if type(counts["full_captions"]) is not int or any(of_one != (int, str, str) for of_one in types):
+                raise ValueError("bad_samples")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} has no counts of bad samples; delete it and run the recipe again") from error
+        yield counts
+
+
+def _shards_with_rows(index: ShardIndex) -> list[int]:
+    return [number for number, shard in enumerate(index.shards) if shard.rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingPart:
+    """Features of the rows of a shard: unit vectors in float16, and in float32 their norms before normalization.
+
+    The text feature of a row is the normalized mean of the unit features of its captions; its norm is the mean of their
+    norms. Bad rows are zeros and not `ok`. `image_id` and `text_id` are hashes of the bytes of the tar members.
+    """
+
+    image: Float16[np.ndarray, "rows dim"]
+    text: Float16[np.ndarray, "rows dim"]
+    image_norm: Float32[np.ndarray, "rows"]
+    text_norm: Float32[np.ndarray, "rows"]
+    image_id: Int64[np.ndarray, "rows"]
+    text_id: Int64[np.ndarray, "rows"]
+    ok: Bool[np.ndarray, "rows"]
+
+
+def read_part(path: Path, rows: int) -> EmbeddingPart:
+    """Read the embeddings of a shard.
+
+    Raises:
+        UserError: if the file is missing, damaged, or has another number of rows.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing; run the recipe again to embed this shard")
+    try:
+        columns = load_file(path)
+        layout = {name: (columns[name].dtype.str, columns[name].ndim) for name in _COLUMNS}
+        sizes = {len(columns[name]) for name in _COLUMNS}
+        if layout != _COLUMNS or len(sizes) > 1 or columns["image"].shape != columns["text"].shape:
+            raise ValueError(f"its columns are {layout}")
+        if not all(np.isfinite(columns[name]).all() for name in ("image", "text", "image_norm", "text_norm")):
+            raise ValueError("a feature is not a finite number")
+    except Exception as error:  # damaged files raise errors of several types
+        raise UserError(f"{path} is not a whole part ({error}); delete it and run the recipe again") from error
+    part = EmbeddingPart(**{name: columns[name] for name in _COLUMNS})
+    if len(part.ok) != rows:
+        raise UserError(f"{path} has {len(part.ok)} rows and the index {rows}; delete it and run the recipe again")
+    return part
+
+
+class EmbeddingTable:
+    """The embeddings of all rows under the model of a stage, read shard by shard; the last shard read is cached."""
+
+    def __init__(self, folder: Path, index: ShardIndex) -> None:
+        self.folder = folder
+        self.first = first_rows(index)
+        self._cache: tuple[int, EmbeddingPart] | None = None
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def part(self, shard: int) -> EmbeddingPart:
+        """Return the embeddings of a shard.
+
+        Raises:
+            UserError: if the file is missing, damaged, or has another number of rows.
+        """
+        if self._cache is None or self._cache[0] != shard:
+            self._cache = (shard, read_part(self.folder / part_name(shard), int(np.diff(self.first)[shard])))
+        return self._cache[1]
+
+    def rows(self, start: int, stop: int, side: str) -> Float16[np.ndarray, "rows dim"]:
+        """Return the unit features of rows `start` to `stop - 1`."""
+        return self._column(start, stop, side)
+
+    def norms(self, start: int, stop: int, side: str) -> Float32[np.ndarray, "rows"]:
+        """Return the norms of rows `start` to `stop - 1` before normalization."""
+        return self._column(start, stop, f"{side}_norm")
+
+    def ok(self, start: int, stop: int) -> Bool[np.ndarray, "rows"]:
+        """Return whether rows `start` to `stop - 1` could be decoded."""
+        return self._column(start, stop, "ok")
+
+    def take(self, rows: Int64[np.ndarray, "rows"], side: str) -> Float32[np.ndarray, "rows dim"]:
+        """Return the features of `rows` with their original norms, in the order of `rows`."""
+        order = np.argsort(rows, kind="stable")
+        chunks = []
+        for shard in np.unique(np.searchsorted(self.first, rows, side="right") - 1):
+            part, first = self.part(int(shard)), self.first[shard]
+            inside = rows[order][(rows[order] >= first) & (rows[order] < self.first[shard + 1])] - first
+            norm = getattr(part, f"{side}_norm")[inside, None]
+            chunks.append(getattr(part, side)[inside].astype(np.float32) * norm)
+        result = np.empty((len(rows), chunks[0].shape[1]), np.float32)
+        result[order] = np.concatenate(chunks)
+        return result
+
+    def _column(self, start: int, stop: int, column: str) -> np.ndarray:
+        first_shard = int(np.searchsorted(self.first, start, side="right")) - 1
+        pieces = [
+            getattr(self.part(shard), column)[max(0, start - self.first[shard]) : stop - self.first[shard]]
+            for shard in range(first_shard, int(np.searchsorted(self.first, stop, side="left")))
+            if self.first[shard] < self.first[shard + 1]  # a shard without rows has no part
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class _TextPart(NamedTuple):
+    """Lazy slices of a memory-mapped file."""
 
     features: Any
     ids: Any
@@ -26,17 +193,17 @@ class _Part(NamedTuple):
 
 
 class TextFeatures:
-    """The captions of an index: a unit feature in float32 and a hash of the tokens for each.
+    """The captions of an index: for each a unit feature in float32 and a hash of its tokens.
 
-    Parts hold `features` [captions, dim], `ids` [captions] and `first` [rows + 1], the number of the first caption of
-    each row of the shard. A row that is bad has no caption. Files are mapped in the process that reads: it may be
-    pickled and may cross a fork.
+    Parts hold `features` [captions, dim], `ids` [captions] and `first` [rows + 1], the position of the first caption of
+    each row of the shard. A bad row has no captions. Files are mapped in the process that reads them, so the object can
+    be pickled and survives a fork.
     """
 
     def __init__(self, folder: Path, index: ShardIndex, dim: int) -> None:
         self.folder, self.dim = folder, dim
-        self.first_row = np.array([shard.first_row for shard in index.shards] + [len(index)])
-        self._mapped: OrderedDict[int, _Part] = OrderedDict()
+        self.first_row = first_rows(index)
+        self._mapped: OrderedDict[int, _TextPart] = OrderedDict()  # least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": OrderedDict()}
@@ -44,7 +211,7 @@ class TextFeatures:
     def take(
         self, rows: Sequence[int], captions: Sequence[int]
     ) -> tuple[Float32[Tensor, "texts dim"], Int64[Tensor, "texts"]]:
-        """Feature and id of one caption of each row, by its number among the captions of the row.
+        """Return feature and id of one caption of each row, by its number among the captions of the row.
 
         Raises:
             UserError: if a part is missing or damaged, or a row has no such caption.
@@ -53,42 +220,37 @@ class TextFeatures:
         for row, caption in zip(rows, captions, strict=True):
             shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
             part = self._part(shard)
-            place = int(row - self.first_row[shard])
-            first, end = part.first[place : place + 2].tolist()
-            number = first + caption
-            if number >= end:
+            row_in_shard = int(row - self.first_row[shard])
+            first, end = part.first[row_in_shard : row_in_shard + 2].tolist()
+            position = first + caption
+            if position >= end:
                 raise self._damaged(shard, f"row {row} has no caption {caption}")
-            features.append(part.features[number : number + 1])
-            ids.append(part.ids[number : number + 1])
+            features.append(part.features[position : position + 1])
+            ids.append(part.ids[position : position + 1])
         return torch.cat(features), torch.cat(ids)
 
-    def _part(self, shard: int) -> _Part:
-        """A part, mapped; those looked at last stay so."""
+    def _part(self, shard: int) -> _TextPart:
+        """Return the mapped part of a shard; the most recently used parts stay mapped."""
         if shard in self._mapped:
             self._mapped.move_to_end(shard)
             return self._mapped[shard]
-        path, rows = self.folder / text_part_name(shard), int(self.first_row[shard + 1] - self.first_row[shard])
+        rows = int(self.first_row[shard + 1] - self.first_row[shard])
         try:
-            file: Any = safe_open(path, framework="pt")
-            part = _Part(*(file.get_slice(name) for name in _Part._fields))
+            file: Any = safe_open(self.folder / text_part_name(shard), framework="pt")
+            part = _TextPart(*(file.get_slice(name) for name in _TextPart._fields))
             captions = part.ids.get_shape()[0]
-            shapes = [slice_.get_shape() for slice_ in part]
+            shapes = [column.get_shape() for column in part]
             if shapes != [[captions, self.dim], [captions], [rows + 1]] or int(part.first[rows:][0]) != captions:
                 raise ValueError(f"its columns have the shapes {shapes}, for {rows} rows")
-        except Exception as error:  # damaged files raise errors of several kinds
+        except Exception as error:  # damaged files raise errors of several types
             raise self._damaged(shard, str(error)) from error
         self._mapped[shard] = part
-        if len(self._mapped) > MOST_MAPPED:
+        if len(self._mapped) > MAX_MAPPED_PARTS:
             self._mapped.popitem(last=False)
         return part
 
-    def _damaged(self, shard: int, why: str) -> UserError:
+    def _damaged(self, shard: int, reason: str) -> UserError:
         return UserError(
-            f"{self.folder / text_part_name(shard)} does not hold the text features of its shard ({why}); delete it "
+            f"{self.folder / text_part_name(shard)} does not hold the text features of its shard ({reason}); delete it "
             f"and run the recipe again"
         )
-
-
-def text_part_name(shard: int) -> str:
-    """File name of the text features of a shard."""
-    return f"texts-{shard:06d}.safetensors"

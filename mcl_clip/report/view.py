@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.decode import BadSampleError, decode_captions
+from mcl_clip.data.features import SIDES, part_name
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import is_remote
 from mcl_clip.data.storage import load_numbers, load_tensors
@@ -22,7 +23,6 @@ from mcl_clip.eval.datasets import open_set
 from mcl_clip.eval.task import Task
 from mcl_clip.model.multistage import combine_features
 from mcl_clip.results.record import RunRecord, read_run
-from mcl_clip.stages.embed import SIDES, part_name
 from mcl_clip.stages.shared_metric import Projection
 
 SAMPLE_ROWS = 20_000

@@ -18,6 +18,7 @@ from mcl_clip.config import RunConfig
 from mcl_clip.core.distributed import check_same, on_main, permutation
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import STARTED
+from mcl_clip.data.features import EmbeddingTable
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.row_order import Source
@@ -29,7 +30,6 @@ from mcl_clip.eval.task import Task
 from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.fast_paths import takes_short_texts
 from mcl_clip.runs.phase import StaleArtifactError
-from mcl_clip.stages.embed import EmbeddingTable
 from mcl_clip.stages.pseudo_labels import PseudoLabels, no_labels, read_labels
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.trackers import Trackers

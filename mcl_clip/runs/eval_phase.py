@@ -19,6 +19,7 @@ from mcl_clip.core.distributed import is_main, on_main
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl, atomic_dir, atomic_path, read_jsonl, write_json
 from mcl_clip.core.stats import normalized_mutual_information
+from mcl_clip.data.features import SIDES
 from mcl_clip.data.storage import load_tensors
 from mcl_clip.eval.classification import ClassificationTask, probe_at_stage_width
 from mcl_clip.eval.task import label_of, result_record
@@ -32,7 +33,6 @@ from mcl_clip.results.text import results_table
 from mcl_clip.runs.context import RESULTS, RunContext
 from mcl_clip.stages.combine import fit_combination
 from mcl_clip.stages.diagnose import diagnose
-from mcl_clip.stages.embed import SIDES
 from mcl_clip.stages.shared_metric import Projection
 
 logger = logging.getLogger(__name__)

@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from mcl_clip.core.distributed import barrier, is_main
 from mcl_clip.core.files import atomic_path, write_json
 from mcl_clip.data.decode import evaluation_transform
+from mcl_clip.data.features import SIDES, EmbeddingTable
 from mcl_clip.data.loader import captioned_batches
 from mcl_clip.data.storage import load_numbers, load_tensors
 from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import have_same_text_tower
 from mcl_clip.runs.context import RunContext
-from mcl_clip.stages.embed import SIDES, EmbeddingTable, bad_samples, embed_shards, full_captions
+from mcl_clip.stages.embed import bad_samples, embed_shards, full_captions
 from mcl_clip.stages.kmeans import Clustering, ReadRows, spherical_kmeans
 from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
 from mcl_clip.train.metrics import BadSamples

@@ -20,7 +20,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import write_json
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.decode import train_transform
-from mcl_clip.data.features import TextFeatures
+from mcl_clip.data.features import SIDES, TextFeatures
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.loader import TrainingLoader, captioned_batches
 from mcl_clip.data.reader import Reader
@@ -33,7 +33,7 @@ from mcl_clip.model.fast_paths import prepare_training
 from mcl_clip.model.multistage import combine_features
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
-from mcl_clip.stages.embed import SIDES, write_text_features
+from mcl_clip.stages.embed import write_text_features
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, no_labels
 from mcl_clip.train.loop import BatchSource, train_stage
 from mcl_clip.train.metrics import Spans

@@ -63,6 +63,7 @@ from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, read_json, read_jsonl, read_run_config
 from mcl_clip.data.decode import BadSampleError, TrainTransform, decode_captions, decode_image, evaluation_transform
+from mcl_clip.data.features import EmbeddingTable
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
@@ -73,7 +74,7 @@ from mcl_clip.model.resolve import find_models
 from mcl_clip.results.compare import compare_models, find_results
 from mcl_clip.results.text import results_table
 from mcl_clip.runs.phase import Phase, lock
-from mcl_clip.stages.embed import EmbeddingTable, bad_samples, full_captions
+from mcl_clip.stages.embed import bad_samples, full_captions
 from mcl_clip.stages.pseudo_labels import group_labels, read_labels
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.metrics import BadSamples, StepLog

@@ -14,12 +14,12 @@ from torch import nn
 from mcl_clip import TowerConfig
 from mcl_clip.config import AugmentConfig, LockConfig
 from mcl_clip.core.errors import UserError
+from mcl_clip.data.features import part_name, read_part
 from mcl_clip.model.clip import encode_texts
 from mcl_clip.runs import train_phase
 from mcl_clip.runs.phase import StaleArtifactError
 from mcl_clip.runs.train_phase import start_clip
 from mcl_clip.stages import embed
-from mcl_clip.stages.embed import part_name, read_part
 from tests.recipes.runs import Killer, execute, files, load_recipe, records, with_stages
 
 TEXT_LOCKED = {"steps": 26, "lock": LockConfig(text=True)}  # 416 rows: each of 200 captions twice
@@ -134,7 +134,7 @@ def test_few_steps_leave_captions_to_the_tower(recipe, caplog):
 @pytest.mark.parametrize(
     ("target", "call", "after"),
     [
-        ("mcl_clip.stages.embed:texts_part_name", 6, False),
+        ("mcl_clip.stages.embed:text_part_name", 6, False),
         ("mcl_clip.runs.train_phase:write_text_features", 1, True),
         pytest.param("mcl_clip.train.loop:save_checkpoint", 6, True, marks=pytest.mark.slow),
     ],

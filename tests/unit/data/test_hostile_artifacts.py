@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, read_json, read_jsonl, read_run_config, write_json
+from mcl_clip.data.features import read_part
 from mcl_clip.data.storage import load_numbers, load_tensors
 from mcl_clip.model.clip import create_clip, load_clip, save_clip
 from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.resolve import find_models
 from mcl_clip.results.text import results_table
 from mcl_clip.runs.phase import Phase
-from mcl_clip.stages.embed import read_part
 from mcl_clip.stages.pseudo_labels import read_labels
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.metrics import BadSamples, StepLog

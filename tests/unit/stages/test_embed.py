@@ -9,16 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.data.features import TextFeatures
+from mcl_clip.data.features import EmbeddingTable, TextFeatures, part_name
 from mcl_clip.data.index import ShardIndex, make_table
 from mcl_clip.data.loader import BadSample, CaptionedBatch, content_ids
 from mcl_clip.data.shards import Shard
 from mcl_clip.stages.embed import (
-    EmbeddingTable,
     bad_samples,
     embed_shards,
     full_captions,
-    part_name,
     write_text_features,
 )
 
