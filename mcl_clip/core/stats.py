@@ -1,6 +1,6 @@
-"""How far a figure can be trusted: intervals by resampling, and paired tests between models.
+"""Bootstrap confidence intervals and paired tests.
 
-Every draw is made of raw Philox words, so intervals are equal on every machine and with every version of numpy.
+Resampling uses raw Philox words, so intervals are equal on every machine and with every version of numpy.
 """
 
 import math
@@ -18,14 +18,14 @@ Means = Mapping[str, Mapping[str, Float64[np.ndarray, "_"]]]
 
 
 class Interval(NamedTuple):
-    """From `low` to `high`."""
+    """A confidence interval."""
 
     low: float
     high: float
 
 
 class Estimate(NamedTuple):
-    """A value with its interval."""
+    """A value with its confidence interval."""
 
     value: float
     low: float
@@ -34,17 +34,17 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """What two models score on the same queries.
+    """The difference between two models, a and b, on the same queries.
 
     Attributes:
-        difference: mean of a less mean of b.
+        difference: mean of a minus mean of b.
         low: lower end of its interval.
         high: upper end of its interval.
-        n: queries.
-        units: what was drawn: images, where several captions of one are queries; otherwise `n`.
-        only_a: queries that only a gets right; None where outcomes are not right or wrong.
-        only_b: queries that only b gets right.
-        p_value: of McNemar's exact test; None where it does not apply.
+        n: number of queries.
+        units: number of resampled units: images if several captions of one are queries, otherwise `n`.
+        only_a: number of queries that only a gets right; None if outcomes are not 0 or 1.
+        only_b: number of queries that only b gets right.
+        p_value: of McNemar's exact test; None if it does not apply.
     """
 
     difference: float
@@ -65,18 +65,18 @@ def bootstrap_interval(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap interval of the mean (Efron 1979, Annals of Statistics 7).
+    """Compute the percentile bootstrap interval of the mean (Efron 1979, Annals of Statistics 7).
 
     Args:
-        values: outcome of each query, as a number or a truth value.
-        units: what each query belongs to. Whole units are drawn, so that queries of one unit may depend on each other;
-            the mean stays one over queries.
-        seed: of the draws.
-        resamples: how often to draw. 25,000 queries take a tenth of a second per 1,000.
-        level: share of the resampled means inside.
+        values: outcome of each query, as a number or a boolean.
+        units: unit of each query, such as its image. Whole units are resampled, so queries of one unit may be
+            dependent; the mean is still over queries.
+        seed: seed of the resampling.
+        resamples: number of bootstrap samples. With 25,000 queries, 1,000 take a tenth of a second.
+        level: share of the resampled means inside the interval.
 
     Raises:
-        ValueError: if there are no values, or as many units as values are not given.
+        ValueError: if there are no values, or the numbers of units and values differ.
     """
     sums, sizes = _by_unit(values, units)
     means = [(counts @ sums) / (counts @ sizes) for counts in _counts(len(sums), resamples, seed, "units")]
@@ -92,17 +92,17 @@ def compare_paired(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> PairedComparison:
-    """The difference between two models on the same queries, with a paired bootstrap interval.
+    """Compare two models on the same queries by a paired bootstrap interval of their difference.
 
-    Where outcomes are 0 or 1 the discordant queries are counted and tested (McNemar 1947, Psychometrika 12). The test
-    takes queries for independent: it is left out where several belong to one unit, and the interval stands alone.
+    If outcomes are 0 or 1, discordant queries are counted and tested (McNemar 1947, Psychometrika 12). The test assumes
+    independent queries, so it is omitted if several belong to one unit.
 
     Args:
         a: outcome of each query under the first model.
         b: the same queries under the second model.
         units: see `bootstrap_interval`.
-        seed: of the draws.
-        resamples: how often to draw.
+        seed: seed of the resampling.
+        resamples: number of bootstrap samples.
         level: share of the resampled differences inside the interval.
 
     Raises:
@@ -130,28 +130,28 @@ def compare_paired(
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of McNemar's test by the binomial distribution itself, in whole numbers.
+    """Compute the exact two-sided p-value of McNemar's test, in integer arithmetic.
 
-    It is the chance of a split at least as uneven as `only_a` to `only_b` if each discordant query fell to either side
-    like a fair coin (McNemar 1947, Psychometrika 12).
+    It is the probability of a split at least as uneven as `only_a` to `only_b` if each discordant query were a fair
+    coin toss (McNemar 1947, Psychometrika 12).
     """
     discordant, fewer = only_a + only_b, min(only_a, only_b)
-    ways, term = 0, 1
+    tail, term = 0, 1
     for k in range(fewer + 1):
-        ways += term
+        tail += term
         term = term * (discordant - k) // (k + 1)  # from C(n, k) to C(n, k + 1)
-    return min(1.0, 2 * ways / (1 << discordant))
+    return min(1.0, 2 * tail / (1 << discordant))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for their number, in the order given (Holm 1979, Scandinavian Journal of Statistics 6).
+    """Adjust p-values for multiple testing, in the given order (Holm 1979, Scandinavian Journal of Statistics 6).
 
-    Rejecting those below alpha keeps the chance of any false rejection below alpha, however they depend on each other.
+    Rejecting adjusted values below alpha bounds the family-wise error rate by alpha under any dependence.
     """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, largest = [0.0] * len(p_values), 0.0
-    for place, number in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[number]))
+    for position, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - position) * p_values[number]))
         adjusted[number] = largest
     return adjusted
 
@@ -164,21 +164,21 @@ def crossed_bootstrap(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> dict[str, Estimate]:
-    """Quantities of an experiment with several training seeds, with intervals over both seeds and items.
+    """Estimate quantities of an experiment with several training seeds, with intervals over both seeds and items.
 
-    In each resample the seeds and the items are drawn with replacement (Owen 2007, Annals of Applied Statistics 1, on
-    crossed factors; Efron 1979). Metrics over equally many items see the same draw, for they may be of the same items.
-    All arms see the same draws, so differences between arms are paired. Few seeds give intervals that are too narrow:
-    drawing from S seeds has (S - 1) / S of their variance.
+    Each resample draws seeds and items with replacement (Owen 2007, Annals of Applied Statistics 1, on crossed factors;
+    Efron 1979). Metrics over equally many items share their resamples, because the items may be the same. All arms
+    share them too, so differences between arms are paired. Few seeds give intervals that are too narrow: resampling S
+    seeds has (S - 1) / S of their variance.
 
     Args:
         values: `values[arm][metric]` holds the outcome of each item under each seed: the same items for all arms and
             seeds of a metric, the same seeds, in the same order, everywhere.
         statistic: the quantities of interest from the means. It is called once, on arrays: `means[arm][metric]` has
-            shape [1 + resamples], the mean over the data as they are, then the mean of each resample. It must
-            calculate element by element, and returns arrays of this shape by name.
-        seed: of the draws.
-        resamples: how often to draw.
+            shape [1 + resamples], the mean over the original data, then the mean of each resample. It must
+            compute element-wise, and returns arrays of this shape by name.
+        seed: seed of the resampling.
+        resamples: number of bootstrap samples.
         level: share of the resampled quantities inside the interval.
 
     Returns:
@@ -200,15 +200,15 @@ def crossed_bootstrap(
         for arm, mean in zip(values, of_arms.T, strict=True):
             means[arm][metric] = mean
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = statistic(means)
+        quantities = statistic(means)
     return {
-        name: Estimate(float(drawn[0]), *_percentiles(drawn[1:][np.isfinite(drawn[1:])], level))
-        for name, drawn in found.items()
+        name: Estimate(float(value[0]), *_percentiles(value[1:][np.isfinite(value[1:])], level))
+        for name, value in quantities.items()
     }
 
 
 def _shapes(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, tuple[int, int]]:
-    """Seeds and items of each metric."""
+    """Return the numbers of seeds and items of each metric, checked to be equal in all arms."""
     arms = {arm: {metric: array.shape for metric, array in of_arm.items()} for arm, of_arm in values.items()}
     shapes = next(iter(arms.values()), {})
     for arm, other in arms.items():
@@ -222,7 +222,7 @@ def _shapes(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, tuple[i
 def _by_unit(
     values: np.ndarray, units: np.ndarray | None
 ) -> tuple[Float64[np.ndarray, "units"], Float64[np.ndarray, "units"]]:
-    """Sum and number of the values of each unit."""
+    """Sum and count the values of each unit."""
     if not len(values) or (units is not None and units.shape != values.shape):
         raise ValueError(f"{len(values)} values with {0 if units is None else len(units)} units cannot be resampled")
     values = values.astype(np.float64)
@@ -233,28 +233,28 @@ def _by_unit(
 
 
 def _counts_with_first(size: int, resamples: int, seed: int, name: str) -> Iterator[Float64[np.ndarray, "chunk size"]]:
-    """Each thing once, and then `_counts`."""
+    """Yield the original sample (each item once), and then the resamples of `_counts`."""
     yield np.ones((1, size))
     yield from _counts(size, resamples, seed, name)
 
 
 def _counts(size: int, resamples: int, seed: int, name: str) -> Iterator[Float64[np.ndarray, "chunk size"]]:
-    """How often each of `size` things is drawn in each of `resamples` draws of `size`, some resamples at a time.
+    """Yield how often each of `size` items occurs in each bootstrap sample, in chunks of resamples.
 
-    A half word times `size`, shifted, is the thing drawn: even to one part in 2**32 / size.
+    Half a word times `size`, shifted right by 32 bits, is the item: uniform to one part in 2**32 / size.
     """
     words = np.random.Philox(key=np.array([seed, zlib.crc32(name.encode())], np.uint64))
     rows = max(1, _CHUNK_WORDS // size)
     for start in range(0, resamples, rows):
         chunk = min(rows, resamples - start)
         halves = words.random_raw(math.ceil(chunk * size / 2)).astype("<u8").view("<u4")[: chunk * size]
-        drawn = ((halves.astype(np.uint64) * np.uint64(size)) >> np.uint64(32)).astype(np.int64).reshape(chunk, size)
-        drawn += size * np.arange(chunk)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=chunk * size).reshape(chunk, size).astype(np.float64)
+        items = ((halves.astype(np.uint64) * np.uint64(size)) >> np.uint64(32)).astype(np.int64).reshape(chunk, size)
+        items += size * np.arange(chunk)[:, None]
+        yield np.bincount(items.ravel(), minlength=chunk * size).reshape(chunk, size).astype(np.float64)
 
 
 def _percentiles(draws: Float[np.ndarray, "draws"], level: float) -> tuple[float, float]:
-    """The ends of the middle `level` of the draws."""
+    """Return the ends of the central `level` of the values."""
     if not len(draws):
         return math.nan, math.nan
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
@@ -262,7 +262,7 @@ def _percentiles(draws: Float[np.ndarray, "draws"], level: float) -> tuple[float
 
 
 def normalized_mutual_information(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> float:
-    """Mutual information of two labellings, divided by the mean of their entropies: 0 unrelated, 1 the same."""
+    """Compute the mutual information of two labelings over the mean of their entropies: 0 unrelated, 1 equal."""
     _, first = np.unique(a, return_inverse=True)
     _, second = np.unique(b, return_inverse=True)
     joint = np.bincount(first * (second.max() + 1) + second).astype(np.float64)

@@ -1,1 +1,1 @@
-"""What happens between the stages: embedding, clusters, pseudo-labels, combination."""
+"""What runs between the stages: embedding, clusters, pseudo-labels, combination."""

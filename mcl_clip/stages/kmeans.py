@@ -2,10 +2,10 @@
 
 For given features the result does not depend on the number of processes or threads: near ties are decided in float64,
 and sums are exact. Float16 features are multiples of 2^-24, so a float64 sum of up to 2^28 of them is exact in any
-order, and a row can be taken out of it again; processes add the sums as integers.
+order, and rows can be subtracted again without error; processes add the sums as integers.
 
-A row is looked at again only when its cluster may change (Hamerly 2010): the cosine of a unit vector with a centroid
-changes by no more than the centroid moves.
+A row is compared with the centroids again only if its cluster may change (Hamerly 2010): the cosine of a unit vector
+with a centroid changes by at most the distance that the centroid moves.
 """
 
 import math
@@ -31,13 +31,13 @@ from mcl_clip.core.distributed import (
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.progress import Progress
 
-CHUNK_ROWS = 16_384
-BLOCK_ROWS = 2048  # what is made of them on the way stays in the cache, and in memory that the process has already
-FEATURE_UNIT = 2.0**24
-SIMILARITY_UNIT = 2.0**32
-TIE_MARGIN = 1e-5
-TIE_UNIT = 2.0**-40  # what is nearer than this in float64 is equal, and the first centroid is taken
-UNIT_LIMIT = 1.001  # length of a unit feature in float16
+CHUNK_ROWS = 16_384  # a fixed grid, whatever the number of processes
+BLOCK_ROWS = 2048  # temporaries of this size stay in the cache, and in memory that is already allocated
+FEATURE_UNIT = 2.0**24  # float16 features times this are integers
+SIMILARITY_UNIT = 2.0**32  # cosines are rounded to integers in this unit before they are added
+TIE_MARGIN = 1e-5  # more than the float32 error of a cosine: closer calls are decided in float64
+TIE_UNIT = 2.0**-40  # cosines closer than this in float64 count as equal, and the first centroid wins
+UNIT_LIMIT = 1.001  # longest unit feature after rounding to float16
 ROWS_IN_FULL_FIT = 20_000_000
 SAMPLE_STEPS = 30
 ReadRows = Callable[[int, int], Float16[np.ndarray, "rows dim"]]
@@ -45,11 +45,11 @@ ReadRows = Callable[[int, int], Float16[np.ndarray, "rows dim"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Clustering:
-    """K unit centroids, the cluster of every row, and how the fit went.
+    """K unit centroids, the cluster of every row, and the trace of the fit.
 
     Attributes:
         centroids: float32, unit.
-        assignments: cluster of each row; rows that are zero (bad samples) are in cluster 0.
+        assignments: cluster of each row; zero rows (bad samples) are in cluster 0.
         trace: objective (mean of 1 - cosine) and number of empty clusters of each pass.
     """
 
@@ -72,27 +72,27 @@ def spherical_kmeans(
 ) -> Clustering:
     """Cluster unit features by cosine: k-means++ starts on a sample, then Lloyd passes over all rows.
 
-    Above 20 million rows the fit is on the sample alone, with one pass for the assignments. Every process must be able
-    to read every row.
+    Above 20 million rows only the sample is fitted, with one pass for the assignments. Every process must be able to
+    read every row.
 
     Args:
-        rows: gives the float16 unit features of rows start to stop - 1; zeros are bad samples and ignored.
-        num_rows: how many rows there are.
+        rows: reads the float16 unit features of rows start to stop - 1; zero rows are bad samples and ignored.
+        num_rows: number of rows.
         num_clusters: K.
-        name: name of the draws.
-        num_starts: k-means++ starts on the sample, of which the best goes on.
-        max_passes: most passes over all rows.
-        tolerance: stop when the objective gains less than this share.
+        name: name of the random streams.
+        num_starts: k-means++ starts on the sample; the best is kept.
+        max_passes: maximum number of passes over all rows.
+        tolerance: stop when the objective improves by less than this share.
         sample_rows: size of the sample; 0 means 256 K, at least 20,000.
-        device: where distances are computed.
+        device: device on which cosines are computed.
 
     Raises:
         UserError: if there are fewer distinct good rows than clusters.
     """
     device = device or torch.device("cpu")
-    wanted = sample_rows or max(20_000, 256 * num_clusters)
-    centroids = on_main(lambda: _fit_sample(rows, num_rows, num_clusters, name, num_starts, wanted)).to(device)
-    members = _Members(rows, _chunks(num_rows), centroids)
+    sample_size = sample_rows or max(20_000, 256 * num_clusters)
+    centroids = on_main(lambda: _fit_sample(rows, num_rows, num_clusters, name, num_starts, sample_size)).to(device)
+    members = _Members(rows, all_chunks(num_rows)[rank() :: world_size()], centroids)
     trace: list[dict[str, float]] = []
     passes, done = max_passes if num_rows <= ROWS_IN_FULL_FIT else 0, False
     for number in Progress(range(passes + 1), desc="k-means", unit="pass", show=is_main()):
@@ -113,12 +113,12 @@ def spherical_kmeans(
 
 
 class _Members:
-    """The cluster of each row of some chunks, and the sum of each cluster.
+    """The cluster of each row of some chunks, and the exact sum of the features of each cluster.
 
     Attributes:
-        chunks: start and end of each.
-        clusters: int64 for each chunk; K for bad samples, and for rows that no pass has seen.
-        leads: float32 for each chunk; the cosine with the own centroid is at least that much above all others.
+        chunks: start and end of each chunk.
+        clusters: int64 for each chunk; K for bad samples, and for rows before the first pass.
+        leads: float32 for each chunk; lower bound of the cosine with the own centroid minus that with any other.
     """
 
     def __init__(
@@ -131,47 +131,45 @@ class _Members:
         self._sums = torch.zeros(len(centroids) + 1, centroids.shape[1], dtype=torch.float64, device=device)
 
     def move_to(self, centroids: Float32[Tensor, "clusters dim"]) -> None:
-        """Each row to the cluster of its nearest centroid."""
-        moved = (centroids.double() - self.centroids.double()).norm(dim=1) * UNIT_LIMIT
-        lost = torch.cat([moved + moved.max(), moved.new_zeros(1)]).float()
+        """Assign each row to its nearest centroid, and update the sums of the clusters."""
+        # The own cosine falls by at most the own centroid's move, and another rises by at most the largest move.
+        shift = (centroids.double() - self.centroids.double()).norm(dim=1) * UNIT_LIMIT
+        lost = torch.cat([shift + shift.max(), shift.new_zeros(1)]).float()  # bad samples have index K and lose nothing
         self.centroids = centroids
         for (start, stop), clusters, leads in zip(self.chunks, self.clusters, self.leads, strict=True):
-            doubtful = (leads.sub_(lost[clusters]) < TIE_MARGIN).nonzero()[:, 0]
-            if not len(doubtful):
+            uncertain = (leads.sub_(lost[clusters]) < TIE_MARGIN).nonzero()[:, 0]
+            if not len(uncertain):
                 continue
             chunk = self.rows(start, stop)
-            for some in torch.split(doubtful, BLOCK_ROWS):
-                features = torch.from_numpy(chunk[some.cpu().numpy()]).to(centroids.device).float()
-                nearest, leads[some] = _nearest(features, centroids)
-                changed = (nearest != clusters[some]).nonzero()[:, 0]
-                self._sums.index_add_(0, clusters[some[changed]], features[changed].double(), alpha=-1)
+            for block in torch.split(uncertain, BLOCK_ROWS):
+                features = torch.from_numpy(chunk[block.cpu().numpy()]).to(centroids.device).float()
+                nearest, leads[block] = _nearest(features, centroids)
+                changed = (nearest != clusters[block]).nonzero()[:, 0]
+                # Exact in float64, so that subtracting a row later restores the sum without it.
+                self._sums.index_add_(0, clusters[block[changed]], features[changed].double(), alpha=-1)
                 self._sums.index_add_(0, nearest[changed], features[changed].double())
-                clusters[some] = nearest
+                clusters[block] = nearest
 
     def sums(self) -> Int64[Tensor, "clusters dim"]:
-        """The sum of each cluster, in units of 2^-24."""
+        """Return the sum of each cluster, in units of 2^-24."""
         return (self._sums[:-1] * FEATURE_UNIT).long()
 
     def sizes(self) -> Int64[Tensor, "clusters"]:
-        """How many rows are in each cluster."""
+        """Return the number of rows in each cluster."""
         sizes = torch.zeros(len(self._sums), dtype=torch.int64, device=self._sums.device)
         for clusters in self.clusters:
             sizes += clusters.bincount(minlength=len(sizes))
         return sizes[:-1]
 
 
-def _chunks(num_rows: int) -> list[tuple[int, int]]:
-    """Start and end of this process's chunks of the fixed grid."""
-    return all_chunks(num_rows)[rank() :: world_size()]
-
-
 def _nearest(
     features: Float32[Tensor, "rows dim"], centroids: Float32[Tensor, "clusters dim"]
 ) -> tuple[Int64[Tensor, "rows"], Float32[Tensor, "rows"]]:
-    """Number of the nearest centroid, and how far its cosine is above all others; K and infinity for zeros."""
+    """Find the nearest centroid of each row, and the lead of its cosine over all others; K and infinity for zeros."""
     similarity = features @ centroids.T
     best, cluster = similarity.max(1)
     lead = best - similarity.scatter_(1, cluster[:, None], -torch.inf).amax(1)
+    # Float32 rounding depends on the shape of the product: near ties are decided in float64, on a grid.
     near = ((lead < TIE_MARGIN) | (best == 0)).nonzero()[:, 0]
     cluster[near] = (features[near].double() @ centroids.double().T / TIE_UNIT).round().argmax(1)
     bad = near[~features[near].any(1)]
@@ -182,36 +180,36 @@ def _nearest(
 def _objective(
     sums: Int64[Tensor, "clusters dim"], sizes: Int64[Tensor, "clusters"], centroids: Float32[Tensor, "clusters dim"]
 ) -> float:
-    """Mean of 1 - cosine with the own centroid. Whole numbers are added, so that their order cannot matter."""
+    """Compute the mean of 1 - cosine with the own centroid, as a sum of integers, whose order does not matter."""
     products = sums.double() / FEATURE_UNIT * centroids.double()
     total = int((products * SIMILARITY_UNIT).round().long().sum())
     return 1 - total / SIMILARITY_UNIT / max(1, int(sizes.sum()))
 
 
 def _directions(
-    sums: Int64[Tensor, "clusters dim"], otherwise: Float32[Tensor, "clusters dim"]
+    sums: Int64[Tensor, "clusters dim"], fallback: Float32[Tensor, "clusters dim"]
 ) -> Float32[Tensor, "clusters dim"]:
-    """Unit vectors along the sums; `otherwise` where a sum is zero."""
+    """Normalize the sums; where a sum is zero, return `fallback`."""
     directions = torch.nn.functional.normalize(sums.double(), dim=1).float()
-    return torch.where(sums.any(1)[:, None], directions, otherwise)
+    return torch.where(sums.any(1)[:, None], directions, fallback)
 
 
 def _new_centroids(
     members: _Members, sums: Int64[Tensor, "clusters dim"], sizes: Int64[Tensor, "clusters"]
 ) -> Float32[Tensor, "clusters dim"]:
-    """Mean directions; an empty cluster starts anew from a far point of the biggest cluster."""
-    fresh = _directions(sums, members.centroids)
+    """Compute mean directions; an empty cluster restarts at a far point of the largest cluster."""
+    updated = _directions(sums, members.centroids)
     empty = (sizes == 0).nonzero()[:, 0].tolist()
     if not empty:
-        return fresh
+        return updated
     for cluster, row in zip(empty, _farthest(members, int(sizes.argmax()), len(empty)), strict=False):
-        point = torch.from_numpy(members.rows(row, row + 1)).float().to(fresh.device)
-        fresh[cluster] = torch.nn.functional.normalize(point)[0]
-    return fresh
+        point = torch.from_numpy(members.rows(row, row + 1)).float().to(updated.device)
+        updated[cluster] = torch.nn.functional.normalize(point)[0]
+    return updated
 
 
 def _farthest(members: _Members, cluster: int, count: int) -> list[int]:
-    """The rows of a cluster that are least like its centroid, over all processes."""
+    """Find the rows of a cluster with the lowest cosine to its centroid, over all processes."""
     candidates: list[tuple[float, int]] = []
     centroid = members.centroids[cluster].double()
     for (start, stop), clusters in zip(members.chunks, members.clusters, strict=True):
@@ -224,11 +222,16 @@ def _farthest(members: _Members, cluster: int, count: int) -> list[int]:
 
 
 def _fit_sample(
-    rows: ReadRows, num_rows: int, num_clusters: int, name: tuple[Name, ...], num_starts: int, wanted: int
+    rows: ReadRows, num_rows: int, num_clusters: int, name: tuple[Name, ...], num_starts: int, sample_size: int
 ) -> Float32[Tensor, "clusters dim"]:
-    """The best of several k-means++ starts, each followed by Lloyd steps, on a fixed sample."""
-    chosen = np.sort(permutation(num_rows, *name, "sample")[:wanted]) if num_rows > wanted else np.arange(num_rows)
-    sample = np.concatenate([_some(rows, chosen, start, stop) for start, stop in all_chunks(num_rows)])
+    """Return the best of several k-means++ starts, each followed by Lloyd steps, on a fixed sample."""
+    chosen = (
+        np.sort(permutation(num_rows, *name, "sample")[:sample_size]) if num_rows > sample_size else np.arange(num_rows)
+    )
+    pieces = [
+        rows(start, stop)[chosen[(chosen >= start) & (chosen < stop)] - start] for start, stop in all_chunks(num_rows)
+    ]
+    sample: np.ndarray = np.concatenate(pieces)
     sample = sample[sample.any(1)]
     distinct: set[bytes] = set()
     for feature in sample:
@@ -245,7 +248,7 @@ def _fit_sample(
     fits = [_fit_start(sample, centroids) for centroids in starts]
     best_objective, best = fits[0]
     for objective, centroids in fits[1:]:
-        if objective < best_objective - 1e-9:
+        if objective < best_objective - 1e-9:  # equal fits found from two starts: the first wins on every machine
             best_objective, best = objective, centroids
     return best
 
@@ -253,7 +256,7 @@ def _fit_sample(
 def _fit_start(
     sample: Float16[np.ndarray, "rows dim"], centroids: Float32[Tensor, "clusters dim"]
 ) -> tuple[float, Float32[Tensor, "clusters dim"]]:
-    """Lloyd steps on the sample: the objective before the last one, and the centroids after it."""
+    """Run Lloyd steps on the sample; return the objective before the last step and the centroids after it."""
     members = _Members(lambda start, stop: sample[start:stop], all_chunks(len(sample)), centroids)
     for _ in range(SAMPLE_STEPS):
         members.move_to(centroids)
@@ -264,23 +267,17 @@ def _fit_start(
 
 
 def all_chunks(num_rows: int) -> list[tuple[int, int]]:
-    """Return the borders (start, stop) of the fixed chunks of `num_rows` rows."""
+    """Return start and stop of the fixed chunks of `num_rows` rows."""
     return [(start, min(start + CHUNK_ROWS, num_rows)) for start in range(0, num_rows, CHUNK_ROWS)]
-
-
-def _some(rows: ReadRows, chosen: np.ndarray, start: int, stop: int) -> Float16[np.ndarray, "chosen dim"]:
-    inside = chosen[(chosen >= start) & (chosen < stop)] - start
-    picked: np.ndarray = rows(start, stop)[inside]
-    return picked
 
 
 def _plus_plus(
     features: Float32[Tensor, "rows dim"], num_clusters: int, generators: list[torch.Generator]
 ) -> list[Float32[Tensor, "clusters dim"]]:
-    """Greedy k-means++ starts (Arthur & Vassilvitskii 2007) for the distance 1 - cosine, one for each generator.
+    """Choose greedy k-means++ starts (Arthur & Vassilvitskii 2007) for the distance 1 - cosine, one for each generator.
 
-    Of several candidates, each drawn in proportion to its distance from what is chosen, the one that helps most. All
-    starts go on together, so that the features are read once for all of them.
+    Candidates are sampled in proportion to their distance from the chosen points; the one that reduces the total
+    distance most is added. All starts advance together, so that the features are read once for all of them.
     """
     trials = 2 + int(math.log(num_clusters))
     chosen = [[int(torch.randint(len(features), (1,), generator=generator))] for generator in generators]
@@ -292,9 +289,9 @@ def _plus_plus(
             mass = distance.cumsum(0, dtype=torch.float64)
             points = torch.rand(trials, generator=generator, dtype=torch.float64) * mass[-1]
             candidates += torch.searchsorted(mass, points, right=True).clamp(max=len(features) - 1).tolist()
-        drawn = torch.split(_distances(features, candidates), trials)
+        candidate_distances = torch.split(_distances(features, candidates), trials)
         for number, numbers in enumerate(chosen):
-            nearer = torch.minimum(distances[number], drawn[number])
+            nearer = torch.minimum(distances[number], candidate_distances[number])
             best = int(nearer.sum(1, dtype=torch.float64).argmin())
             numbers.append(candidates[number * trials + best])
             distances[number] = nearer[best].clone()

@@ -1,4 +1,4 @@
-"""The shared metric: weight each direction of the features by how well image and caption agree in it."""
+"""The shared metric: weights each direction of the features by how well image and caption agree in it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +11,25 @@ from jaxtyping import Float16, Float32, Float64, Shaped
 from mcl_clip.core.distributed import barrier, is_main, on_main
 from mcl_clip.stages.kmeans import ReadRows, all_chunks
 
-VARIANCE_FLOOR = 1e-3  # of the largest
+VARIANCE_FLOOR = 1e-3  # of the largest variance
 UNEXPLAINED_FLOOR = 1e-3  # of 1 - correlation^2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """Moves features so that their cosine weighs what picture and caption share; see `fit_shared_metric`.
+    """Projects features so that their cosine weighs what image and caption share; see `fit_shared_metric`.
 
     Attributes:
-        mean: of the unit features.
-        matrix: canonical directions, each times the root of its weight.
+        mean: mean of the unit features.
+        matrix: canonical directions, each times the square root of its weight.
     """
 
     mean: Float32[np.ndarray, "dim"]
     matrix: Float32[np.ndarray, "dim directions"]
 
     def __call__(self, features: Shaped[np.ndarray, "rows dim"]) -> Float16[np.ndarray, "rows directions"]:
-        """Projected unit features; bad samples stay zeros. In float64, so that threads do not show in float16."""
+        """Project and normalize features; bad samples stay zeros."""
+        # In float64, so that the order of summation, which depends on threads, does not change the float16 result.
         moved = (features.astype(np.float64) - self.mean) @ self.matrix.astype(np.float64)
         norms = np.linalg.norm(moved, axis=1, keepdims=True)
         good = features.any(1, keepdims=True) & (norms > 0)
@@ -39,16 +40,16 @@ class Projection:
 
 
 def fit_shared_metric(image: ReadRows, text: ReadRows, num_rows: int) -> tuple[Projection, Projection]:
-    """The metric in which rows are near that a stage cannot tell apart; for image and for text features.
+    """Fit the metric in which rows are close that a stage cannot distinguish; for image and for text features.
 
-    Clusters of plain features follow the directions in which features vary most, and mix values that the stage tells
-    apart well. Under the Gaussian model of two views with common causes (probabilistic canonical correlation analysis,
+    Clusters of plain features follow the directions of largest variance, and mix values that the stage distinguishes
+    well. Under the Gaussian model of two views with common causes (probabilistic canonical correlation analysis,
     Bach & Jordan 2005), the log odds that two rows have the same cause are, up to terms of one row alone, an inner
     product with the weight rho / (1 - rho^2) on the canonical direction of correlation rho. These are the weights here
     (those of probabilistic linear discriminant analysis, Ioffe 2006, with pairs in place of classes).
 
-    Computed on the main process from all good rows in a fixed order. It wants several rows for each dimension: with
-    fewer rows than the two sides have dimensions all correlations are 1, and features are only whitened.
+    Computed on the main process from all good rows in a fixed order. It needs several rows per dimension: with fewer
+    rows than the two sides have dimensions, all correlations are 1 and features are only whitened.
     """
 
     def fit() -> tuple[Projection, Projection]:
@@ -76,7 +77,7 @@ def fit_shared_metric(image: ReadRows, text: ReadRows, num_rows: int) -> tuple[P
 
 
 def _inverse_root(covariance: Float64[np.ndarray, "dim dim"]) -> Float64[np.ndarray, "dim dim"]:
-    """The symmetric inverse square root; directions with little variance, which hold noise, are not raised further."""
+    """Compute the symmetric inverse square root, with a floor on variances so that noise is not amplified."""
     variances, directions = np.linalg.eigh(covariance)
     variances = np.maximum(variances, max(VARIANCE_FLOOR * variances.max(), np.finfo(np.float32).tiny))
     root: Float64[np.ndarray, "dim dim"] = (directions / np.sqrt(variances)) @ directions.T
@@ -85,12 +86,12 @@ def _inverse_root(covariance: Float64[np.ndarray, "dim dim"]) -> Float64[np.ndar
 
 @contextmanager
 def projected_rows(rows: ReadRows, num_rows: int, projection: Projection, path: Path) -> Iterator[ReadRows]:
-    """The projected rows, from a file at `path` that exists meanwhile and that every process must see.
+    """Yield a reader of the projected rows, from a temporary file at `path` that every process must see.
 
     Projecting a row costs more than a pass over it, so it is done once.
     """
 
-    def write() -> None:  # not into a map of the file: on a full disk that is a bus error
+    def write() -> None:  # not through a memory map: on a full disk that ends in a bus error
         shape = (num_rows, projection.matrix.shape[1])
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
         with path.open("wb") as file:

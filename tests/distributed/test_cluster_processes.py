@@ -41,7 +41,7 @@ def fit(
     torch.set_num_threads(threads)
     try:
         with patch.object(cluster, "CHUNK_ROWS", CHUNK), patch.object(cluster, "_fit_sample", with_empty_clusters):
-            plain: cluster.Rows = lambda first, last: features[first:last]  # noqa: E731
+            plain: cluster.ReadRows = lambda first, last: features[first:last]  # noqa: E731
             with ExitStack() as stack:
                 rows = plain
                 if projected:
