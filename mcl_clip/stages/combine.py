@@ -1,4 +1,4 @@
-"""How the stages become one model: the combination and its temperature, from held-out training rows."""
+"""Combine the stages into one model: the combination and its temperature are fitted on held-out training rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ MAX_LOG_LOGIT_SCALE = math.log(100)
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """A way to combine stages, with its fitted temperature.
+    """A combination of stages with its fitted temperature.
 
     Attributes:
         combine: `concat` or `mean_cosine`.
-        logit_scale: logarithm of the factor on the cosine.
-        logit_bias: what is added to the logits of the sigmoid loss; none for InfoNCE.
-        losses: the loss on the held-out rows of each way that was tried.
+        logit_scale: logarithm of the scale of the cosine.
+        logit_bias: bias of the logits of the sigmoid loss; None for InfoNCE.
+        losses: loss on the held-out rows of each combination that was tried.
     """
 
     combine: str
@@ -38,10 +38,10 @@ def fit_combination(
     combine: str,
     loss: str,
 ) -> Combination:
-    """The temperature with the lowest loss on held-out rows; with `best`, also the better combination.
+    """Fit the temperature with the lowest loss on held-out rows; with `best`, also choose the better combination.
 
     Args:
-        image_features: un-normalised features of the same rows, one tensor a stage.
+        image_features: unnormalized features of the same rows, one tensor for each stage.
         text_features: the same for the texts.
         combine: `concat`, `mean_cosine` or `best`.
         loss: `clip` or `siglip`.
@@ -58,7 +58,7 @@ def fit_combination(
 
 
 def _fit(cosine: Float[Tensor, "rows rows"], loss: str) -> tuple[float, float | None, float]:
-    """Log scale, bias and loss at the minimum."""
+    """Return log scale, bias and loss at the minimum."""
     parameters = torch.tensor([math.log(20), -5.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 

@@ -1,8 +1,8 @@
-"""Pseudo-labels that accumulate over stages, and the groups that batches are made of.
+"""Pseudo-labels that accumulate over stages, and the groups from which batches are sampled.
 
 The label of a row before stage s is the tuple of its clusters in all earlier stages (Multistage Contrastive Learning;
-CLIP-MoE, arXiv 2409.19291, equation 1). Labels are never changed; groups are derived from them for each stage, so that
-none is too small to make batches.
+CLIP-MoE, arXiv 2409.19291, equation 1). Labels never change; groups are derived from them for each stage, so that
+none is too small for batches.
 """
 
 import math
@@ -23,10 +23,10 @@ Prefix = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabels:
-    """One number a row for the clusters of all stages so far, in mixed radix: the first stage counts most.
+    """One number per row for the clusters of all stages so far, in mixed radix, first stage most significant.
 
     Attributes:
-        values: the numbers.
+        values: the label of each row.
         radix: number of clusters of each stage.
     """
 
@@ -34,10 +34,10 @@ class PseudoLabels:
     radix: tuple[int, ...]
 
     def refine(self, assignments: Int64[np.ndarray, "rows"], num_clusters: int) -> "PseudoLabels":
-        """Labels with one more stage; rows that differ before differ after.
+        """Append the clusters of one more stage; rows with different labels keep different labels.
 
         Raises:
-            UserError: if the numbers do not fit 63 bits, or a cluster number is not below `num_clusters`.
+            UserError: if the labels do not fit 63 bits, or a cluster number is not below `num_clusters`.
         """
         if math.prod(self.radix) * num_clusters >= 2**63:
             raise UserError(
@@ -51,7 +51,7 @@ class PseudoLabels:
         return PseudoLabels(values=self.values * num_clusters + assignments, radix=(*self.radix, num_clusters))
 
     def prefix(self, label: int) -> Prefix:
-        """The clusters of each stage that a label stands for."""
+        """Return the cluster of each stage that a label encodes."""
         digits = []
         for clusters in reversed(self.radix):
             label, digit = divmod(label, clusters)
@@ -59,7 +59,7 @@ class PseudoLabels:
         return tuple(reversed(digits))
 
     def summary(self) -> dict[str, Any]:
-        """How many labels there are, and how large."""
+        """Summarize the number and the sizes of the labels, for `labels.json`."""
         _, sizes = np.unique(self.values, return_counts=True)
         return {
             "radix": list(self.radix),
@@ -72,12 +72,12 @@ class PseudoLabels:
 
 
 def no_labels(num_rows: int) -> PseudoLabels:
-    """The labels before stage 0: all rows are alike."""
+    """Return the labels before stage 0, equal for all rows."""
     return PseudoLabels(values=np.zeros(num_rows, np.int64), radix=())
 
 
 def read_labels(folder: Path, num_rows: int) -> PseudoLabels:
-    """The labels in `labels.npy` and `labels.json` of a folder.
+    """Read `labels.npy` and `labels.json` of a folder.
 
     Raises:
         UserError: if the files are damaged, do not fit together, or hold another number of rows.
@@ -97,7 +97,7 @@ def read_labels(folder: Path, num_rows: int) -> PseudoLabels:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Rows that are each other's negatives: all labels in `labels`, which share `prefix`."""
+    """Rows that are negatives of each other: those with a label in `labels`, all of which share `prefix`."""
 
     prefix: Prefix
     labels: tuple[int, ...]
@@ -112,7 +112,7 @@ class Groups:
     group_of: Int64[np.ndarray, "rows"]
 
     def record(self) -> dict[str, Any]:
-        """What `groups.json` holds."""
+        """Return the content of `groups.json`."""
         sizes = [group.size for group in self.groups]
         return {
             "num_groups": len(sizes),
@@ -133,16 +133,16 @@ class Groups:
 
 
 def default_min_group_size(global_batch_size: int) -> int:
-    """The smallest group unless a recipe says otherwise: an eighth of a batch, at least 32 rows."""
+    """Return the default minimum group size: an eighth of a batch, at least 32 rows."""
     return max(32, global_batch_size // 8)
 
 
 def group_labels(labels: PseudoLabels, *, min_group_size: int) -> Groups:
-    """Groups of at least `min_group_size` rows, as long as there are that many.
+    """Form groups of at least `min_group_size` rows, provided that there are that many rows.
 
-    Among the children of one prefix, those with fewer rows are pooled; a pool that is still too small takes in its
-    smallest big sibling; if there is none it moves up to the next shorter prefix. Groups are numbered by their first
-    label.
+    Among the children of one prefix, those with fewer rows are pooled. A pool that is still too small is merged with
+    its smallest large sibling, or moves up to the next shorter prefix if it has none. Groups are numbered by their
+    first label.
     """
     values, inverse, sizes = np.unique(labels.values, return_inverse=True, return_counts=True)
     units = [
@@ -163,9 +163,9 @@ def group_labels(labels: PseudoLabels, *, min_group_size: int) -> Groups:
 def _pool_small(
     small: Sequence[Group], done: list[Group], depth: int, min_group_size: int
 ) -> tuple[list[Group], list[Group]]:
-    """Pool what is too small under each prefix of `depth` clusters.
+    """Pool the small groups under each prefix of `depth` clusters.
 
-    Returns what must move up, and the finished groups.
+    Returns the pools, whose size the next level checks, and the finished groups.
     """
     pools: dict[Prefix, list[Group]] = {}
     for unit in small:
@@ -191,6 +191,6 @@ def _join(units: Iterable[Group], prefix: Prefix) -> Group:
 
 
 def _histogram(sizes: np.ndarray) -> dict[str, int]:
-    """Number of labels by power of two of their size."""
+    """Count labels by the power of two of their size."""
     powers, counts = np.unique(np.floor(np.log2(sizes)).astype(int), return_counts=True)
     return {f"{2**power}-{2 ** (power + 1) - 1}": int(count) for power, count in zip(powers, counts, strict=True)}

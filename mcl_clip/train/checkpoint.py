@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, nothing that can run; the newest complete one counts."""
+"""Checkpoints in safetensors and JSON, which cannot execute code; training resumes from the newest complete one."""
 
 import math
 import shutil
@@ -20,7 +20,7 @@ from mcl_clip.train.optim import ExponentialAverage
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Where a stage stands. Everything else that matters is a function of the step."""
+    """Progress of a stage. All other state, such as batches and learning rates, is a function of the step."""
 
     step: int = 0
     samples_seen: int = 0
@@ -36,10 +36,7 @@ def save_checkpoint(
     state: TrainState,
     keep: int,
 ) -> Path:
-    """Write `folder`/step-N and delete all but the newest `keep`. For the main process alone.
-
-    The checkpoint appears under its name when it is whole.
-    """
+    """Write `folder`/step-N atomically and delete all but the newest `keep`. Call it on the main process only."""
     path = folder / f"step-{state.step:09d}"
     with atomic_dir(path) as temporary:
         save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
@@ -47,28 +44,28 @@ def save_checkpoint(
         if average is not None:
             save_file(_contiguous(average.average), temporary / "average.safetensors")
         write_json(temporary / "state.json", asdict(state))
-    for old in [*checkpoints(folder)[:-keep], *folder.glob(".step-*.tmp")]:  # the latter of processes that were killed
+    for old in [*checkpoints(folder)[:-keep], *folder.glob(".step-*.tmp")]:  # the latter from killed processes
         shutil.rmtree(old)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return sorted(folder.glob("step-?????????"))
 
 
 def load_newest(
     folder: Path, *, model: nn.Module, optimizer: Optimizer, average: ExponentialAverage | None
 ) -> TrainState:
-    """Restore model, optimiser and average in place from the newest checkpoint; a new state if there is none.
+    """Restore model, optimizer and average in place from the newest checkpoint; return a new state if there is none.
 
     Raises:
         UserError: if the checkpoint does not fit the model.
     """
-    found = checkpoints(folder)
-    if not found:
+    complete = checkpoints(folder)
+    if not complete:
         return TrainState()
-    path = found[-1]
+    path = complete[-1]
     try:
         model.load_state_dict(load_file(path / "model.safetensors"))
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
@@ -78,10 +75,10 @@ def load_newest(
                 tensor.copy_(saved[name])
         return _train_state(read_json(path / "state.json"))
     except (RuntimeError, KeyError, OSError, TypeError, ValueError, SafetensorError) as error:
-        reason = textwrap.shorten(str(error), 300)  # torch names every tensor on a line of its own
+        reason = textwrap.shorten(str(error), 300)  # torch lists every tensor on its own line
         raise UserError(
-            f"{path} does not fit this model ({reason}); use the recipe it was made with, or delete it to continue "
-            f"from the one before"
+            f"{path} does not fit this model ({reason}); use the recipe it was made with, or delete it to resume "
+            f"from the previous one"
         ) from error
 
 
@@ -108,6 +105,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
 
 def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     named = dict(model.named_parameters())
+    is_fused = bool(optimizer.param_groups[0].get("fused"))
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, slot = key.rsplit("|", 1)
@@ -116,19 +114,14 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str
         parameter = named[name]
         _check_state(name, parameter, state)
         optimizer.state[parameter] = {
-            slot: _step_counter(tensor, parameter, optimizer) if slot == "step" else _laid_out_as(parameter, tensor)
+            # The fused kernel assumes that moments have the strides of the parameter.
+            slot: torch.empty_like(parameter).copy_(tensor)
             for slot, tensor in state.items()
+            if slot != "step"
         }
-
-
-def _step_counter(tensor: Tensor, parameter: Tensor, optimizer: Optimizer) -> Tensor:
-    """Adam's; it stays on the CPU, as torch keeps it, unless the fused kernel wants it on the device."""
-    return tensor.to(parameter.device) if _is_fused(optimizer) else tensor
-
-
-def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor with the strides of the parameter, which the fused kernel takes for granted."""
-    return torch.empty_like(parameter).copy_(tensor)
+        # Adam keeps its step counter on the CPU, but the fused kernel needs it on the device.
+        step = state["step"]
+        optimizer.state[parameter]["step"] = step.to(parameter.device) if is_fused else step
 
 
 def _check_state(name: str, parameter: Tensor, state: dict[str, Tensor]) -> None:
@@ -140,7 +133,3 @@ def _check_state(name: str, parameter: Tensor, state: dict[str, Tensor]) -> None
         if slot != "step"
     ):
         raise ValueError(f"the state of the optimizer for {name} has another shape or type")
-
-
-def _is_fused(optimizer: Optimizer) -> bool:
-    return bool(optimizer.param_groups[0].get("fused"))

@@ -1,6 +1,6 @@
-"""Planned stops: a signal asks, the next safe point ends the job, and the same command continues it.
+"""Planned stops: after a signal, the job ends at the next safe point and the same command resumes it.
 
-SIGTERM and SIGUSR1 are what schedulers send before they take a machine away; Ctrl-C is SIGINT.
+Schedulers send SIGTERM or SIGUSR1 before they reclaim a machine; Ctrl-C is SIGINT.
 """
 
 import os
@@ -21,21 +21,21 @@ from mcl_clip.core.distributed import gather_objects, is_main, world_size
 from mcl_clip.core.errors import PlannedStop
 
 SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__)
-SAME_REQUEST_S = 2.0  # a launcher and a scheduler may both hand on one request
+SAME_REQUEST_S = 2.0  # a launcher and a scheduler may both forward one request
 LOST_PEER_S = 15.0
 STORE_KEY = "mcl_clip/stop"
 
 
 class Interrupt:
-    """What signals have asked of this job.
+    """Stop requests that reached this job as signals.
 
-    A process on its own stops at once, for whatever it does can be killed anywhere; inside `deferred` it stops where it
-    asks `asked` or `noticed` next, which saves the work since the last checkpoint. Several processes stop together, at
-    the next `asked` or `check`, whichever of them got the signal. A second request ends a process without delay.
+    A single process stops immediately, which is safe because it can be killed anywhere; inside `deferred` it stops at
+    the next `asked` or `noticed`, which saves the work since the last checkpoint. Several processes stop together at
+    the next `asked` or `check`, whichever of them received the signal. A second request ends a process immediately.
 
     Attributes:
         exit_code: of the job after SIGTERM or SIGUSR1; after Ctrl-C it is 130.
-        phase: what is going on, for the message.
+        phase: name of the running phase, for the message.
     """
 
     def __init__(self, exit_code: int = 0) -> None:
@@ -48,16 +48,16 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator["Interrupt"]:
-        """Answer the signals while the block runs. For the main thread."""
+        """Handle the signals while the block runs. Call it in the main thread."""
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
         thread.start()
         wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup and & ask
-        before = {number: signal.signal(number, self._note) for number in heeded}
+        handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # `nohup` and `&`
+        before = {number: signal.signal(number, self._note) for number in handled}
         try:
-            if hasattr(signal, "pthread_sigmask"):  # `mcl-clip launch` starts processes with the signals held back
+            if hasattr(signal, "pthread_sigmask"):  # `mcl-clip launch` starts processes with the signals blocked
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield self
         finally:
@@ -70,7 +70,7 @@ class Interrupt:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals wait until the block asks for them."""
+        """Defer signals until the block calls `asked` or `noticed`."""
         self._is_deferred = True
         try:
             yield
@@ -78,9 +78,9 @@ class Interrupt:
             self._is_deferred = False
 
     def asked(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop; the same answer on all of them. A collective call.
+        """Return whether any process was asked to stop, the same on all processes. A collective call.
 
-        On GPUs the answer is that of the call before, so that the host waits for the last step and not for this one.
+        On GPUs it is the result of the previous call, so that the host waits for the last step and not for this one.
         """
         if world_size() == 1:
             return self._signal > 0
@@ -102,7 +102,7 @@ class Interrupt:
         return int(before[0])
 
     def noticed(self) -> bool:
-        """Whether this process knows of a request. Not collective: processes may learn of it one after the other."""
+        """Return whether this process knows of a request. Not collective: processes may learn of it one by one."""
         if world_size() > 1:
             store = dist.distributed_c10d._get_default_store()
             if self._signal:
@@ -112,7 +112,7 @@ class Interrupt:
         return self._signal > 0
 
     def check(self) -> None:
-        """Stop here if any process was asked to. A collective call.
+        """Raise PlannedStop if any process was asked to stop. A collective call.
 
         Raises:
             PlannedStop: on all processes.
@@ -122,7 +122,7 @@ class Interrupt:
             raise self.stop("what is finished is kept")
 
     def stop(self, kept: str) -> PlannedStop:
-        """The end of the job, with what it leaves."""
+        """Create the exception that ends the job; `kept` says what is saved."""
         name = "Ctrl-C" if self._signal == signal.SIGINT else signal.Signals(self._signal).name
         code = 128 + signal.SIGINT if self._signal == signal.SIGINT else self.exit_code
         where = f" in {self.phase}" if self.phase else ""
@@ -132,12 +132,12 @@ class Interrupt:
         if os.getpid() != self._owner or self._signal:  # a fork inherits the handler
             return
         self._signal = number
-        is_alone = world_size() == int(os.environ.get("WORLD_SIZE", "1")) == 1  # the group may not be there yet
+        is_alone = world_size() == int(os.environ.get("WORLD_SIZE", "1")) == 1  # the process group may not exist yet
         if is_alone and not self._is_deferred:
             raise self.stop("what is finished is kept")
 
     def _watch(self, read_end: int) -> None:
-        """End the process on a second request, also where the main thread waits for others and handles nothing."""
+        """End the process on a second request, even if the main thread is blocked in a collective."""
         first: float | None = None
         while number := os.read(read_end, 1)[0]:
             if number not in SIGNALS:
@@ -151,9 +151,9 @@ class Interrupt:
 
 
 def wait_for_the_cause(error: Exception) -> None:
-    """Where processes fail because one of them is gone, let the one that failed first be heard first.
+    """Delay an error caused by a lost peer, so that the process that failed first reports first.
 
-    A launcher ends the others meanwhile.
+    A launcher ends the others in the meantime.
     """
     of_a_peer = r"gloo|nccl|connection (closed|reset)|broken pipe|socket|the main process failed"
     if world_size() > 1 and isinstance(error, RuntimeError) and re.search(of_a_peer, str(error), re.IGNORECASE):

@@ -1,7 +1,7 @@
 """Experiment trackers beside `metrics.jsonl`: TensorBoard, Weights & Biases, trackio and MLflow, through Accelerate.
 
-A restart goes on with the same run of a tracker and logs no step twice. What is wrong with a tracker after the start
-is said once, and ends no training.
+After a restart the same run of a tracker is resumed and no step is logged twice. A tracker that fails is closed with
+one warning and never stops the training.
 """
 
 import logging
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """What a stage came to; see `Trackers.log_stage`."""
+class StageResults:
+    """Final metrics, tables and images of a stage; see `Trackers.log_stage`."""
 
     values: Mapping[str, float]
     step: int
@@ -45,10 +45,10 @@ class Shown:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that are not installed.
+    """Check that trackers are installed.
 
     Raises:
-        UserError: naming what to install.
+        UserError: naming the package to install.
     """
     for name in names:
         if find_spec(name) is None:
@@ -59,7 +59,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run; for the main process. Without names it does nothing."""
+    """The trackers of a run, on the main process. Without names it does nothing."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class Trackers:
         project: str = "mcl_clip",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Nothing is opened yet.
+        """Store the settings; `start` opens the trackers.
 
         Args:
             names: of `tensorboard`, `wandb`, `trackio`, `mlflow`.
             run_dir: the run directory; local files of trackers go to its folder `trackers`.
-            project: what runs are sorted under.
+            project: project or experiment name of the trackers.
             config: the resolved recipe, without secrets.
         """
         self._open: dict[str, GeneralTracker] = {}
@@ -83,7 +83,7 @@ class Trackers:
         self._state: dict[str, Any] = {}
 
     def start(self) -> None:
-        """Open the trackers, or go on with their runs."""
+        """Open the trackers, or resume their runs."""
         if not self._names:
             return
         path = self._run_dir / FOLDER / STATE
@@ -103,7 +103,7 @@ class Trackers:
         self._save()
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
-        """Log figures of a step of training, counted over all stages, unless that was done before a restart."""
+        """Log metrics of a training step, counted over all stages, unless they were logged before a restart."""
         if self._open and step > self._state["step"]:
             self._each(lambda tracker: tracker.log(_finite(values), step=step))
             self._state["step"] = step
@@ -118,21 +118,21 @@ class Trackers:
         pictures: Mapping[str, Picture],
         page: Path | None = None,
     ) -> None:
-        """Log what a stage came to.
+        """Log final metrics, tables and images of a stage.
 
         Args:
-            values: figures of the evaluation.
-            step: of training, counted over all stages.
-            tables: rows with the title row first, by name.
-            pictures: by name.
-            page: the report, for those that keep files.
+            values: metrics of the evaluation.
+            step: training step, counted over all stages.
+            tables: rows by table name, header first.
+            pictures: images by name.
+            page: the HTML report, for trackers that store files.
         """
-        shown = Shown(values=_finite(values), step=step, tables=tables, pictures=pictures, page=page)
+        results = StageResults(values=_finite(values), step=step, tables=tables, pictures=pictures, page=page)
         for name in list(self._open):
-            self._try(name, partial(SHOW[name], self._open[name], shown))
+            self._try(name, partial(SHOW[name], self._open[name], results))
 
     def finish(self) -> None:
-        """Close what is open."""
+        """Close all open trackers."""
         self._each(lambda tracker: tracker.finish())
         self._open.clear()
 
@@ -144,14 +144,14 @@ class Trackers:
             self._try(name, partial(action, self._open[name]))
 
     def _try(self, name: str, action: Callable[[], object]) -> None:
-        """Do it; a tracker that cannot is closed, and the run goes on without it."""
+        """Run `action`; on an error close the tracker and continue without it."""
         try:
             action()
-        except Exception as error:  # of the network, of a server, of a full disk
+        except Exception as error:  # network, server, full disk: none may stop the run
             if (broken := self._open.pop(name, None)) is not None:
                 with suppress(Exception):
                     broken.finish()
-            logger.warning("%s: %s: %s; the run goes on without it", name, type(error).__name__, error)
+            logger.warning("%s: %s: %s; the run continues without it", name, type(error).__name__, error)
 
     def _save(self) -> None:
         write_json(self._run_dir / FOLDER / STATE, self._state)
@@ -174,8 +174,8 @@ def _mlflow(folder: Path, run_name: str, project: str, state: Mapping[str, Any])
 
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
-    where = None if os.environ.get("MLFLOW_TRACKING_URI") else (folder / "mlflow").resolve().as_uri()
-    return MLflowTracker(project, logging_dir=where, run_id=state.get("mlflow"), run_name=run_name)
+    location = None if os.environ.get("MLFLOW_TRACKING_URI") else (folder / "mlflow").resolve().as_uri()
+    return MLflowTracker(project, logging_dir=location, run_id=state.get("mlflow"), run_name=run_name)
 
 
 OPENERS: Mapping[str, Callable[[Path, str, str, Mapping[str, Any]], GeneralTracker]] = {
@@ -187,54 +187,54 @@ OPENERS: Mapping[str, Callable[[Path, str, str, Mapping[str, Any]], GeneralTrack
 
 
 def _store_config(tracker: GeneralTracker, config: Mapping[str, Any]) -> None:
-    if isinstance(tracker, TensorBoardTracker):  # its hyperparameters make a second run in the list
+    if isinstance(tracker, TensorBoardTracker):  # its hparams would add a second run to the list
         tracker.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
     else:
         tracker.store_init_configuration(dict(config))
 
 
-def _to_tensorboard(tracker: GeneralTracker, shown: Shown) -> None:
-    tracker.log(dict(shown.values), step=shown.step)
-    for title, rows in shown.tables.items():
-        tracker.writer.add_text(title, _markdown(rows), global_step=shown.step)
-    for title, picture in shown.pictures.items():
-        tracker.writer.add_image(title, picture, global_step=shown.step, dataformats="HWC")
+def _to_tensorboard(tracker: GeneralTracker, results: StageResults) -> None:
+    tracker.log(dict(results.values), step=results.step)
+    for title, rows in results.tables.items():
+        tracker.writer.add_text(title, _markdown(rows), global_step=results.step)
+    for title, picture in results.pictures.items():
+        tracker.writer.add_image(title, picture, global_step=results.step, dataformats="HWC")
     tracker.writer.flush()
 
 
-def _to_wandb(tracker: GeneralTracker, shown: Shown) -> None:
+def _to_wandb(tracker: GeneralTracker, results: StageResults) -> None:
     import wandb
 
-    tables = {title: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for title, rows in shown.tables.items()}
-    pictures = {title: wandb.Image(picture) for title, picture in shown.pictures.items()}
-    page = {"report": wandb.Html(str(shown.page), inject=False)} if shown.page else {}
-    tracker.log({**shown.values, **tables, **pictures, **page}, step=shown.step)
+    tables = {title: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for title, rows in results.tables.items()}
+    pictures = {title: wandb.Image(picture) for title, picture in results.pictures.items()}
+    page = {"report": wandb.Html(str(results.page), inject=False)} if results.page else {}
+    tracker.log({**results.values, **tables, **pictures, **page}, step=results.step)
 
 
-def _to_trackio(tracker: GeneralTracker, shown: Shown) -> None:
+def _to_trackio(tracker: GeneralTracker, results: StageResults) -> None:
     import pandas
     import trackio
 
-    frames = {title: pandas.DataFrame(rows[1:], columns=rows[0]) for title, rows in shown.tables.items()}
+    frames = {title: pandas.DataFrame(rows[1:], columns=rows[0]) for title, rows in results.tables.items()}
     tables = {title: trackio.Table(dataframe=frame) for title, frame in frames.items()}
-    pictures = {title: trackio.Image(picture) for title, picture in shown.pictures.items()}
-    tracker.log({**shown.values, **tables, **pictures}, step=shown.step)
+    pictures = {title: trackio.Image(picture) for title, picture in results.pictures.items()}
+    tracker.log({**results.values, **tables, **pictures}, step=results.step)
 
 
-def _to_mlflow(tracker: GeneralTracker, shown: Shown) -> None:
+def _to_mlflow(tracker: GeneralTracker, results: StageResults) -> None:
     import mlflow
 
-    tracker.log({_NOT_FOR_MLFLOW.sub("_", name): value for name, value in shown.values.items()}, step=shown.step)
-    for title, rows in shown.tables.items():
-        columns = {column or "model": [row[place] for row in rows[1:]] for place, column in enumerate(rows[0])}
-        mlflow.log_table(columns, artifact_file=f"{_file_name(title)}-step-{shown.step}.json")
-    for title, picture in shown.pictures.items():
-        mlflow.log_image(picture, artifact_file=f"{_file_name(title)}-step-{shown.step}.png")
-    if shown.page:
-        mlflow.log_artifact(str(shown.page))
+    tracker.log({_NOT_FOR_MLFLOW.sub("_", name): value for name, value in results.values.items()}, step=results.step)
+    for title, rows in results.tables.items():
+        columns = {column or "model": [row[number] for row in rows[1:]] for number, column in enumerate(rows[0])}
+        mlflow.log_table(columns, artifact_file=f"{_file_name(title)}-step-{results.step}.json")
+    for title, picture in results.pictures.items():
+        mlflow.log_image(picture, artifact_file=f"{_file_name(title)}-step-{results.step}.png")
+    if results.page:
+        mlflow.log_artifact(str(results.page))
 
 
-SHOW: Mapping[str, Callable[[GeneralTracker, Shown], None]] = {
+SHOW: Mapping[str, Callable[[GeneralTracker, StageResults], None]] = {
     "tensorboard": _to_tensorboard,
     "wandb": _to_wandb,
     "trackio": _to_trackio,
@@ -258,7 +258,7 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested settings by dotted names; lists of plain values as text."""
+    """Yield the leaves of nested settings with dotted names; lists of plain values become text."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else str(key))

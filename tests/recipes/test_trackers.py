@@ -68,7 +68,7 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tracked, monkeypatch, 
     run = execute(with_stages(tracked, {"steps": 4}))
     assert (run / "combined/DONE.json").exists()
     said = [record.getMessage() for record in caplog.records if "no way there" in record.getMessage()]
-    assert said == ["tensorboard: ConnectionError: no way there; the run goes on without it"]
+    assert said == ["tensorboard: ConnectionError: no way there; the run continues without it"]
 
 
 def test_names_of_settings_are_flat_and_without_lists_of_objects():
