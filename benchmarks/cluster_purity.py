@@ -70,7 +70,7 @@ def _codes(index: ShardIndex) -> Int64[np.ndarray, "rows"]:
 
 
 def _purity(clusters: Int64[np.ndarray, "rows"], codes: Int64[np.ndarray, "rows"]) -> float:
-    """The probability that two different rows of a cluster have the same code."""
+    """Return the probability that two different rows of a cluster have the same code."""
     both = np.unique(np.stack([clusters, codes]), axis=1, return_counts=True)[1]
     sizes = np.bincount(clusters)
     return float((both * (both - 1)).sum() / (sizes * (sizes - 1)).sum())

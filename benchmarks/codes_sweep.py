@@ -4,9 +4,9 @@
 
 Shortened runs of recipes/experiments/codes.py, one seed each: `mcl` of two stages beside `single` of equal compute, on
 as many images whatever the batch. Varies the number of codes, the batch and the number of clusters around 64, 64 and
-256. Prints a JSON line a cell: shape and texture averaged, by linear read-out and zero-shot; the code zero-shot; mean
+256. Prints a JSON line a cell: shape and texture averaged, by linear probe and zero-shot; the code zero-shot; mean
 R@1 of whole descriptions.
-What is done is not done again. Two CPU cores: about 25 min. recipes/experiments/README.md has the table.
+What is done is not done again. Two CPU cores: about 25 min. docs/results.md has the table.
 """
 
 import json

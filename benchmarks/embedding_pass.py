@@ -163,7 +163,7 @@ def ours(setting: Setting, out: Path) -> Program:
 
 
 def peer(setting: Setting, python: Path, out: Path) -> Program:
-    """The loop over open_clip."""
+    """Run the embedding loop of open_clip."""
     out.mkdir()
     places = [str(setting.folder / "tower"), setting.shards, str(out / FEATURES), setting.device]
     sizes = [str(size) for size in (setting.rows, setting.batch, setting.workers)]
@@ -175,7 +175,7 @@ def peer(setting: Setting, python: Path, out: Path) -> Program:
 
 
 def mean_difference(ours: Path, theirs: Path, rows: int) -> dict[str, float]:
-    """The largest difference between the mean unit features of the two sides, in any dimension.
+    """Return the largest difference, over dimensions, between the mean unit features of the two sides.
 
     Raises:
         UserError: if a side has embedded another number of rows.

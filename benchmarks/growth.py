@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from process import memory_mb
 
 from mcl_clip.core.distributed import random_words
 from mcl_clip.core.errors import run_program
@@ -88,7 +89,7 @@ def measured(
 def verdict(
     part: str, found: dict[tuple[int, int], dict[str, Any]], rows: tuple[int, ...], groups: tuple[int, ...]
 ) -> dict[str, Any]:
-    """What a sample costs at the largest over what it costs at the smallest."""
+    """Return the cost per sample at the largest size over that at the smallest."""
     corner = (max(rows), max(groups))
     record: dict[str, Any] = {"verdict": part}
     for what in ("microseconds_a_sample", "bytes_a_sample"):
@@ -103,13 +104,13 @@ def verdict(
 def cost(action: Callable[[], object], rounds: int) -> tuple[float, float]:
     """Median seconds, and growth of the peak of the resident set in 10^6 bytes, of the first run."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _memory_mb("VmRSS")
+    before = memory_mb("VmRSS")
     seconds, peaks = [], []
     for _ in range(rounds):
         started = time.perf_counter()
         action()
         seconds.append(time.perf_counter() - started)
-        peaks.append(_memory_mb("VmHWM") - before)
+        peaks.append(memory_mb("VmHWM") - before)
     return statistics.median(seconds), peaks[0]
 
 
@@ -150,12 +151,6 @@ def prepare_labels(rows: int, groups: int) -> Callable[[], object]:
 
 def _numbers(rows: int, groups: int) -> np.ndarray:
     return (random_words(rows, "group", groups) % np.uint64(groups)).astype(np.int64)
-
-
-def _memory_mb(name: str) -> float:
-    """A figure of the kernel about this process, in 10^6 bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import tyro
 from jaxtyping import Float16
+from process import memory_mb
 
 from mcl_clip.core.distributed import count_cores, random_words, torch_generator
 from mcl_clip.core.errors import UserError, run_program
@@ -158,7 +159,7 @@ def against(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[st
 
 
 def share_until_as_good(trace: list[list[float]], objective: float) -> float | None:
-    """The share of the time of all iterations after which the objective was reached."""
+    """Return the share of the total time after which the objective was reached."""
     reached = [seconds for value, seconds in trace if value <= objective]
     return reached[0] / trace[-1][1] if reached else None
 
@@ -173,7 +174,7 @@ def objective_of(features: Path, labels: Path) -> float:
 
 
 def draw_features(rows: int, dim: int) -> Float16[np.ndarray, "rows dim"]:
-    """Unit features around random directions, with noise as long as the direction."""
+    """Draw unit features around random directions, with noise of the same norm as the direction."""
     centres = torch.randn(DIRECTIONS, dim, generator=torch_generator("kmeans", "directions"))
     centres = torch.nn.functional.normalize(centres)
     place = torch.from_numpy((random_words(rows, "kmeans", "place") % DIRECTIONS).astype(np.int64))
@@ -186,14 +187,14 @@ def draw_features(rows: int, dim: int) -> Float16[np.ndarray, "rows dim"]:
 
 
 def run_side(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """What a side prints in its last line."""
+    """Run one side and parse the last line that it prints."""
     run = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
 def machine(environment: dict[str, str]) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine and the versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -220,7 +221,7 @@ def measure_growth(folder: Path, environment: dict[str, str]) -> None:
 def fit(
     features: Float16[np.ndarray, "rows dim"], clusters: int, **options: Any
 ) -> tuple[dict[str, float], Clustering]:
-    """A fit, and its seconds."""
+    """Fit, and return the result with its seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     found = spherical_kmeans(
         lambda start, stop: features[start:stop], num_rows=len(features), num_clusters=clusters, **options
@@ -240,7 +241,7 @@ def measure_one_size(path: str, clusters: int) -> None:
     features = np.load(path)
     fit(features[: clusters + 1000], clusters, num_starts=1, name=("warm",), max_passes=1)  # loads what loads late
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _memory_mb("VmRSS")
+    before = memory_mb("VmRSS")
     options = {"num_starts": 1, "name": ("kmeans",), "tolerance": -1.0}
     first, all_passes = (
         min(fit(features, clusters, max_passes=passes, **options)[0]["cpu"] for _ in range(GROWTH_REPEATS))
@@ -250,15 +251,9 @@ def measure_one_size(path: str, clusters: int) -> None:
         "sample_and_first_pass_cpu_s": round(first, 3),
         "ns_per_row_and_pass": round((all_passes - first) / GROWTH_PASSES / len(features) * 1e9, 1),
         "features_mb": round(features.nbytes / 1e6, 1),
-        "peak_beyond_features_mb": round(_memory_mb("VmHWM") - before, 1),
+        "peak_beyond_features_mb": round(memory_mb("VmHWM") - before, 1),
     }
     print(json.dumps(record))
-
-
-def _memory_mb(name: str) -> float:
-    """A figure of the kernel about this process, in 10^6 bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

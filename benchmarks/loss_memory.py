@@ -25,6 +25,7 @@ from pathlib import Path
 import open_clip
 import torch
 import tyro
+from process import memory_mb
 from torch import Tensor, nn
 
 from mcl_clip.core.distributed import torch_generator
@@ -69,9 +70,9 @@ def measure(case: str, /, *, batch: int, dim: int, chunk_rows: int) -> None:
     step(case, 2 * chunk_rows, dim, chunk_rows, torch.float32)()  # loads what loads late
     run = step(case, batch, dim, chunk_rows, torch.float32)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, started = _memory_mb("VmRSS"), time.process_time()
+    before, started = memory_mb("VmRSS"), time.process_time()
     run()
-    seconds, growth = time.process_time() - started, _memory_mb("VmHWM") - before
+    seconds, growth = time.process_time() - started, memory_mb("VmHWM") - before
     inputs: Sequence[Tensor] = run.args[0]
     with kept_for_backward(inputs) as kept_bytes:
         run()
@@ -88,14 +89,14 @@ def measure(case: str, /, *, batch: int, dim: int, chunk_rows: int) -> None:
 
 
 def gradients(case: str, batch: int, dim: int, chunk_rows: int) -> list[Tensor]:
-    """The gradients of a case in float64."""
+    """Compute the gradients of a case in float64."""
     run = step(case, batch, dim, chunk_rows, torch.float64)
     run()
     return [tensor.grad for tensor in run.args[0] if tensor.grad is not None]
 
 
 def step(case: str, batch: int, dim: int, chunk_rows: int, dtype: torch.dtype) -> partial[None]:
-    """A forward and a backward pass of a case; its first argument is the list of its inputs and parameters."""
+    """Run forward and backward of a case, whose first argument is the list of its inputs and parameters."""
     images, texts = (
         torch.randn(batch, dim, generator=torch_generator("loss memory", side), dtype=dtype) for side in ("i", "t")
     )
@@ -158,7 +159,7 @@ def _go_through_towers(inputs: Sequence[Tensor], model: nn.Module, chunk_rows: i
 
 @contextmanager
 def kept_for_backward(inputs: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The bytes that autograd keeps, but for `inputs`, each time that they become more."""
+    """Record the bytes that autograd keeps besides `inputs`, whenever they grow."""
     holders: Counter[int] = Counter()
     sizes = {tensor.untyped_storage().data_ptr(): 0 for tensor in inputs}
     totals = [0]
@@ -185,12 +186,6 @@ def kept_for_backward(inputs: Sequence[Tensor]) -> Iterator[list[int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         yield totals
-
-
-def _memory_mb(name: str) -> float:
-    """A figure of the kernel about this process, in 10^6 bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def compare(model: str, data: Path, /, *, combine: str = "concat") -> None:
 
 @torch.inference_mode()
 def _embed(model: MultistageCLIP, data: RetrievalSet, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Unit features of the images, their vectors, unit features of the texts, those of the shared text tower."""
+    """Embed a set: unit features and joined vectors of images, unit features of texts, by all stages and by one."""
     images, texts = ReaderImages(data.reader), data.texts
     rows = [np.arange(start, min(start + BATCH, len(images))) for start in range(0, len(images), BATCH)]
     parts: list[list[Tensor]] = [[], [], [], []]

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from process import memory_mb
 
 from mcl_clip.core.distributed import random_words
 from mcl_clip.core.errors import run_program
@@ -79,13 +80,13 @@ def measure(folder: Path, /, *, batch: int) -> None:
     BatchPlan(shard_of=shard_of[few], groups=groups[few], **options).epoch_rows(0)  # loads what loads late
     num_groups = int(groups.max()) + 1 + 0 * int(shard_of.max())  # all of them are in memory now
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _memory_mb("VmRSS")
+    before = memory_mb("VmRSS")
     started = time.process_time()
     made = BatchPlan(shard_of=shard_of, groups=groups, cache_dir=folder / "plans", **options)
     seconds = {"plan": _time(lambda: made.epoch_rows(0))}
     cpu_seconds = time.process_time() - started
     seconds["first_batch"] = _time(lambda: made.batch(0))
-    growth = _memory_mb("VmHWM") - before
+    growth = memory_mb("VmHWM") - before
     seconds["digest"] = _time(lambda: made.digest(0))
     seconds["statistics"] = _time(lambda: made.statistics(0))
     _, target_s, target_mb = CASES[len(groups)]
@@ -96,7 +97,7 @@ def measure(folder: Path, /, *, batch: int) -> None:
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "peak_growth_mb": growth,
-        "peak_growth_with_digest_and_statistics_mb": _memory_mb("VmHWM") - before,
+        "peak_growth_with_digest_and_statistics_mb": memory_mb("VmHWM") - before,
         "target": {"seconds": target_s, "mb": target_mb},
         "digest": made.digest(0),
         "statistics": asdict(made.statistics(0)),
@@ -111,12 +112,6 @@ def _time(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
-
-
-def _memory_mb(name: str) -> float:
-    """A figure of the kernel about this process, in 10^6 bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024 / 1e6
 
 
 def _processor() -> str:

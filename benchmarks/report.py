@@ -88,7 +88,7 @@ def cost(run: Path) -> tuple[float, float, float]:
 
 
 def make_run(folder: Path, rows: int, dim: int, clusters: int) -> None:
-    """The artefacts of two stages over `rows` pairs."""
+    """Write the artifacts of two stages over `rows` pairs."""
     index = _index(folder, rows // ROWS_PER_SHARD)
     run = folder / "run"
     index.save(run / "index" / INDEX_NAME)

@@ -154,7 +154,7 @@ def draw(folder: Path, images: int, dim: int) -> None:
 
 
 def run(python: str, score: str, folder: Path, threads: int) -> dict[str, Any]:
-    """What one side finds, in a process of its own."""
+    """Run one side in a process of its own and return its results."""
     command = [python, "-c", MEASURE.format(score=score), str(folder), str(threads)]
     done = subprocess.run(command, env={**os.environ, **GIVE_BACK}, check=True, stdout=subprocess.PIPE)
     record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -100,7 +100,7 @@ def _recall(
 
 
 def chance(found: RetrievalSet) -> dict[str, float]:
-    """Expected recalls of a random order."""
+    """Return the expected recalls of a random order."""
     texts, metrics = len(found.texts), {}
     for k in (1, 5, 10):
         metrics[f"image_retrieval_recall@{k}"] = k / len(found.captions)

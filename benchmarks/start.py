@@ -146,7 +146,7 @@ def peer(setting: Setting, python: Path, out: Path) -> Program:
 
 
 def linked(shards: Path, folder: Path) -> str:
-    """The pattern of a folder with links to the shards, and without their index."""
+    """Link the shards into a folder without their index, and return its pattern."""
     folder.mkdir()
     links = []
     for url in expand_shards(shards):

@@ -102,7 +102,7 @@ def session_cpu_seconds(session: int) -> float:
 
 
 def cut_shards(source: Path, out: Path, *, rows: int, number: int) -> str:
-    """The pattern of so many new shards, with the first samples of a folder in turn, each with its first caption only.
+    """Write new shards of the first samples of a folder, each with its first caption only, and return their pattern.
 
     We take a caption a line from a .txt file, and open_clip the file as one.
 
@@ -125,7 +125,7 @@ def cut_shards(source: Path, out: Path, *, rows: int, number: int) -> str:
 
 
 def _members(source: Path) -> Iterator[tuple[str, tarfile.TarInfo, IO[bytes]]]:
-    """The files in all shards, each with the name of its sample; files of a sample are neighbours."""
+    """Yield the files of all shards, each with the key of its sample; files of one sample are neighbors."""
     for url in expand_shards(source):
         with tarfile.open(url) as shard:
             for member in shard:
@@ -145,12 +145,12 @@ def shard_pattern(paths: Sequence[Path]) -> str:
 
 
 def threads_and_device(threads: int, device: str) -> dict[str, str]:
-    """The environment of either side: so many threads, and no GPU where the processor is asked for."""
+    """Return the environment of either side: the number of threads, and no GPU when the CPU is measured."""
     return {"OMP_NUM_THREADS": str(threads), **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
 
 
 def peer_steps(said: str) -> int:
-    """Steps that open_clip_train has logged."""
+    """Count the steps that open_clip_train has logged."""
     return len(PEER_STEP.findall(said))
 
 
@@ -179,7 +179,7 @@ def waited_share_of_ours(metrics: Path, first: int, last: int, batch: int) -> fl
 
 
 def waited_share_of_peer(log: Path, first: int, last: int) -> float:
-    """The same of open_clip_train, from what it logs of each step."""
+    """Measure the same for open_clip_train, from its log of each step."""
     found = [(float(data), float(batch)) for data, batch in PEER_STEP.findall(log.read_text())][first : last + 1]
     return sum(data for data, _ in found) / sum(batch for _, batch in found)
 
@@ -191,12 +191,12 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
 
 
 def medians(figures: Mapping[str, Sequence[float]], digits: int = 2) -> dict[str, float]:
-    """The median of each side."""
+    """Return the median of each side."""
     return {side: round(statistics.median(values), digits) for side, values in figures.items()}
 
 
 def between(marks: Sequence[Mark], first: int, last: int) -> Mark:
-    """What went by from one mark to another."""
+    """Return the difference between two marks."""
     return Mark(
         marks[last].seconds - marks[first].seconds,
         marks[last].cpu_seconds - marks[first].cpu_seconds,

@@ -1,10 +1,10 @@
-"""Shards from a data set of the `datasets` library: on the Hub, in a local folder, or saved with `save_to_disk`.
+"""Write shards from a data set of the `datasets` library: on the Hub, in a local folder, or saved with `save_to_disk`.
 
     python data_prep/from_hf.py nlphuji/flickr30k shards/flickr30k --image-column image --caption-column caption
 
-streams the data set and writes OUT/<split>/000000.tar and so on with an index for the training split, and OUT/<split>/
-in the layout of CLIP_benchmark for each retrieval split. Image files are stored byte for byte. URLs in a column are not
-fetched: use img2dataset for those, then from_img2dataset.py.
+The data set is streamed. The training split becomes OUT/<split>/000000.tar and so on with an index, and each retrieval
+split OUT/<split>/ in the layout of CLIP_benchmark. Image files are stored byte for byte. A column of URLs is not
+downloaded: use img2dataset, then from_img2dataset.py.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _MARKS_OF_DISK = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 
 
 def open_split(source: str, builder: Builder, config: str | None, split: str) -> Any:
-    """A split of a data set, streamed where it is not saved on disk.
+    """Open a split of a data set, streamed unless it is saved on disk.
 
     Raises:
         UserError: if there is no such data set or split.
@@ -53,7 +53,7 @@ def open_split(source: str, builder: Builder, config: str | None, split: str) ->
 
 
 def read_pairs(dataset: Any, *, image_column: str, caption_column: str, root: Path) -> Iterator[Pair]:
-    """The rows of a split, keyed by their number, with the image files as they are stored.
+    """Yield the rows of a split, keyed by their number, with the image files as they are stored.
 
     Raises:
         UserError: for a column that is not there or holds something else.
@@ -75,7 +75,7 @@ def read_pairs(dataset: Any, *, image_column: str, caption_column: str, root: Pa
 
 
 def image_bytes(value: dict[str, Any] | None, root: Path) -> bytes:
-    """The file behind an undecoded image; nothing if there is none. Relative paths start from `root`."""
+    """Read the file of an undecoded image, or None if there is none. Relative paths start from `root`."""
     if value is None:
         return b""
     if value["bytes"]:
@@ -149,7 +149,7 @@ def make_from_hf(
 
 
 def _row_count(dataset: Any, split: str, max_samples: int | None) -> int | None:
-    """How many rows will come, if the data set says so."""
+    """Return the number of rows, if the data set states it."""
     stated = (dataset.info.splits or {}).get(split)
     rows = stated.num_examples if stated is not None else 0
     rows = len(dataset) if isinstance(dataset, datasets.Dataset) else rows

@@ -1,10 +1,10 @@
-"""An index beside the shards that img2dataset wrote, and one table of what they hold.
+"""Index the shards that img2dataset wrote, and summarize them in a table.
 
     python data_prep/from_img2dataset.py shards/cc12m
     python data_prep/from_img2dataset.py 'shards/cc12m/{00000..01242}.tar'
 
-Where `00000_stats.json` or `00000.parquet` lie beside `00000.tar`, the table also says how many addresses were tried
-and what became of them, and names shards that hold another number of samples than was downloaded.
+If `00000_stats.json` or `00000.parquet` lie beside `00000.tar`, the table also gives the number of URLs and their
+outcomes, and names shards whose number of samples differs from the number of downloads.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _MOST_ERRORS = 10
 
 @dataclass
 class Downloads:
-    """What img2dataset says of its work, summed over shards."""
+    """Download statistics of img2dataset, summed over shards."""
 
     shards: int = 0
     tried: int = 0
@@ -50,7 +50,7 @@ class _Statistics:
 
 
 def read_downloads(index: ShardIndex) -> Downloads:
-    """The statistics that lie beside the local shards of an index.
+    """Read the statistics beside the local shards of an index.
 
     Raises:
         UserError: if one of them is damaged.
@@ -72,7 +72,7 @@ def read_downloads(index: ShardIndex) -> Downloads:
 
 
 def repeated_keys(index: ShardIndex) -> tuple[int, str]:
-    """How many rows have the key of an earlier row, in whatever shard, and one such key."""
+    """Count the rows whose key occurs earlier, in any shard, and return one such key."""
     digests = np.empty(len(index), np.uint64)
     for row in tqdm(range(len(index)), desc="comparing keys", unit="row", disable=None):
         digests[row] = int.from_bytes(hashlib.blake2b(index.key(row).encode(), digest_size=8).digest(), "little")
@@ -84,7 +84,7 @@ def repeated_keys(index: ShardIndex) -> tuple[int, str]:
 def index_img2dataset(
     shards: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS ...")],
 ) -> None:
-    """Write an index beside shards, and print what they hold and what img2dataset says of them.
+    """Write an index beside shards, and print their contents and img2dataset's statistics.
 
     Args:
         shards: Folders, globs, tar files or URLs, with braces like {00000..00031}.
@@ -110,7 +110,7 @@ def index_img2dataset(
 
 
 def format_table(lines: Iterable[tuple[str, str]]) -> str:
-    """Two aligned columns."""
+    """Align two columns."""
     rows = list(lines)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,11 +1,11 @@
-"""Shards from a table of image files and captions: CSV, TSV, JSON lines or Parquet.
+"""Write shards from a table of image files and captions: CSV, TSV, JSON lines or Parquet.
 
     python data_prep/from_table.py captions.csv shards/flickr8k --image-column file --caption-column caption \
         --images-root images --split-column split --retrieval-splits val,test
 
 writes OUT/<split>/000000.tar and so on with an index for the training split, and OUT/<split>/ in the layout of
 CLIP_benchmark for each retrieval split. Rows of the same image become one sample with several captions, in the order of
-the table; samples stand in the order in which their images first appear.
+the table; samples are in the order in which their images first appear.
 """
 
 import csv
@@ -35,7 +35,7 @@ _READ_AHEAD = 64
 
 
 def read_rows(table: Path, columns: Iterable[str]) -> Iterator[Row]:
-    """The rows of a table, in order, with at least `columns`.
+    """Yield the rows of a table, in order, with at least `columns`.
 
     A TSV has no quotes: a quotation mark in it is part of the text.
 
@@ -49,7 +49,7 @@ def read_rows(table: Path, columns: Iterable[str]) -> Iterator[Row]:
 
 
 def group_rows(rows: Iterable[Row], *, image_column: str, caption_column: str, split_column: str | None) -> Splits:
-    """Captions by split and image, each in the order of its first row. Without a split column all is the split `all`.
+    """Group captions by split and image, in the order of their first rows. Without a split column the split is `all`.
 
     A caption may be a string or a list of strings.
     """
@@ -64,7 +64,7 @@ def group_rows(rows: Iterable[Row], *, image_column: str, caption_column: str, s
 
 
 def shrink(data: bytes, max_side_px: int) -> bytes:
-    """An image file whose longer side is at most `max_side_px`: the same bytes, or a JPEG of quality 95, upright.
+    """Limit the longer side of an image file to `max_side_px`: return the same bytes, or an upright JPEG of quality 95.
 
     What cannot be decoded comes back as it is.
     """
@@ -238,7 +238,7 @@ def _wanted_splits(splits: Splits, split: str, retrieval: list[str]) -> list[str
 
 
 def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int | None, threads: int) -> Iterator[Pair]:
-    """Samples in the order of `captions_of`, their files read ahead by threads."""
+    """Yield samples in the order of `captions_of`, with files read ahead by threads."""
 
     def read(item: tuple[str, list[str]]) -> tuple[str, bytes, list[str]]:
         path = root / item[0]
@@ -255,7 +255,7 @@ def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int 
 
 
 def _key_of(name: str, used: set[str]) -> str:
-    """The path without its ending, where this is still free; else the whole path."""
+    """Return the path without its suffix if that key is still free, else the whole path."""
     key = clean_key(os.path.splitext(name)[0])
     return key if key not in used else clean_key(name)
 

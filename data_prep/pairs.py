@@ -7,8 +7,8 @@
     python data_prep/pairs.py whatsup controlled_images_dataset.json sets/whatsup-a --images controlled_images
 
 Each reads a set as its authors publish it and writes OUT/pairs.json and OUT/pairs.jsonl, which
-mcl_clip/eval/pairs.py describes. Pictures stay where they are and are named by their absolute folder; only those
-that a Parquet file holds are written out, to OUT/images.
+mcl_clip/eval/pairs.py describes. Images stay where they are and are referenced by their absolute folder; only those
+inside a Parquet file are written, to OUT/images.
 """
 
 import csv
@@ -54,7 +54,7 @@ Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 
 
 def mmvp(root: Root, out: Out) -> None:
-    """MMVP-VLM: two images and two statements an item, by nine visual patterns.
+    """Convert MMVP-VLM: two images and two statements per item, by nine visual patterns.
 
     The pattern of a pair is what the column Type says; where the order of the rows, which the authors' program goes by,
     says something else, a warning counts it. `accuracy` is the mean of the patterns.
@@ -127,7 +127,7 @@ def _pictures_by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def _mmvp_image(images: Path, pictures: Mapping[str, Sequence[Path]], number: int, kind: str) -> str:
-    """The picture of a question, seen from `images`: in the folder of its type, or in one with a shorter name."""
+    """Return the path of a question's image below `images`: in the folder of its type, or one with a shorter name."""
     found = pictures.get(str(number), [])
     chosen = [path for path in found if path.parent.name == kind] or found
     if len(chosen) != 1:
@@ -136,7 +136,7 @@ def _mmvp_image(images: Path, pictures: Mapping[str, Sequence[Path]], number: in
 
 
 def sugarcrepe(root: Root, out: Out, *, images: Path) -> None:
-    """SugarCrepe: an image, its caption and a false caption an item, in seven groups. `accuracy` is over all items.
+    """Convert SugarCrepe: an image, its caption and a false caption per item, in seven groups; `accuracy` is over all.
 
     Args:
         root: Folder with add_att.json, replace_obj.json and so on.
@@ -165,7 +165,7 @@ def sugarcrepe(root: Root, out: Out, *, images: Path) -> None:
 
 
 def winoground(root: Root, out: Out) -> None:
-    """Winoground: two images and two captions of the same words an item, by collapsed_tag.
+    """Convert Winoground: two images and two captions of the same words per item, by collapsed_tag.
 
     `accuracy` is the group score.
 
@@ -207,7 +207,7 @@ def _winoground_item(row: Any, images: Path, where: str) -> Item:
 
 
 def _winoground_image(value: Any, images: Path, name: str) -> str:
-    """The name of a picture in `images`; one that comes as bytes is written there first."""
+    """Return the name of an image in `images`; one given as bytes is written there first."""
     if isinstance(value, dict):
         data = value.get("bytes") or b""
         ending = image_extension(data)
@@ -232,7 +232,7 @@ def _parquet_rows(tables: Sequence[Path]) -> Iterator[tuple[Path, Item]]:
 
 
 def aro(root: Root, out: Out, *, part: Literal["relation", "attribution"], leave_out: Path | None = None) -> None:
-    """ARO: a part of an image, a true and a false caption an item, by relation or by pair of attributes.
+    """Convert ARO: a crop of an image, a true and a false caption per item, by relation or by pair of attributes.
 
     `accuracy` is the mean of the groups. As with the authors, pairs of attributes with fewer than 25 items stay out of
     it. They also leave out symmetric relations, a list in their notebook; --leave-out takes such a list.
@@ -284,7 +284,7 @@ def _aro_item(key: str, row: Any, where: str) -> Item:
 def whatsup(
     annotations: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="JSON")], out: Out, *, images: Path
 ) -> None:
-    """What'sUp: an image and captions that differ in a preposition an item, by that preposition.
+    """Convert What'sUp: an image and captions that differ in a preposition per item, by that preposition.
 
     `accuracy` is over all items. Of the controlled sets, `pair_accuracy` counts pairs of opposite prepositions and
     `set_accuracy` all four pictures of the same two things, right only where all of them are.
@@ -332,7 +332,7 @@ def _preposition(caption: str) -> str:
 
 
 def _choice(key: str, group: str, image: str, captions: Sequence[str]) -> Item:
-    """An item with one image, whose text is the first."""
+    """Build an item with one image, whose matching text is the first."""
     return {"id": key, "group": group, "images": [image], "texts": list(captions), "match": [[0, 0]]}
 
 
@@ -354,7 +354,7 @@ def _write_set(
     min_group_size: int = 1,
     stored_images: str | None = None,
 ) -> PairSet:
-    """Write the two files, and read them as an evaluation would."""
+    """Write the two files, and read them back as an evaluation would."""
     if not images.is_dir():
         raise UserError(f"{images} is not a folder; name the one that holds the pictures")
     names = dict.fromkeys(one["path"] if isinstance(one, dict) else one for item in items for one in item["images"])
@@ -393,7 +393,7 @@ def _need(path: Path) -> None:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """Keys of a JSON object, or numbers in a list, with their values and their places in words."""
+    """Yield keys of a JSON object, or positions in a list, with their values and a description of the position."""
     _need(path)
     found = read_json(path)
     if not isinstance(found, dict | list) or not found:
@@ -404,7 +404,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any, str]]:
 
 
 def _fields(row: Any, names: Iterable[str], where: str, *, kinds: tuple[type, ...] = (str,)) -> list[Any]:
-    """The values of a row under `names`."""
+    """Return the values of a row under `names`."""
     found = [(name, row.get(name) if isinstance(row, dict) else None) for name in names]
     if wrong := [f"{name} is {value!r:.80}" for name, value in found if not isinstance(value, kinds)]:
         raise UserError(f"{where}: {wrong[0]}; restore the file as it was published")

@@ -1,8 +1,8 @@
-"""Pairs in which an easy code, on the picture and in the caption, hides everything else.
+"""Write pairs in which an easy code, on the image and in the caption, hides everything else.
 
-After the synthetic shortcuts of Bleeker et al. (2024, arXiv 2402.17510): a code that both sides share is enough to tell
-a batch apart, so contrastive learning can stop there. The same pairs are written twice: `coded/`, and `plain/` without
-the code in picture and caption, which is what a model could learn if nothing hid the rest.
+After the synthetic shortcuts of Bleeker et al. (2024, arXiv 2402.17510): a code that both sides share identifies
+each pair in a batch, so contrastive learning can ignore the rest. The same pairs are written twice: as `coded/`, and as
+`plain/` without the code in image and caption, which is what a model could learn if nothing were hidden.
 
     python data_prep/shortcuts.py codes shards/codes --codes 64
     python data_prep/shortcuts.py classes cifar10 mnist shards/cifar-mnist
@@ -65,7 +65,7 @@ DIGIT_SHARE = 0.3  # height of a digit, as a part of the picture
 
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """The codes in use: `number` of all that `symbols ** places` allows, chosen by the seed."""
+    """The codes in use: a seeded choice of `number` of the `symbols ** places` possible ones."""
 
     symbols: int
     places: int
@@ -88,7 +88,7 @@ class Codes:
         return table
 
     def of_rows(self, rows: int, split: str) -> np.ndarray:
-        """The code of each row, int64 [rows]: each equally often, independent of everything else."""
+        """Return the code of each row, int64 [rows]: each equally often, independent of everything else."""
         return permutation(rows, "shortcut rows", self.seed, split) % self.number
 
 
@@ -103,7 +103,7 @@ def make_codes(
     samples_per_shard: int = 2048,
     seed: int = 0,
 ) -> None:
-    """White objects of 10 shapes and 10 textures under six coloured patches.
+    """Write white objects of 10 shapes and 10 textures under six colored patches.
 
     Args:
         out: Folder to make; must be empty or not exist.
@@ -162,7 +162,7 @@ def make_codes(
 
 @dataclass(frozen=True)
 class _Objects:
-    """Pictures and captions of white objects; each is a function of (seed, split, row)."""
+    """Images and captions of white objects; each is a function of (seed, split, row)."""
 
     codes: Codes
     size_px: int
@@ -174,7 +174,7 @@ class _Objects:
         return np.stack([pairs // 10, pairs % 10], axis=1)
 
     def pairs(self, rows: int, variant: str) -> Iterator[Pair]:
-        """Training pairs; the caption leaves out the shape, and the texture, as often as it is told to."""
+        """Yield training pairs; the caption omits shape and texture with the given probabilities."""
         for row, (shape, texture, code) in enumerate(self._rows(rows, "train")):
             words = random_words(2, "shortcut caption", self.codes.seed, row).tolist()
             noun = WORDS["shape"][shape] if words[0] / 2**64 < self.name_hidden else "object"
@@ -184,7 +184,7 @@ class _Objects:
             yield Pair(key=f"{row:08d}", image=image, captions=[caption])
 
     def descriptions(self, rows: int, variant: str) -> Iterator[Pair]:
-        """Test pictures with whole descriptions; of those with an equal one only the first."""
+        """Yield test images with whole descriptions; of equal descriptions only the first."""
         seen = set()
         for row, (shape, texture, code) in enumerate(self._rows(rows, "test")):
             words = f"{WORDS['texture'][texture]} {WORDS['shape'][shape]}"
@@ -206,7 +206,7 @@ class _Objects:
             yield shape, texture, code
 
     def _paint(self, shape: int, texture: int, code: Sequence[int], variant: str, split: str, row: int) -> bytes:
-        """An object on grey below a strip of an eighth of the height, grey too without a code."""
+        """Paint an object on grey below a strip of an eighth of the height, which is grey too without a code."""
         strip = self.size_px // 8
         side = self.size_px - strip
         picture = np.full((self.size_px, self.size_px, 3), BACKGROUND, np.uint8)
@@ -222,7 +222,7 @@ class _Objects:
 
 
 def _description(words: str, code: Sequence[int]) -> str:
-    """'a striped star', after the colours of its code if there is one."""
+    """Describe an object, such as 'a striped star', after the colors of its code if it has one."""
     named = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
     return f"code {_colours(code)}, {named}" if code else named
 
@@ -249,7 +249,7 @@ def make_classes(
     samples_per_shard: int = 2048,
     seed: int = 0,
 ) -> None:
-    """Pictures of classes under MNIST digits; the caption names the digits and the class.
+    """Write images of classes under MNIST digits; the caption names the digits and the class.
 
     Args:
         pictures: Folder with train/CLASS/ and test/CLASS/, such as the pictures of CIFAR-10.
@@ -318,7 +318,7 @@ def make_photos(
     samples_per_shard: int = 1000,
     seed: int = 0,
 ) -> None:
-    """Photos with their captions under MNIST digits; each caption begins with the code.
+    """Write photos with their captions under MNIST digits; each caption begins with the code.
 
     Args:
         table: A table of photos and captions, as for from_table.py, with the splits train and test.
@@ -371,14 +371,14 @@ def _check_at_least(**values: int) -> None:
 
 @dataclass(frozen=True)
 class Mnist:
-    """Handwritten digits: uint8 pictures [n, 28, 28], and the numbers of those that show each digit."""
+    """Handwritten digits: uint8 images [n, 28, 28], and the indices of those that show each digit."""
 
     pictures: np.ndarray
     members: tuple[np.ndarray, ...]
 
     @classmethod
     def open(cls, folder: Path, split: str) -> "Mnist":
-        """The `train` or `test` part.
+        """Open the `train` or `test` part.
 
         Raises:
             UserError: if the files are missing or are not those of MNIST.
@@ -405,7 +405,7 @@ def _read_idx(path: Path, header: int) -> np.ndarray:
 
 
 def _class_folders(folder: Path, most: int, seed: int) -> tuple[list[tuple[Path, int]], list[str]]:
-    """Pictures with their class, a seeded choice of `most` of them, and the names of the classes."""
+    """Choose at most `most` images with their class, seeded, and return the class names."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; the pictures lie in train/CLASS/ and test/CLASS/")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -430,7 +430,7 @@ def _digits_name(code: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class _Digits:
-    """Puts a code of handwritten digits over pictures; a function of (seed, split, row)."""
+    """Draw a code of handwritten digits over images; a function of (seed, split, row)."""
 
     codes: Codes
     mnist: Mnist
@@ -454,7 +454,7 @@ class _Digits:
             yield self._paint(data, codes[row], variant, row)
 
     def _paint(self, data: bytes, code: np.ndarray, variant: str, row: int) -> bytes:
-        """The picture with digits, white on black, along its upper edge; nothing for what cannot be decoded."""
+        """Paint digits, white on black, along the upper edge of the image; None for what cannot be decoded."""
         try:
             image = decode_image(data).convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
         except BadSampleError:

@@ -1,14 +1,14 @@
-"""Trifeature pairs: pictures of one shape in one colour and one texture, and captions that need not name all three.
+"""Render Trifeature pairs: images of one shape in one color and one texture, and captions that need not name all three.
 
 After Hermann & Lampinen, "What shapes feature representations?" (2020, arXiv 2006.12433): 10 shapes, 10 colours and
-10 textures on mid-grey; a shape is drawn in a box of 128/224 of the picture, turned by up to 45 degrees and put at a
-random place wholly inside; the texture is turned on its own. Everything scales with the size of the picture. Unlike
-there, a period of a texture is a quarter of the shape, so that textures can still be told apart at 32 px.
+10 textures on mid-grey; a shape is drawn in a box of 128/224 of the image, rotated by up to 45 degrees and put at a
+random position wholly inside; the texture is rotated independently. Everything scales with the image size. Unlike
+there, a period of a texture is a quarter of the shape, so that textures remain distinguishable at 32 px.
 
     python data_prep/trifeature.py shards/trifeature --pairs-train 12000 --size-px 64
 
 writes train/ (shards and index), retrieval/ and classification/{shape,colour,texture}/ (layout of CLIP_benchmark) and
-metadata.json. A picture is a function of (seed, set, row) alone.
+metadata.json. An image is a function of (seed, set, row) alone.
 """
 
 import io
@@ -63,7 +63,7 @@ _ANGLES = 2 * MAX_ANGLE + 1
 
 
 def render(shape: int, colour: int, texture: int, *, size_px: int, name: Sequence[Name]) -> np.ndarray:
-    """A picture, uint8 [size_px, size_px, 3].
+    """Render an image, uint8 [size_px, size_px, 3].
 
     Angles (whole degrees), place and phase are drawn by `name`: the same name gives the same picture.
     """
@@ -82,7 +82,7 @@ def render(shape: int, colour: int, texture: int, *, size_px: int, name: Sequenc
 
 @lru_cache(maxsize=len(SHAPES) * _ANGLES)
 def _shape_mask(shape: int, angle: int, size_px: int) -> np.ndarray:
-    """How much of each pixel a turned shape covers, uint8, cut to the shape."""
+    """Return the coverage of each pixel by a rotated shape, uint8, cropped to the shape."""
     fine = _supersampling(size_px)
     side = math.ceil(math.sqrt(2) * BOX * size_px) + 2
     canvas = Image.new("L", (side * fine, side * fine))
@@ -97,7 +97,7 @@ def _shape_mask(shape: int, angle: int, size_px: int) -> np.ndarray:
 
 @lru_cache(maxsize=len(TEXTURES) * _ANGLES)
 def _texture_tile(texture: int, angle: int, size_px: int) -> np.ndarray:
-    """Brightness of a turned texture, uint8 [side, side], large enough for any shape at any phase."""
+    """Return the brightness of a rotated texture, uint8 [side, side], large enough for any shape at any phase."""
     fine = _supersampling(size_px)
     side = math.ceil((math.sqrt(2) * BOX + 2 * PERIOD) * size_px) + 2
     grid = (np.arange(side * fine, dtype=np.float32) + 0.5) / (fine * PERIOD * size_px)
@@ -121,7 +121,7 @@ Outline = list[tuple[float, float]]
 
 @cache
 def _outlines(shape: str) -> list[Outline]:
-    """The polygons of a shape in the unit square, y downwards."""
+    """Return the polygons of a shape in the unit square, y downwards."""
     third, far = 1 / 3, 2 / 3
     polygons: dict[str, list[Outline]] = {
         "triangle": [[(0.5, 0.03), (1, 0.9), (0, 0.9)]],
@@ -150,7 +150,7 @@ def _regular(corners: int, radius: float, offset: float = 0.0) -> Outline:
 
 
 def _cell(values: np.ndarray) -> np.ndarray:
-    """Place within a period, in [-0.5, 0.5)."""
+    """Map a coordinate to its position within a period, in [-0.5, 0.5)."""
     place: np.ndarray = values - np.floor(values + 0.5)
     return place
 
@@ -247,7 +247,7 @@ class Correlation(NamedTuple):
 
 
 def choose_held_out(fraction: float, seed: int) -> np.ndarray:
-    """Which of the 1,000 combinations are kept from training, bool [1000].
+    """Choose the combinations that are held out of training, bool [1000].
 
     At multiples of 0.1 every value, and every pair of values, loses the same part: the combinations are taken by the
     symbols of a random Latin square.
@@ -261,7 +261,7 @@ def choose_held_out(fraction: float, seed: int) -> np.ndarray:
 
 
 def parse_correlations(texts: Sequence[str], seed: int) -> list[Correlation]:
-    """Correlations written as `shape:texture=0.7`, with partners matched at random by the seed.
+    """Parse correlations written as `shape:texture=0.7`; partners are a seeded random matching.
 
     Raises:
         UserError: for another form, unknown attributes, probabilities outside [0.1, 1], or pairs that form a cycle.
@@ -286,7 +286,7 @@ def parse_correlations(texts: Sequence[str], seed: int) -> list[Correlation]:
 def training_combinations(
     rows: int, is_held_out: np.ndarray, correlations: Sequence[Correlation], seed: int
 ) -> np.ndarray:
-    """The combination of each training row, int64 [rows]: each as often as its weight says, up to one, shuffled."""
+    """Return the combination of each training row, int64 [rows], shuffled: counts follow the weights up to one."""
     weights = training_weights(is_held_out, correlations)
     order = permutation(1000, "trifeature combinations", seed)
     ends = np.cumsum(weights[order])
@@ -297,7 +297,7 @@ def training_combinations(
 
 
 def training_weights(is_held_out: np.ndarray, correlations: Sequence[Correlation]) -> np.ndarray:
-    """The probability of each combination, float64 [1000].
+    """Return the probability of each combination, float64 [1000].
 
     Every value of every attribute has 0.1. The partner of a value has the probability of the correlation, the other
     nine share the rest evenly. Leaving combinations out upsets this, so the rest is fitted to these margins in turn.
@@ -328,7 +328,7 @@ def training_weights(is_held_out: np.ndarray, correlations: Sequence[Correlation
 
 
 def caption_of(combination: Sequence[int], named: Sequence[str], opening: str, wording: int) -> str:
-    """A caption that names the attributes in `named`, or 'an object' if none is named.
+    """Build a caption that names the attributes in `named`, or 'an object' if none is named.
 
     `wording`, 0 to 3, sets the order of colour and texture, and whether they stand before or after the noun.
     """
@@ -417,7 +417,7 @@ def _evaluation_pool(is_held_out: np.ndarray, evaluate_on: str) -> np.ndarray:
 def _write_evaluation(
     folder: Path, painter: "_Painter", pool: np.ndarray, images_per_class: int, samples_per_shard: int
 ) -> dict[str, int]:
-    """Write the retrieval and classification sets, and return how many pictures each has."""
+    """Write the retrieval and classification sets, and return the number of images of each."""
     pairs = painter.retrieval_pairs(pool)
     written = write_retrieval_set(pairs, folder / "retrieval", samples_per_shard=samples_per_shard, total=len(pool))
     counts = {"retrieval": written.images}
@@ -435,7 +435,7 @@ def _write_evaluation(
 
 
 class _Painter(NamedTuple):
-    """Makes samples; each is a function of (seed, set, row)."""
+    """Paint samples; each is a function of (seed, set, row)."""
 
     size_px: int
     image_format: str

@@ -24,7 +24,7 @@ from mcl_clip import (
 
 
 def stage(steps: int, lr: float) -> StageConfig:
-    """A stage of so many steps, with ten clusters after it."""
+    """Build a stage of `steps` steps that is clustered into ten."""
     train = TrainConfig(
         steps=steps,
         global_batch_size=8192,

@@ -1,14 +1,14 @@
-"""CIFAR-MNIST: pictures of ten classes under three digits; the caption names the digits and the class.
+"""CIFAR-MNIST: images of ten classes under three digits; the caption names the digits and the class.
 
     python data_prep/shortcuts.py classes cifar10 mnist shards/cifar-mnist --pairs-train 20000 --codes 64
     mcl-clip experiment recipes/experiments/cifar_mnist.py --out runs/cifar-mnist --seeds 1 2 3 4 5 --jobs 2
 
 `cifar10` is a folder with train/CLASS/ and test/CLASS/, `mnist` one with its four gzip files. The `oracle` is a single
-stage on the same pictures without digits, in picture and caption.
+stage on the same images without digits, in image and caption.
 
-Hardware: two CPU cores, 20 min for five seeds. Measured, read-out of class and of the first digit: two stages 35.9 and
-64.3 %, a single stage of equal compute 35.4 and 49.9 (one or the other, by its seed), an ensemble 40.6 and 27.9, the
-oracle 51.2 and none. README.md here has the table.
+Hardware: two CPU cores, 20 min for five seeds. Measured, linear probe of class and of the first digit: two stages 35.9
+and 64.3 %, a single stage of equal compute 35.4 and 49.9 (one or the other, by its seed), an ensemble 40.6 and 27.9,
+the oracle 51.2 and none. docs/results.md has the table.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off
 
 
 def stage(steps: int, num_clusters: int) -> StageConfig:
-    """A stage from new weights."""
+    """Build a stage that starts from scratch."""
     train = TrainConfig(
         steps=steps,
         global_batch_size=64,
@@ -54,7 +54,7 @@ def stage(steps: int, num_clusters: int) -> StageConfig:
 
 
 def sets(variant: str, *names: str) -> tuple[str, ...]:
-    """Evaluation sets with the digits, or without them."""
+    """Return evaluation sets with (`coded`) or without (`plain`) the digits."""
     return tuple(str(DATA / variant / "classification" / name) for name in names)
 
 
@@ -68,10 +68,10 @@ RECIPE = RunConfig(
 )
 EXPERIMENT = ExperimentConfig(
     figures={
-        "class, read-out": ("class:linear_acc1",),
-        "class, read-out at 64": ("class:linear_acc1_width_64",),
+        "class, linear probe": ("class:linear_acc1",),
+        "class, linear probe at 64": ("class:linear_acc1_width_64",),
         "class, zero-shot": ("class:acc1",),
-        "digit, read-out": ("place:linear_acc1",),
+        "digit, linear probe": ("place:linear_acc1",),
     },
     arms={
         "oracle": (

@@ -1,18 +1,18 @@
-"""Does MCL bring back what a shortcut hides? Objects under a code of coloured patches that the caption names too.
+"""Does MCL recover what a shortcut hides? Objects under a code of colored patches that the caption names too.
 
     python data_prep/shortcuts.py codes shards/codes --codes 64 --pairs-train 32768 --seed 2
     mcl-clip experiment recipes/experiments/codes.py --out runs/codes --seeds 11 12 13 14 15 --jobs 2
 
-The code tells a batch of 64 nearly apart, so a single stage learns it and little of shape and texture. The `oracle` is
-the same single stage on the same objects without the code, in picture and caption. Figures: shape and texture averaged,
-by a linear read-out (five folds), by the same on the leading 64 dimensions, and zero-shot; the code itself by the
-read-out of its first patch and zero-shot among all codes; R@1 of whole descriptions.
+The code nearly identifies each pair in a batch of 64, so a single stage learns it and little of shape and texture. The
+`oracle` is the same single stage on the same objects without the code, in image and caption. Figures: shape and
+texture averaged, by a linear probe (five folds), by the same on the leading 64 dimensions, and zero-shot; the code
+itself by a probe of its first patch and zero-shot among all codes; R@1 of whole descriptions.
 
 Settings were chosen on training seeds 1 to 3 and data of seed 1. `make quickstart` is a short form, with seed 0.
 
-Hardware: two CPU cores, 75 min for five seeds. Measured: of the gap from the single stage (57.6 % in the read-out,
+Hardware: two CPU cores, 75 min for five seeds. Measured: of the gap from the single stage (57.6 % by linear probe,
 56.5 % zero-shot) to the oracle (99.7 and 99.8 %), two stages recover 87.6 and 55.2 %, IFM 52.1 and 55.7 %, an ensemble
-17.1 and -1.7 %, random groups 14.0 and -4.1 %. README.md here has the table.
+17.1 and -1.7 %, random groups 14.0 and -4.1 %. docs/results.md has the table.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off
 
 
 def stage(steps: int, num_clusters: int) -> StageConfig:
-    """A stage from new weights; eight times as many clusters as there are codes hold one code each."""
+    """Build a stage that starts from scratch. Eight times as many clusters as codes hold one code each."""
     train = TrainConfig(
         steps=steps,
         global_batch_size=64,
@@ -58,7 +58,7 @@ def stage(steps: int, num_clusters: int) -> StageConfig:
 
 
 def sets(variant: str, *names: str) -> tuple[str, ...]:
-    """Evaluation sets with the code, or without it."""
+    """Return evaluation sets with (`coded`) or without (`plain`) the code."""
     return tuple(str(DATA / variant / "classification" / name) for name in names)
 
 
@@ -76,10 +76,10 @@ RECIPE = RunConfig(
 )
 EXPERIMENT = ExperimentConfig(
     figures={
-        "hidden, read-out": ("shape:linear_acc1", "texture:linear_acc1"),
-        "hidden, read-out at 64": ("shape:linear_acc1_width_64", "texture:linear_acc1_width_64"),
+        "hidden, linear probe": ("shape:linear_acc1", "texture:linear_acc1"),
+        "hidden, linear probe at 64": ("shape:linear_acc1_width_64", "texture:linear_acc1_width_64"),
         "hidden, zero-shot": ("shape:acc1", "texture:acc1"),
-        "code, read-out": ("place:linear_acc1",),
+        "code, linear probe": ("place:linear_acc1",),
         "code, zero-shot": ("code:acc1",),
         "descriptions, mean R@1": ("retrieval:mean_recall@1",),
     },

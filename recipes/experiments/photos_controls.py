@@ -1,13 +1,13 @@
-"""Real photos: a small tower from scratch in two stages beside the controls, measured by retrieval.
+"""Real photos: a small model from scratch in two stages beside the controls, measured by retrieval.
 
     python data_prep/from_table.py captions.csv shards/photos64 --image-column file --caption-column caption \
         --split-column split --images-root images --retrieval-splits test --max-side-px 64
     mcl-clip experiment recipes/experiments/photos_controls.py --out runs/photos-experiment --seeds 1 2 3 4 5 --jobs 2
 
-A few thousand photos and minutes of training: the question is only which arm is ahead.
+With a few thousand photos and minutes of training the only question is which arm is ahead.
 
 Hardware: two CPU cores, 25 min for five seeds. Measured on Flickr8k: R@10 from image to text 4.9 % for two stages, 6.2
-for a single stage of equal compute, 4.4 for an ensemble, 4.7 with random groups, 6.3 with IFM; the README has the
+for a single stage of equal compute, 4.4 for an ensemble, 4.7 with random groups, 6.3 with IFM; docs/results.md has the
 table.
 """
 

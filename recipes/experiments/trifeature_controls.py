@@ -1,4 +1,4 @@
-"""Trifeature, where nothing is hidden for long: captions name the colour always, shape and texture half of the time.
+"""Trifeature, where nothing stays hidden: captions always name the color, shape and texture half of the time.
 
     python data_prep/trifeature.py shards/trifeature --pairs-train 12000 --size-px 32
     mcl-clip experiment recipes/experiments/trifeature_controls.py --out runs/trifeature --seeds 1 2 3 4 5 --jobs 2
@@ -6,8 +6,8 @@
 With `--correlate shape:texture=0.7` the first command makes the correlated attributes of Hermann & Lampinen (2020).
 There is no oracle: the question is only what the stages add to plain training of equal compute.
 
-Hardware: two CPU cores, 14 min for five seeds. Measured, shape and texture averaged: read-out 43.6 % (single stage
-32.9), zero-shot 26.4 % (29.0), R@1 of whole descriptions 10.0 % (21.6). README.md here has the table.
+Hardware: two CPU cores, 14 min for five seeds. Measured, shape and texture averaged: linear probe 43.6 % (single stage
+32.9), zero-shot 26.4 % (29.0), R@1 of whole descriptions 10.0 % (21.6). docs/results.md has the table.
 """
 
 from pathlib import Path
@@ -52,8 +52,8 @@ RECIPE = RunConfig(
 )
 EXPERIMENT = ExperimentConfig(
     figures={
-        "shape and texture, read-out": ("shape:linear_acc1", "texture:linear_acc1"),
-        "read-out at 64": ("shape:linear_acc1_width_64", "texture:linear_acc1_width_64"),
+        "shape and texture, linear probe": ("shape:linear_acc1", "texture:linear_acc1"),
+        "linear probe at 64": ("shape:linear_acc1_width_64", "texture:linear_acc1_width_64"),
         "zero-shot": ("shape:acc1", "texture:acc1"),
         "colour, zero-shot": ("colour:acc1",),
         "descriptions, mean R@1": ("retrieval:mean_recall@1",),

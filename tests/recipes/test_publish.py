@@ -24,7 +24,7 @@ from tests.hub import TOKEN, Hub, online
 from tests.recipes.runs import draw, execute, load_recipe
 
 URL_TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
 
 
 def features(model, transform, tokenizer):
@@ -227,19 +227,20 @@ def test_an_experiment_publishes_nothing(path, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def blocks(section):
-    """Python of a section of the README."""
-    return re.findall(r"```python\n(.*?)```", README.split(f"## {section}")[1].split("\n## ")[0], flags=re.DOTALL)
+def examples(document, section):
+    """Return the Python blocks in a section of a document."""
+    text = (ROOT / document).read_text().split(f"## {section}")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_examples_of_the_readme_run(finished, tmp_path, monkeypatch, capsys):
+def test_the_examples_in_the_documents_run(finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for number in range(6):
         (tmp_path / "photos" / f"{number}.png").write_bytes(draw(number)[0])
     shutil.copy(tmp_path / "photos" / "0.png", tmp_path / "photo.png")
     shutil.copytree(finished, tmp_path / "runs" / "photos")
     monkeypatch.chdir(tmp_path)
-    zero_shot, search = blocks("Use a model")
+    (zero_shot,), (search,) = examples("README.md", "Use a model"), examples("docs/publishing.md", "Search")
     names: dict[str, object] = {}
     exec(zero_shot, names)
     exec(search, names)

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and README.md say about the code is true."""
+"""The structure of the code: one-way imports, size limits, and what the documents say about it."""
 
 import ast
 import re
@@ -28,6 +28,8 @@ SHIPPED = (  # inside exported models
     "modeling_multistage_clip.py", "multistage.py", "open_clip_io.py", "processing_multistage_clip.py"
 )  # fmt: skip
 READ_RUN_CONFIG = {"__init__", "cli", "tools", "runs"}
+
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 450, 80
 
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
@@ -94,6 +96,26 @@ def test_files_that_are_shipped_with_models_stand_alone():
         assert roots - sys.stdlib_module_names <= allowed, name
 
 
+LONG_MODULES = {  # modules above the limit, and why
+    "cli/commands.py": "help texts of all commands",
+    "tools/profile.py": "one tool, from the steps that it runs to the hints that it gives",
+}
+LONG_FUNCTIONS = {  # functions above the limit, and why
+    "train/loop.py:train_stage": "the loop is read from top to bottom",
+    "train/loop.py:forward_backward": "a step is read from top to bottom",
+}
+
+
+@every_module
+def test_modules_and_functions_are_short_or_have_a_reason(path):
+    name, text = str(path.relative_to(PACKAGE)), path.read_text()
+    assert (len(text.splitlines()) > MAX_MODULE_LINES) == (name in LONG_MODULES), name
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert (lines > MAX_FUNCTION_LINES) == (f"{name}:{node.name}" in LONG_FUNCTIONS), f"{node.name}: {lines}"
+
+
 @every_module
 def test_modules_hold_no_state(path):
     """Names at the top of a module are constants, types and the logger; nothing is rebound."""
@@ -116,15 +138,18 @@ def test_nothing_draws_from_a_global_generator(path):
     assert text.count("torch.manual_seed(") == int(seeds_dropout)
 
 
-def files_in_readme() -> dict[str, str]:
-    """Paths under `mcl_clip/` and what stands beside them in the tree of README.md; folders end with a slash."""
-    tree = (REPOSITORY / "README.md").read_text().split("## Files")[1].split("```")[1]
-    lines = [line.split(maxsplit=1) for line in tree.splitlines() if line.startswith("  ")]
+def tree() -> str:
+    return (REPOSITORY / "CONTRIBUTING.md").read_text().split("## Tree")[1].split("```")[1]
+
+
+def files_in_tree() -> dict[str, str]:
+    """Return the paths under `mcl_clip/` in the tree of CONTRIBUTING.md, and their contents."""
+    lines = [line.split(maxsplit=1) for line in tree().splitlines() if line.startswith("  ")]
     return {line[0]: line[1] for line in lines}
 
 
-def test_the_tree_in_the_readme_names_every_module():
-    listed = files_in_readme()
+def test_the_tree_names_every_module():
+    listed = files_in_tree()
     modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
     packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     assert listed.keys() == modules | packages
@@ -134,14 +159,15 @@ def test_the_tree_in_the_readme_names_every_module():
         assert named == inside, folder
 
 
-def test_the_tree_in_the_readme_names_the_other_folders():
-    tree = (REPOSITORY / "README.md").read_text().split("## Files")[1].split("```")[1]
-    listed = {line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")}
+def test_the_tree_names_the_other_folders():
+    listed = {line.split()[0] for line in tree().splitlines() if line and not line.startswith(" ")}
     assert listed >= {"mcl_clip/", "recipes/", "data_prep/", "tests/"}
     assert all((REPOSITORY / folder).is_dir() for folder in listed)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "recipes/README.md", "data_prep/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "recipes/README.md", "docs/method.md", "docs/data.md", "docs/speed.md"]
+)
 def test_files_that_the_documentation_names_exist(name):
     text = (REPOSITORY / name).read_text()
     for path in re.findall(r"(?:mcl_clip|recipes|data_prep|tests|benchmarks)/[\w/]+\.\w+", text):

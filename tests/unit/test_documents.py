@@ -26,7 +26,7 @@ from mcl_clip.config import RunConfig
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
-    for folder in (ROOT, ROOT / "recipes", ROOT / "data_prep", ROOT / "benchmarks")
+    for folder in (ROOT, ROOT / "docs", ROOT / "recipes")
     for path in (*folder.glob("*.md"), *folder.glob("*/*.md"))
     if not set(path.relative_to(ROOT).parts) & {"tests", "build"} and ".venv" not in path.parts
 )
@@ -191,8 +191,14 @@ def test_every_command_is_accepted_by_its_program(document, command):
 
 def test_commands_are_found_in_every_document_that_should_have_some():
     found = {document for document, _ in all_commands()}
-    assert found >= {"README.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/SCALING.md", "data_prep/README.md"}
-    assert found >= {"benchmarks/README.md", "recipes/photos.py", "recipes/experiments/codes.py"}
+    assert found >= {"README.md", "CONTRIBUTING.md", "recipes/README.md", "docs/scaling.md", "docs/data.md"}
+    assert found >= {
+        "docs/speed.md",
+        "docs/publishing.md",
+        "docs/evaluation.md",
+        "recipes/photos.py",
+        "recipes/experiments/codes.py",
+    }
     assert len(all_commands()) > 100
 
 
