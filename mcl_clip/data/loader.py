@@ -294,7 +294,7 @@ class _MakePairBatch:
         if self.texts is None:
             tokens = self.tokenizer(captions or [""])
             text_ids[places] = content_ids(tokens[: len(places)])
-            tokens = _trim_padding(tokens) if self.short_texts else tokens
+            tokens = trim_padding(tokens) if self.short_texts else tokens
         else:
             text_features, text_ids[places] = self.texts.take(rows[places].tolist(), caption_numbers)
             text_features = text_features if places else torch.zeros(1, self.texts.dim)
@@ -347,7 +347,7 @@ class _MakeCaptionedBatch:
             rows=torch.tensor(kept, dtype=torch.int64),
             images=torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
             image_ids=torch.tensor(image_ids, dtype=torch.int64),
-            tokens=_trim_padding(tokens) if self.short_texts else tokens,
+            tokens=trim_padding(tokens) if self.short_texts else tokens,
             caption_of=torch.tensor(caption_of, dtype=torch.int64),
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
             full_captions=int(tokens[:, -1].ne(0).sum()) if tokens.numel() else 0,
@@ -355,7 +355,7 @@ class _MakeCaptionedBatch:
         )
 
 
-def _trim_padding(tokens: Int[Tensor, "texts length"]) -> Int[Tensor, "texts shorter"]:
+def trim_padding(tokens: Int[Tensor, "texts length"]) -> Int[Tensor, "texts shorter"]:
     """Trim columns of zeros at the end, to a multiple of 8."""
     used = int(tokens.any(0).nonzero().max()) + 1 if tokens.any() else 0
     return tokens[:, : min(-(-used // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, tokens.shape[1])]

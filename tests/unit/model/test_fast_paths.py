@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.data.loader import without_padding
+from mcl_clip.data.loader import trim_padding
 from mcl_clip.model.clip import encode_texts, lock
 from mcl_clip.model.fast_paths import FirstTokenBlock, prepare_training, takes_short_texts, use_fast_paths
 
@@ -53,7 +53,7 @@ def test_features_and_gradients_are_those_of_open_clip(name, training):
     plain, fast = (model.train(training) for model in make(name))
     images, tokens = batch()
     is_short = takes_short_texts(fast)
-    short = without_padding(tokens) if is_short else tokens
+    short = trim_padding(tokens) if is_short else tokens
     assert (name in SHORT_TEXTS) == is_short == (short.shape[1] < 32)
     assert (name in FIRST_TOKEN) == any(isinstance(module, FirstTokenBlock) for module in fast.modules())
     expected, got = plain(images, tokens), fast(images, short)
@@ -82,9 +82,9 @@ def test_padding_is_left_out_up_to_a_multiple_of_8():
     for used, length in ((1, 8), (8, 8), (9, 16), (30, 32), (32, 32)):
         tokens = torch.zeros(2, 32, dtype=torch.int64)
         tokens[1, used - 1] = 7
-        assert torch.equal(without_padding(tokens), tokens[:, :length])
-    assert without_padding(torch.full((1, 12), 3)).shape == (1, 12)
-    assert without_padding(torch.zeros(2, 32, dtype=torch.int64)).shape == (2, 0)
+        assert torch.equal(trim_padding(tokens), tokens[:, :length])
+    assert trim_padding(torch.full((1, 12), 3)).shape == (1, 12)
+    assert trim_padding(torch.zeros(2, 32, dtype=torch.int64)).shape == (2, 0)
 
 
 def test_a_resnet_is_laid_out_for_convolutions():
