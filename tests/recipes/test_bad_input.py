@@ -70,7 +70,7 @@ def test_options_that_do_not_parse(recipe, capsys, monkeypatch, arguments, sente
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--num-stages", "0"], "--num-stages must be a number of at least 1, not '0'"),
+        (["--num-stages", "0"], "--num-stages must be an integer of at least 1, not '0'"),
         (["--data.train", "/nowhere/{0..3}.tar"], "the shard /nowhere/0.tar does not exist"),
         (["--data.train", "pipe:cat x.tar"], "starts with 'pipe:', which is not a supported protocol"),
         (["--eval.retrieval", "/nowhere"], "/nowhere is not an evaluation set"),

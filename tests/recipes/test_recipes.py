@@ -72,7 +72,7 @@ def test_the_number_of_stages_can_be_changed(path):
     assert four.stages[3].train.lr == 0.25
     assert parse(recipe, ["--num-stages=1"]).stages == recipe.stages[:1]
     for wrong in ("0", "-1", "many", ""):
-        with pytest.raises(UserError, match=f"--num-stages must be a number of at least 1, not '{wrong}'"):
+        with pytest.raises(UserError, match=f"--num-stages must be an integer of at least 1, not '{wrong}'"):
             parse(recipe, ["--num-stages", wrong])
 
 

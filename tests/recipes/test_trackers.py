@@ -36,7 +36,7 @@ def test_tensorboard_has_the_figures_the_tables_and_the_pictures(tracked):
     tags = found.Tags()
     assert {"eval/colours/acc1/stage-0", "eval/colours/acc1/combined"} <= set(tags["scalars"])
     assert [scalar.step for scalar in found.Scalars("eval/colours/acc1/stage-1")] == [8]
-    assert any("clusters_of_pictures" in tag.replace(" ", "_") for tag in tags["images"])
+    assert any("clusters_of_images" in tag.replace(" ", "_") for tag in tags["images"])
     assert any("retrieval" in tag for tag in tags["tensors"])
 
 
