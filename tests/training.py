@@ -4,9 +4,11 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -91,11 +93,16 @@ def train(
 
 
 def parts(
-    shards: Path, *, patch_dropout: float = 0.0, crop: float = 0.5, dtype: torch.dtype = torch.float32
+    shards: Path,
+    *,
+    patch_dropout: float = 0.0,
+    crop: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    model: Mapping[str, Any] = {},
 ) -> tuple[Callable[..., StoppingLoader], ClipBundle]:
     """A factory of loaders, and small towers that are not trained yet."""
     vision = MODEL["vision_cfg"] | {"patch_dropout": patch_dropout}
-    tower = create_clip(model_cfg=MODEL | {"vision_cfg": vision}, seed=1)
+    tower = create_clip(model_cfg=MODEL | {"vision_cfg": vision} | dict(model), seed=1)
     tower.model.to(dtype).visual.register_forward_pre_hook(_cast)
     index = ShardIndex.build(expand_shards(str(shards)))
     plan = BatchPlan(
@@ -105,12 +112,13 @@ def parts(
     return partial(StoppingLoader, plan, Reader(index), transform=transform, tokenizer=tower.tokenizer), tower
 
 
-def fit(tower: ClipBundle, loader: BatchSource, *, out: Path, **options) -> None:
+def fit(tower: ClipBundle, loader: BatchSource, *, out: Path, changes: Mapping[str, Any] = {}, **options) -> None:
     """Train the towers in place."""
     config = TrainConfig(
         steps=STEPS, global_batch_size=BATCH, lr=1e-3, warmup_steps=3, weight_decay=0.1, max_grad_norm=1.0,
         average_decay=0.9,
     )  # fmt: skip
+    config = replace(config, **changes)
     out.mkdir(exist_ok=True)
     train_stage(
         accelerator(),

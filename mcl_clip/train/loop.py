@@ -136,7 +136,8 @@ def train_stage(
                 set_lr(raw_optimizer, lr)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                clamp_logit_scale_(raw)
+                if config.loss == "clip":  # the sigmoid loss has no such limit: SigLIP's published scale is 117
+                    clamp_logit_scale_(raw)
                 state.step += 1
                 state.samples_seen += plan.global_batch_size
                 if average is not None:
@@ -267,9 +268,10 @@ def forward_backward(
 
 
 def clamp_logit_scale_(model: nn.Module) -> None:
-    """Keep exp(logit_scale) between 1 and 100, as CLIP does."""
-    with torch.no_grad():
-        model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
+    """Keep exp(logit_scale) between 1 and 100, as CLIP does, unless it is locked."""
+    if model.logit_scale.requires_grad:
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
 
 
 def time_all_reduce(model: nn.Module, spans: Spans) -> None:
