@@ -14,7 +14,7 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float, Int, UInt8
-from open_clip.utils import freeze_batch_norm_2d
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from mcl_clip.core.distributed import seed_of
@@ -391,13 +391,24 @@ def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:
             f"image_unlocked_groups={unlocked_groups} is not between 0 and {limit or 'the number of groups'}; "
             f"leave it out to train the whole image tower"
         )
-    if not is_resnet:
-        model.lock_image_tower(unlocked_groups=unlocked_groups, freeze_bn_stats=True)  # type: ignore[operator]
-        return
-    # open_clip can lock a ResNet only as a whole.
-    for name in (name for group in RESNET_GROUPS[: len(RESNET_GROUPS) - unlocked_groups] for name in group):
-        visual.get_submodule(name).requires_grad_(False)
-        setattr(visual, name, freeze_batch_norm_2d(visual.get_submodule(name)))
+    if is_resnet:  # open_clip can lock a ResNet only as a whole
+        for name in (name for group in RESNET_GROUPS[: len(RESNET_GROUPS) - unlocked_groups] for name in group):
+            visual.get_submodule(name).requires_grad_(False)
+    else:
+        model.lock_image_tower(unlocked_groups=unlocked_groups, freeze_bn_stats=False)  # type: ignore[operator]
+    # timm's function, for that of open_clip drops the activation that a BatchNormAct2d holds.
+    for name, layer in list(visual.named_modules()):
+        parent_name, _, attribute = name.rpartition(".")
+        parent = visual.get_submodule(parent_name)
+        owners = list(layer.parameters()) or list(parent.parameters())  # a layer without weights goes with its parent
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not any(owner.requires_grad for owner in owners):
+            setattr(parent, attribute, freeze_batch_norm_2d(layer))  # type: ignore[no-untyped-call]
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """Make BatchNorm layers, with the activations that timm fuses into them, use statistics of all processes."""
+    synchronized: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return synchronized
 
 
 def trainable_summary(model: nn.Module) -> str:

@@ -27,7 +27,7 @@ from mcl_clip.data.reader import Reader
 from mcl_clip.data.row_order import Source
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers
-from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip, trainable_summary
+from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip, synchronize_batch_norm, trainable_summary
 from mcl_clip.model.clip import lock as lock_parameters
 from mcl_clip.model.fast_paths import prepare_training
 from mcl_clip.model.multistage import combine_features
@@ -190,8 +190,7 @@ def _synchronize_batch_norm(model: nn.Module, s: int, grad_cache_rows: int) -> n
             f"the image tower has BatchNorm, which cannot be synchronized over {world_size()} CPU processes; use one "
             f"process, GPUs, or a tower with LayerNorm"
         ).on_every_process()
-    synchronized: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    return synchronized
+    return synchronize_batch_norm(model)
 
 
 def _batch_plan(run: RunContext, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"], Reader]:
