@@ -67,9 +67,7 @@ class Profile:
     """Time of the measured steps of a stage, as the mean over steps and processes.
 
     Attributes:
-        seconds: seconds of a step by part.
-        steps: number of measured steps.
-        processes: number of training processes.
+        seconds: of a step, by part.
         rows: decoded rows of a step over all processes.
         late_share: share of the steps that waited for data.
         loader_rows_per_s: rows that one loader process reads and decodes per second while nothing trains.
@@ -89,14 +87,14 @@ class Profile:
         """Seconds of a step."""
         return sum(self.seconds.values())
 
-    def share(self, *parts: str) -> float:
-        """Return the share of a step that some parts take together."""
-        return sum(self.seconds[part] for part in parts) / self.step_s
-
     @property
     def towers_rows_per_s(self) -> float:
         """Rows per second without waiting for data."""
         return self.rows / (self.step_s - self.seconds["data"])
+
+    def share(self, *parts: str) -> float:
+        """Return the share of a step that some parts take together."""
+        return sum(self.seconds[part] for part in parts) / self.step_s
 
     def record(self) -> dict[str, Any]:
         """Return the figures for a JSON file."""
@@ -110,17 +108,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Settings and hardware that a profile depends on.
-
-    Attributes:
-        stage: number of the stage.
-        train: settings of the stage.
-        workers: loader processes of each training process.
-        device: `cpu` or `cuda`.
-        cores: processor cores for one training process and its loaders.
-        memory: bytes of the GPU; 0 without one.
-        has_bf16: whether the GPU computes in bfloat16 natively.
-    """
+    """Settings and hardware of a profile: loader `workers`, `cores` and bytes of GPU `memory` are of one process."""
 
     stage: int
     train: TrainConfig
@@ -156,15 +144,11 @@ def profile_recipe(
         ready_batches = config.machine.workers * config.machine.prefetch_batches
         # One step more than is used: the last step of a stage is saved.
         min_steps = warmup_steps + ready_batches + SETTLE_STEPS + steps + 1
+        trial = replace(_trial_config(config, stage, min_steps=min_steps, rows=len(index)), run_dir=folder)
         run = ProfileContext(
-            config=_trial_config(config, stage, run_dir=folder, min_steps=min_steps, rows=len(index)),
-            accelerator=accelerator,
-            index=index,
-            sources=sources,
-            tasks={},
-            source=config.run_dir,
+            config=trial, accelerator=accelerator, index=index, sources=sources, tasks={}, source=config.run_dir,
             stage=stage,
-        )
+        )  # fmt: skip
         (phase,) = [phase for phase in plan_phases(run) if phase.name == f"stage-{stage}/train"]
         if missing := [earlier.name for earlier in phase.inputs if not (earlier.folder / DONE).exists()]:
             raise UserError(
@@ -175,15 +159,10 @@ def profile_recipe(
         clip = start_clip(run, stage)
         make_loader, groups = prepare_stage(run, stage, clip)
         profile = profile_training(
-            partial(fit_stage, run, stage, clip, groups=groups),
-            make_loader,
-            clip.model.visual,  # type: ignore[arg-type]
-            accelerator.device,
-            steps=steps,
-            warmup_steps=warmup_steps,
-            ready_batches=ready_batches,
+            partial(fit_stage, run, stage, clip, groups=groups), make_loader, clip.model.visual,  # type: ignore[arg-type]
+            accelerator.device, steps=steps, warmup_steps=warmup_steps, ready_batches=ready_batches,
             show_progress=config.machine.progress,
-        )
+        )  # fmt: skip
     gpus, on_gpu = find_gpus(), accelerator.device.type == "cuda"
     processes_here = accelerator.num_processes // machines_for(accelerator.num_processes, gpus)
     return profile, Setup(
@@ -230,40 +209,31 @@ def temporary_run_dir(run_dir: Path) -> Iterator[Path]:
             yield Path(folder)
             barrier()  # before the main process removes it
         except UserError as error:
-            renamed = UserError(str(error).replace(folder, str(run_dir)))
-            raise (renamed.on_every_process() if error.everywhere else renamed) from error
+            error.args = (str(error).replace(folder, str(run_dir)),)
+            raise
 
 
-def _trial_config(config: RunConfig, stage: int, *, run_dir: Path, min_steps: int, rows: int) -> RunConfig:
-    """Return the recipe in another folder, with a stage that trains long enough and neither saves nor evaluates."""
+def _trial_config(config: RunConfig, stage: int, *, min_steps: int, rows: int) -> RunConfig:
+    """Return the recipe with a stage that trains long enough and neither saves nor evaluates."""
     train = config.stages[stage].train
     if rows > MAX_ROWS_TO_CACHE_TEXTS or train.steps * train.global_batch_size < 2 * rows:
         train = replace(train, lock=replace(train.lock, cached_texts=False))
     train = replace(train, steps=max(train.steps, min_steps))
     stages = [replace(each, train=train) if number == stage else each for number, each in enumerate(config.stages)]
     machine = replace(config.machine, save_steps=0, save_minutes=0, progress=False)
-    return replace(config, run_dir=run_dir, stages=tuple(stages), machine=machine, eval=EvalConfig())
+    return replace(config, stages=tuple(stages), machine=machine, eval=EvalConfig())
 
 
 class MeasuredLoader:
-    """Feeds the training loop with warm-up steps, then with steps to measure.
+    """Feeds the training loop with warm-up steps, then with steps to measure, where the history of `spans` begins.
 
-    Between them it drops the batches that workers prefetched during the slow first steps: they would hide that the
-    loaders are too slow for all later steps.
+    Between them it drops the `ready_batches` that workers prefetched during the slow first steps (caches, autotuning,
+    compilation): they would hide that the loaders are too slow for all later steps.
     """
 
     def __init__(
         self, loader: BatchSource, spans: Spans, bar: Progress, *, warmup_steps: int, ready_batches: int
     ) -> None:
-        """Wrap a loader.
-
-        Args:
-            loader: the loader of the stage.
-            spans: timer of the loop; its history will begin with the first measured step.
-            bar: progress over warm-up and measured steps.
-            warmup_steps: steps for caches, autotuning and compilation.
-            ready_batches: batches that the workers keep ready.
-        """
         self.plan, self._loader, self._spans, self._bar = loader.plan, loader, spans, bar
         self._warmup_steps, self._ready_batches = warmup_steps, ready_batches
         self.rows, self.next_step, self.reads_text_features = 0, 0, False
@@ -309,17 +279,17 @@ def profile_training(
     ready_batches: int,
     show_progress: bool = False,
 ) -> Profile:
-    """Train some steps and return where their time went. A collective call.
+    """Train `warmup_steps` and then `steps` to measure, and return where their time went. A collective call.
 
     Args:
         fit: trains a stage by `train_stage`, given `loader`, `spans` and `max_steps`.
         make_loader: creates the loader of the stage; keyword arguments replace its options.
-        image_tower: the module of the image tower, whose forward passes are timed.
-        device: the device that trains.
-        steps: number of steps to measure.
+        image_tower: the module whose forward passes count for the image tower.
+        device: where the model trains.
+        steps: number of measured steps.
         warmup_steps: number of steps before.
         ready_batches: batches that the workers keep ready.
-        show_progress: show a bar on the main process.
+        show_progress: whether the main process shows a bar.
     """
     spans, total = Spans(device), warmup_steps + steps
     outside_graphs = cast(Callable[[Callable[..., None]], Callable[..., None]], torch.compiler.disable)
@@ -386,49 +356,43 @@ def _loader_rows_per_s(loader: BatchSource, step: int) -> float:
 def hints(profile: Profile, setup: Setup) -> list[str]:
     """Return at most three changes to make, for the part with the largest share of a step first."""
     train, prefix, rows = setup.train, f"--stages.{setup.stage}.train", setup.train.global_batch_size
-    rows_here, found = rows // profile.processes, list[tuple[float, str]]()
+    rows_here, loss_rows, cache_rows = rows // profile.processes, train.loss_chunk_rows, train.grad_cache_rows
+    data, loss, exchange, text = (profile.share(part) for part in ("data", "loss", "exchange", "text"))
+    towers, found = profile.share("image", "text", "backward"), list[tuple[float, str]]()
 
-    if (share := profile.share("data")) > MIN_HINT_SHARE:
-        found.append((share, _data_hint(profile, setup)))
-
-    share, chunk = profile.share("loss"), train.loss_chunk_rows
-    is_slow = 0 < chunk < GOOD_LOSS_CHUNK_ROWS // 2 or (chunk == 0 and setup.device == "cpu")
-    if share > MIN_HINT_SHARE and rows_here >= MIN_ROWS_FOR_LOSS_CHUNKS and is_slow:
-        option = f"{prefix}.loss-chunk-rows {GOOD_LOSS_CHUNK_ROWS} (now {chunk})"
-        found.append((share, f"the loss takes {_percent(share)} of a step: {option} gives the same result"))
-
-    if (share := profile.share("exchange")) > MIN_HINT_SHARE:
-        text = f"waiting for the all-reduce of gradients takes {_percent(share)} of a step: a larger "
-        found.append((share, f"{text}{prefix}.global-batch-size (now {rows}) does it less often for the same rows"))
-
-    towers = profile.share("image", "text", "backward")
+    if data > MIN_HINT_SHARE:
+        found.append((data, _data_hint(profile, setup)))
+    is_slow = 0 < loss_rows < GOOD_LOSS_CHUNK_ROWS // 2 or (loss_rows == 0 and setup.device == "cpu")
+    if loss > MIN_HINT_SHARE and rows_here >= MIN_ROWS_FOR_LOSS_CHUNKS and is_slow:
+        option = f"{prefix}.loss-chunk-rows {GOOD_LOSS_CHUNK_ROWS} (now {loss_rows})"
+        found.append((loss, f"the loss takes {_percent(loss)} of a step: {option} gives the same result"))
+    if exchange > MIN_HINT_SHARE:
+        hint = f"waiting for the all-reduce of gradients takes {_percent(exchange)} of a step: a larger "
+        found.append((exchange, f"{hint}{prefix}.global-batch-size (now {rows}) does it less often for the same rows"))
     if setup.has_bf16 and train.precision == "fp32" and towers > MIN_HINT_SHARE:
-        text = f"the towers take {_percent(towers)} of a step in float32, and this GPU computes in bfloat16: "
-        found.append((towers, f"{text}{prefix}.precision bf16 (now fp32)"))
-
-    if train.lock.text and (share := profile.share("text")) > MIN_TEXT_HINT_SHARE:
-        option, text = f"{prefix}.lock.cached-texts", f"the text tower is locked and takes {_percent(share)} of a step"
+        hint = f"the towers take {_percent(towers)} of a step in float32, and this GPU computes in bfloat16: "
+        found.append((towers, f"{hint}{prefix}.precision bf16 (now fp32)"))
+    if train.lock.text and text > MIN_TEXT_HINT_SHARE:
+        option, hint = f"{prefix}.lock.cached-texts", f"the text tower is locked and takes {_percent(text)} of a step"
         if train.lock.cached_texts:
-            text += f", but not in a run that sees each caption twice or more, which runs it once ({option}, now on)"
+            hint += f", but not in a run that sees each caption twice or more, which runs it once ({option}, now on)"
         else:
-            text += f": {option} (now off) runs it once"
-        found.append((share, text))
-
-    chunk = train.grad_cache_rows
-    if 0 < chunk < rows_here and profile.peak_bytes * rows_here / chunk <= 0.9 * setup.memory:
-        text = (
+            hint += f": {option} (now off) runs it once"
+        found.append((text, hint))
+    if 0 < cache_rows < rows_here and profile.peak_bytes * rows_here / cache_rows <= 0.9 * setup.memory:
+        hint = (
             f"the towers run forward twice, with {as_bytes(profile.peak_bytes)} of {as_bytes(setup.memory)} of GPU "
-            f"memory in use: the batch fits at once, {prefix}.grad-cache-rows 0 (now {chunk})"
+            f"memory in use: the batch fits at once, {prefix}.grad-cache-rows 0 (now {cache_rows})"
         )
-        found.append((profile.share("image", "text"), text))
+        found.append((profile.share("image", "text"), hint))
 
-    texts = [text for _, text in sorted(found, reverse=True)]
-    if max(profile.share("data"), profile.share("loss")) <= MIN_HINT_SHARE:
-        text = f"towers take {_percent(towers)} of the step"
+    texts = [hint for _, hint in sorted(found, reverse=True)]
+    if max(data, loss) <= MIN_HINT_SHARE:
+        hint = f"towers take {_percent(towers)} of the step"
         if towers < DOMINANT_TOWERS_SHARE:
             part = max(("device", "exchange", "optimizer", "rest"), key=profile.share)
-            text += f", and next comes {PARTS[part]} with {_percent(profile.share(part))}"
-        texts = [*texts[:MAX_HINTS], f"{text}: nothing in the loader or the loss would help"]
+            hint += f", and next comes {PARTS[part]} with {_percent(profile.share(part))}"
+        texts = [*texts[:MAX_HINTS], f"{hint}: nothing in the loader or the loss would help"]
     return texts[:MAX_HINTS]
 
 
@@ -445,14 +409,11 @@ def _data_hint(profile: Profile, setup: Setup) -> str:
     if setup.workers < setup.cores:
         wanted = int(towers_rows_per_s / max(profile.loader_rows_per_s, 1e-9)) + 1
         workers = min(setup.cores, max(setup.workers + 1, wanted))
-        has = f"this machine has {setup.cores} core{'s' * (setup.cores != 1)}"
-        for_each = " for each process" if profile.processes > 1 else ""
-        options.append(f"--machine.workers {workers} (now {setup.workers}, {has}{for_each})")
+        cores = f"{setup.cores} core{'s' * (setup.cores != 1)}" + " for each process" * (profile.processes > 1)
+        options.append(f"--machine.workers {workers} (now {setup.workers}, this machine has {cores})")
     elif setup.workers * profile.loader_rows_per_s > LOADER_HEADROOM * towers_rows_per_s:
-        options.append(
-            f"loaders are fast enough while nothing trains, so they lack free cores; leave them some with "
-            f"--machine.threads {all_cores}"
-        )
+        text = "loaders are fast enough while nothing trains, so they lack free cores; leave them some with "
+        options.append(f"{text}--machine.threads {all_cores}")
     else:
         options.append(f"shards with smaller images, as data_prep/from_table.py --max-side-px writes them {all_cores}")
     return f"waiting for data takes {_percent(profile.share('data'))} of a step: {', or '.join(options)}"
@@ -461,28 +422,27 @@ def _data_hint(profile: Profile, setup: Setup) -> str:
 def profile_text(profile: Profile, setup: Setup) -> str:
     """Return the figures as a table, with the hints below."""
     processes = f"{profile.processes} process{'es' * (profile.processes != 1)}"
+    memory = "allocated on the GPU" if setup.device == "cuda" else "resident"
+    rows = [
+        f"{PARTS[part]:<28}{1000 * seconds:>10.1f}{100 * profile.share(part):>8.1f} %"
+        for part, seconds in profile.seconds.items()
+        if part != "exchange" or profile.processes > 1
+    ]
     lines = [
         f"stage {setup.stage}: {profile.steps} steps of {profile.rows:g} rows by {processes} on {setup.device}, "
         f"{setup.workers} loader worker{'s' * (setup.workers != 1)} each",
         "",
         f"{'part of a step':<28}{'ms':>10}{'share':>10}",
+        *rows,
+        f"{'all':<28}{1000 * profile.step_s:>10.1f}{100:>8.1f} %",
+        "",
+        f"samples per second: {profile.rows / profile.step_s:,.0f}; without waiting for data "
+        f"{profile.towers_rows_per_s:,.0f}",
+        f"a loader process delivers {profile.loader_rows_per_s:,.0f} samples/s while nothing trains, and there are "
+        f"{max(1, setup.workers) * profile.processes}",
+        f"batches came late in {_percent(profile.late_share)} of the steps",
+        f"peak memory: {as_bytes(profile.peak_bytes)} {memory}",
+        "",
+        *(f"hint: {text}" for text in hints(profile, setup)),
     ]
-    for part, seconds in profile.seconds.items():
-        if part != "exchange" or profile.processes > 1:
-            lines.append(f"{PARTS[part]:<28}{1000 * seconds:>10.1f}{100 * profile.share(part):>8.1f} %")
-    return "\n".join(
-        [
-            *lines,
-            f"{'all':<28}{1000 * profile.step_s:>10.1f}{100:>8.1f} %",
-            "",
-            f"samples per second: {profile.rows / profile.step_s:,.0f}; without waiting for data "
-            f"{profile.towers_rows_per_s:,.0f}",
-            f"a loader process delivers {profile.loader_rows_per_s:,.0f} samples/s while nothing trains, and there are "
-            f"{max(1, setup.workers) * profile.processes}",
-            f"batches came late in {_percent(profile.late_share)} of the steps",
-            f"peak memory: {as_bytes(profile.peak_bytes)} "
-            f"{'allocated on the GPU' if setup.device == 'cuda' else 'resident'}",
-            "",
-            *(f"hint: {text}" for text in hints(profile, setup)),
-        ]
-    )
+    return "\n".join(lines)
