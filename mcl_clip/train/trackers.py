@@ -11,7 +11,6 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,22 +25,12 @@ from mcl_clip.core.files import read_json, write_json
 
 FOLDER = "trackers"
 STATE = "state.json"
-Table = Sequence[Sequence[str]]
-Picture = UInt8[np.ndarray, "height width 3"]
+Values = Mapping[str, float]
+Tables = Mapping[str, Sequence[Sequence[str]]]
+Pictures = Mapping[str, UInt8[np.ndarray, "height width 3"]]
 
 _NOT_FOR_MLFLOW = re.compile(r"[^\w\-. :/]")  # recall@1
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageResults:
-    """Final metrics, tables and images of a stage; see `Trackers.log_stage`."""
-
-    values: Mapping[str, float]
-    step: int
-    tables: Mapping[str, Table]
-    pictures: Mapping[str, Picture]
-    page: Path | None
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -77,46 +66,44 @@ class Trackers:
             project: project or experiment name of the trackers.
             config: the resolved recipe, without secrets.
         """
-        self._open: dict[str, GeneralTracker] = {}
         self._names, self._run_dir, self._project = tuple(names), run_dir or Path(), project
         self._config = dict(_flat(config or {}))
+        self._state_path = self._run_dir / FOLDER / STATE
         self._state: dict[str, Any] = {}
+        self._open: dict[str, GeneralTracker] = {}
 
     def start(self) -> None:
         """Open the trackers, or resume their runs."""
-        if not self._names:
-            return
-        path = self._run_dir / FOLDER / STATE
-        self._state = read_json(path) if path.exists() else {"id": uuid.uuid4().hex[:12], "step": -1}
+        if self._names:
+            new = {"id": uuid.uuid4().hex[:12], "step": -1}
+            self._state = read_json(self._state_path) if self._state_path.exists() else new
         for name in self._names:
             self._try(name, partial(self._start, name))
 
     def _start(self, name: str) -> None:
-        tracker = OPENERS[name](self._run_dir / FOLDER, self._run_dir.resolve().name, self._project, self._state)
+        tracker = _create(name, self._run_dir, self._project, self._state)
         tracker.start()
         self._open[name] = tracker
         if name == "mlflow":
             self._state["mlflow"] = tracker.tracker.info.run_id
         if name not in self._state.setdefault("configured", []):
-            _store_config(tracker, self._config)
+            if isinstance(tracker, TensorBoardTracker):  # its hparams would add a second run to the list
+                text = "\n".join(f"    {option}: {value}" for option, value in self._config.items())
+                tracker.writer.add_text("config", text)
+            else:
+                tracker.store_init_configuration(dict(self._config))
             self._state["configured"].append(name)
-        self._save()
+        write_json(self._state_path, self._state)
 
-    def log(self, values: Mapping[str, float], *, step: int) -> None:
+    def log(self, values: Values, *, step: int) -> None:
         """Log metrics of a training step, counted over all stages, unless they were logged before a restart."""
         if self._open and step > self._state["step"]:
             self._each(lambda tracker: tracker.log(_finite(values), step=step))
             self._state["step"] = step
-            self._save()
+            write_json(self._state_path, self._state)
 
     def log_stage(
-        self,
-        values: Mapping[str, float],
-        *,
-        step: int,
-        tables: Mapping[str, Table],
-        pictures: Mapping[str, Picture],
-        page: Path | None = None,
+        self, values: Values, *, step: int, tables: Tables, pictures: Pictures, page: Path | None = None
     ) -> None:
         """Log final metrics, tables and images of a stage.
 
@@ -127,9 +114,7 @@ class Trackers:
             pictures: images by name.
             page: the HTML report, for trackers that store files.
         """
-        results = StageResults(values=_finite(values), step=step, tables=tables, pictures=pictures, page=page)
-        for name in list(self._open):
-            self._try(name, partial(SHOW[name], self._open[name], results))
+        self._each(lambda tracker: SHOW[tracker.name](tracker, _finite(values), step, tables, pictures, page))
 
     def finish(self) -> None:
         """Close all open trackers."""
@@ -140,8 +125,8 @@ class Trackers:
         return bool(self._open)
 
     def _each(self, action: Callable[[GeneralTracker], object]) -> None:
-        for name in list(self._open):
-            self._try(name, partial(action, self._open[name]))
+        for name, tracker in list(self._open.items()):
+            self._try(name, partial(action, tracker))
 
     def _try(self, name: str, action: Callable[[], object]) -> None:
         """Run `action`; on an error close the tracker and continue without it."""
@@ -153,107 +138,82 @@ class Trackers:
                     broken.finish()
             logger.warning("%s: %s: %s; the run continues without it", name, type(error).__name__, error)
 
-    def _save(self) -> None:
-        write_json(self._run_dir / FOLDER / STATE, self._state)
 
-
-def _tensorboard(folder: Path, run_name: str, project: str, state: Mapping[str, Any]) -> GeneralTracker:  # noqa: ARG001
-    return TensorBoardTracker(run_name, logging_dir=str(folder / "tensorboard"))
-
-
-def _wandb(folder: Path, run_name: str, project: str, state: Mapping[str, Any]) -> GeneralTracker:
-    return WandBTracker(project, name=run_name, id=state["id"], resume="allow", dir=str(folder))
-
-
-def _trackio(folder: Path, run_name: str, project: str, state: Mapping[str, Any]) -> GeneralTracker:  # noqa: ARG001
-    return TrackioTracker(project, name=f"{run_name}-{state['id']}", resume="allow", embed=False)
-
-
-def _mlflow(folder: Path, run_name: str, project: str, state: Mapping[str, Any]) -> GeneralTracker:
+def _create(name: str, run_dir: Path, project: str, state: Mapping[str, Any]) -> GeneralTracker:
+    folder, run_name = run_dir / FOLDER, run_dir.resolve().name
+    if name == "tensorboard":
+        return TensorBoardTracker(run_name, logging_dir=str(folder / "tensorboard"))
+    if name == "wandb":
+        return WandBTracker(project, name=run_name, id=state["id"], resume="allow", dir=str(folder))
+    if name == "trackio":
+        return TrackioTracker(project, name=f"{run_name}-{state['id']}", resume="allow", embed=False)
     import mlflow
 
+    location = None
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
-    location = None if os.environ.get("MLFLOW_TRACKING_URI") else (folder / "mlflow").resolve().as_uri()
+        location = (folder / "mlflow").resolve().as_uri()
     return MLflowTracker(project, logging_dir=location, run_id=state.get("mlflow"), run_name=run_name)
 
 
-OPENERS: Mapping[str, Callable[[Path, str, str, Mapping[str, Any]], GeneralTracker]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "trackio": _trackio,
-    "mlflow": _mlflow,
-}
-
-
-def _store_config(tracker: GeneralTracker, config: Mapping[str, Any]) -> None:
-    if isinstance(tracker, TensorBoardTracker):  # its hparams would add a second run to the list
-        tracker.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
-    else:
-        tracker.store_init_configuration(dict(config))
-
-
-def _to_tensorboard(tracker: GeneralTracker, results: StageResults) -> None:
-    tracker.log(dict(results.values), step=results.step)
-    for title, rows in results.tables.items():
-        tracker.writer.add_text(title, _markdown(rows), global_step=results.step)
-    for title, picture in results.pictures.items():
-        tracker.writer.add_image(title, picture, global_step=results.step, dataformats="HWC")
+def _to_tensorboard(
+    tracker: GeneralTracker, values: Values, step: int, tables: Tables, pictures: Pictures, _: Path | None
+) -> None:
+    tracker.log(values, step=step)
+    for title, (header, *rows) in tables.items():
+        lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        tracker.writer.add_text(title, text, global_step=step)
+    for title, picture in pictures.items():
+        tracker.writer.add_image(title, picture, global_step=step, dataformats="HWC")
     tracker.writer.flush()
 
 
-def _to_wandb(tracker: GeneralTracker, results: StageResults) -> None:
+def _to_wandb(
+    tracker: GeneralTracker, values: Values, step: int, tables: Tables, pictures: Pictures, page: Path | None
+) -> None:
     import wandb
 
-    tables = {title: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for title, rows in results.tables.items()}
-    pictures = {title: wandb.Image(picture) for title, picture in results.pictures.items()}
-    page = {"report": wandb.Html(str(results.page), inject=False)} if results.page else {}
-    tracker.log({**results.values, **tables, **pictures, **page}, step=results.step)
+    shown = {title: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for title, rows in tables.items()}
+    shown |= {title: wandb.Image(picture) for title, picture in pictures.items()}
+    shown |= {"report": wandb.Html(str(page), inject=False)} if page else {}
+    tracker.log({**values, **shown}, step=step)
 
 
-def _to_trackio(tracker: GeneralTracker, results: StageResults) -> None:
+def _to_trackio(
+    tracker: GeneralTracker, values: Values, step: int, tables: Tables, pictures: Pictures, _: Path | None
+) -> None:
     import pandas
     import trackio
 
-    frames = {title: pandas.DataFrame(rows[1:], columns=rows[0]) for title, rows in results.tables.items()}
-    tables = {title: trackio.Table(dataframe=frame) for title, frame in frames.items()}
-    pictures = {title: trackio.Image(picture) for title, picture in results.pictures.items()}
-    tracker.log({**results.values, **tables, **pictures}, step=results.step)
+    frames = {title: pandas.DataFrame(rows[1:], columns=rows[0]) for title, rows in tables.items()}
+    shown = {title: trackio.Table(dataframe=frame) for title, frame in frames.items()}
+    shown |= {title: trackio.Image(picture) for title, picture in pictures.items()}
+    tracker.log({**values, **shown}, step=step)
 
 
-def _to_mlflow(tracker: GeneralTracker, results: StageResults) -> None:
+def _to_mlflow(
+    tracker: GeneralTracker, values: Values, step: int, tables: Tables, pictures: Pictures, page: Path | None
+) -> None:
     import mlflow
 
-    tracker.log({_NOT_FOR_MLFLOW.sub("_", name): value for name, value in results.values.items()}, step=results.step)
-    for title, rows in results.tables.items():
-        columns = {column or "model": [row[number] for row in rows[1:]] for number, column in enumerate(rows[0])}
-        mlflow.log_table(columns, artifact_file=f"{_file_name(title)}-step-{results.step}.json")
-    for title, picture in results.pictures.items():
-        mlflow.log_image(picture, artifact_file=f"{_file_name(title)}-step-{results.step}.png")
-    if results.page:
-        mlflow.log_artifact(str(results.page))
+    def file_name(title: str) -> str:
+        return f"{''.join(c if c.isalnum() else '-' for c in title)}-step-{step}"
+
+    tracker.log({_NOT_FOR_MLFLOW.sub("_", name): value for name, value in values.items()}, step=step)
+    for title, (header, *rows) in tables.items():
+        columns = {column or "model": [row[number] for row in rows] for number, column in enumerate(header)}
+        mlflow.log_table(columns, artifact_file=f"{file_name(title)}.json")
+    for title, picture in pictures.items():
+        mlflow.log_image(picture, artifact_file=f"{file_name(title)}.png")
+    if page:
+        mlflow.log_artifact(str(page))
 
 
-SHOW: Mapping[str, Callable[[GeneralTracker, StageResults], None]] = {
-    "tensorboard": _to_tensorboard,
-    "wandb": _to_wandb,
-    "trackio": _to_trackio,
-    "mlflow": _to_mlflow,
-}
+SHOW = {"tensorboard": _to_tensorboard, "wandb": _to_wandb, "trackio": _to_trackio, "mlflow": _to_mlflow}
 
 
-def _markdown(rows: Table) -> str:
-    marks = ["---"] * len(rows[0])
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (rows[0], marks, *rows[1:])
-    )
-
-
-def _file_name(title: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in title)
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float]:
+def _finite(values: Values) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
