@@ -11,11 +11,9 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from tqdm import tqdm
 from mcl_clip.config import ExperimentConfig, RunConfig
 from mcl_clip.core.distributed import count_cores
 from mcl_clip.core.errors import UserError
-from mcl_clip.core.files import DONE, append_jsonl, atomic_path, file_digest, read_json, write_json
+from mcl_clip.core.files import DONE, append_jsonl, atomic_dir, atomic_path, file_digest, read_json, write_json
 from mcl_clip.core.progress import Progress
 from mcl_clip.core.stats import Estimate, Means, crossed_bootstrap
 from mcl_clip.model.multistage import COMBINATIONS
@@ -51,7 +49,7 @@ class ExperimentPlan:
         recipe: file of the recipe.
         out: folder of the runs.
         seeds: training seeds.
-        arms: arm -> arguments of the recipe.
+        arms: arm -> arguments of the recipe, besides run directory and seed.
         figures: columns of the table: name -> SET:METRIC terms, whose mean is shown.
         low: the arm at the lower end of the gap.
         high: the arm at the upper end of the gap; None to leave out the share of the gap.
@@ -68,10 +66,6 @@ class ExperimentPlan:
     def folder(self, seed: int, arm: str) -> Path:
         """Return the run directory of an arm."""
         return self.out / f"seed-{seed}" / arm
-
-    def command(self, seed: int, arm: str) -> list[str]:
-        """Return the command of a run, without the launcher."""
-        return [str(self.recipe), "--run-dir", str(self.folder(seed, arm)), "--seed", str(seed), *self.arms[arm]]
 
 
 def plan_experiment(
@@ -117,11 +111,7 @@ def plan_experiment(
 
 
 def control_arms(names: Sequence[str], extra: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Return the arguments of the recipe, its controls and `extra` arms, by name.
-
-    Args:
-        names: arms to select; all by default.
-        extra: arms of the recipe's EXPERIMENT.
+    """Return the arguments of some arms (the recipe, its controls and `extra`) by name; without `names`, of all.
 
     Raises:
         UserError: for an unknown name.
@@ -133,12 +123,7 @@ def control_arms(names: Sequence[str], extra: Mapping[str, Sequence[str]]) -> di
 
 
 def run_arms(plan: ExperimentPlan, *, launcher: Sequence[str], jobs: int) -> None:
-    """Run all unfinished runs of an experiment.
-
-    Args:
-        plan: the experiment.
-        launcher: command that starts a run, such as the Python interpreter.
-        jobs: runs at the same time.
+    """Run all unfinished runs of an experiment, `jobs` at a time, each started by the command `launcher`.
 
     Raises:
         UserError: if a run fails, after the others are finished; or if `out` belongs to another experiment.
@@ -147,7 +132,7 @@ def run_arms(plan: ExperimentPlan, *, launcher: Sequence[str], jobs: int) -> Non
     todo = [(seed, arm) for seed in plan.seeds for arm in plan.arms if not is_done(plan.folder(seed, arm))]
     # The recipe comes before the controls that copy its first stage, which wait for it.
     todo.sort(key=lambda pair: (pair[0], pair[1] != STAGES, pair[1] in SAME_FIRST_STAGE))
-    children = _Children()
+    running: set[subprocess.Popen[bytes]] = set()
     futures: dict[tuple[int, str], Future[None]] = {}
 
     def run(seed: int, arm: str) -> None:
@@ -155,39 +140,32 @@ def run_arms(plan: ExperimentPlan, *, launcher: Sequence[str], jobs: int) -> Non
         if arm in SAME_FIRST_STAGE and STAGES in plan.arms:
             if source in futures:
                 futures[source].result()  # submitted earlier, so it is running or done: no deadlock
-            _copy_first_stage(plan.folder(*source), folder)
+            if not folder.exists():
+                with atomic_dir(folder) as copy:
+                    for name in ("index", "stage-0"):
+                        shutil.copytree(plan.folder(*source) / name, copy / name)
         started = time.monotonic()
-        children.call([*launcher, *plan.command(seed, arm)], folder.with_name(f"{arm}.log"), jobs)
+        command = [*launcher, str(plan.recipe), "--run-dir", str(folder), "--seed", str(seed), *plan.arms[arm]]
+        _call(command, folder.with_name(f"{arm}.log"), threads=max(1, count_cores() // jobs), running=running)
         if not is_done(folder):  # a planned stop has exit code 0
             raise UserError(f"{folder} was stopped before it was done")
         bar.update()
         tqdm.write(f"seed {seed}, {arm}: done in {(time.monotonic() - started) / 60:.1f} min")
 
-    with _interrupted_by_sigterm(), Progress(total=len(todo), desc="runs", unit="run") as bar:
-        pool = ThreadPoolExecutor(jobs)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, which stops all runs
+    pool = ThreadPoolExecutor(jobs)
+    with Progress(total=len(todo), desc="runs", unit="run") as bar:
         try:
             for pair in todo:
                 futures[pair] = pool.submit(run, *pair)
             wait(futures.values())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            children.stop()
+            for process in list(running):  # a copy, since threads remove what has ended
+                process.terminate()
+            signal.signal(signal.SIGTERM, before)
     if failed := [str(error) for future in futures.values() if (error := future.exception())]:
         raise UserError(f"{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}; the same command resumes")
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, so that no run is left behind."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _check_recipe(plan: ExperimentPlan) -> None:
@@ -200,37 +178,21 @@ def _check_recipe(plan: ExperimentPlan) -> None:
     if recorded["recipe"] != digest or changed:
         what = f"the arguments of {', '.join(changed)} differ" if changed else f"{plan.recipe} has changed"
         raise UserError(f"{plan.out} holds another experiment: {what}; use another --out")
-    plan.out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**recorded, "arms": {**recorded["arms"], **arms}})
 
 
-class _Children:
-    """Child processes, which are terminated with this one."""
-
-    def __init__(self) -> None:
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-
-    def call(self, command: Sequence[str], log: Path, jobs: int) -> None:
-        threads = str(max(1, count_cores() // jobs))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
-            )
-        with self._lock:
-            self._running.add(process)
-        code = process.wait()
-        with self._lock:
-            self._running.discard(process)
-        if code:
-            lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
-            raise UserError(f"{' '.join(command)}: {lines[-1]} (full output in {log})")
-
-    def stop(self) -> None:
-        with self._lock:
-            for process in self._running:
-                process.terminate()
+def _call(command: Sequence[str], log: Path, *, threads: int, running: set[subprocess.Popen[bytes]]) -> None:
+    """Run a command, which is in `running` until it ends; raise UserError with its last line if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    running.add(process)
+    code = process.wait()
+    running.discard(process)
+    if code:
+        lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+        raise UserError(f"{' '.join(command)}: {lines[-1]} (full output in {log})")
 
 
 def is_done(run: Path) -> bool:
@@ -238,24 +200,11 @@ def is_done(run: Path) -> bool:
     return (run / COMBINED / DONE).exists()
 
 
-def _copy_first_stage(source: Path, target: Path) -> None:
-    if target.exists():
-        return
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name in ("index", "stage-0"):
-        shutil.copytree(source / name, temporary / name)
-    temporary.rename(target)
-
-
 def table(plan: ExperimentPlan, *, resamples: int = 2000) -> str:
     """Tabulate the figures of all arms with 95 % intervals; write `out`/table.md and `out`/results.jsonl.
 
     Intervals are from a paired bootstrap over seeds and items. With an arm `high`, the share of the gap between `low`
-    and `high` that an arm recovers is shown too.
-
-    Returns:
-        Markdown.
+    and `high` that an arm recovers is shown too. Returns Markdown.
 
     Raises:
         UserError: if a figure is not among the results.
@@ -287,36 +236,29 @@ def _outcomes(plan: ExperimentPlan, rows: Mapping[str, tuple[str, str]]) -> Valu
         UserError: if the runs of an arm were evaluated on different sets of the same name, or no run has a figure.
     """
     values: dict[str, dict[str, np.ndarray]] = {row: {} for row in rows}
+    results = {arm: [load_results(plan.folder(seed, arm)) for seed in plan.seeds] for arm in plan.arms}
     for term in dict.fromkeys(term for terms in plan.figures.values() for term in terms):
-        by_row = {row: _outcomes_of_seeds(plan, arm, label, term) for row, (arm, label) in rows.items()}
-        known = next((outcomes for outcomes in by_row.values() if outcomes is not None), None)
-        if known is None:
+        dataset, _, metric = term.partition(":")
+        shape: tuple[int, ...] = ()
+        for row, (arm, label) in rows.items():
+            wanted = [[r for r in of_run if (r.dataset, r.label) == (dataset, label)] for of_run in results[arm]]
+            present = [of_run[0] for of_run in wanted if of_run]
+            if len({result.record["data_sha256"] for result in present}) > 1 or 0 < len(present) < len(plan.seeds):
+                raise UserError(
+                    f"the runs of {arm} were not all evaluated on the same {dataset}: the set has changed, or some "
+                    f"runs lack it; use a new --out"
+                )
+            if present:
+                values[row][term] = np.stack([_item_outcomes(result, metric) for result in present])
+                shape = values[row][term].shape
+        if not shape:
             raise UserError(f"no run in {plan.out} has results for {term}; name its set to --eval, or use a new --out")
-        for row, outcomes in by_row.items():
-            values[row][term] = np.full_like(known, np.nan) if outcomes is None else outcomes
+        for of_row in values.values():
+            of_row.setdefault(term, np.full(shape, np.nan))
     return values
 
 
-def _outcomes_of_seeds(
-    plan: ExperimentPlan, arm: str, label: str, term: str
-) -> Float[np.ndarray, "seeds items"] | None:
-    dataset, _, metric = term.partition(":")
-    runs = [plan.folder(seed, arm) for seed in plan.seeds]
-    results = {
-        run: next((r for r in load_results(run) if r.dataset == dataset and r.label == label), None) for run in runs
-    }
-    present = {run: result for run, result in results.items() if result is not None}
-    if not present:
-        return None
-    if len({result.record["data_sha256"] for result in present.values()}) > 1 or len(present) < len(runs):
-        raise UserError(
-            f"the runs of {arm} were not all evaluated on the same {dataset}: the set has changed, or some runs lack "
-            f"it; use a new --out"
-        )
-    return np.stack([_item_outcomes(run, result, metric) for run, result in present.items()])
-
-
-def _item_outcomes(run: Path, result: Result, metric: str) -> Float[np.ndarray, "items"]:
+def _item_outcomes(result: Result, metric: str) -> Float[np.ndarray, "items"]:
     """Return the outcome of each item, or of each unit where several items share one.
 
     Raises:
@@ -326,7 +268,8 @@ def _item_outcomes(run: Path, result: Result, metric: str) -> Float[np.ndarray, 
     if metric not in outcomes and not any(WIDTH.search(other) for other in outcomes):
         name = WIDTH.sub("", metric)  # features of a single stage already have this width
     if name not in outcomes:
-        raise UserError(f"{run} has no metric {metric!r} for {result.dataset}; it has {', '.join(outcomes)}")
+        has = ", ".join(outcomes)
+        raise UserError(f"{result.folder} has no metric {metric!r} for {result.dataset}; it has {has}")
     values = np.asarray(outcomes[name], np.float64)
     if f"unit:{name}" not in outcomes:
         return values
@@ -337,20 +280,19 @@ def _item_outcomes(run: Path, result: Result, metric: str) -> Float[np.ndarray, 
 
 def _quantities(plan: ExperimentPlan, means: Means) -> dict[str, np.ndarray]:
     """Compute the mean, the difference to the recipe and the share of the gap, by `_key`."""
-
-    def figure(row: str, name: str) -> np.ndarray:
-        mean: np.ndarray = np.mean([means[row][term] for term in plan.figures[name]], axis=0)
-        return mean
-
+    figures: dict[tuple[str, str], np.ndarray] = {
+        (row, name): np.mean([of_row[term] for term in terms], axis=0)
+        for row, of_row in means.items()
+        for name, terms in plan.figures.items()
+    }
     quantities = {}
-    for row in means:
-        for name in plan.figures:
-            value = quantities[_key(row, name, "mean")] = figure(row, name)
-            if STAGES in means and row in plan.arms and row != STAGES:
-                quantities[_key(row, name, "behind")] = figure(STAGES, name) - value
-            if plan.high:
-                low, high = figure(plan.low, name), figure(plan.high, name)
-                quantities[_key(row, name, "recovered")] = (value - low) / (high - low)
+    for (row, name), value in figures.items():
+        quantities[_key(row, name, "mean")] = value
+        if STAGES in means and row in plan.arms and row != STAGES:
+            quantities[_key(row, name, "behind")] = figures[STAGES, name] - value
+        if plan.high:
+            low, high = figures[plan.low, name], figures[plan.high, name]
+            quantities[_key(row, name, "recovered")] = (value - low) / (high - low)
     return quantities
 
 
@@ -363,12 +305,12 @@ def _sections(
 ) -> Iterator[str]:
     """Format the tables: figures, the recovered share of the gap, and differences of the controls to the recipe."""
 
-    def cell(estimate: Estimate) -> str:
-        return format_percent(estimate.value, (estimate.low, estimate.high))
-
     def table_of(rows: Sequence[str], what: str) -> str:
-        cells = [[row, *(cell(estimates[_key(row, name, what)]) for name in plan.figures)] for row in rows]
-        return markdown_table([["", *plan.figures], *cells])
+        lines = [["", *plan.figures]]
+        for row in rows:
+            of_row = [estimates[_key(row, name, what)] for name in plan.figures]
+            lines.append([row, *(format_percent(each.value, (each.low, each.high)) for each in of_row)])
+        return markdown_table(lines)
 
     seeds = f"{len(plan.seeds)} seeds ({', '.join(map(str, plan.seeds))})"
     yield f"Percent, mean of {seeds} with 95 % intervals over seeds and items:"
