@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import numpy as np
 import torch
 from jaxtyping import Float32
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -36,16 +35,13 @@ from torch import Tensor
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.eval.classification import ClassificationTask
-from mcl_clip.eval.embed import ImageSource
 from mcl_clip.eval.retrieval import RetrievalTask
-from mcl_clip.eval.task import Task
 from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import combine_features, normalized
-from mcl_clip.report.thumbnails import TRAINING, image_source
+from mcl_clip.report.thumbnails import TRAINING, task_images, training_images
 from mcl_clip.report.view import RunView
 
 NUM_RESULTS = 12
-ALL = "all stages"
 HOST = "127.0.0.1"
 HOST_NAMES = ("127.0.0.1", "localhost")
 THUMBNAIL_PX = 224
@@ -72,24 +68,18 @@ class Gallery:
     """Images to search.
 
     Attributes:
-        name: name of the evaluation set; empty for the training pairs.
-        title: title for users.
         stages: numbers of the stages with features of these images.
-        images: un-normalized features, in the order of `stages`.
+        images: un-normalized features by model: of each stage, then of their combination if there are several.
         words: caption or class of each image.
-        source: reader of the images; None for the training pairs, which the reader of the run has.
     """
 
-    name: str
-    title: str
-    stages: tuple[int, ...]
-    images: tuple[Float32[Tensor, "images _dim"], ...]
-    words: tuple[str, ...]
-    source: ImageSource | None
+    stages: Sequence[int]
+    images: Mapping[str, Float32[Tensor, "images _dim"]]
+    words: Sequence[str]
 
 
 class Search:
-    """Galleries of a run, searched by cosine similarity under each stage."""
+    """Galleries of a run, searched by cosine similarity under each stage; `lock` is for one query at a time."""
 
     def __init__(self, view: RunView, device: torch.device) -> None:
         """List the galleries; encoders and features are loaded on first use.
@@ -97,12 +87,12 @@ class Search:
         Raises:
             UserError: if nothing of the run can be searched yet.
         """
-        self.view, self._device = view, device
-        self.names = [
-            name for name, task in view.tasks.items() if image_source(task) is not None and view.set_features(0, name)
-        ]
-        self.names.sort(key=lambda name: not isinstance(view.tasks[name], RetrievalTask))
+        self.view, self._device, self.lock = view, device, threading.Lock()
+        loaders = {name: task_images(task) for name, task in view.tasks.items() if view.set_features(0, name)}
+        self._loaders = {name: load for name, load in loaders.items() if load is not None}
+        self.names = sorted(self._loaders, key=lambda name: not isinstance(view.tasks[name], RetrievalTask))
         if view.stages_with("embed") and view.reader is not None:
+            self._loaders[TRAINING] = training_images(view.reader)
             self.names.append(TRAINING)
         if not self.names:
             raise UserError(
@@ -120,26 +110,27 @@ class Search:
     @lru_cache(maxsize=4)  # noqa: B019 - a search lives as long as the server
     def gallery(self, name: str) -> Gallery:
         """Load the features and words of a gallery."""
+        view, task = self.view, self.view.tasks.get(name)
         if name == TRAINING:
-            stages = tuple(self.view.stages_with("embed"))
-            images = tuple(torch.from_numpy(self.view.features(s, "image")) for s in stages)
-            words = tuple(texts[0] if texts else "" for texts in self.view.sample.captions)
-            return Gallery(name=name, title=self.title(name), stages=stages, images=images, words=words, source=None)
-        task = self.view.tasks[name]
-        stages = tuple(s for s in self.view.stages_with("eval") if self.view.set_features(s, name))
-        return Gallery(
-            name=name,
-            title=self.title(name),
-            stages=stages,
-            images=tuple(self.view.set_features(s, name)["image"] for s in stages),
-            words=tuple(_words_of(task)),
-            source=image_source(task),
-        )
+            stages = view.stages_with("embed")
+            images = [torch.from_numpy(view.features(s, "image")) for s in stages]
+        else:
+            stages = [s for s in view.stages_with("eval") if view.set_features(s, name)]
+            images = [view.set_features(s, name)["image"] for s in stages]
+        words = [""] * len(images[0])
+        if isinstance(task, ClassificationTask):
+            words = [task.data.classnames[label] for label in task.data.labels.tolist()]
+        elif isinstance(task, RetrievalTask) or name == TRAINING:
+            captions = task.data.captions if isinstance(task, RetrievalTask) else view.sample.captions
+            words = [texts[0] if texts else "" for texts in captions]
+        by_model = {f"stage {s}": features for s, features in zip(stages, images, strict=True)}
+        if len(stages) > 1:
+            by_model["all stages"] = combine_features(images, view.combine)
+        return Gallery(stages=stages, images=by_model, words=words)
 
     def by_text(self, name: str, text: str) -> list[dict[str, Any]]:
         """Find the images closest to a text, for each stage."""
-        gallery = self.gallery(name)
-        return self._nearest(gallery, [self._encode(s, text=text) for s in gallery.stages])
+        return self._nearest(name, [self._encode(s, text=text) for s in self.gallery(name).stages])
 
     def by_upload(self, name: str, data: bytes) -> list[dict[str, Any]]:
         """Find the images closest to an encoded image, for each stage.
@@ -151,58 +142,47 @@ class Search:
             image = decode_image(data)
         except BadSampleError as error:
             raise UserError(f"the file is not a readable JPEG, PNG or WebP image ({error.reason})") from error
-        gallery = self.gallery(name)
-        return self._nearest(gallery, [self._encode(s, image=image) for s in gallery.stages])
+        return self._nearest(name, [self._encode(s, image=image) for s in self.gallery(name).stages])
 
     def by_row(self, name: str, row: int) -> list[dict[str, Any]]:
         """Find the images closest to one of the gallery, for each stage."""
-        gallery = self._gallery_with(name, row)
-        return self._nearest(gallery, [images[row] for images in gallery.images])
+        self._check(name, row)
+        gallery = self.gallery(name)
+        return self._nearest(name, [gallery.images[f"stage {s}"][row] for s in gallery.stages])
 
-    def image(self, name: str, row: int) -> Image.Image:
-        """Read an image of a gallery.
+    @lru_cache(maxsize=2_000)  # noqa: B019
+    def thumbnail(self, name: str, row: int) -> bytes:
+        """Return a small copy of an image of a gallery, as WebP.
 
         Raises:
-            UserError: if there is no such image, or it cannot be read.
+            UserError: if there is no such image, or it cannot be decoded.
         """
-        gallery = self._gallery_with(name, row)
-        if gallery.source is not None:
-            return next(iter(gallery.source.images(np.array([row]))))
-        if self.view.reader is None:
-            raise UserError("the shards of the run are gone")
-        (sample,) = self.view.reader.read(self.view.sample.rows[[row]])
-        try:
-            return decode_image(sample.image)
-        except BadSampleError as error:
-            raise UserError(f"image {row} cannot be decoded ({error.reason})") from error
+        with self.lock:
+            self._check(name, row)
+            number = int(self.view.sample.rows[row]) if name == TRAINING else row
+            image = next(self._loaders[name]([number]))
+        if image is None:
+            raise UserError(f"image {row} of {self.title(name)} cannot be decoded")
+        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        file = io.BytesIO()
+        image.save(file, "WEBP", quality=80)
+        return file.getvalue()
 
-    def _gallery_with(self, name: str, row: int) -> Gallery:
-        gallery = self.gallery(name)
-        if not 0 <= row < len(gallery.words):
-            raise UserError(f"there is no image {row}; {gallery.title} has {len(gallery.words)}")
-        return gallery
+    def _check(self, name: str, row: int) -> None:
+        if not 0 <= row < (size := len(self.gallery(name).words)):
+            raise UserError(f"there is no image {row}; {self.title(name)} has {size}")
 
-    def _nearest(self, gallery: Gallery, queries: Sequence[Float32[Tensor, " _dim"]]) -> list[dict[str, Any]]:
-        """Rank the images by cosine similarity, for each stage and for the combination of several stages."""
-        models = {
-            f"stage {s}": (images, query)
-            for s, images, query in zip(gallery.stages, gallery.images, queries, strict=True)
-        }
-        if len(gallery.stages) > 1:
-            models[ALL] = (self._combined(gallery.name), combine_features(list(queries), self.view.combine))
-        results = []
-        for model, (images, query) in models.items():
+    def _nearest(self, name: str, queries: list[Float32[Tensor, " _dim"]]) -> list[dict[str, Any]]:
+        """Rank the images by cosine similarity to a query of each stage, and to the combination of several stages."""
+        gallery, found = self.gallery(name), []
+        if len(queries) > 1:
+            queries = [*queries, combine_features(queries, self.view.combine)]
+        for (model, images), query in zip(gallery.images.items(), queries, strict=True):
             scores = normalized(images) @ normalized(query)
             best = torch.argsort(scores, descending=True, stable=True)[:NUM_RESULTS].tolist()
-            pictures = [
-                {"row": row, "score": round(float(scores[row]), 4), "words": gallery.words[row]} for row in best
-            ]
-            results.append({"model": model, "pictures": pictures})
-        return results
-
-    @lru_cache(maxsize=4)  # noqa: B019
-    def _combined(self, name: str) -> Float32[Tensor, "images dims"]:
-        return combine_features(list(self.gallery(name).images), self.view.combine)
+            pictures = [{"row": n, "score": round(float(scores[n]), 4), "words": gallery.words[n]} for n in best]
+            found.append({"model": model, "pictures": pictures})
+        return found
 
     @torch.inference_mode()
     def _encode(self, stage: int, *, text: str = "", image: Image.Image | None = None) -> Float32[Tensor, " dim"]:
@@ -216,21 +196,10 @@ class Search:
 
     @cached_property
     def _clips(self) -> dict[int, ClipBundle]:
-        clips = {}
-        for s in self.view.stages_with("train"):
-            clips[s] = load_clip(self.view.folder / f"stage-{s}" / "train" / "model")
-            clips[s].model.to(self._device).eval()
+        clips = {s: load_clip(self.view.folder / f"stage-{s}/train/model") for s in self.view.stages_with("train")}
+        for clip in clips.values():
+            clip.model.to(self._device).eval()
         return clips
-
-
-def _words_of(task: Task) -> list[str]:
-    """Return the first caption, or the class, of each image of a set."""
-    if isinstance(task, RetrievalTask):
-        return [captions[0] if captions else "" for captions in task.data.captions]
-    if isinstance(task, ClassificationTask):
-        return [task.data.classnames[label] for label in task.data.labels.tolist()]
-    source = image_source(task)
-    return [""] * (len(source) if source is not None else 0)
 
 
 def serve(
@@ -253,9 +222,9 @@ def serve(
     if gallery and wanted not in search.names:
         known = ", ".join(name or "train" for name in search.names)
         raise UserError(f"--gallery {gallery} cannot be searched; there are {known}")
-    names = sorted(search.names, key=lambda name: bool(gallery) and name != wanted)
+    search.names.sort(key=lambda name: bool(gallery) and name != wanted)
     try:
-        server = make_server(search, names, port)
+        server = make_server(search, port)
     except OSError as error:
         raise UserError(
             f"port {port} of {HOST} cannot be used ({error.strerror}); give --port another, or 0 for a free one"
@@ -271,57 +240,11 @@ def serve(
             print()
 
 
-def make_server(search: Search, names: list[str], port: int) -> ThreadingHTTPServer:
-    """Create a server that is bound but not started; galleries are numbered as in `names`."""
-    server = ThreadingHTTPServer((HOST, port), partial(_Handler, _Answers(search, names)))
+def make_server(search: Search, port: int) -> ThreadingHTTPServer:
+    """Create a server that is bound but not started; galleries are numbered as in `search.names`."""
+    server = ThreadingHTTPServer((HOST, port), partial(_Handler, search))
     server.daemon_threads = True
     return server
-
-
-class _Answers:
-    """Contents of the answers; a lock lets one query at a time use the encoders."""
-
-    def __init__(self, search: Search, names: list[str]) -> None:
-        self._search, self._names, self._lock = search, names, threading.Lock()
-
-    def page(self) -> bytes:
-        environment = Environment(loader=FileSystemLoader(_FOLDER), undefined=StrictUndefined, autoescape=True)
-        page = environment.get_template("page.html.jinja").render(
-            name=self._search.view.name,
-            galleries=[self._search.title(name) for name in self._names],
-            missing=self._search.view.missing,
-        )
-        return page.encode()
-
-    def search(self, query: Mapping[str, str], body: bytes | None) -> bytes:
-        name, text = self._gallery(query.get("gallery", "0")), query.get("text", "").strip()
-        if body is not None:
-            action = partial(self._search.by_upload, name, body)
-        elif "row" in query:
-            action = partial(self._search.by_row, name, _number(query["row"]))
-        elif not text:
-            raise UserError("type what to look for")
-        elif len(query["text"]) > MAX_TEXT:
-            raise UserError(f"a text of {len(query['text'])} characters is too long; at most {MAX_TEXT} are accepted")
-        else:
-            action = partial(self._search.by_text, name, text)
-        with self._lock:
-            return json.dumps({"found": action()}).encode()
-
-    @lru_cache(maxsize=2_000)  # noqa: B019 - as long as the server
-    def thumbnail(self, gallery: str, row: str) -> bytes:
-        with self._lock:
-            image = self._search.image(self._gallery(gallery), _number(row))
-        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        file = io.BytesIO()
-        image.save(file, "WEBP", quality=80)
-        return file.getvalue()
-
-    def _gallery(self, text: str) -> str:
-        number = _number(text)
-        if number >= len(self._names):
-            raise UserError(f"there is no gallery {number}; there are {len(self._names)}")
-        return self._names[number]
 
 
 def _number(text: str) -> int:
@@ -336,8 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "mcl_clip", ""
     timeout = TIMEOUT_S
 
-    def __init__(self, answers: _Answers, *arguments: Any) -> None:
-        self._answers = answers
+    def __init__(self, search: Search, *arguments: Any) -> None:
+        self._search = search
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
@@ -363,14 +286,19 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             if url.path == "/search":
-                self._send(HTTPStatus.OK, "application/json", self._answers.search(query, body))
+                self._send(HTTPStatus.OK, "application/json", json.dumps({"found": self._find(query, body)}).encode())
             elif body is not None:
                 self._refuse(HTTPStatus.NOT_FOUND, "there is nothing at this address")
             elif url.path == "/picture":
-                thumbnail = self._answers.thumbnail(query.get("gallery", ""), query.get("row", ""))
-                self._send(HTTPStatus.OK, "image/webp", thumbnail, {"Cache-Control": "private, max-age=3600"})
+                thumbnail = self._search.thumbnail(self._gallery(query), _number(query.get("row", "")))
+                self._send(HTTPStatus.OK, "image/webp", thumbnail, cache="private, max-age=3600")
             elif url.path == "/":
-                self._send(HTTPStatus.OK, "text/html; charset=utf-8", self._answers.page())
+                environment = Environment(loader=FileSystemLoader(_FOLDER), undefined=StrictUndefined, autoescape=True)
+                titles, view = [self._search.title(name) for name in self._search.names], self._search.view
+                page = environment.get_template("page.html.jinja").render(
+                    name=view.name, galleries=titles, missing=view.missing
+                )
+                self._send(HTTPStatus.OK, "text/html; charset=utf-8", page.encode())
             elif url.path in FILES:
                 content_type = f"{FILES[url.path]}; charset=utf-8"
                 self._send(HTTPStatus.OK, content_type, (_FOLDER / url.path.removeprefix("/")).read_bytes())
@@ -380,6 +308,26 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         except (OSError, ValueError) as error:  # such as a shard that was deleted
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+
+    def _find(self, query: Mapping[str, str], body: bytes | None) -> list[dict[str, Any]]:
+        """Search a gallery by an uploaded image, an image of the gallery, or a text."""
+        name, text = self._gallery(query), query.get("text", "")
+        with self._search.lock:
+            if body is not None:
+                return self._search.by_upload(name, body)
+            if "row" in query:
+                return self._search.by_row(name, _number(query["row"]))
+            if not text.strip():
+                raise UserError("type what to look for")
+            if len(text) > MAX_TEXT:
+                raise UserError(f"a text of {len(text)} characters is too long; at most {MAX_TEXT} are accepted")
+            return self._search.by_text(name, text.strip())
+
+    def _gallery(self, query: Mapping[str, str]) -> str:
+        number, names = _number(query.get("gallery", "0")), self._search.names
+        if number >= len(names):
+            raise UserError(f"there is no gallery {number}; there are {len(names)}")
+        return names[number]
 
     def _is_from_here(self) -> bool:
         """Return whether the request names this server, and comes from its own page or from no page at all."""
@@ -393,12 +341,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         self._send(status, "application/json", json.dumps({"error": message}).encode())
 
-    def _send(
-        self, status: HTTPStatus, content_type: str, body: bytes, headers: Mapping[str, str] | None = None
-    ) -> None:
-        defaults = {"Content-Type": content_type, "Cache-Control": "no-store", **HEADERS}
+    def _send(self, status: HTTPStatus, content_type: str, body: bytes, *, cache: str = "no-store") -> None:
+        headers = {"Content-Type": content_type, "Cache-Control": cache, "Content-Length": str(len(body)), **HEADERS}
         self.send_response(status)
-        for name, value in {**defaults, **(headers or {}), "Content-Length": str(len(body))}.items():
+        for name, value in headers.items():
             self.send_header(name, value)
         with suppress(ConnectionError):  # the browser has canceled the request
             self.end_headers()

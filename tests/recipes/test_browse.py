@@ -26,7 +26,7 @@ def search(finished):
 @pytest.fixture(scope="module")
 def ask(search):
     """Status, headers and body of a request to a server of the finished run."""
-    with make_server(search, search.names, 0) as server:
+    with make_server(search, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_address[1]
 
@@ -170,7 +170,7 @@ def test_a_page_that_has_gone_on_is_no_error(search, monkeypatch, capfd):
         raise BrokenPipeError
 
     handled = threading.Event()
-    with make_server(search, search.names, 0) as server:
+    with make_server(search, 0) as server:
         finish = server.shutdown_request
         monkeypatch.setattr(server, "shutdown_request", lambda request: (finish(request), handled.set()))
         monkeypatch.setattr("socketserver._SocketWriter.write", gone)
@@ -184,12 +184,12 @@ def test_a_page_that_has_gone_on_is_no_error(search, monkeypatch, capfd):
 
 
 def test_it_listens_on_this_machine_alone(search):
-    with make_server(search, search.names, 0) as server:
+    with make_server(search, 0) as server:
         assert server.server_address[0] == "127.0.0.1"
 
 
 def test_a_port_that_is_taken_and_a_gallery_that_is_not_there(search, finished):
-    with make_server(search, search.names, 0) as server:
+    with make_server(search, 0) as server:
         port = server.server_address[1]
         with pytest.raises(UserError, match=rf"port {port} of 127.0.0.1 cannot be used .* give --port another"):
             serve(finished, port=port)
