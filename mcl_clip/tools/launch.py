@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,23 +35,14 @@ Process = subprocess.Popen[bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Number and location of the processes, and the address at which they meet.
+    """Number and location of the processes, and the address at which they meet; names are those of Accelerate."""
 
-    Attributes:
-        num_processes: over all machines; 0 is one for each GPU, or one per machine without GPUs.
-        num_machines: machines, with the same number of processes each.
-        machine_rank: number of this machine.
-        main_process_ip: address of machine 0.
-        main_process_port: a port of machine 0; 0 is a free port on a single machine.
-        gpu_ids: comma-separated numbers of the GPUs to use; `all` or empty for none.
-    """
-
-    num_processes: int = 0
-    num_machines: int = 1
+    num_processes: int = 0  # over all machines; 0 is one for each GPU, or one per machine without GPUs
+    num_machines: int = 1  # with the same number of processes each
     machine_rank: int = 0
     main_process_ip: str = ""
-    main_process_port: int = 0
-    gpu_ids: str = "all"
+    main_process_port: int = 0  # of machine 0; 0 is a free port on a single machine
+    gpu_ids: str = "all"  # or comma-separated numbers; empty for none
 
     @property
     def local_processes(self) -> int:
@@ -86,11 +77,9 @@ def read_placement(config_file: Path) -> dict[str, Any]:
             f"{config_file} asks for mixed_precision {config['mixed_precision']}, but precision is a setting of each "
             f"stage; use --stages.K.train.precision"
         )
-    names = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
-    settings = {name: config[name] for name in names if config.get(name) not in (None, "")}
-    if config["use_cpu"]:
-        settings["gpu_ids"] = ""
-    return settings
+    settings = {field.name: config.get(field.name) for field in fields(Placement)}
+    settings = {name: value for name, value in settings.items() if value not in (None, "")}
+    return settings | {"gpu_ids": ""} if config["use_cpu"] else settings
 
 
 def resolve_placement(settings: Mapping[str, Any], *, gpus: int) -> Placement:
@@ -132,39 +121,26 @@ def launch(command: Sequence[str], placement: Placement, *, planned_codes: Colle
     """Run a command in all processes of this machine and return the exit code of the job. For the main thread.
 
     The first SIGTERM, SIGUSR1 or Ctrl-C is forwarded; a second one kills all processes. When a process fails, the
-    others are killed after a grace period. On Linux, the processes also die with this one, however it ends.
-
-    Args:
-        command: the program and its arguments.
-        placement: number and location of the processes.
-        planned_codes: exit codes of a process after which the others are left to finish.
+    others are killed after a grace period; after one of the `planned_codes` they are left to finish. On Linux, the
+    processes also die with this one, however it ends.
     """
     if not hasattr(os, "killpg"):
         raise UserError(f"mcl-clip launch needs Linux or macOS, not {sys.platform}; use accelerate launch")
-    with _recorded_signals() as signals:
-        processes: list[Process] = []
-        try:
-            processes += _start(command, placement)  # keeps those already started if a later one fails
-            return _wait(processes, placement, planned_codes, signals)
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    _kill(process)
-                    process.wait()
-
-
-@contextmanager
-def _recorded_signals() -> Iterator[list[tuple[float, int]]]:
-    """Collect the times and numbers of the signals that arrive in the block."""
-    signals: list[tuple[float, int]] = []
+    signals: list[tuple[float, int]] = []  # time and number of those that arrived
     handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as set by nohup and &
     previous = {
         number: signal.signal(number, lambda number, _: signals.append((time.monotonic(), number)))
         for number in handled
     }
+    processes: list[Process] = []
     try:
-        yield signals
+        processes += _start(command, placement)  # keeps those already started if a later one fails
+        return _wait(processes, placement, planned_codes, signals)
     finally:
+        for process in processes:
+            if process.poll() is None:
+                _kill(process)
+                process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -234,7 +210,7 @@ def _wait(
             for process in running.values():
                 process.send_signal(signals[0][1])
         if signals and signals[-1][0] - signals[0][0] > SAME_REQUEST_S:
-            _print_error(f"stopped at once by {signal.Signals(signals[-1][1]).name}")
+            sys.stderr.write(f"stopped at once by {signal.Signals(signals[-1][1]).name}\n")
             return 128 + signals[-1][1]
         exit_codes = {number: process.poll() for number, process in running.items()}
         for number, code in exit_codes.items():
@@ -256,21 +232,14 @@ def _report_death(placement: Placement, process: int, number: int) -> int:
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     hint = " (the system does this when memory runs out)" if number == signal.SIGKILL else ""
     others = ", and the others are stopped" if placement.num_processes > 1 else ""
-    _print_error(
+    sys.stderr.write(
         f"error: process {rank} of {placement.num_processes} was killed by {name}{hint}{others}; the same command "
-        f"continues from the newest checkpoint"
+        f"continues from the newest checkpoint\n"
     )
     return 128 + number
 
 
 def _kill(process: Process) -> None:
     """Kill a process and everything that it started."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # already gone; on macOS the latter, if it just ended
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # already gone; on macOS the latter, for a process that just ended
-        return
-
-
-def _print_error(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
