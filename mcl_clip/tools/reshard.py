@@ -46,42 +46,40 @@ def reshard(
     Raises:
         UserError: if the folder is not empty, the disk is too small, or an argument is invalid.
     """
-    out = Path(out).absolute()
-    _check(index, groups, out, rows_per_shard)
-    source = Reader(index) if reader is None else reader
-    if source.index is not index:
-        raise UserError("the reader reads another index than the one to reshard; create it from the same index")
-    row_map = _group_order(index, groups, seed)
-    ends = _shard_ends(index.key_numbers()[row_map], rows_per_shard)
-    total = int(index.sample_size.sum())
-    with (
-        atomic_dir(out) as folder,
-        Progress(total=total, desc="resharding", unit="B", unit_scale=True, show=is_main()) as bar,
-    ):
-        shards, offsets = [], []
-        for number, rows in enumerate(np.split(row_map, ends)):
-            path = folder / f"{number:06d}.tar"
-            offsets.append(_write_shard(source, rows, path, bar))
-            size, stamp = stat(str(path), RetryPolicy())
-            shards.append(Shard(str(path), size, stamp, first_row=0, rows=len(rows), skipped={}))
-        np.save(folder / ROW_MAP, row_map, allow_pickle=False)
-        index.relocated(row_map, shards, np.concatenate(offsets)).save(folder / INDEX_NAME)
-    return ShardIndex.load(out / INDEX_NAME)
-
-
-def _check(index: ShardIndex, groups: np.ndarray, out: Path, rows_per_shard: int) -> None:
+    out, total = out.absolute(), int(index.sample_size.sum())
+    reader = Reader(index) if reader is None else reader
     if not len(index) or groups.shape != (len(index),):
         raise UserError(f"groups has shape {groups.shape} for {len(index)} rows; give one group for each row")
     if rows_per_shard < 1:
         raise UserError(f"rows_per_shard is {rows_per_shard}; it must be at least 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; name a new folder, since nothing is overwritten")
-    needed = int(index.sample_size.sum())
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
-    if (free := shutil.disk_usage(existing).free) < needed:
+    if (free := shutil.disk_usage(existing).free) < total:
         raise UserError(
-            f"{out} needs {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free; choose another disk"
+            f"{out} needs {total / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free; choose another disk"
         )
+    if reader.index is not index:
+        raise UserError("the reader reads another index than the one to reshard; create it from the same index")
+
+    row_map = _group_order(index, groups, seed)
+    keys, seen, ends = index.key_numbers()[row_map].tolist(), set[int](), list[int]()
+    for row, key in enumerate(keys):
+        if len(seen) == rows_per_shard or key in seen:  # a shard is full, or has a sample of this key already
+            ends.append(row)
+            seen = set()
+        seen.add(key)
+    bar = Progress(total=total, desc="resharding", unit="B", unit_scale=True, show=is_main())
+    with atomic_dir(out) as folder, bar:
+        shards, offsets = [], []
+        for number, rows in enumerate(np.split(row_map, ends)):
+            path = folder / f"{number:06d}.tar"
+            offsets.append(_write_shard(reader, rows, path, bar))
+            size, stamp = stat(str(path), RetryPolicy())
+            shards.append(Shard(str(path), size, stamp, first_row=0, rows=len(rows), skipped={}))
+        np.save(folder / ROW_MAP, row_map, allow_pickle=False)
+        index.relocated(row_map, shards, np.concatenate(offsets)).save(folder / INDEX_NAME)
+    return ShardIndex.load(out / INDEX_NAME)
 
 
 def _group_order(index: ShardIndex, groups: np.ndarray, seed: int) -> np.ndarray:
@@ -96,24 +94,11 @@ def _group_order(index: ShardIndex, groups: np.ndarray, seed: int) -> np.ndarray
     # Number the occurrences of each (group, key) pair: in pair order, the distance to the first row of the pair.
     by_pair = np.lexsort((keys, groups))  # stable, so that equal pairs keep their order
     positions = np.arange(len(order))
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = (np.diff(keys[by_pair]) != 0) | (np.diff(groups[by_pair]) != 0)
+    is_first = np.append(True, (np.diff(keys[by_pair]) != 0) | (np.diff(groups[by_pair]) != 0))
     occurrence = np.empty_like(positions)
     occurrence[by_pair] = positions - np.maximum.accumulate(np.where(is_first, positions, 0))
     ordered: np.ndarray = order[np.lexsort((occurrence, groups))]
     return ordered
-
-
-def _shard_ends(keys: np.ndarray, rows_per_shard: int) -> list[int]:
-    """Return where to cut the rows into shards of at most `rows_per_shard` different keys; the last end is left out."""
-    ends: list[int] = []
-    seen: set[int] = set()
-    for row, key in enumerate(keys.tolist()):
-        if len(seen) == rows_per_shard or key in seen:
-            ends.append(row)
-            seen = set()
-        seen.add(key)
-    return ends
 
 
 def _write_shard(reader: Reader, rows: np.ndarray, path: Path, bar: Any) -> np.ndarray:
