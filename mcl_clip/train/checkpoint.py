@@ -39,10 +39,17 @@ def save_checkpoint(
     """Write `folder`/step-N atomically and delete all but the newest `keep`. Call it on the main process only."""
     path = folder / f"step-{state.step:09d}"
     with atomic_dir(path) as temporary:
-        save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        files = {"model": model.state_dict()}
         if average is not None:
-            save_file(_contiguous(average.average), temporary / "average.safetensors")
+            files["average"] = average.average
+        files["optimizer"] = {
+            f"{name}|{key}": torch.as_tensor(value)
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        for file, tensors in files.items():
+            contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, temporary / f"{file}.safetensors")
         write_json(temporary / "state.json", asdict(state))
     for old in [*checkpoints(folder)[:-keep], *folder.glob(".step-*.tmp")]:  # the latter from killed processes
         shutil.rmtree(old)
@@ -91,45 +98,20 @@ def _train_state(values: Any) -> TrainState:
     return TrainState(**{**values, "seconds": float(seconds)})
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}|{key}": torch.as_tensor(value).detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
 def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     named = dict(model.named_parameters())
-    is_fused = bool(optimizer.param_groups[0].get("fused"))
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, slot = key.rsplit("|", 1)
         states.setdefault(name, {})[slot] = tensor
     for name, state in states.items():
         parameter = named[name]
-        _check_state(name, parameter, state)
-        optimizer.state[parameter] = {
-            # The fused kernel assumes that moments have the strides of the parameter.
-            slot: torch.empty_like(parameter).copy_(tensor)
-            for slot, tensor in state.items()
-            if slot != "step"
-        }
-        # Adam keeps its step counter on the CPU, but the fused kernel needs it on the device.
-        step = state["step"]
-        optimizer.state[parameter]["step"] = step.to(parameter.device) if is_fused else step
-
-
-def _check_state(name: str, parameter: Tensor, state: dict[str, Tensor]) -> None:
-    if set(state) != {"step", "exp_avg", "exp_avg_sq"} or state["step"].numel() != 1:
-        raise ValueError(f"the state of the optimizer for {name} has {', '.join(sorted(state))}")
-    if state["step"].dtype != torch.float32 or any(
-        (tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype)
-        for slot, tensor in state.items()
-        if slot != "step"
-    ):
-        raise ValueError(f"the state of the optimizer for {name} has another shape or type")
+        if set(state) != {"step", "exp_avg", "exp_avg_sq"} or state["step"].numel() != 1:
+            raise ValueError(f"the state of the optimizer for {name} has {', '.join(sorted(state))}")
+        step = state.pop("step")
+        expected = (parameter.shape, parameter.dtype)
+        if step.dtype != torch.float32 or any((moment.shape, moment.dtype) != expected for moment in state.values()):
+            raise ValueError(f"the state of the optimizer for {name} has another shape or type")
+        # The fused kernel assumes that moments have the strides of the parameter, and needs the step on its device.
+        moments = {slot: torch.empty_like(parameter).copy_(moment) for slot, moment in state.items()}
+        optimizer.state[parameter] = {**moments, "step": step.to(parameter.device)}
