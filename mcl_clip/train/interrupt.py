@@ -112,11 +112,7 @@ class Interrupt:
         return self._signal > 0
 
     def check(self) -> None:
-        """Raise PlannedStop if any process was asked to stop. A collective call.
-
-        Raises:
-            PlannedStop: on all processes.
-        """
+        """Raise PlannedStop on all processes if any was asked to stop. A collective call."""
         self._signal = max(gather_objects(self._signal))
         if self._signal:
             raise self.stop("what is finished is kept")
@@ -151,10 +147,7 @@ class Interrupt:
 
 
 def wait_for_the_cause(error: Exception) -> None:
-    """Delay an error caused by a lost peer, so that the process that failed first reports first.
-
-    A launcher ends the others in the meantime.
-    """
+    """Delay an error caused by a lost peer, so that the process that failed first reports and ends the others."""
     of_a_peer = r"gloo|nccl|connection (closed|reset)|broken pipe|socket|the main process failed"
     if world_size() > 1 and isinstance(error, RuntimeError) and re.search(of_a_peer, str(error), re.IGNORECASE):
         time.sleep(LOST_PEER_S)

@@ -30,11 +30,8 @@ class Spans:
     elapsed time.
 
     Usually nothing waits for the device: on a GPU, a span measures how long the host takes to launch the work, and
-    the work itself shows up where the host waits for a result. When profiling, each border waits for the device.
-
-    Attributes:
-        device: the device to wait for at each border; None (no profiling) never waits.
-        history: when profiling, every (span, seconds) in order, one entry between two borders.
+    the work itself shows up where the host waits for a result. With a `device`, for profiling, each border waits for
+    it, and `history` has every (span, seconds) in order, one entry between two borders.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -170,13 +167,7 @@ class BadSamples:
     """Rows that could not be decoded and became fillers; stops the run when there are too many."""
 
     def __init__(self, path: Path, *, max_fraction: float, rows: int, step: int = 0) -> None:
-        """Resume the file at `path`.
-
-        Args:
-            path: the JSON-lines file.
-            max_fraction: largest share of bad rows, from 0 to 1.
-            rows: number of rows of the data set.
-            step: the step to resume from; later records are dropped.
+        """Resume the file at `path` from a step, for a data set of `rows` rows; `max_fraction` is from 0 to 1.
 
         Raises:
             UserError: if a record is malformed.

@@ -22,10 +22,6 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     (positions), are not decayed unless `config.weight_decays` says so. Each parameter group has `lr_scale`, its factor
     on the learning rate of the step.
 
-    Args:
-        model: the unwrapped model.
-        config: `lr`, `weight_decay`, `betas`, `eps`, `lr_multipliers` and `weight_decays` of the stage.
-
     Raises:
         UserError: if a regular expression is malformed or matches no trainable parameter.
     """
@@ -38,16 +34,11 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         groups.setdefault((scale_of[name], decay_of[name]), []).append(parameter)
-    return AdamW(
-        [
-            {"params": parameters, "lr_scale": scale, "weight_decay": decay}
-            for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    options = [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    return AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _override(values: dict[str, float], patterns: Mapping[str, float], option: str) -> None:
