@@ -64,11 +64,7 @@ class SetSize(NamedTuple):
 
 
 def refuse_non_empty(folder: Path) -> None:
-    """Check that a folder is empty or does not exist.
-
-    Raises:
-        UserError: if there is a file or a non-empty folder at this path.
-    """
+    """Raise UserError if there is a file or a non-empty folder at this path."""
     if folder.is_dir():
         if next(folder.iterdir(), None) is not None:
             raise UserError(f"the output folder {folder} is not empty; choose a new one, or delete it first")
@@ -130,7 +126,6 @@ def write_pairs(
     samples_per_shard: int = 1000,
     total: int | None = None,
     max_bad_fraction: float = 0.01,
-    counts: Counter[str] | None = None,
 ) -> ShardIndex:
     """Write `out`/000000.tar and so on with an index beside them, and return the index.
 
@@ -142,17 +137,16 @@ def write_pairs(
         samples_per_shard: A shard also ends at 3 GB.
         total: Number of samples, for the progress bar and to stop early.
         max_bad_fraction: Largest share of the samples whose image may be missing or unreadable.
-        counts: Filled with the number of samples and captions left out, by reason.
 
     Raises:
         UserError: for an invalid or repeated key, too many bad images, or if no sample is left.
     """
-    checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
+    checks = _Checks(out, total, max_bad_fraction)
     with new_folder(out) as folder:
-        bar = Progress(samples, total=total, desc=f"writing {out.name}", unit="sample")
-        members = (checks.members_of(pair) for pair in bar)
-        _write_shards((sample for sample in members if sample), folder, "%06d.tar", samples_per_shard)
-        checks.finish(out)
+        _write_shards(
+            filter(None, map(checks.members_of, checks.follow(samples))), folder, "%06d.tar", samples_per_shard
+        )
+        checks.finish()
         index = ShardIndex.build(expand_shards(folder))
         if len(index) != checks.images:
             raise RuntimeError(f"{checks.images} samples were written, {len(index)} found: {index.skipped_by_reason()}")
@@ -167,18 +161,17 @@ def write_retrieval_set(
     samples_per_shard: int = 1000,
     total: int | None = None,
     max_bad_fraction: float = 0.01,
-    counts: Counter[str] | None = None,
 ) -> SetSize:
     """Write a retrieval set as CLIP_benchmark reads it: `out`/test/0.tar and so on, with images and captions only.
 
     Samples are named s0000000 and so on; line n of `keys.txt`, counted from 0, is the original key of sample n.
     Arguments and errors as for `write_pairs`.
     """
-    checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
+    checks = _Checks(out, total, max_bad_fraction)
     keys: list[str] = []
 
     def numbered() -> Iterator[Members]:
-        for pair in Progress(samples, total=total, desc=f"writing {out.name}", unit="sample"):
+        for pair in checks.follow(samples):
             if members := checks.members_of(pair):
                 members.pop("json", None)
                 yield {**members, "__key__": f"s{len(keys):07d}"}
@@ -186,7 +179,7 @@ def write_retrieval_set(
 
     with new_folder(out) as folder:
         _write_test_shards(numbered(), folder, samples_per_shard)
-        checks.finish(out)
+        checks.finish()
         _write_lines(folder / "dataset_type.txt", ["retrieval"])
         _write_lines(folder / "keys.txt", keys)
     return SetSize(checks.images, checks.captions)
@@ -200,29 +193,20 @@ def write_classification_set(
     templates: Sequence[str],
     samples_per_shard: int = 1000,
     total: int | None = None,
-    max_bad_fraction: float = 0.01,
-    counts: Counter[str] | None = None,
 ) -> SetSize:
     """Write a zero-shot classification set as CLIP_benchmark reads it: images with `.cls`, class names and templates.
 
-    Args:
-        samples: Labels count from 0 in the order of `classnames`.
-        out: A folder that is empty or does not exist.
-        classnames: One line each.
-        templates: Each with `{c}` in place of the class name.
-        samples_per_shard: See `write_pairs`.
-        total: See `write_pairs`.
-        max_bad_fraction: See `write_pairs`.
-        counts: See `write_pairs`.
+    Labels count from 0 in the order of `classnames`; each template has `{c}` in place of the class name. Other
+    arguments are those of `write_pairs`.
 
     Raises:
         UserError: for a label without a class, a template without `{c}`, and as `write_pairs`.
     """
     _check_names(classnames, templates)
-    checks = _Checks(total, max_bad_fraction, counts if counts is not None else Counter())
+    checks = _Checks(out, total)
 
     def numbered() -> Iterator[Members]:
-        for sample in Progress(samples, total=total, desc=f"writing {out.name}", unit="sample"):
+        for sample in checks.follow(samples):
             if not 0 <= sample.label < len(classnames):
                 raise UserError(f"{sample.key} has the label {sample.label}; there are {len(classnames)} class names")
             if extension := checks.extension_of(sample.key, sample.image):
@@ -231,7 +215,7 @@ def write_classification_set(
 
     with new_folder(out) as folder:
         _write_test_shards(numbered(), folder, samples_per_shard)
-        checks.finish(out)
+        checks.finish()
         _write_lines(folder / "classnames.txt", classnames)
         _write_lines(folder / "zeroshot_classification_templates.txt", templates)
     return SetSize(checks.images, 0)
@@ -239,30 +223,34 @@ def write_classification_set(
 
 @dataclass
 class _Checks:
-    """Validates sample by sample, and counts what is left out."""
+    """Validates the samples of a set one by one, and counts what is left out, by reason."""
 
+    out: Path
     total: int | None
-    max_bad_fraction: float
-    counts: Counter[str]
+    max_bad_fraction: float = 0.01
     images: int = 0
     captions: int = 0
-    seen: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    bad_images: Counter[str] = field(default_factory=Counter)
     first_bad: str = ""
     keys: set[str] = field(default_factory=set)
+
+    def follow(self, samples: Iterable[Any]) -> Iterator[Any]:
+        """Yield the samples with a progress bar."""
+        return iter(Progress(samples, total=self.total, desc=f"writing {self.out.name}", unit="sample"))
 
     def members_of(self, pair: Pair) -> Members | None:
         """Return the members of a sample, or None if it is left out."""
         extension = self.extension_of(pair.key, pair.image)
         captions = clean_captions(pair.captions)
-        self.counts["empty captions dropped"] += len(pair.captions) - len(captions)
+        self.left_out["empty captions dropped"] += len(pair.captions) - len(captions)
         if not extension:
             return None
         text = "\n".join(captions).encode()
         attributes = b"" if pair.attributes is None else json.dumps(pair.attributes, ensure_ascii=False).encode()
         if not captions or len(text) > MAX_TXT_BYTES or len(attributes) > MAX_JSON_BYTES:
             reason = "samples with too long a text left out" if captions else "samples without captions left out"
-            self.counts[reason] += 1
+            self.left_out[reason] += 1
             return None
         self.images += 1
         self.captions += len(captions)
@@ -270,12 +258,7 @@ class _Checks:
         return members | {"json": attributes} if attributes else members
 
     def extension_of(self, key: str, image: bytes) -> str:
-        """Return the extension for an image, or an empty string if it is bad.
-
-        Raises:
-            UserError: for an invalid or repeated key.
-        """
-        self.seen += 1
+        """Check key and image of a sample; return the extension for the image, or an empty string if it is bad."""
         if not _CLEAN_KEY.fullmatch(key):
             raise UserError(
                 f"the key {key!r} is not 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-'; use clean_key(name)"
@@ -283,39 +266,33 @@ class _Checks:
         if key in self.keys:
             raise UserError(f"the key {key!r} occurs twice; give every sample a unique key")
         self.keys.add(key)
-        if not image:
-            return self._reject(key, "missing images")
         if len(image) > MAX_IMAGE_BYTES:
-            return self._reject(key, f"images over {MAX_IMAGE_BYTES >> 20} MiB")
-        return image_extension(image) or self._reject(key, "unreadable images")
+            extension, reason = "", f"images over {MAX_IMAGE_BYTES >> 20} MiB"
+        else:
+            extension, reason = image_extension(image), "unreadable images" if image else "missing images"
+        if not extension:
+            self.bad_images[reason] += 1
+            self.first_bad = self.first_bad or f"{key} ({reason})"
+            if self.total:
+                self._check_bad(self.total)
+        return extension
 
-    def finish(self, out: Path) -> None:
-        """Report what was left out.
-
-        Raises:
-            UserError: if too many images were bad, or no sample is left.
-        """
-        self._check_bad(self.seen)
-        self.counts.update(self.bad)
+    def finish(self) -> None:
+        """Report what was left out; raise UserError if too many images were bad, or no sample is left."""
+        seen = len(self.keys)
+        self._check_bad(seen)
+        left_out = _format_counts(self.left_out + self.bad_images)
         if not self.images:
-            raise UserError(
-                f"no sample is left for {out}: {self.seen} given, {_format_counts(self.counts) or 'none left out'}"
-            )
-        if left_out := _format_counts(self.counts):
-            tqdm.write(f"{out.name}: {self.images} of {self.seen} samples written ({left_out})")
-
-    def _reject(self, key: str, reason: str) -> str:
-        self.bad[reason] += 1
-        self.first_bad = self.first_bad or f"{key} ({reason})"
-        if self.total:
-            self._check_bad(self.total)
-        return ""
+            raise UserError(f"no sample is left for {self.out}: {seen} given, {left_out or 'none left out'}")
+        if left_out:
+            tqdm.write(f"{self.out.name}: {self.images} of {seen} samples written ({left_out})")
 
     def _check_bad(self, of: int) -> None:
-        if self.bad.total() > self.max_bad_fraction * of:
+        if self.bad_images.total() > self.max_bad_fraction * of:
             raise UserError(
-                f"{self.bad.total()} of {of} images are bad ({_format_counts(self.bad)}), more than --max-bad-fraction "
-                f"{self.max_bad_fraction:g} allows; the first is {self.first_bad}; fix them or raise the limit"
+                f"{self.bad_images.total()} of {of} images are bad ({_format_counts(self.bad_images)}), more than "
+                f"--max-bad-fraction {self.max_bad_fraction:g} allows; the first is {self.first_bad}; fix them or "
+                f"raise the limit"
             )
 
 
@@ -329,11 +306,10 @@ def _write_shards(samples: Iterable[Members], folder: Path, pattern: str, sample
         files.append((folder / name).open("wb"))
         return files[-1]
 
-    settings = {"mtime": 0, "user": "", "group": "", "mode": 0o444, "encoder": False}
+    settings: dict[str, Any] = {"mtime": 0, "user": "", "group": "", "mode": 0o444, "encoder": False, "verbose": 0}
+    settings |= {"maxcount": samples_per_shard, "opener": opener, "post": lambda _: files[-1].close()}
     try:
-        with wds.ShardWriter(
-            pattern, maxcount=samples_per_shard, opener=opener, post=lambda _: files[-1].close(), verbose=0, **settings
-        ) as writer:
+        with wds.ShardWriter(pattern, **settings) as writer:
             for sample in samples:
                 writer.write(sample)
     finally:
