@@ -8,7 +8,7 @@ the number of workers. The loaders are not passed to `accelerator.prepare`, whic
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -27,7 +27,7 @@ from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.shards import redacted
 
 Tokenizer = Callable[[list[str]], Tensor]
-Batch = TypeVar("Batch", "PairBatch", "CaptionedBatch")
+Batch = TypeVar("Batch", bound="_Batch")
 CPU = torch.device("cpu")
 PART_ROWS = 256  # of a local batch; larger ones are decoded in parts by several workers
 LENGTH_MULTIPLE = 8  # of trimmed texts: few distinct lengths, for which kernels are chosen or compiled
@@ -42,7 +42,22 @@ class BadSample(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairBatch:
+class _Batch:
+    def pin_memory(self: Batch) -> Batch:
+        """Copy the batch to page-locked memory (called by the DataLoader)."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def to(self: Batch, device: torch.device) -> Batch:
+        """Copy the batch to a device."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map_tensors(self: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {name: function(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(_Batch):
     """The part of a global batch that one process holds.
 
     `rows`, `text_ids` and `image_ids` have an entry for every row, fillers (row -1) included. `images` and `tokens`
@@ -60,17 +75,9 @@ class PairBatch:
     text_features: Float32[Tensor, "decoded dim"] | None = None
     bad: tuple[BadSample, ...]
 
-    def pin_memory(self) -> "PairBatch":
-        """Copy the batch to page-locked memory (called by the DataLoader)."""
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
-
-    def to(self, device: torch.device) -> "PairBatch":
-        """Copy the batch to a device."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
-
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionedBatch:
+class CaptionedBatch(_Batch):
     """Rows with all their captions: `tokens[j]` belongs to `rows[caption_of[j]]`. Bad rows are left out.
 
     `full_captions` counts captions without padding, that is, those that may have been truncated.
@@ -84,24 +91,6 @@ class CaptionedBatch:
     text_ids: Int64[Tensor, "images"]
     full_captions: int
     bad: tuple[BadSample, ...]
-
-    def pin_memory(self) -> "CaptionedBatch":
-        """Copy the batch to page-locked memory (called by the DataLoader)."""
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
-
-
-def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(batch, **tensors)
-
-
-class _Request(NamedTuple):
-    """Rows of one part of a local batch."""
-
-    step: int
-    epoch: int
-    rows: Int[np.ndarray, "part"]
 
 
 class TrainingLoader:
@@ -122,23 +111,12 @@ class TrainingLoader:
         max_pixels: int = MAX_PIXELS,
         json_key: str = "caption",
     ) -> None:
-        """Prepare a loader.
+        """Prepare a loader; raise UserError if the global batch is not divisible by the number of processes.
 
-        Args:
-            plan: Decides which rows form a batch.
-            reader: Reads samples by row.
-            transform: Maps image files to pixels.
-            tokenizer: Maps captions to tokens.
-            short_texts: Trim the padding after the longest caption of a batch.
-            texts: Features of the captions, used in place of tokens.
-            num_workers: Worker processes; 0 decodes in this process.
-            prefetch_batches: Batches that each worker keeps ready.
-            device: Where images are copied; the rest of a batch stays on the CPU, page-locked if `device` is a GPU.
-            max_pixels: Larger images are bad samples.
-            json_key: Key of the captions in a .json member.
-
-        Raises:
-            UserError: if the global batch is not divisible by the number of processes.
+        `short_texts` trims the padding after the longest caption of a batch; features `texts` replace tokens. Each of
+        `num_workers` keeps `prefetch_batches` ready; 0 decodes in this process. Images are copied to `device`; the rest
+        of a batch stays on the CPU, page-locked if that is a GPU. Images over `max_pixels` are bad samples; `json_key`
+        is the key of the captions in a .json member.
         """
         if plan.global_batch_size % world_size():
             raise UserError(
@@ -146,18 +124,19 @@ class TrainingLoader:
                 f"use a multiple of {world_size()}"
             )
         self.plan = plan
-        make_batch = _MakePairBatch(
-            decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
+        self._dataset = _PairBatches(
+            reader=reader,
             transform=transform,
             tokenizer=tokenizer,
             short_texts=short_texts,
+            max_pixels=max_pixels,
+            json_key=json_key,
             texts=texts,
             name=(plan.seed, plan.stage),
         )
-        self._dataset = _BatchDataset(make_batch)
         self._local_rows = plan.global_batch_size // world_size()
         self._parts = -(-self._local_rows // PART_ROWS)
-        self._device, self._options = device, _loader_options(num_workers, prefetch_batches * self._parts, device)
+        self._device, self._num_workers, self._prefetch_parts = device, num_workers, prefetch_batches * self._parts
 
     def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
         """Yield the batches of steps `start_step` to `stop_step - 1`.
@@ -165,11 +144,13 @@ class TrainingLoader:
         Raises:
             UserError: if the plans of the processes differ, or a shard cannot be read.
         """
-        batches = _load(self._dataset, self._requests(start_step, stop_step), self._options)
+        requests = self._requests(start_step, stop_step)
+        batches = _load(self._dataset, requests, self._num_workers, self._prefetch_parts, self._device)
         while parts := tuple(itertools.islice(batches, self._parts)):
             yield _join_parts(parts, self._device)
 
-    def _requests(self, start_step: int, stop_step: int) -> Iterator[_Request]:
+    def _requests(self, start_step: int, stop_step: int) -> Iterator[tuple[int, int, Int[np.ndarray, "_part"]]]:
+        """Yield step, epoch and rows of each part of the local batches."""
         checked = -1
         for step in range(start_step, stop_step):
             epoch = self.plan.epoch_of(step)
@@ -178,7 +159,7 @@ class TrainingLoader:
             checked = epoch
             local = self.plan.batch(step)[rank() * self._local_rows : (rank() + 1) * self._local_rows]
             for start in range(0, len(local), PART_ROWS):
-                yield _Request(step, epoch, local[start : start + PART_ROWS])
+                yield step, epoch, local[start : start + PART_ROWS]
 
 
 def _join_parts(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch:
@@ -189,7 +170,7 @@ def _join_parts(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch
 
     starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
     decoded = [(part, start) for part, start in zip(parts, starts, strict=False) if (part.rows != FILLER).any()]
-    decoded = decoded or [(parts[0], 0)]  # a part without a decoded row holds one black image, see `_MakePairBatch`
+    decoded = decoded or [(parts[0], 0)]  # a part without a decoded row holds one black image
     length = max(part.tokens.shape[1] for part, _ in decoded)
     features = [part.text_features for part, _ in decoded if part.text_features is not None]
     return PairBatch(
@@ -223,30 +204,51 @@ def captioned_batches(
     Raises:
         UserError: if a shard cannot be read.
     """
-    make_batch = _MakeCaptionedBatch(
-        decoder=_Decoder(reader=reader, max_pixels=max_pixels, json_key=json_key),
+    dataset = _CaptionedBatches(
+        reader=reader,
         transform=transform,
         tokenizer=tokenizer,
         short_texts=short_texts,
+        max_pixels=max_pixels,
+        json_key=json_key,
     )
-    yield from _load(_BatchDataset(make_batch), batches, _loader_options(num_workers, prefetch_batches, device))
+    yield from _load(dataset, batches, num_workers, prefetch_batches, device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decoder:
-    """Reads and decodes rows; those that cannot be decoded become a `BadSample`."""
+class _BatchDataset(Dataset[Any]):
+    """Makes batches in a worker, from the rows that a sampler requests."""
 
     reader: Reader
+    transform: EvaluationTransform | TrainTransform | None
+    tokenizer: Tokenizer | None
+    short_texts: bool
     max_pixels: int
     json_key: str
 
-    def samples(
-        self, rows: Int[np.ndarray, "rows"], pixels_of: Callable[[RawSample], Tensor]
+    def __getitem__(self, request: Any) -> Any:
+        """Make a batch, or return a UserError, which a DataLoader would bury in a traceback if it were raised."""
+        try:
+            return self.make_batch(request)
+        except UserError as error:
+            return error
+        except OSError as error:
+            return UserError(f"{explain_os_error(error)}; run the same command again once the storage responds")
+
+    def make_batch(self, request: Any) -> Any:
+        raise NotImplementedError
+
+    def decode(
+        self, rows: Int[np.ndarray, "rows"], *name: Name
     ) -> Iterator[tuple[RawSample, Tensor, list[str]] | BadSample]:
-        """Yield (raw sample, pixels, captions) or a BadSample for each row."""
+        """Yield (raw sample, pixels, captions) or a BadSample for each row; `name` identifies random transforms."""
+        pixels = torch.zeros(3, 0, 0, dtype=torch.uint8)
         for raw in self.reader.read(rows):
             try:
-                pixels = pixels_of(raw)
+                if isinstance(self.transform, TrainTransform):
+                    pixels = self.transform.decode(raw.image, *name, raw.row, "augment", max_pixels=self.max_pixels)
+                elif self.transform is not None:
+                    pixels = self.transform.decode(raw.image, max_pixels=self.max_pixels)
                 yield raw, pixels, decode_captions(raw.text, raw.text_format, json_key=self.json_key)
             except BadSampleError as error:
                 index = self.reader.index
@@ -255,27 +257,21 @@ class _Decoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MakePairBatch:
-    """Makes one part of a local batch."""
+class _PairBatches(_BatchDataset):
+    """Makes parts of local batches; `name` and the row name every random draw."""
 
-    decoder: _Decoder
     transform: TrainTransform
     tokenizer: Tokenizer
-    short_texts: bool
     texts: TextFeatures | None
     name: tuple[Name, ...]
 
-    def __call__(self, request: _Request) -> PairBatch:
-        rows = torch.from_numpy(request.rows.astype(np.int64))
-        planned = np.flatnonzero(request.rows != FILLER)
+    def make_batch(self, request: tuple[int, int, Int[np.ndarray, "_part"]]) -> PairBatch:
+        step, epoch, planned_rows = request
+        rows = torch.from_numpy(planned_rows.astype(np.int64))
+        planned = np.flatnonzero(planned_rows != FILLER)
         image_ids, text_ids = torch.zeros_like(rows), torch.zeros_like(rows)
         places, images, captions, caption_numbers, bad = [], [], [], [], []
-
-        def pixels_of(raw: RawSample) -> Tensor:
-            name = (*self.name, request.epoch, raw.row, "augment")
-            return self.transform.decode(raw.image, *name, max_pixels=self.decoder.max_pixels)
-
-        samples = self.decoder.samples(request.rows[planned], pixels_of)
+        samples = self.decode(planned_rows[planned], *self.name, epoch)
         for place, sample in zip(planned.tolist(), samples, strict=True):
             if isinstance(sample, BadSample):
                 bad.append(sample)
@@ -284,7 +280,7 @@ class _MakePairBatch:
             raw, pixels, texts = sample
             places.append(place)
             images.append(pixels)
-            word = random_words(1, *self.name, request.epoch, raw.row, "caption")[0]
+            word = random_words(1, *self.name, epoch, raw.row, "caption")[0]
             caption_numbers.append(int(word % np.uint64(len(texts))))
             captions.append(texts[caption_numbers[-1]])
             image_ids[place] = content_id(raw.image)
@@ -299,7 +295,7 @@ class _MakePairBatch:
             text_features, text_ids[places] = self.texts.take(rows[places].tolist(), caption_numbers)
             text_features = text_features if places else torch.zeros(1, self.texts.dim)
         return PairBatch(
-            step=request.step,
+            step=step,
             rows=rows,
             text_ids=text_ids,
             image_ids=image_ids,
@@ -311,32 +307,20 @@ class _MakePairBatch:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _MakeCaptionedBatch:
-    """Makes a batch with all captions of its rows."""
+class _CaptionedBatches(_BatchDataset):
+    """Makes batches with all captions of their rows."""
 
-    decoder: _Decoder
-    transform: EvaluationTransform | TrainTransform | None
-    tokenizer: Tokenizer | None
-    short_texts: bool
-
-    def __call__(self, rows: Int[np.ndarray, "rows"]) -> CaptionedBatch:
-        kept: list[int] = []
+    def make_batch(self, request: Int[np.ndarray, "_rows"]) -> CaptionedBatch:
+        rows: list[int] = []
         images, image_ids, text_ids, captions, caption_of, bad = [], [], [], [], [], []
-
-        def pixels_of(raw: RawSample) -> Tensor:
-            if self.transform is None:
-                return torch.zeros(3, 0, 0, dtype=torch.uint8)
-            return self.transform.decode(raw.image, max_pixels=self.decoder.max_pixels)
-
-        for sample in self.decoder.samples(rows, pixels_of):
+        for sample in self.decode(request):
             if isinstance(sample, BadSample):
                 bad.append(sample)
                 continue
             raw, pixels, texts = sample
-            caption_of += [len(kept)] * len(texts)
+            caption_of += [len(rows)] * len(texts)
             captions += texts
-            kept.append(raw.row)
+            rows.append(raw.row)
             images.append(pixels)
             image_ids.append(content_id(raw.image))
             text_ids.append(content_id(raw.text))
@@ -344,7 +328,7 @@ class _MakeCaptionedBatch:
         if self.tokenizer is not None and captions:
             tokens = self.tokenizer(captions)
         return CaptionedBatch(
-            rows=torch.tensor(kept, dtype=torch.int64),
+            rows=torch.tensor(rows, dtype=torch.int64),
             images=torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
             image_ids=torch.tensor(image_ids, dtype=torch.int64),
             tokens=trim_padding(tokens) if self.short_texts else tokens,
@@ -371,37 +355,18 @@ def content_id(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-@dataclass(frozen=True)
-class _BatchDataset(Dataset[Any]):
-    """Makes a batch in a worker. A UserError is returned, since a DataLoader would bury it in a traceback."""
-
-    make_batch: Callable[[Any], Any]
-
-    def __getitem__(self, request: Any) -> Any:
-        try:
-            return self.make_batch(request)
-        except UserError as error:
-            return error
-        except OSError as error:
-            return UserError(f"{explain_os_error(error)}; run the same command again once the storage responds")
-
-
-def _load(dataset: _BatchDataset, requests: Iterable[Any], options: dict[str, Any]) -> Iterator[Any]:
+def _load(
+    dataset: _BatchDataset, requests: Iterable[Any], num_workers: int, prefetch_batches: int, device: torch.device
+) -> Iterator[Any]:
     """Yield the batch of each request, and raise the errors that workers returned."""
-    for batch in DataLoader(dataset, batch_size=None, sampler=requests, **options):
+    # A DataLoader draws a seed, which no worker uses, from a generator of its own, to leave the global one alone.
+    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
+    if num_workers:
+        options |= {"prefetch_factor": max(1, prefetch_batches), "worker_init_fn": _start_worker}
+    for batch in DataLoader(dataset, batch_size=None, sampler=requests, pin_memory=device.type == "cuda", **options):
         if isinstance(batch, UserError):
             raise batch
         yield batch
-
-
-def _loader_options(num_workers: int, prefetch_batches: int, device: torch.device) -> dict[str, Any]:
-    # A DataLoader draws a seed for its workers: from a generator of its own, to leave the global one alone. No worker
-    # uses it.
-    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
-    options["pin_memory"] = device.type == "cuda"
-    if num_workers:
-        options |= {"prefetch_factor": max(1, prefetch_batches), "worker_init_fn": _start_worker}
-    return options
 
 
 def _start_worker(worker: int) -> None:  # noqa: ARG001
