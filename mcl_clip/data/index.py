@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -45,15 +45,8 @@ _SCHEMA = pa.schema(
 _DIGEST_ROWS = 1 << 20
 
 
-class _File(NamedTuple):
-    """The file that an index was loaded from, with its size and modification time."""
-
-    path: str
-    size: int
-    mtime_ns: int
-
-
 _Part: TypeAlias = tuple[Shard, pa.Table]
+_File: TypeAlias = tuple[str, int, int]  # the file that an index was loaded from: path, size, modification time in ns
 
 
 class ShardIndex:
@@ -74,23 +67,22 @@ class ShardIndex:
     sample_size: Int64[np.ndarray, "rows"]  # of all its members, with headers and padding
 
     def __init__(self, shards: Sequence[Shard], table: pa.Table, *, text_first: str = "txt"):
-        """Create an index from its parts; users call `build` or `load`.
-
-        Raises:
-            UserError: if rows and shards do not match.
-        """
+        """Create an index from its parts; users call `build` or `load`. Raise UserError if rows and shards differ."""
         self.shards = tuple(shards)
         self.text_first = text_first
-        self._table = table.combine_chunks()
+        # A table without rows may have columns without chunks.
+        self._table = table.combine_chunks() if table.num_rows else make_table([], dict.fromkeys(_DTYPES, np.zeros(0)))
         self._file: _File | None = None
-        self._digest = ""
         firsts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         if [shard.first_row for shard in self.shards] != firsts[:-1].tolist() or firsts[-1] != table.num_rows:
             raise UserError("the index is damaged: its shards and rows do not match; delete it and build it again")
         self.shard_of = _to_numpy(self._table, "shard")
         for name in _DTYPES.keys() - {"shard"}:
             setattr(self, name, _to_numpy(self._table, name))
-        self._key_ends, self._key_bytes = _key_buffers(self._table)
+        keys = self._table.column("key").chunk(0)
+        _, ends, data = keys.buffers()
+        self._key_ends = np.frombuffer(ends, np.int64)[keys.offset : keys.offset + len(keys) + 1]
+        self._key_bytes = np.frombuffer(data, np.uint8)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -103,24 +95,19 @@ class ShardIndex:
 
     def key_numbers(self) -> Int32[np.ndarray, "rows"]:
         """Return a number for each row; equal keys have equal numbers."""
-        keys = self._table.column("key")
-        return np.from_dlpack(keys.chunk(0).dictionary_encode().indices) if len(self) else np.zeros(0, np.int32)
+        return np.from_dlpack(self._table.column("key").chunk(0).dictionary_encode().indices)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """16 bytes in hexadecimal over keys, member sizes and formats in row order; it does not depend on paths."""
-        if self._digest:
-            return self._digest
         digest = hashlib.blake2b(digest_size=16)
-        lengths = self._key_ends[1:] - self._key_ends[:-1] if len(self) else self._key_ends[:0]
-        columns = (lengths, self.image_size, self.text_size, self.image_format, self.text_format)
+        columns = (np.diff(self._key_ends), self.image_size, self.text_size, self.image_format, self.text_format)
         for start in range(0, len(self), _DIGEST_ROWS):
             end = min(start + _DIGEST_ROWS, len(self))
             for column in columns:
                 digest.update(np.ascontiguousarray(column[start:end], dtype="<i8").data)
             digest.update(self._key_bytes[self._key_ends[start] : self._key_ends[end]].data)
-        self._digest = digest.hexdigest()
-        return self._digest
+        return digest.hexdigest()
 
     def skipped_by_reason(self) -> dict[str, int]:
         """Count the samples of all shards that are not rows, by reason, most frequent first."""
@@ -159,13 +146,9 @@ class ShardIndex:
         missing = [url for url in locations if url not in known]
         with ThreadPoolExecutor(max_workers=max_workers) as threads:
             try:
-                bar = Progress(
-                    threads.map(lambda url: _scan(url, text_first, policy), missing),
-                    total=len(missing),
-                    desc="indexing shards",
-                    unit="shard",
-                    show=is_main() and bool(missing),
-                )
+                scans = threads.map(lambda url: _scan(url, text_first, policy), missing)
+                show = is_main() and bool(missing)
+                bar = Progress(scans, total=len(missing), desc="indexing shards", unit="shard", show=show)
                 known |= dict(zip(missing, bar, strict=True))
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -213,7 +196,6 @@ class ShardIndex:
 
     @classmethod
     def _read(cls, path: Path) -> "ShardIndex":
-        """Load an index file without checking its rows."""
         try:
             status = path.stat()
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -232,7 +214,7 @@ class ShardIndex:
             raise
         except Exception as error:  # a damaged file fails in many ways
             raise UserError(f"{path} is not a complete index file ({error}); delete it and build it again") from error
-        index._file = _File(str(path), status.st_size, status.st_mtime_ns)
+        index._file = (str(path), status.st_size, status.st_mtime_ns)
         return index
 
     def write_beside(self) -> None:
@@ -255,11 +237,7 @@ class ShardIndex:
 
     @classmethod
     def concatenate(cls, indexes: Sequence["ShardIndex"]) -> "ShardIndex":
-        """Concatenate the rows of several indexes.
-
-        Raises:
-            UserError: if a shard is in two of them.
-        """
+        """Concatenate the rows of several indexes; raise UserError if a shard is in two of them."""
         counts = Counter(shard.url for index in indexes for shard in index.shards)
         if repeated := [url for url, count in counts.items() if count > 1]:
             raise UserError(f"shard {redacted(repeated[0])} is in more than one of the indexes; list each shard once")
@@ -268,11 +246,7 @@ class ShardIndex:
         return _assemble(parts, orders.pop() if len(orders) == 1 else "mixed")
 
     def check_unchanged(self, *, max_workers: int = 16, retry: RetryPolicy | None = None) -> None:
-        """Check that size and modification time or ETag of every shard are those in the index.
-
-        Raises:
-            UserError: if a shard is missing or changed; names the first one.
-        """
+        """Raise UserError if a shard is missing, or its size, modification time or ETag is not that in the index."""
         policy = retry or RetryPolicy()
         with ThreadPoolExecutor(max_workers=max_workers) as threads:
             for shard, now in zip(self.shards, threads.map(lambda s: stat(s.url, policy), self.shards), strict=True):
@@ -336,18 +310,12 @@ def _scan(url: str, text_first: str, retry: RetryPolicy) -> _Part:
 
 def _known_parts(locations: Sequence[str], text_first: str) -> dict[str, _Part]:
     """Collect the rows of unchanged local shards from the `index.arrow` files in their folders."""
-    known = {}
-    folders = dict.fromkeys(os.path.dirname(url) for url in locations if not is_remote(url))
-    wanted = set(locations)
-    for file in (Path(folder, INDEX_NAME) for folder in folders):
-        if not file.exists():
-            continue
-        index = ShardIndex.load(file)
-        for number, shard in enumerate(index.shards):
-            if index.text_first != text_first or shard.url not in wanted:
-                continue
+    known, wanted = {}, set(locations)
+    files = {Path(os.path.dirname(url), INDEX_NAME) for url in locations if not is_remote(url)}
+    for index in (ShardIndex.load(file) for file in sorted(files) if file.exists()):
+        for number, shard in enumerate(index.shards if index.text_first == text_first else ()):
             with suppress(UserError):  # a missing shard is reported when it is scanned
-                if stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp):
+                if shard.url in wanted and stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp):
                     known[shard.url] = index._part(number)
     return known
 
@@ -358,13 +326,11 @@ def _assemble(parts: Sequence[_Part], text_first: str) -> ShardIndex:
     numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [shard.rows for shard in shards])
     tables = [table.replace_schema_metadata(None) for _, table in parts]
     table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
-    return ShardIndex(
-        shards, table.set_column(1, _SCHEMA.field("shard"), _array(numbers, "shard")), text_first=text_first
-    )
+    table = table.set_column(1, _SCHEMA.field("shard"), _array(numbers, "shard"))
+    return ShardIndex(shards, table, text_first=text_first)
 
 
 def _describe_empty(index: ShardIndex) -> str:
-    """Say why an index has no rows."""
     skipped = index.skipped_by_reason()
     where = f"{redacted(index.shards[0].url)} and {len(index.shards) - 1} more" if index.shards else "an empty list"
     if images := skipped.get("missing_text", 0):
@@ -376,29 +342,11 @@ def _describe_empty(index: ShardIndex) -> str:
 
 
 def _to_numpy(table: pa.Table, name: str) -> np.ndarray:
-    column = table.column(name)
-    if column.num_chunks == 0:
-        return np.zeros(0, _DTYPES[name])
-    return np.from_dlpack(column.chunk(0))
-
-
-def _key_buffers(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Return where keys start and end (int64, rows + 1), and their bytes."""
-    if not table.num_rows:
-        return np.zeros(1, np.int64), np.zeros(0, np.uint8)
-    keys = table.column("key").chunk(0)
-    _, ends, data = keys.buffers()
-    offsets = np.frombuffer(ends, np.int64)[keys.offset : keys.offset + len(keys) + 1]
-    return offsets, np.frombuffer(data, np.uint8)
+    return np.from_dlpack(table.column(name).chunk(0))
 
 
 def _stored_shard(values: Any, folder: Path) -> Shard:
-    """Validate the description of a shard in an index file.
-
-    Raises:
-        ValueError: if it is malformed.
-        UserError: if its location is not allowed.
-    """
+    """Read the description of a shard in an index file; raise ValueError or UserError if it is malformed."""
     url, stamp, skipped = (values[name] for name in ("url", "stamp", "skipped"))
     if not isinstance(url, str) or not isinstance(stamp, str) or "\0" in url:
         raise ValueError("a shard without a name")
@@ -410,11 +358,7 @@ def _stored_shard(values: Any, folder: Path) -> Shard:
 
 
 def _check_rows(index: ShardIndex) -> None:
-    """Check that every row lies within its shard and that all columns hold values that `build` can write.
-
-    Raises:
-        ValueError: otherwise; names the columns.
-    """
+    """Raise ValueError unless every row lies within its shard and all columns hold values that `build` can write."""
     rows, ends = len(index), index._key_ends
     if index.text_first not in (*TEXT_FORMATS, "mixed"):
         raise ValueError(f"text_first is {index.text_first!r}")
@@ -433,7 +377,7 @@ def _check_rows(index: ShardIndex) -> None:
 
 
 def _reload(file: _File) -> ShardIndex:
-    index = ShardIndex._read(Path(file.path))
+    index = ShardIndex._read(Path(file[0]))
     if index._file != file:
-        raise UserError(f"the index {file.path} was overwritten while it was in use; start again")
+        raise UserError(f"the index {file[0]} was overwritten while it was in use; start again")
     return index
