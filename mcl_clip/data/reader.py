@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Integer
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.shards import Shard, is_remote, redacted
+from mcl_clip.data.shards import is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, ShardCache, read_range
 from mcl_clip.data.tar import BLOCK, TEXT_FORMATS, parse_header
 
@@ -35,9 +35,6 @@ class RawSample:
     image: bytes
     text: bytes
     text_format: str
-
-
-_Columns: TypeAlias = tuple[np.ndarray, np.ndarray]  # offsets and sizes of members, by row
 
 
 class _Range(NamedTuple):
@@ -99,27 +96,17 @@ class Reader:
             OSError: if reading still fails after all retries.
             IndexError: for a number that is not a row.
         """
-        index = self.index
-        image_columns, text_columns = (index.image_offset, index.image_size), (index.text_offset, index.text_size)
-        images, texts = self._members(rows, image_columns, text_columns)
-        formats = [TEXT_FORMATS[number] for number in index.text_format[rows].tolist()]
-        return list(map(RawSample, rows.tolist(), images, texts, formats))
+        members = self._members(rows, "image", "text")
+        formats = [TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist()]
+        return list(map(RawSample, rows.tolist(), members[: len(rows)], members[len(rows) :], formats))
 
     def read_texts(self, rows: Integer[np.ndarray, "n"]) -> list[tuple[bytes, str]]:
-        """Read the text members of `rows` with their formats, in their order, without the images.
-
-        Raises:
-            UserError, OSError, IndexError: as `read`.
-        """
-        (texts,) = self._members(rows, (self.index.text_offset, self.index.text_size))
-        return list(zip(texts, (TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist()), strict=True))
+        """Read the text members of `rows` with their formats, in their order, without the images; raise as `read`."""
+        formats = (TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist())
+        return list(zip(self._members(rows, "text"), formats, strict=True))
 
     def read_whole(self, rows: Integer[np.ndarray, "n"]) -> list[bytes]:
-        """Read all members of the samples of `rows` as they are in the tar, headers and padding included.
-
-        Raises:
-            UserError, OSError, IndexError: as `read`.
-        """
+        """Read all members of the samples of `rows`, with headers and padding as in the tar; raise as `read`."""
         index = self.index
         self._check_rows(rows)
         starts = index.sample_offset[rows]
@@ -131,24 +118,20 @@ class Reader:
                 self._check_header(row, whole[header : header + BLOCK], int(size[row]))
         return [bytes(whole) for whole in wholes]
 
-    def _members(self, rows: Integer[np.ndarray, "n"], *columns: _Columns) -> list[list[bytes]]:
-        """Read one or more members of each row, given by columns of offsets and sizes; all are fetched together."""
+    def _members(self, rows: Integer[np.ndarray, "n"], *kinds: str) -> list[bytes]:
+        """Read the members of one kind (`image` or `text`) of all rows, then those of the next; all in one fetch."""
         self._check_rows(rows)
-        shards = self.index.shard_of[rows].tolist()
-        extents = [list(zip(offset[rows].tolist(), size[rows].tolist(), strict=True)) for offset, size in columns]
+        shards = self.index.shard_of[rows].tolist() * len(kinds)
+        offsets = [offset for kind in kinds for offset in getattr(self.index, f"{kind}_offset")[rows].tolist()]
+        sizes = [size for kind in kinds for size in getattr(self.index, f"{kind}_size")[rows].tolist()]
         ranges = [  # with the headers, by which a changed shard is noticed
             _Range(shard, offset - BLOCK, offset + size)
-            for of_column in extents
-            for shard, (offset, size) in zip(shards, of_column, strict=True)
+            for shard, offset, size in zip(shards, offsets, sizes, strict=True)
         ]
-        fetched, members = iter(self._fetch(ranges)), []
-        for of_column in extents:
-            payloads = []
-            for row, (_, size) in zip(rows.tolist(), of_column, strict=True):
-                data = next(fetched)
-                self._check_header(row, data[:BLOCK], size)
-                payloads.append(bytes(data[BLOCK:]))
-            members.append(payloads)
+        members = []
+        for row, size, data in zip(rows.tolist() * len(kinds), sizes, self._fetch(ranges), strict=True):
+            self._check_header(row, data[:BLOCK], size)
+            members.append(bytes(data[BLOCK:]))
         return members
 
     def close(self) -> None:
@@ -183,16 +166,6 @@ class Reader:
         if not is_same:
             raise self._changed(int(self.index.shard_of[row]), f"row {row} (key {key!r}) is no longer at its offset")
 
-    def _check_file(self, number: int, now: os.stat_result) -> None:
-        """Raise if a local shard is not the file that was indexed, even if all headers are as before."""
-        shard = self.index.shards[number]
-        if now.st_size != shard.size or (
-            shard.stamp.startswith("mtime:") and shard.stamp != f"mtime:{now.st_mtime_ns}"
-        ):
-            raise self._changed(
-                number, f"it had {shard.size} bytes ({shard.stamp}), now {now.st_size} (mtime:{now.st_mtime_ns})"
-            )
-
     def _changed(self, shard: int, what: str) -> UserError:
         return UserError(
             f"shard {redacted(self.index.shards[shard].url)} changed since it was indexed: {what}; "
@@ -205,11 +178,12 @@ class Reader:
         reads: list[Callable[[], list[bytes]]] = []
         futures: list[Future[list[bytes]]] = []
         for number, group in groupby(spans, key=lambda span: span.shard):
-            shard, parts = self.index.shards[number], list(group)
-            if not is_remote(shard.url):
-                reads.append(partial(self.retry.run, partial(self._read_local, number, parts), shard.url))
+            url, parts = self.index.shards[number].url, list(group)
+            if not is_remote(url):
+                reads.append(partial(self.retry.run, partial(self._read_local, number, parts), url))
                 continue
-            submitted = self._submit(shard, parts)
+            requests = [[part] for part in parts] if self.cache is None else [parts]
+            submitted = [self._executor().submit(self._read_remote, request) for request in requests]
             futures += submitted
             reads += [future.result for future in submitted]
         try:
@@ -226,30 +200,34 @@ class Reader:
         is_request = self.cache is None and is_remote(self.index.shards[shard].url)
         return _REMOTE_GAP if is_request else _LOCAL_GAP
 
-    def _submit(self, shard: Shard, spans: list[_Range]) -> list[Future[list[bytes]]]:
-        """Start to read spans of a remote shard in other threads."""
+    def _executor(self) -> ThreadPoolExecutor:
         if self._threads is None or self._threads[0] != os.getpid():  # threads do not survive a fork
             count = _RANGES_IN_FLIGHT if self.cache is None else _SHARDS_IN_FLIGHT
             self._threads = (os.getpid(), ThreadPoolExecutor(max_workers=count))
-        submit = self._threads[1].submit
-        if self.cache is not None:
-            return [submit(self._read_staged, self.cache, shard, spans)]
-        return [submit(_read_remote, shard.url, span, self.retry) for span in spans]
+        return self._threads[1]
 
-    def _read_staged(self, cache: ShardCache, shard: Shard, spans: list[_Range]) -> list[bytes]:
-        descriptor = cache.open(shard)
+    def _read_remote(self, spans: list[_Range]) -> list[bytes]:
+        """Read spans of a remote shard by requests, or all from the cache."""
+        shard = self.index.shards[spans[0].shard]
+        if self.cache is None:
+            return [read_range(shard.url, span.start, span.end, self.retry) for span in spans]
+        descriptor = self.cache.open(shard)
         try:
             return self._read_spans(descriptor, spans)
         finally:
             os.close(descriptor)
 
     def _read_local(self, number: int, spans: list[_Range]) -> list[bytes]:
-        descriptor = self._files.pop(number, None)
+        shard, descriptor = self.index.shards[number], self._files.pop(number, None)
         if descriptor is None:
-            descriptor = os.open(self.index.shards[number].url, os.O_RDONLY)
+            descriptor = os.open(shard.url, os.O_RDONLY)
         try:
             parts = self._read_spans(descriptor, spans)
-            self._check_file(number, os.fstat(descriptor))
+            now = os.fstat(descriptor)
+            size, stamp = now.st_size, f"mtime:{now.st_mtime_ns}"
+            # All headers that were read may be as before in a file that was changed elsewhere.
+            if size != shard.size or (shard.stamp.startswith("mtime:") and shard.stamp != stamp):
+                raise self._changed(number, f"it had {shard.size} bytes ({shard.stamp}), now {size} ({stamp})")
         except (OSError, UserError):
             os.close(descriptor)  # a stale handle would fail forever
             raise
@@ -262,20 +240,16 @@ class Reader:
         if hasattr(os, "posix_fadvise"):  # lets the kernel read all of them ahead
             for span in spans:
                 os.posix_fadvise(descriptor, span.start, span.end - span.start, os.POSIX_FADV_WILLNEED)
-        return [self._pread(descriptor, span) for span in spans]
-
-    def _pread(self, descriptor: int, span: _Range) -> bytes:
-        data = os.pread(descriptor, span.end - span.start, span.start)
-        while len(data) < span.end - span.start:
-            more = os.pread(descriptor, span.end - span.start - len(data), span.start + len(data))
-            if not more:
-                raise self._changed(span.shard, f"it ends before byte {span.end}")
-            data += more
-        return data
-
-
-def _read_remote(url: str, span: _Range, retry: RetryPolicy) -> list[bytes]:
-    return [read_range(url, span.start, span.end, retry)]
+        parts = []
+        for span in spans:
+            data = os.pread(descriptor, span.end - span.start, span.start)
+            while (position := span.start + len(data)) < span.end:
+                more = os.pread(descriptor, span.end - position, position)
+                if not more:
+                    raise self._changed(span.shard, f"it ends before byte {span.end}")
+                data += more
+            parts.append(data)
+        return parts
 
 
 def _merge_ranges(ranges: Sequence[_Range], max_gap: Callable[[int], int]) -> tuple[list[_Range], list[int]]:

@@ -10,7 +10,7 @@ import re
 import stat as file_type
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,17 +47,11 @@ _TRANSIENT_STATUS = (408, 425, 429)
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How often and how long to wait for a file.
+    """How often and how long to wait for a file."""
 
-    Attributes:
-        retries: Attempts after the first one.
-        backoff_s: Pause before the first retry, in seconds; it doubles each time.
-        timeout_s: Longest wait for the next byte of a remote file.
-    """
-
-    retries: int = 3
-    backoff_s: float = 0.5
-    timeout_s: float = 60.0
+    retries: int = 3  # after the first attempt
+    backoff_s: float = 0.5  # pause before the first retry; it doubles each time
+    timeout_s: float = 60.0  # longest wait for the next byte of a remote file
 
     def __post_init__(self) -> None:
         if self.retries < 0 or self.backoff_s < 0 or self.timeout_s <= 0:
@@ -166,11 +160,7 @@ def read_range(location: str, start: int, end: int, retry: RetryPolicy) -> bytes
 
 
 def filesystem(location: str, timeout_s: float) -> Any:
-    """Return the fsspec file system for a URL, one per process.
-
-    Raises:
-        UserError: if the package for the protocol is not installed.
-    """
+    """Return the fsspec file system for a URL, one per process; raise UserError if its package is not installed."""
     return _filesystem(location.partition("://")[0], "%" in location, timeout_s, os.getpid())
 
 
@@ -219,8 +209,22 @@ class ShardCache:
             )
         name = hashlib.blake2b(repr((shard.url, shard.size, shard.stamp)).encode(), digest_size=16).hexdigest()
         path = self.folder / f"{name}.shard"
-        descriptor = self._open_cached(shard, path)
-        return self._fetch(shard, path) if descriptor is None else descriptor
+        if (descriptor := self._open_cached(shard, path)) is not None:
+            return descriptor
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock(f"fetch-{int(name[:8], 16) % _LOCKS:02d}"):
+            if (descriptor := self._open_cached(shard, path)) is not None:
+                return descriptor  # another process was faster
+            temporary = path.with_suffix(".fetching")
+            self._reserve(temporary, shard.size)
+            try:
+                self.retry.run(lambda: self._download(shard, temporary), shard.url)
+                descriptor = os.open(temporary, os.O_RDONLY)  # before others may drop the file
+                with self._lock("room"):  # else a process that sums sizes may see the file under neither name
+                    temporary.replace(path)
+                return descriptor
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _open_cached(self, shard: Shard, path: Path) -> int | None:
         try:
@@ -234,22 +238,6 @@ class ShardCache:
         now = time.time_ns()
         os.utime(descriptor, ns=(now, now))  # the time of last use
         return descriptor
-
-    def _fetch(self, shard: Shard, path: Path) -> int:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock(f"fetch-{int(path.name[:8], 16) % _LOCKS:02d}"):
-            if (descriptor := self._open_cached(shard, path)) is not None:
-                return descriptor  # another process was faster
-            temporary = path.with_suffix(".fetching")
-            self._reserve(temporary, shard.size)
-            try:
-                self.retry.run(lambda: self._download(shard, temporary), shard.url)
-                descriptor = os.open(temporary, os.O_RDONLY)  # before others may drop the file
-                with self._lock("room"):  # else a process that sums sizes may see the file under neither name
-                    temporary.replace(path)
-                return descriptor
-            finally:
-                temporary.unlink(missing_ok=True)
 
     def _download(self, shard: Shard, temporary: Path) -> None:
         files = filesystem(shard.url, self.retry.timeout_s)
@@ -291,13 +279,11 @@ class ShardCache:
         for path in self.folder.iterdir():
             if not _CACHED_NAME.fullmatch(path.name):  # never touch foreign files
                 continue
-            try:
+            with suppress(FileNotFoundError):
                 status = path.stat()
-            except FileNotFoundError:
-                continue
-            used += status.st_size
-            if path.suffix == ".shard" or time.time() - status.st_mtime > _ABANDONED_S:
-                droppable.append((status.st_mtime_ns, status.st_size, path))
+                used += status.st_size
+                if path.suffix == ".shard" or time.time() - status.st_mtime > _ABANDONED_S:
+                    droppable.append((status.st_mtime_ns, status.st_size, path))
         for _, freed, path in sorted(droppable):
             if used + size <= self.max_bytes:
                 break
@@ -313,14 +299,10 @@ class ShardCache:
 
 
 def load_numbers(path: Path, rows: int) -> Integer[np.ndarray, "rows"]:
-    """Load a .npy file with one integer for each of `rows` rows; pickles and archives are refused.
-
-    Raises:
-        UserError: if it is not such a file.
-    """
+    """Load a .npy file with one integer for each of `rows` rows; raise UserError if it is anything else."""
     try:
         with path.open("rb") as file:
-            if not file.read(len(_NPY_MAGIC)) == _NPY_MAGIC:
+            if not file.read(len(_NPY_MAGIC)) == _NPY_MAGIC:  # a pickle or an archive
                 raise ValueError("not a .npy file")
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # allocates nothing for what a header promises
         if mapped.dtype.kind not in "iu" or mapped.shape != (rows,):
@@ -335,11 +317,7 @@ def load_numbers(path: Path, rows: int) -> Integer[np.ndarray, "rows"]:
 
 
 def load_tensors(path: Path, *names: str) -> dict[str, Tensor]:
-    """Load the tensors of a safetensors file, which must include `names`.
-
-    Raises:
-        UserError: if it is not such a file, or a name is missing.
-    """
+    """Load the tensors of a safetensors file; raise UserError if it is damaged or lacks one of `names`."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:  # damaged files raise errors of several kinds
