@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,13 +61,10 @@ def write_part(path: Path, columns: Mapping[str, np.ndarray], counts: Mapping[st
 
 
 def read_counts(folder: Path, index: ShardIndex, shard: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield `bad_samples` and `full_captions` of all embedding parts, or of one shard.
+    """Yield `bad_samples` and `full_captions` of all embedding parts, or of one shard; raise UserError without them.
 
     `bad_samples` are the rows that could not be decoded, as [row, key, reason]. `full_captions` counts the captions
     that fill the context of the text encoder, for tokenizers that pad with 0; longer ones were truncated.
-
-    Raises:
-        UserError: if a part does not have them.
     """
     for number in _shards_with_rows(index) if shard is None else [shard]:
         path = folder / part_name(number)
@@ -105,11 +102,7 @@ class EmbeddingPart:
 
 
 def read_part(path: Path, rows: int) -> EmbeddingPart:
-    """Read the embeddings of a shard.
-
-    Raises:
-        UserError: if the file is missing, damaged, or has another number of rows.
-    """
+    """Read the embeddings of a shard; raise UserError if the file is missing, damaged, or of other `rows`."""
     if not path.exists():
         raise UserError(f"{path} is missing; run the recipe again to embed this shard")
     try:
@@ -140,11 +133,7 @@ class EmbeddingTable:
         return int(self.first[-1])
 
     def part(self, shard: int) -> EmbeddingPart:
-        """Return the embeddings of a shard.
-
-        Raises:
-            UserError: if the file is missing, damaged, or has another number of rows.
-        """
+        """Return the embeddings of a shard; raise as `read_part`."""
         if self._cache is None or self._cache[0] != shard:
             self._cache = (shard, read_part(self.folder / part_name(shard), int(np.diff(self.first)[shard])))
         return self._cache[1]
@@ -184,14 +173,6 @@ class EmbeddingTable:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-class _TextPart(NamedTuple):
-    """Lazy slices of a memory-mapped file."""
-
-    features: Any
-    ids: Any
-    first: Any
-
-
 class TextFeatures:
     """The captions of an index: for each a unit feature in float32 and a hash of its tokens.
 
@@ -203,7 +184,7 @@ class TextFeatures:
     def __init__(self, folder: Path, index: ShardIndex, dim: int) -> None:
         self.folder, self.dim = folder, dim
         self.first_row = first_rows(index)
-        self._mapped: OrderedDict[int, _TextPart] = OrderedDict()  # least recently used first
+        self._mapped: OrderedDict[int, tuple[Any, Any, Any]] = OrderedDict()  # least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": OrderedDict()}
@@ -219,28 +200,27 @@ class TextFeatures:
         features, ids = [torch.zeros(0, self.dim)], [torch.zeros(0, dtype=torch.int64)]
         for row, caption in zip(rows, captions, strict=True):
             shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
-            part = self._part(shard)
+            part_features, part_ids, firsts = self._part(shard)
             row_in_shard = int(row - self.first_row[shard])
-            first, end = part.first[row_in_shard : row_in_shard + 2].tolist()
+            first, end = firsts[row_in_shard : row_in_shard + 2].tolist()
             position = first + caption
             if position >= end:
                 raise self._damaged(shard, f"row {row} has no caption {caption}")
-            features.append(part.features[position : position + 1])
-            ids.append(part.ids[position : position + 1])
+            features.append(part_features[position : position + 1])
+            ids.append(part_ids[position : position + 1])
         return torch.cat(features), torch.cat(ids)
 
-    def _part(self, shard: int) -> _TextPart:
-        """Return the mapped part of a shard; the most recently used parts stay mapped."""
+    def _part(self, shard: int) -> tuple[Any, Any, Any]:
+        """Return lazy slices of the mapped features, ids and first; the most recently used parts stay mapped."""
         if shard in self._mapped:
             self._mapped.move_to_end(shard)
             return self._mapped[shard]
         rows = int(self.first_row[shard + 1] - self.first_row[shard])
         try:
             file: Any = safe_open(self.folder / text_part_name(shard), framework="pt")
-            part = _TextPart(*(file.get_slice(name) for name in _TextPart._fields))
-            captions = part.ids.get_shape()[0]
-            shapes = [column.get_shape() for column in part]
-            if shapes != [[captions, self.dim], [captions], [rows + 1]] or int(part.first[rows:][0]) != captions:
+            part = (file.get_slice("features"), file.get_slice("ids"), file.get_slice("first"))
+            shapes, captions = [column.get_shape() for column in part], part[1].get_shape()[0]
+            if shapes != [[captions, self.dim], [captions], [rows + 1]] or int(part[2][rows:][0]) != captions:
                 raise ValueError(f"its columns have the shapes {shapes}, for {rows} rows")
         except Exception as error:  # damaged files raise errors of several types
             raise self._damaged(shard, str(error)) from error

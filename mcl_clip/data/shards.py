@@ -45,15 +45,14 @@ class Shard:
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
     """Expand `spec` to a list of shards, in order: absolute local paths, and remote URLs as they are.
 
-    Args:
-        spec: A location or a list of them. Each may contain braces (`{000000..000007}`, `{train,extra}`); a local one
-            may be a glob, a folder (its `*.tar` files sorted by name) or a `file:` URL.
+    It is a location or a list of them. Each may contain braces (`{000000..000007}`, `{train,extra}`); a local one may
+    be a glob, a folder (its `*.tar` files sorted by name) or a `file:` URL.
 
     Raises:
         UserError: for a protocol other than http, https, s3, gs and hf, `pipe:`, a chained URL (`::`), a local file
             that does not exist, a shard listed twice, or an empty result.
     """
-    items = [spec] if isinstance(spec, str | Path) else list(spec)
+    items = [spec] if isinstance(spec, str | Path) else spec
     shards = [shard for item in items for shard in _expand_item(os.fspath(item))]
     if not shards:
         raise UserError(f"the shard list {spec!r} is empty; give at least one tar file, folder, glob or URL")
@@ -64,11 +63,7 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def check_location(location: str) -> None:
-    """Check that a location may be opened.
-
-    Raises:
-        UserError: for a protocol other than http, https, s3, gs and hf, for `pipe:`, and for a chained URL.
-    """
+    """Raise UserError for a protocol other than http, https, s3, gs and hf, for `pipe:`, and for a chained URL."""
     if "::" in location:
         raise UserError(
             f"{redacted(location)} is a chained URL ('::'), which is not supported; give the tar file itself"

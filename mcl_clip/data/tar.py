@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from mcl_clip.core.errors import UserError
@@ -98,15 +99,11 @@ def scan_shard(location: str, size: int, *, text_first: str, retry: RetryPolicy)
         OSError: if reading still fails after all retries.
     """
     if is_remote(location):
-        members = read_members(
-            lambda start, end: read_range(location, start, end, retry), size, location, window=_REMOTE_WINDOW
-        )
-        return group_samples(members, text_first=text_first)
+        window = _Window(partial(read_range, location, retry=retry), size, _REMOTE_WINDOW)
+        return group_samples(read_members(window, location), text_first=text_first)
     with open(location, "rb", buffering=0) as file:
-        members = read_members(
-            lambda start, end: os.pread(file.fileno(), end - start, start), size, location, window=_LOCAL_WINDOW
-        )
-        return group_samples(members, text_first=text_first)
+        window = _Window(lambda start, end: os.pread(file.fileno(), end - start, start), size, _LOCAL_WINDOW)
+        return group_samples(read_members(window, location), text_first=text_first)
 
 
 def end_of_archive(size: int) -> bytes:
@@ -114,19 +111,12 @@ def end_of_archive(size: int) -> bytes:
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % _RECORD)
 
 
-def read_members(read_at: ReadAt, size: int, location: str, *, window: int) -> Iterator[Member]:
-    """Yield the members of a tar file in order.
-
-    Args:
-        read_at: Returns the bytes between two positions of the file.
-        size: Size of the file in bytes.
-        location: Path or URL, for error messages.
-        window: How many bytes to read at a time; payloads that reach beyond them are skipped.
+def read_members(view: "_Window", location: str) -> Iterator[Member]:
+    """Yield the members of a tar file in order; payloads that reach beyond the window are skipped.
 
     Raises:
         UserError: if the file is compressed, truncated or damaged; the message gives the byte.
     """
-    view = _Window(read_at, size, window)
     try:
         magic = view.get(0, 8)
         if compression := next((name for prefix, name in _COMPRESSED.items() if magic.startswith(prefix)), ""):
@@ -137,21 +127,17 @@ def read_members(read_at: ReadAt, size: int, location: str, *, window: int) -> I
         while (member := _next_member(view, position)) is not None:
             position = member.end
             yield member
+    except UserError:
+        raise
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
-            f"shard {redacted(location)} is damaged at byte {view.position} of {size}: {error}; download or write it "
-            f"again"
+            f"shard {redacted(location)} is damaged at byte {view.position} of {view.size}: {error}; download or write "
+            f"it again"
         ) from error
 
 
 def parse_header(block: bytes) -> Header:
-    """Parse a header block of 512 bytes.
-
-    Raises:
-        ValueError: if it is not a header, or its checksum does not match.
-    """
+    """Parse a header block of 512 bytes; raise ValueError if it is not one, or its checksum does not match."""
     if len(block) != BLOCK:
         raise ValueError("a header is truncated")
     # The low half of Adler-32 is 1 + the sum of the bytes modulo 65521: much faster than adding them up in Python.
@@ -285,11 +271,7 @@ def group_samples(members: Iterable[Member], *, text_first: str) -> Samples:
     """Group members into samples with an image and a text, and count the samples that are skipped.
 
     A sample is a run of members whose names agree up to the first dot after the folder (WebDataset's convention).
-
-    Args:
-        members: The members of one shard, in order.
-        text_first: `txt` or `json`: the text of a sample that has both; or `cls` or `npy`, for the labels of a
-            classification set.
+    `text_first` is `txt` or `json`, the text of a sample that has both, or `cls` or `npy` for labels instead.
     """
     texts = (text_first,) if text_first in LABEL_FORMATS else (text_first, "json" if text_first == "txt" else "txt")
     samples = Samples([], [], Counter())
@@ -304,19 +286,10 @@ def group_samples(members: Iterable[Member], *, text_first: str) -> Samples:
         elif image is None or text is None:
             samples.skipped[sample.reason_to_skip(has_image=image is not None)] += 1
         else:
+            image_at = (sample.members[image].offset, sample.members[image].size, IMAGE_FORMATS.index(image))
+            text_at = (sample.members[text].offset, sample.members[text].size, TEXT_FORMATS.index(text))
             samples.keys.append(sample.key)
-            samples.rows.append(
-                IndexRow(
-                    image_offset=sample.members[image].offset,
-                    image_size=sample.members[image].size,
-                    image_format=IMAGE_FORMATS.index(image),
-                    text_offset=sample.members[text].offset,
-                    text_size=sample.members[text].size,
-                    text_format=TEXT_FORMATS.index(text),
-                    sample_offset=sample.start,
-                    sample_size=sample.end - sample.start,
-                )
-            )
+            samples.rows.append(IndexRow(*image_at, *text_at, sample.start, sample.end - sample.start))
         seen.add(sample.key)
     return samples
 
@@ -403,6 +376,6 @@ def _member_problem(member: Member, max_bytes: int) -> str:
         return member.problem
     if member.kind != b"0":
         return "not_a_file"
-    if member.size > max_bytes:
-        return "oversize_member"
-    return "" if member.size else "empty_member"
+    if not member.size:
+        return "empty_member"
+    return "oversize_member" if member.size > max_bytes else ""
