@@ -32,11 +32,12 @@ faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults.kills --kills 100
 	$(BIN)/python -m tests.faults.fuzz --cases 10000
 
-# Lint and types.
+# Lint, types and dead code.
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
