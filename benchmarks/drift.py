@@ -15,23 +15,13 @@ from pathlib import Path
 
 import tyro
 
-from mcl_clip import (
-    ClusterConfig,
-    DataConfig,
-    EvalConfig,
-    MachineConfig,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    TrainConfig,
-    main,
-)
+import mcl_clip as mcl
 from mcl_clip.core.errors import run_program
 from mcl_clip.core.files import read_jsonl
 
-RECIPE = RunConfig(
+RECIPE = mcl.RunConfig(
     run_dir=Path("runs/drift"),
-    tower=TowerConfig(
+    tower=mcl.TowerConfig(
         model={
             "embed_dim": 64,
             "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
@@ -39,14 +29,12 @@ RECIPE = RunConfig(
         }
     ),
     stages=(
-        StageConfig(
-            train=TrainConfig(steps=600, global_batch_size=128, lr=1e-3, warmup_steps=60),
-            cluster=ClusterConfig(num_clusters=10),
+        mcl.StageConfig(
+            train=mcl.TrainConfig(steps=600, global_batch_size=128, lr=1e-3, warmup_steps=60),
+            cluster=mcl.ClusterConfig(num_clusters=10),
         ),
     ),
-    data=DataConfig(),
-    eval=EvalConfig(),
-    machine=MachineConfig(workers=1, threads=1, log_steps=1),
+    machine=mcl.MachineConfig(workers=1, threads=1, log_steps=1),
 )
 
 
@@ -76,6 +64,6 @@ def drift(shards: str, /, *, out: Path, steps: int = 600, report: Sequence[int] 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
         del sys.argv[1]
-        main(RECIPE)
+        mcl.main(RECIPE)
     else:
         run_program(lambda: tyro.cli(drift, description=__doc__))

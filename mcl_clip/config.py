@@ -74,6 +74,19 @@ class TowerConfig:
                 "give either --tower.architecture or, in the recipe, TowerConfig(model=...), not both or none"
             )
 
+    @classmethod
+    def small(
+        cls, *, image_size: int, context_length: int, embed_dim: int = 64, image_width: int = 8, text_width: int = 32,
+        text_layers: int = 1,
+    ) -> "TowerConfig":  # fmt: skip
+        """Return a ResNet with one block per stage and a text transformer of two heads, both small enough for a CPU.
+
+        `image_width` is the number of channels of the first stage of the ResNet.
+        """
+        image = {"image_size": image_size, "layers": [1, 1, 1, 1], "width": image_width, "head_width": 32}
+        text = {"context_length": context_length, "vocab_size": 49408, "width": text_width, "heads": 2}
+        return cls(model={"embed_dim": embed_dim, "vision_cfg": image, "text_cfg": {**text, "layers": text_layers}})
+
     @property
     def is_pretrained(self) -> bool:
         """Whether the towers start from pretrained weights."""

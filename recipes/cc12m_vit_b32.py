@@ -10,22 +10,12 @@ stages 4 each.
 
 from pathlib import Path
 
-from mcl_clip import (
-    ClusterConfig,
-    DataConfig,
-    EvalConfig,
-    MachineConfig,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    TrainConfig,
-    main,
-)
+import mcl_clip as mcl
 
 
-def stage(steps: int, lr: float) -> StageConfig:
+def stage(steps: int, lr: float) -> mcl.StageConfig:
     """Build a stage of `steps` steps that is clustered into ten."""
-    train = TrainConfig(
+    train = mcl.TrainConfig(
         steps=steps,
         global_batch_size=8192,
         lr=lr,
@@ -35,17 +25,17 @@ def stage(steps: int, lr: float) -> StageConfig:
         precision="bf16",
         window_shards=0,
     )
-    return StageConfig(train=train, cluster=ClusterConfig(num_clusters=10))
+    return mcl.StageConfig(train=train, cluster=mcl.ClusterConfig(num_clusters=10))
 
 
-RECIPE = RunConfig(
+RECIPE = mcl.RunConfig(
     run_dir=Path("runs/cc12m_vit_b32"),
-    data=DataConfig(holdout_rows=8192),
-    tower=TowerConfig(architecture="ViT-B-32"),
+    data=mcl.DataConfig(holdout_rows=8192),
+    tower=mcl.TowerConfig(architecture="ViT-B-32"),
     stages=(stage(10_700, 1e-3), stage(5_350, 5e-4), stage(5_350, 5e-4)),
-    eval=EvalConfig(every_steps=2_000, batch_size=512),
-    machine=MachineConfig(workers=8, log_steps=50, save_steps=1_000),
+    eval=mcl.EvalConfig(every_steps=2_000, batch_size=512),
+    machine=mcl.MachineConfig(workers=8, log_steps=50, save_steps=1_000),
 )
 
 if __name__ == "__main__":
-    main(RECIPE)
+    mcl.main(RECIPE)

@@ -12,20 +12,9 @@ results are not measured.
 
 from pathlib import Path
 
-from mcl_clip import (
-    ClusterConfig,
-    DataConfig,
-    EvalConfig,
-    LockConfig,
-    MachineConfig,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    TrainConfig,
-    main,
-)
+import mcl_clip as mcl
 
-TRAIN = TrainConfig(
+TRAIN = mcl.TrainConfig(
     steps=5_500,
     global_batch_size=8000,
     lr=1e-5,
@@ -33,21 +22,21 @@ TRAIN = TrainConfig(
     schedule="constant",
     weight_decay=0.2,
     precision="bf16",
-    lock=LockConfig(text=True, image_unlocked_groups=6),
+    lock=mcl.LockConfig(text=True, image_unlocked_groups=6),
 )
-UNTOUCHED = TrainConfig(steps=0, global_batch_size=8000, lr=1e-5, precision="bf16")
-CLUSTER = ClusterConfig(num_clusters=10, on="image", metric="cosine")
-STAGE = StageConfig(train=TRAIN, cluster=CLUSTER, start="base")
+UNTOUCHED = mcl.TrainConfig(steps=0, global_batch_size=8000, lr=1e-5, precision="bf16")
+CLUSTER = mcl.ClusterConfig(num_clusters=10, on="image", metric="cosine")
+STAGE = mcl.StageConfig(train=TRAIN, cluster=CLUSTER, start="base")
 
-RECIPE = RunConfig(
+RECIPE = mcl.RunConfig(
     run_dir=Path("runs/vit_l14_mcl"),
-    data=DataConfig(holdout_rows=8000),
-    tower=TowerConfig(architecture="ViT-L-14", pretrained="openai"),
-    stages=(StageConfig(train=UNTOUCHED, cluster=CLUSTER), STAGE, STAGE, STAGE),
-    eval=EvalConfig(every_steps=1_000, batch_size=256),
+    data=mcl.DataConfig(holdout_rows=8000),
+    tower=mcl.TowerConfig(architecture="ViT-L-14", pretrained="openai"),
+    stages=(mcl.StageConfig(train=UNTOUCHED, cluster=CLUSTER), STAGE, STAGE, STAGE),
+    eval=mcl.EvalConfig(every_steps=1_000, batch_size=256),
     combine="concat",
-    machine=MachineConfig(workers=8, log_steps=50, save_steps=1_000),
+    machine=mcl.MachineConfig(workers=8, log_steps=50, save_steps=1_000),
 )
 
 if __name__ == "__main__":
-    main(RECIPE)
+    mcl.main(RECIPE)

@@ -14,44 +14,28 @@ photos with 5,000 captions: R@1 3.4 % (image to text) and 2.9 (text to image) fo
 
 from pathlib import Path
 
-from mcl_clip import (
-    AugmentConfig,
-    ClusterConfig,
-    DataConfig,
-    EvalConfig,
-    MachineConfig,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    TrainConfig,
-    main,
-)
+import mcl_clip as mcl
 
-TOWER = TowerConfig(
-    model={
-        "embed_dim": 128,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
-        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
-    }
-)
-TRAIN = TrainConfig(
+TRAIN = mcl.TrainConfig(
     steps=800,
     global_batch_size=128,
     lr=1e-3,
     warmup_steps=80,
     weight_decay=0.2,
     max_grad_norm=1.0,
-    augment=AugmentConfig(scale=(0.5, 1.0), horizontal_flip=0.5),
+    augment=mcl.AugmentConfig(scale=(0.5, 1.0), horizontal_flip=0.5),
 )
-STAGE = StageConfig(train=TRAIN, cluster=ClusterConfig(num_clusters=4))
-RECIPE = RunConfig(
+STAGE = mcl.StageConfig(train=TRAIN, cluster=mcl.ClusterConfig(num_clusters=4))
+RECIPE = mcl.RunConfig(
     run_dir=Path("runs/photos"),
-    data=DataConfig(holdout_rows=256),
-    tower=TOWER,
+    data=mcl.DataConfig(holdout_rows=256),
+    tower=mcl.TowerConfig.small(
+        image_size=64, context_length=32, embed_dim=128, image_width=16, text_width=128, text_layers=2
+    ),
     stages=(STAGE, STAGE),
-    eval=EvalConfig(batch_size=256),
-    machine=MachineConfig(workers=2, log_steps=20, save_steps=250),
+    eval=mcl.EvalConfig(batch_size=256),
+    machine=mcl.MachineConfig(workers=2, log_steps=20, save_steps=250),
 )
 
 if __name__ == "__main__":
-    main(RECIPE)
+    mcl.main(RECIPE)

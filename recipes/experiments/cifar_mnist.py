@@ -13,34 +13,15 @@ the oracle 51.2 and none. docs/results.md has the table.
 
 from pathlib import Path
 
-from mcl_clip import (
-    AugmentConfig,
-    ClusterConfig,
-    DataConfig,
-    EvalConfig,
-    ExperimentConfig,
-    MachineConfig,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    TrainConfig,
-    main,
-)
+import mcl_clip as mcl
 
 DATA = Path("shards/cifar-mnist")
-TOWER = TowerConfig(
-    model={
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-)
-WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off digits
+WHOLE = mcl.AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off digits
 
 
-def stage(steps: int, num_clusters: int) -> StageConfig:
+def stage(steps: int, num_clusters: int) -> mcl.StageConfig:
     """Build a stage that starts from scratch."""
-    train = TrainConfig(
+    train = mcl.TrainConfig(
         steps=steps,
         global_batch_size=64,
         lr=3e-3,
@@ -49,8 +30,8 @@ def stage(steps: int, num_clusters: int) -> StageConfig:
         min_group_size=16,
         augment=WHOLE,
     )
-    cluster = ClusterConfig(num_clusters=num_clusters, num_starts=2)
-    return StageConfig(train=train, cluster=cluster, start="scratch")
+    cluster = mcl.ClusterConfig(num_clusters=num_clusters, num_starts=2)
+    return mcl.StageConfig(train=train, cluster=cluster, start="scratch")
 
 
 def sets(variant: str, *names: str) -> tuple[str, ...]:
@@ -58,15 +39,15 @@ def sets(variant: str, *names: str) -> tuple[str, ...]:
     return tuple(str(DATA / variant / "classification" / name) for name in names)
 
 
-RECIPE = RunConfig(
+RECIPE = mcl.RunConfig(
     run_dir=Path("runs/cifar-mnist-once"),
-    data=DataConfig(train=(str(DATA / "coded" / "train"),), holdout_rows=512),
-    tower=TOWER,
+    data=mcl.DataConfig(train=(str(DATA / "coded" / "train"),), holdout_rows=512),
+    tower=mcl.TowerConfig.small(image_size=32, context_length=16),
     stages=(stage(250, 312), stage(500, 16)),
-    eval=EvalConfig(classification=sets("coded", "class", "place"), batch_size=256),
-    machine=MachineConfig(workers=0, log_steps=100),
+    eval=mcl.EvalConfig(classification=sets("coded", "class", "place"), batch_size=256),
+    machine=mcl.MachineConfig(workers=0, log_steps=100),
 )
-EXPERIMENT = ExperimentConfig(
+EXPERIMENT = mcl.ExperimentConfig(
     figures={
         "class, linear probe": ("class:linear_acc1",),
         "class, linear probe at 64": ("class:linear_acc1_width_64",),
@@ -85,4 +66,4 @@ EXPERIMENT = ExperimentConfig(
 )
 
 if __name__ == "__main__":
-    main(RECIPE)
+    mcl.main(RECIPE)

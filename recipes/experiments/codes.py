@@ -17,34 +17,15 @@ Hardware: two CPU cores, 75 min for five seeds. Measured: of the gap from the si
 
 from pathlib import Path
 
-from mcl_clip import (
-    AugmentConfig,
-    ClusterConfig,
-    DataConfig,
-    EvalConfig,
-    ExperimentConfig,
-    MachineConfig,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    TrainConfig,
-    main,
-)
+import mcl_clip as mcl
 
 DATA = Path("shards/codes")
-TOWER = TowerConfig(
-    model={
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
-        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-)
-WHOLE = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off patches
+WHOLE = mcl.AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))  # crops would cut off patches
 
 
-def stage(steps: int, num_clusters: int) -> StageConfig:
+def stage(steps: int, num_clusters: int) -> mcl.StageConfig:
     """Build a stage that starts from scratch. Eight times as many clusters as codes hold one code each."""
-    train = TrainConfig(
+    train = mcl.TrainConfig(
         steps=steps,
         global_batch_size=64,
         lr=3e-3,
@@ -53,8 +34,8 @@ def stage(steps: int, num_clusters: int) -> StageConfig:
         min_group_size=16,
         augment=WHOLE,
     )
-    cluster = ClusterConfig(num_clusters=num_clusters, num_starts=2)
-    return StageConfig(train=train, cluster=cluster, start="scratch")
+    cluster = mcl.ClusterConfig(num_clusters=num_clusters, num_starts=2)
+    return mcl.StageConfig(train=train, cluster=cluster, start="scratch")
 
 
 def sets(variant: str, *names: str) -> tuple[str, ...]:
@@ -62,19 +43,19 @@ def sets(variant: str, *names: str) -> tuple[str, ...]:
     return tuple(str(DATA / variant / "classification" / name) for name in names)
 
 
-RECIPE = RunConfig(
+RECIPE = mcl.RunConfig(
     run_dir=Path("runs/codes-once"),
-    data=DataConfig(train=(str(DATA / "coded" / "train"),), holdout_rows=512),
-    tower=TOWER,
+    data=mcl.DataConfig(train=(str(DATA / "coded" / "train"),), holdout_rows=512),
+    tower=mcl.TowerConfig.small(image_size=32, context_length=20, image_width=16),
     stages=(stage(700, 512), stage(2000, 16)),
-    eval=EvalConfig(
+    eval=mcl.EvalConfig(
         retrieval=(str(DATA / "coded" / "retrieval"),),
         classification=sets("coded", "shape", "texture", "code", "place"),
         batch_size=256,
     ),
-    machine=MachineConfig(workers=0, log_steps=100),
+    machine=mcl.MachineConfig(workers=0, log_steps=100),
 )
-EXPERIMENT = ExperimentConfig(
+EXPERIMENT = mcl.ExperimentConfig(
     figures={
         "hidden, linear probe": ("shape:linear_acc1", "texture:linear_acc1"),
         "hidden, linear probe at 64": ("shape:linear_acc1_width_64", "texture:linear_acc1_width_64"),
@@ -96,4 +77,4 @@ EXPERIMENT = ExperimentConfig(
 )
 
 if __name__ == "__main__":
-    main(RECIPE)
+    mcl.main(RECIPE)

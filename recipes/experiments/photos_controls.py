@@ -13,50 +13,31 @@ table.
 
 from pathlib import Path
 
-from mcl_clip import (
-    AugmentConfig,
-    ClusterConfig,
-    DataConfig,
-    EvalConfig,
-    ExperimentConfig,
-    MachineConfig,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    TrainConfig,
-    main,
-)
+import mcl_clip as mcl
 
 DATA = Path("shards/photos64")
-TOWER = TowerConfig(
-    model={
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
-        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
-    }
-)
-STAGE = StageConfig(
-    train=TrainConfig(
+STAGE = mcl.StageConfig(
+    train=mcl.TrainConfig(
         steps=200,
         global_batch_size=64,
         lr=2e-3,
         warmup_steps=20,
         weight_decay=0.1,
         max_grad_norm=1.0,
-        augment=AugmentConfig(scale=(0.5, 1.0), horizontal_flip=0.5),
+        augment=mcl.AugmentConfig(scale=(0.5, 1.0), horizontal_flip=0.5),
     ),
-    cluster=ClusterConfig(num_clusters=4, num_starts=2),
+    cluster=mcl.ClusterConfig(num_clusters=4, num_starts=2),
     start="scratch",
 )
-RECIPE = RunConfig(
+RECIPE = mcl.RunConfig(
     run_dir=Path("runs/photos-once"),
-    data=DataConfig(train=(str(DATA / "train"),), holdout_rows=256),
-    tower=TOWER,
+    data=mcl.DataConfig(train=(str(DATA / "train"),), holdout_rows=256),
+    tower=mcl.TowerConfig.small(image_size=64, context_length=32, text_width=64),
     stages=(STAGE, STAGE),
-    eval=EvalConfig(retrieval=(f"photos={DATA / 'test'}",), batch_size=256),
-    machine=MachineConfig(workers=0, log_steps=50),
+    eval=mcl.EvalConfig(retrieval=(f"photos={DATA / 'test'}",), batch_size=256),
+    machine=mcl.MachineConfig(workers=0, log_steps=50),
 )
-EXPERIMENT = ExperimentConfig(
+EXPERIMENT = mcl.ExperimentConfig(
     figures={
         "image to text R@1": ("photos:text_retrieval_recall@1",),
         "R@10": ("photos:text_retrieval_recall@10",),
@@ -66,4 +47,4 @@ EXPERIMENT = ExperimentConfig(
 )
 
 if __name__ == "__main__":
-    main(RECIPE)
+    mcl.main(RECIPE)

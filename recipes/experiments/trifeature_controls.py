@@ -12,45 +12,27 @@ Hardware: two CPU cores, 14 min for five seeds. Measured, shape and texture aver
 
 from pathlib import Path
 
-from mcl_clip import (
-    ClusterConfig,
-    DataConfig,
-    EvalConfig,
-    ExperimentConfig,
-    MachineConfig,
-    RunConfig,
-    StageConfig,
-    TowerConfig,
-    TrainConfig,
-    main,
-)
+import mcl_clip as mcl
 
 DATA = Path("shards/trifeature")
-TOWER = TowerConfig(
-    model={
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-)
-STAGE = StageConfig(
-    train=TrainConfig(steps=200, global_batch_size=64, lr=3e-3, warmup_steps=20, weight_decay=0.05),
-    cluster=ClusterConfig(num_clusters=10, num_starts=2),
+STAGE = mcl.StageConfig(
+    train=mcl.TrainConfig(steps=200, global_batch_size=64, lr=3e-3, warmup_steps=20, weight_decay=0.05),
+    cluster=mcl.ClusterConfig(num_clusters=10, num_starts=2),
     start="scratch",
 )
-RECIPE = RunConfig(
+RECIPE = mcl.RunConfig(
     run_dir=Path("runs/trifeature-once"),
-    data=DataConfig(train=(str(DATA / "train"),), holdout_rows=512),
-    tower=TOWER,
+    data=mcl.DataConfig(train=(str(DATA / "train"),), holdout_rows=512),
+    tower=mcl.TowerConfig.small(image_size=32, context_length=16),
     stages=(STAGE, STAGE, STAGE),
-    eval=EvalConfig(
+    eval=mcl.EvalConfig(
         retrieval=(str(DATA / "retrieval"),),
         classification=tuple(str(DATA / "classification" / name) for name in ("colour", "shape", "texture")),
         batch_size=256,
     ),
-    machine=MachineConfig(workers=0, log_steps=100),
+    machine=mcl.MachineConfig(workers=0, log_steps=100),
 )
-EXPERIMENT = ExperimentConfig(
+EXPERIMENT = mcl.ExperimentConfig(
     figures={
         "shape and texture, linear probe": ("shape:linear_acc1", "texture:linear_acc1"),
         "linear probe at 64": ("shape:linear_acc1_width_64", "texture:linear_acc1_width_64"),
@@ -61,4 +43,4 @@ EXPERIMENT = ExperimentConfig(
 )
 
 if __name__ == "__main__":
-    main(RECIPE)
+    mcl.main(RECIPE)
