@@ -26,6 +26,11 @@ def check_range(flag: str, value: float, least: float, most: float = math.inf) -
         raise UserError(f"--{flag} must be {limits}, not {value:g}")
 
 
+def _check_least(section: str, config: object, **least: float) -> None:
+    for name, smallest in least.items():
+        check_range(f"{section}.{name.replace('_', '-')}", getattr(config, name), smallest)
+
+
 Inline = Annotated[Mapping[str, Any], tyro.conf.Fixed]  # nested dictionaries: set in a recipe, not on the command line
 
 
@@ -190,23 +195,12 @@ class TrainConfig:
     lock: LockConfig = LockConfig()
 
     def __post_init__(self) -> None:
-        least = {
-            "steps": 0,
-            "global_batch_size": 2,
-            "lr": 0,
-            "warmup_steps": 0,
-            "min_negatives": 1,
-            "window_shards": 0,
-            "run_rows": 1,
-            "average_decay": 0,
-            "ifm_epsilon": 0,
-            "grad_cache_rows": 0,
-            "loss_chunk_rows": 0,
-            "patch_dropout": 0,
-        }
-        for name, smallest in least.items():
-            largest = 0.999999 if name in ("average_decay", "patch_dropout") else math.inf
-            check_range(f"stages.K.train.{name.replace('_', '-')}", getattr(self, name), smallest, largest)
+        _check_least(
+            "stages.K.train", self, steps=0, global_batch_size=2, lr=0, warmup_steps=0, min_negatives=1,
+            window_shards=0, run_rows=1, ifm_epsilon=0, grad_cache_rows=0, loss_chunk_rows=0,
+        )  # fmt: skip
+        check_range("stages.K.train.average-decay", self.average_decay, 0, 0.999999)
+        check_range("stages.K.train.patch-dropout", self.patch_dropout, 0, 0.999999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +222,7 @@ class ClusterConfig:
     """Largest number of k-means passes over all rows."""
 
     def __post_init__(self) -> None:
-        for name, smallest in {"num_clusters": 1, "text_clusters": 0, "num_starts": 1, "max_passes": 0}.items():
-            check_range(f"stages.K.cluster.{name.replace('_', '-')}", getattr(self, name), smallest)
+        _check_least("stages.K.cluster", self, num_clusters=1, text_clusters=0, num_starts=1, max_passes=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,16 +302,9 @@ class MachineConfig:
                 f"such as 85"
             )
         check_range("machine.preempt-exit-code", self.preempt_exit_code, 0, 255)
-        least = {
-            "workers": 0,
-            "prefetch_batches": 1,
-            "threads": 0,
-            "log_steps": 1,
-            "save_steps": 0,
-            "keep_checkpoints": 1,
-        }
-        for name, smallest in least.items():
-            check_range(f"machine.{name.replace('_', '-')}", getattr(self, name), smallest)
+        _check_least(
+            "machine", self, workers=0, prefetch_batches=1, threads=0, log_steps=1, save_steps=0, keep_checkpoints=1
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

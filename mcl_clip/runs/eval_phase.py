@@ -38,9 +38,9 @@ from mcl_clip.stages.shared_metric import Projection
 logger = logging.getLogger(__name__)
 
 
-def evaluate(run: RunContext, s: int) -> None:
+def evaluate(run: RunContext, stage: int) -> None:
     """Embed the evaluation sets with the model of a stage; score this stage alone and all stages so far combined."""
-    clip, out = run.clip(s), run.folder(s, "eval")
+    clip, out = run.clip(stage), run.folder(stage, "eval")
     for name, task in run.tasks.items():
         run.interrupt.check()
         path = out / f"features-{name}.safetensors"  # later stages combine these without embedding again
@@ -49,28 +49,28 @@ def evaluate(run: RunContext, s: int) -> None:
             if is_main():
                 with atomic_path(path) as temporary:
                     save_file(features, temporary)
-    models: list[tuple[str, Sequence[int], str | None]] = [(f"stage-{s}", [s], None)]
-    if s:
-        models += [(f"stages-0-{s}-{combination}", range(s + 1), combination) for combination in COMBINATIONS]
+    models: list[tuple[str, Sequence[int], str | None]] = [(f"stage-{stage}", [stage], None)]
+    if stage:
+        models += [(f"stages-0-{stage}-{combination}", range(stage + 1), combination) for combination in COMBINATIONS]
     on_main(partial(score_stages, run, out, models))
-    logging.getLogger(RESULTS).info("after stage %d\n%s", s, results_table(run.config.run_dir))
-    settings = asdict(run.config.stages[s].train)
-    if is_main() and (sentence := diagnosis(run.config.run_dir, s, settings=settings, rows=len(run.index))):
-        logger.info("stage %d: %s", s, sentence)
+    logging.getLogger(RESULTS).info("after stage %d\n%s", stage, results_table(run.config.run_dir))
+    settings = asdict(run.config.stages[stage].train)
+    if is_main() and (sentence := diagnosis(run.config.run_dir, stage, settings=settings, rows=len(run.index))):
+        logger.info("stage %d: %s", stage, sentence)
 
 
-def diagnosis(run_dir: Path, s: int, *, settings: Mapping[str, Any], rows: int) -> str:
+def diagnosis(run_dir: Path, stage: int, *, settings: Mapping[str, Any], rows: int) -> str:
     """Return a sentence on feature suppression in an evaluated stage; empty for stages not trained by the plain loss.
 
     Args:
         run_dir: the run directory.
-        s: the stage.
+        stage: the stage.
         settings: its training settings, as in config.json.
         rows: number of rows of the data.
     """
     if settings.get("loss") != "clip" or settings.get("ifm_epsilon"):
         return ""
-    folder = run_dir / f"stage-{s}"
+    folder = run_dir / f"stage-{stage}"
     records = [record for record in read_jsonl(folder / "train" / "metrics.jsonl") if "negatives_per_row" in record]
     if not records:
         return ""
@@ -81,7 +81,7 @@ def diagnosis(run_dir: Path, s: int, *, settings: Mapping[str, Any], rows: int) 
         scores={
             record["dataset"]: record["metrics"]["main_metric"]
             for record in read_jsonl(folder / "eval" / "results.jsonl")
-            if label_of(record) == f"stage-{s}"
+            if label_of(record) == f"stage-{stage}"
         },
         rows=rows,
         global_batch_size=settings["global_batch_size"],
@@ -178,10 +178,10 @@ def score_stages(run: RunContext, out: Path, models: Iterable[tuple[str, Sequenc
 
 
 def _cluster_agreement(
-    run: RunContext, s: int, task: ClassificationTask, image_features: Float[Tensor, "images dim"]
+    run: RunContext, stage: int, task: ClassificationTask, image_features: Float[Tensor, "images dim"]
 ) -> dict[str, float]:
     """Return the mutual information of a stage's image clusters and a set's classes; empty without image clusters."""
-    stored = load_tensors(run.folder(s, "cluster") / "centroids.safetensors")
+    stored = load_tensors(run.folder(stage, "cluster") / "centroids.safetensors")
     if "image" not in stored:
         return {}
     features = F.normalize(image_features)

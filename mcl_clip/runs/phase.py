@@ -174,7 +174,7 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory for this job.
+    """Create the run directory and hold it for this job.
 
     The lock of a dead process on this host is taken over. Processes on other hosts cannot be observed, so a job updates
     the modification time of its lock every 30 s, and a lock is taken over after 10 minutes without an update.
@@ -182,6 +182,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: if a living job holds it.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "lock"
     token = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "process": _start_time(os.getpid())})
     released = threading.Event()

@@ -10,8 +10,8 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -57,7 +57,8 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
     check_stages(config)
     check_trackers(config.machine.trackers)
     on_main(partial(check_publishing, config))
-    with _locked(config.run_dir):
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(lock(config.run_dir)))  # the main process holds the lock for all
         index, sources = load_index(config)
         config = with_control(config, rows=len(index))  # the steps of equal compute depend on the number of rows
         tasks = open_tasks(config)
@@ -90,19 +91,6 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
                     _run_phase(run, phase)
         finally:
             run.trackers.finish()
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Create and lock the run directory; the main process holds the lock for all."""
-    with ExitStack() as stack:
-
-        def acquire() -> None:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(run_dir))
-
-        on_main(acquire)
-        yield
 
 
 def _check_phases(phases: Sequence[Phase]) -> list[str]:
@@ -159,18 +147,10 @@ def _show_results(run: RunContext, phase: Phase) -> None:
 def plan_phases(run: RunContext) -> list[Phase]:
     """Return all phases of the run, in order."""
     config = run.config
-    data = {
-        "caption_key": config.data.caption_key,
-        "max_pixels": config.data.max_pixels,
-        "index": run.index.digest,
-    }
+    data = {name: getattr(config.data, name) for name in ("caption_key", "max_pixels")} | {"index": run.index.digest}
     sets = {name: task.sha256 for name, task in run.tasks.items()}
     phases: list[Phase] = []
-    trained: list[Phase] = []
-    embedded: list[Phase] = []
-    clustered: list[Phase] = []
-    labeled: list[Phase] = []
-    evaluated: list[Phase] = []
+    trained, embedded, clustered, labeled, evaluated = (list[Phase]() for _ in range(5))
     for s, stage in enumerate(config.stages):
         start = start_stage(config, s)
         train_inputs = [*([] if start is None else [trained[start]]), *labeled[-1:]]
@@ -213,7 +193,7 @@ def plan_phases(run: RunContext) -> list[Phase]:
 
 def _stage_phase(
     run: RunContext,
-    s: int,
+    stage: int,
     name: str,
     work: Callable[[], None],
     settings: dict[str, Any],
@@ -221,9 +201,9 @@ def _stage_phase(
     *,
     grows: bool = False,
 ) -> Phase:
-    folder = run.folder(s, name)
+    folder = run.folder(stage, name)
     return Phase(
-        name=f"stage-{s}/{name}", folder=folder, settings=settings, run=work, inputs=tuple(inputs), grows=grows
+        name=f"stage-{stage}/{name}", folder=folder, settings=settings, run=work, inputs=tuple(inputs), grows=grows
     )
 
 

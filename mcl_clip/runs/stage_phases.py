@@ -25,11 +25,11 @@ from mcl_clip.train.metrics import BadSamples
 logger = logging.getLogger(__name__)
 
 
-def embed(run: RunContext, s: int) -> None:
+def embed(run: RunContext, stage: int) -> None:
     """Write the features of all rows under the model of a stage, and record the samples that cannot be decoded."""
-    config, out = run.config, run.folder(s, "embed")
-    clip = run.clip(s)
-    texts = _reusable_texts(run, s, clip)
+    config, out = run.config, run.folder(stage, "embed")
+    clip = run.clip(stage)
+    texts = _reusable_texts(run, stage, clip)
     options = run.batch_options(clip) | ({} if texts is None else {"tokenizer": None})
     transform = evaluation_transform(clip.preprocess_cfg)
     with run.interrupt.deferred():  # a stop waits for the end of a shard, which is what can be resumed
@@ -42,7 +42,7 @@ def embed(run: RunContext, s: int) -> None:
             out=out,
             device=run.accelerator.device,
             batch_size=config.eval.batch_size,
-            precision=config.stages[s].train.precision,
+            precision=config.stages[stage].train.precision,
             show_progress=config.machine.progress,
             is_stopping=run.interrupt.noticed,
             texts=texts,
@@ -57,29 +57,31 @@ def embed(run: RunContext, s: int) -> None:
         pads_with_zero = not clip.model_cfg["text_cfg"].get("hf_tokenizer_name")
         if pads_with_zero and (full := full_captions(out, run.index)):
             length = clip.context_length
-            logger.info("stage %d: %d captions fill all %d tokens; longer ones are truncated", s, full, length)
+            logger.info("stage %d: %d captions fill all %d tokens; longer ones are truncated", stage, full, length)
     bad.flush(0, len(run.index))
     if bad.count:
-        logger.info("stage %d: %d samples could not be decoded: %s", s, bad.count, bad.by_reason())
+        logger.info("stage %d: %d samples could not be decoded: %s", stage, bad.count, bad.by_reason())
 
 
-def _reusable_texts(run: RunContext, s: int, clip: ClipBundle) -> EmbeddingTable | None:
+def _reusable_texts(run: RunContext, stage: int, clip: ClipBundle) -> EmbeddingTable | None:
     """Return the features of the previous stage if its text tower is the same and ran in the same precision."""
-    stages = run.config.stages
-    if s == 0 or not stages[s].train.lock.text or stages[s].train.precision != stages[s - 1].train.precision:
+    if stage == 0:
         return None
-    before = load_clip(run.folder(s - 1, "train") / "model")
+    previous, train = (config.train for config in run.config.stages[stage - 1 : stage + 1])
+    if not train.lock.text or train.precision != previous.precision:
+        return None
+    before = load_clip(run.folder(stage - 1, "train") / "model")
     if not have_same_text_tower([before.model, clip.model], [before.model_cfg, clip.model_cfg]):
         return None
-    logger.info("stage %d: the text features of the previous stage are reused", s)
-    return run.embeddings(s - 1)
+    logger.info("stage %d: the text features of the previous stage are reused", stage)
+    return run.embeddings(stage - 1)
 
 
-def cluster(run: RunContext, s: int) -> None:
+def cluster(run: RunContext, stage: int) -> None:
     """Cluster the image features of a stage, its text features, or both."""
-    settings, out = run.config.stages[s].cluster, run.folder(s, "cluster")
+    settings, out = run.config.stages[stage].cluster, run.folder(stage, "cluster")
     num_clusters = {"image": settings.num_clusters, "text": settings.text_clusters or settings.num_clusters}
-    table = run.embeddings(s)
+    table = run.embeddings(stage)
     features: dict[str, ReadRows] = {side: partial(table.rows, side=side) for side in SIDES}
     projections = {}
     if settings.metric == "shared":
@@ -98,7 +100,7 @@ def cluster(run: RunContext, s: int) -> None:
                 rows,
                 num_rows=len(table),
                 num_clusters=num_clusters[side],
-                name=(run.config.seed, s, "cluster", side),
+                name=(run.config.seed, stage, "cluster", side),
                 num_starts=settings.num_starts,
                 max_passes=settings.max_passes,
                 device=run.accelerator.device,
@@ -113,9 +115,9 @@ def cluster(run: RunContext, s: int) -> None:
         write_json(out / "trace.json", {side: result.trace for side, result in results.items()})
 
 
-def label(run: RunContext, s: int) -> None:
+def label(run: RunContext, stage: int) -> None:
     """Refine the pseudo-labels of the earlier stages by the clusters of this one. Runs on the main process only."""
-    labels, clusters, out = run.labels(s), run.folder(s, "cluster"), run.folder(s, "labels")
+    labels, clusters, out = run.labels(stage), run.folder(stage, "cluster"), run.folder(stage, "labels")
     for path in sorted(clusters.glob("assignments-*.npy")):
         side = path.stem.removeprefix("assignments-")
         num_clusters = len(load_tensors(clusters / "centroids.safetensors", side)[side])
@@ -125,4 +127,4 @@ def label(run: RunContext, s: int) -> None:
     summary = labels.summary()
     write_json(out / "labels.json", summary)
     sizes = (summary[name] for name in ("labels", "smallest", "median", "largest"))
-    logger.info("stage %d: %d labels; smallest %d, median %g, largest %d rows", s, *sizes)
+    logger.info("stage %d: %d labels; smallest %d, median %g, largest %d rows", stage, *sizes)

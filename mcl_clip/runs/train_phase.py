@@ -47,25 +47,25 @@ ROW_MAP = "row_map.npy"  # in a folder of resharded shards: the original row of 
 IDENTITY_COLUMNS = ("image_size", "text_size")  # bytes of each row: recognize samples without reading them
 
 
-def train(run: RunContext, s: int) -> None:
+def train(run: RunContext, stage: int) -> None:
     """Train the model of a stage on batches of its groups, and save it."""
-    clip, out = start_clip(run, s), run.folder(s, "train")
-    if run.config.stages[s].train.steps:
-        make_loader, groups = prepare_stage(run, s, clip)
-        fit_stage(run, s, clip, make_loader(), groups)
+    clip, out = start_clip(run, stage), run.folder(stage, "train")
+    if run.config.stages[stage].train.steps:
+        make_loader, groups = prepare_stage(run, stage, clip)
+        fit_stage(run, stage, clip, make_loader(), groups)
     if is_main():
         save_clip(clip, out / "model")
         shutil.rmtree(out / TEXTS, ignore_errors=True)
 
 
 def prepare_stage(
-    run: RunContext, s: int, clip: ClipBundle
+    run: RunContext, stage: int, clip: ClipBundle
 ) -> tuple[Callable[..., TrainingLoader], Int64[np.ndarray, "rows"]]:
     """Set up the model for training, in place; return a factory of loaders and the group of each row.
 
     Keyword arguments of the factory replace options of the loader. A collective call.
     """
-    config = run.config.stages[s].train
+    config = run.config.stages[stage].train
     _prepare_bias(clip.model, config.loss)
     lock_parameters(
         clip.model,
@@ -73,21 +73,21 @@ def prepare_stage(
         image_unlocked_groups=config.lock.image_unlocked_groups,
         patterns=config.lock.patterns,
     )
-    logger.info("stage %d: %s", s, trainable_summary(clip.model))
+    logger.info("stage %d: %s", stage, trainable_summary(clip.model))
     prepare_training(
         clip.model,
         compiled=config.compiled,
         patch_dropout=config.patch_dropout,
         grad_checkpointing=config.grad_checkpointing,
     )
-    clip.model = _synchronize_batch_norm(clip.model.to(run.accelerator.device), s, config.grad_cache_rows)
-    plan, groups, reader = _batch_plan(run, s)
+    clip.model = _synchronize_batch_norm(clip.model.to(run.accelerator.device), stage, config.grad_cache_rows)
+    plan, groups, reader = _batch_plan(run, stage)
     make_loader = partial(
         TrainingLoader,
         plan,
         reader,
         transform=train_transform(clip.preprocess_cfg, **asdict(config.augment)),
-        texts=_cached_texts(run, s, clip, reader.index),
+        texts=_cached_texts(run, stage, clip, reader.index),
         **run.batch_options(clip),
     )
     return make_loader, groups
@@ -95,7 +95,7 @@ def prepare_stage(
 
 def fit_stage(
     run: RunContext,
-    s: int,
+    stage: int,
     clip: ClipBundle,
     loader: BatchSource,
     groups: Int64[np.ndarray, "rows"],
@@ -111,15 +111,15 @@ def fit_stage(
         loader=loader,
         groups=groups,
         preprocess_cfg=clip.preprocess_cfg,
-        config=config.stages[s].train,
+        config=config.stages[stage].train,
         machine=config.machine,
-        optimizer=create_optimizer(clip.model, config.stages[s].train),
-        out=run.folder(s, "train"),
-        seed=(config.seed, s),
+        optimizer=create_optimizer(clip.model, config.stages[stage].train),
+        out=run.folder(stage, "train"),
+        seed=(config.seed, stage),
         max_bad_fraction=config.data.max_bad_fraction,
         evaluate=partial(_evaluate, run, clip),
         evaluate_steps=config.eval.every_steps,
-        track=partial(_track, run, s),
+        track=partial(_track, run, stage),
         interrupt=run.interrupt,
         spans=spans,
         max_steps=max_steps,
@@ -127,25 +127,25 @@ def fit_stage(
     run.accelerator.free_memory()
 
 
-def start_stage(config: RunConfig, s: int) -> int | None:
-    """Return the stage whose trained model stage `s` starts from; None if it starts from the tower of the recipe."""
-    start = config.stages[s].start
-    if s == 0 or start == "scratch" or (start == "base" and config.tower.is_pretrained):
+def start_stage(config: RunConfig, stage: int) -> int | None:
+    """Return the stage whose trained model `stage` starts from; None if it starts from the tower of the recipe."""
+    start = config.stages[stage].start
+    if stage == 0 or start == "scratch" or (start == "base" and config.tower.is_pretrained):
         return None
-    return 0 if start == "base" else s - 1
+    return 0 if start == "base" else stage - 1
 
 
-def start_clip(run: RunContext, s: int) -> ClipBundle:
+def start_clip(run: RunContext, stage: int) -> ClipBundle:
     """Create or load the model that a stage starts from."""
     config, tower = run.config, run.config.tower
-    if (earlier := start_stage(config, s)) is not None:
+    if (earlier := start_stage(config, stage)) is not None:
         return load_clip(run.folder(earlier, "train") / "model")
     return create_clip(
         architecture=tower.architecture,
         model_cfg=tower.model or None,
         pretrained=tower.pretrained,
         preprocess=tower.preprocess,
-        seed=seed_of(config.seed, "tower", s if config.stages[s].start == "scratch" else 0),
+        seed=seed_of(config.seed, "tower", stage if config.stages[stage].start == "scratch" else 0),
     )
 
 
@@ -169,7 +169,7 @@ def _prepare_bias(model: nn.Module, loss: str) -> None:
         ).on_every_process()
 
 
-def _synchronize_batch_norm(model: nn.Module, s: int, grad_cache_rows: int) -> nn.Module:
+def _synchronize_batch_norm(model: nn.Module, stage: int, grad_cache_rows: int) -> nn.Module:
     """Make trainable BatchNorm layers, if any, use statistics of the global batch; locked ones are of another class.
 
     Raises:
@@ -179,9 +179,9 @@ def _synchronize_batch_norm(model: nn.Module, s: int, grad_cache_rows: int) -> n
         return model
     if grad_cache_rows:
         raise UserError(
-            f"--stages.{s}.train.grad-cache-rows {grad_cache_rows} cannot be used with BatchNorm, whose statistics of "
-            f"{grad_cache_rows} rows are not those of the batch; use 0, lock the layers with BatchNorm "
-            f"(--stages.{s}.train.lock.image-unlocked-groups), or use a tower with LayerNorm"
+            f"--stages.{stage}.train.grad-cache-rows {grad_cache_rows} cannot be used with BatchNorm, whose statistics "
+            f"of {grad_cache_rows} rows are not those of the batch; use 0, lock the layers with BatchNorm "
+            f"(--stages.{stage}.train.lock.image-unlocked-groups), or use a tower with LayerNorm"
         ).on_every_process()
     if world_size() == 1:
         return model
@@ -193,15 +193,15 @@ def _synchronize_batch_norm(model: nn.Module, s: int, grad_cache_rows: int) -> n
     return synchronize_batch_norm(model)
 
 
-def _batch_plan(run: RunContext, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"], Reader]:
+def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"], Reader]:
     """Return the batches of a stage, the group of each row (-1 for held-out rows), and a reader of the rows."""
-    config, settings = run.config, run.config.stages[s].train
-    labels = no_labels(len(run.index)) if settings.groups == "none" else run.labels(s)
-    grouping = group_labels(labels, min_group_size=min_group_size(config.stages[s]))
+    config, settings = run.config, run.config.stages[stage].train
+    labels = no_labels(len(run.index)) if settings.groups == "none" else run.labels(stage)
+    grouping = group_labels(labels, min_group_size=min_group_size(config.stages[stage]))
     groups = grouping.group_of.copy()
     groups[run.held_out] = -1
     if settings.groups == "random":
-        groups = shuffled_groups(groups, name=(config.seed, s, "random groups"))
+        groups = shuffled_groups(groups, name=(config.seed, stage, "random groups"))
     index, sources = run.index, run.sources
     if settings.resharded:
         index, groups, sources = open_resharded(run, Path(settings.resharded), groups)
@@ -210,7 +210,7 @@ def _batch_plan(run: RunContext, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "
         groups=groups,
         global_batch_size=settings.global_batch_size,
         seed=config.seed,
-        stage=s,
+        stage=stage,
         sources=sources,
         window_shards=settings.window_shards,
         run_rows=settings.run_rows,
@@ -220,7 +220,7 @@ def _batch_plan(run: RunContext, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "
     if rows < settings.global_batch_size:
         logger.warning(
             "stage %d: the data has %d rows, fewer than a global batch of %d; each batch has %d valid rows",
-            *(s, rows, settings.global_batch_size, rows),
+            *(stage, rows, settings.global_batch_size, rows),
         )
     statistics = plan.statistics(min_negatives=settings.min_negatives)  # collective if the plan is on disk
     if is_main():
@@ -230,11 +230,11 @@ def _batch_plan(run: RunContext, s: int) -> tuple[BatchPlan, Int64[np.ndarray, "
             "held_out_rows": len(run.held_out),
             "epoch_0": asdict(statistics),
         }
-        write_json(run.folder(s, "train") / "groups.json", record)
+        write_json(run.folder(stage, "train") / "groups.json", record)
         logger.info(
             "stage %d: %d groups (smallest %d, median %g rows; %d rows in merged groups); %d batches per epoch, %.0f "
             "%% of rows in batches of a single group, %.0f negatives per row",
-            *(s, *(record[name] for name in ("num_groups", "smallest", "median", "rows_relaxed"))),
+            *(stage, *(record[name] for name in ("num_groups", "smallest", "median", "rows_relaxed"))),
             *(statistics.batches, 100 * statistics.share_homogeneous, statistics.mean_negatives),
         )
     return plan, groups, run.reader(index)
@@ -259,9 +259,9 @@ def open_resharded(
     return index, groups[row_map], ()
 
 
-def _cached_texts(run: RunContext, s: int, clip: ClipBundle, index: ShardIndex) -> TextFeatures | None:
+def _cached_texts(run: RunContext, stage: int, clip: ClipBundle, index: ShardIndex) -> TextFeatures | None:
     """Embed all captions once if the text tower is locked and that takes less work than embedding them in each step."""
-    settings, out = run.config.stages[s].train, run.folder(s, "train") / TEXTS
+    settings, out = run.config.stages[stage].train, run.folder(stage, "train") / TEXTS
     named_modules = clip.model.named_modules()
     has_dropout = any(isinstance(m, nn.Dropout) and m.p for name, m in named_modules if "visual" not in name)
     runs_without_texts = isinstance(clip.model, open_clip.CLIP | open_clip.CustomTextCLIP)  # CoCa needs tokens
@@ -291,7 +291,7 @@ def _cached_texts(run: RunContext, s: int, clip: ClipBundle, index: ShardIndex) 
         )
     run.interrupt.check()
     barrier()
-    logger.info("stage %d: the text tower is locked; caption features are read from %s", s, out)
+    logger.info("stage %d: the text tower is locked; caption features are read from %s", stage, out)
     return TextFeatures(out, index, clip.model_cfg["embed_dim"])
 
 
@@ -305,8 +305,9 @@ def _evaluate(run: RunContext, clip: ClipBundle, model: nn.Module) -> dict[str, 
     return metrics
 
 
-def _track(run: RunContext, s: int, record: Mapping[str, Any], step: int) -> None:
+def _track(run: RunContext, stage: int, record: Mapping[str, Any], step: int) -> None:
     """Log a training record to the trackers, at its step counted over all stages."""
     values = {name: value for name, value in record.items() if name not in ("step", "group_loss")}
     values |= {f"group_loss/{name}": value for name, value in record.get("group_loss", {}).items()}
-    run.trackers.log({f"stage-{s}/{name}": value for name, value in values.items()}, step=run.first_step(s) + step)
+    values = {f"stage-{stage}/{name}": value for name, value in values.items()}
+    run.trackers.log(values, step=run.first_step(stage) + step)

@@ -231,7 +231,7 @@ def test_recipes_are_listed_and_copied(monkeypatch, capsys, tmp_path):
     assert "photos " in out
     assert "experiments/codes" in out
     assert run_command(monkeypatch, capsys, "init", "photos")[0] == 0
-    assert "RECIPE = RunConfig(" in (tmp_path / "photos.py").read_text()
+    assert "RECIPE = mcl.RunConfig(" in (tmp_path / "photos.py").read_text()
     code, _, err = run_command(monkeypatch, capsys, "init", "photos")
     assert (code, err) == (2, "error: photos.py exists already; give --out another name\n")
     code, _, err = run_command(monkeypatch, capsys, "init", "nothing")
