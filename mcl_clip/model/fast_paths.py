@@ -73,26 +73,19 @@ def use_fast_paths(model: nn.Module) -> None:
     """
     parts: Any = model
     visual: Any = getattr(parts, "visual", None)
-    if type(visual) is VisionTransformer and _pools_first_token(visual):
-        visual.transformer.resblocks[-1].__class__ = FirstTokenBlock
-    if type(model) is open_clip.CLIP and _ignores_padding(parts.attn_mask, parts.text_pool_type):
+    if type(visual) is VisionTransformer:
+        pools_first_token = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
+        for last in visual.transformer.resblocks[-1:]:
+            if pools_first_token and visual.transformer.batch_first and type(last) is ResidualAttentionBlock:
+                last.__class__ = FirstTokenBlock
+    # Padding cannot reach a feature if attention is causal, and the end token is pooled.
+    if type(model) is open_clip.CLIP and parts.attn_mask is not None and parts.text_pool_type in END_POOLS:
         model.__class__ = ShortTextCLIP
     if type(model) is open_clip.CustomTextCLIP and type(parts.text) is TextTransformer:
         text: Any = parts.text
         is_plain = text.cls_emb is None and not text.use_pad_mask and not text.output_tokens
-        if is_plain and _ignores_padding(text.attn_mask, text.pool_type):
+        if is_plain and text.attn_mask is not None and text.pool_type in END_POOLS:
             text.__class__ = ShortTextTransformer
-
-
-def _pools_first_token(visual: Any) -> bool:
-    last = visual.transformer.resblocks[-1] if len(visual.transformer.resblocks) else None
-    pools_first = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
-    return bool(pools_first and visual.transformer.batch_first and type(last) is ResidualAttentionBlock)
-
-
-def _ignores_padding(mask: Tensor | None, pool: str) -> bool:
-    """Return whether padding cannot reach a feature: attention is causal, and the end token is pooled."""
-    return mask is not None and pool in END_POOLS
 
 
 def takes_short_texts(model: Any) -> bool:

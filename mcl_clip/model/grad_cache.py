@@ -21,14 +21,12 @@ FEATURES = ("image_features", "text_features")  # one row per row of the batch
 TEMPERATURES = ("logit_scale", "logit_bias")  # shared by all rows
 
 Outputs = Mapping[str, Tensor]
-Encode = Callable[[nn.Module, slice], Outputs]
-LossOf = Callable[[Outputs], tuple[Tensor, dict[str, Tensor]]]
 
 
 def add_gradients(
     model: nn.Module,
-    encode: Encode,
-    loss_of: LossOf,
+    encode: Callable[[nn.Module, slice], Outputs],
+    loss_of: Callable[[Outputs], tuple[Tensor, dict[str, Tensor]]],
     *,
     rows: int,
     chunk_rows: int = 0,
@@ -54,14 +52,22 @@ def add_gradients(
         loss, counts = loss_of(encode(model, slice(rows)))
         backward(loss)
         return counts
+    parallel = model if isinstance(model, DistributedDataParallel) else None
     chunks = [slice(start, start + chunk_rows) for start in range(0, rows, chunk_rows)]
-    outputs = _encode_without_graph(model, encode, chunks, seed_chunk)
+    parts = []
+    with torch.no_grad():
+        for number, chunk in enumerate(chunks):
+            seed_chunk(number)
+            parts.append(encode(parallel.module if parallel else model, chunk))  # nothing to synchronize
+    outputs = {name: torch.cat([part[name] for part in parts]) for name in FEATURES}
+    outputs |= {name: parts[0][name] for name in TEMPERATURES if name in parts[0]}
+    outputs = {name: output.detach().requires_grad_() for name, output in outputs.items()}
     loss, counts = loss_of(outputs)
     backward(loss)
     gradients = {name: output.grad for name, output in outputs.items() if output.grad is not None}
     for number, chunk in enumerate(chunks):
         is_last = number == len(chunks) - 1
-        with nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+        with parallel.no_sync() if parallel and not is_last else nullcontext():
             seed_chunk(number)
             chunk_gradients = {name: gradients[name][chunk] for name in FEATURES}
             if is_last:
@@ -73,18 +79,3 @@ def add_gradients(
                 [chunk_outputs[name] for name in trained], [chunk_gradients[name] for name in trained]
             )
     return counts
-
-
-def _encode_without_graph(
-    model: nn.Module, encode: Encode, chunks: list[slice], seed_chunk: Callable[[int], object]
-) -> dict[str, Tensor]:
-    """Encode all rows without a graph; return the outputs as leaves that require gradients."""
-    raw = model.module if isinstance(model, DistributedDataParallel) else model  # nothing to synchronize
-    parts = []
-    with torch.no_grad():
-        for number, chunk in enumerate(chunks):
-            seed_chunk(number)
-            parts.append(encode(raw, chunk))
-    outputs = {name: torch.cat([part[name] for part in parts]) for name in FEATURES}
-    outputs |= {name: parts[0][name] for name in TEMPERATURES if name in parts[0]}
-    return {name: output.detach().requires_grad_() for name, output in outputs.items()}

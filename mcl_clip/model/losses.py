@@ -36,11 +36,9 @@ class Negatives:
         ids: row number, group, hash of the tokens and hash of the image of each of this process's rows.
         columns: the same for the rows of all processes.
         own: column of the row itself.
-        mask_duplicates: exclude other rows with an equal caption or image.
-        chunk_rows: rows processed at a time; 0 is all.
+        mask_duplicates, chunk_rows: as given to `find_negatives`.
         weight: 1 for rows in the loss, 0 for padding rows and rows with fewer than `min_negatives` negatives.
         total_weight: sum of the weights over all processes, at least 1.
-        num_negatives: number of negatives of each row.
         losses: loss of each row; filled when the loss is computed.
         duplicates: number of candidate negatives of this process's rows with an equal caption or image, masked or not.
     """
@@ -58,9 +56,8 @@ class Negatives:
 
     def keep(self, rows: slice) -> Bool[Tensor, "rows global"]:
         """Return the mask of the columns in the loss of `rows`: the row itself and its negatives."""
-        ids, own = self.ids[rows], self.own[rows]
-        negatives, _ = _compare(ids, self.columns, own, mask_duplicates=self.mask_duplicates)
-        return negatives.scatter_(1, own[:, None], True)
+        negatives, _ = _compare(self.ids[rows], self.columns, self.own[rows], mask_duplicates=self.mask_duplicates)
+        return negatives.scatter_(1, self.own[rows, None], True)
 
 
 def find_negatives(
@@ -77,7 +74,7 @@ def find_negatives(
 
     Args:
         rows: row numbers; a negative number marks a padding row, which is a negative of no row.
-        groups: group of each row.
+        groups: group of each row, see above.
         text_ids: hash of each row's tokens.
         image_ids: hash of each row's image bytes.
         min_negatives: rows with fewer negatives get weight 0.
@@ -88,12 +85,10 @@ def find_negatives(
     ids = torch.stack([rows, groups, text_ids, image_ids], dim=1)
     columns = gather(ids)
     own = rank() * len(ids) + torch.arange(len(ids), device=rows.device)
-    negative_counts, duplicate_counts = [], []
+    num_negatives, num_duplicates = torch.zeros_like(own), torch.zeros_like(own)
     for chunk in _chunks(len(ids), chunk_rows):
         negatives, duplicates = _compare(ids[chunk], columns, own[chunk], mask_duplicates=mask_duplicates)
-        negative_counts.append(negatives.sum(1))
-        duplicate_counts.append(duplicates.sum())
-    num_negatives = torch.cat(negative_counts)
+        num_negatives[chunk], num_duplicates[chunk] = negatives.sum(1), duplicates.sum(1)
     weight = ((rows >= 0) & (num_negatives >= min_negatives)).float()
     return Negatives(
         ids=ids,
@@ -105,7 +100,7 @@ def find_negatives(
         total_weight=all_reduce_sum(weight.sum()).clamp(min=1),
         num_negatives=num_negatives,
         losses=torch.zeros_like(weight),
-        duplicates=torch.stack(duplicate_counts).sum(),
+        duplicates=num_duplicates.sum(),
     )
 
 
@@ -224,10 +219,10 @@ def _share(row_losses: Callable[..., Tensor], negatives: Negatives, *tensors: Te
         negatives.losses[rows] = losses.detach().to(negatives.losses)
         return (losses * negatives.weight[rows]).sum()
 
-    is_chunked = len(chunks) > 1
-    total: Tensor = (
-        _SumOfChunks.apply(weighted_sum, chunks, *tensors) if is_chunked else weighted_sum(chunks[0], *tensors)
-    )
+    if len(chunks) > 1:
+        total: Tensor = _SumOfChunks.apply(weighted_sum, chunks, *tensors)
+    else:
+        total = weighted_sum(chunks[0], *tensors)
     # DistributedDataParallel divides gradients by the number of processes.
     return total * world_size() / negatives.total_weight
 

@@ -53,11 +53,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"code that came with the model"
         )
     names = config.get("stages")
-    if (
-        not isinstance(names, list)
-        or not names
-        or not all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
-    ):
+    are_names = isinstance(names, list) and all(
+        isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names
+    )
+    if not names or not are_names:
         raise ValueError(f"stages is {names!r}; it must be a list of folder names")
     scale, bias = config.get("logit_scale"), config.get("logit_bias")
     are_numbers = isinstance(scale, float) and isinstance(bias, float | None) and math.isfinite(scale + (bias or 0))
@@ -90,12 +89,7 @@ def join_features(stage_features: Sequence[Tensor], combine: str) -> Tensor:
 
 
 def combine_features(stage_features: Sequence[Tensor], combine: str) -> Tensor:
-    """Combine unnormalized features of the stages to unit features of the multistage model, [..., sum of dims].
-
-    Args:
-        stage_features: outputs of `encode_image` or `encode_text` of each stage, in the order of the stages.
-        combine: `concat` or `mean_cosine`, see `join_features`.
-    """
+    """Combine unnormalized features of the stages to unit features of the model, [..., sum of dims]."""
     return normalized(join_features(stage_features, combine))
 
 
@@ -156,16 +150,23 @@ class MultistageCLIP(nn.Module):
         self.tokenizer = tokenizer if tokenizer is not None else make_tokenizer(model_cfgs[0])
         self.image_transform = make_image_transform(preprocess_cfg)
         self.shared_text_tower = have_same_text_tower(stages, model_cfgs)
-        if self.shared_text_tower:
-            share_text_tower(stages)
         self.shared_blocks = count_shared_blocks(stages, model_cfgs) if len(stages) > 1 else 0
-        visuals: list[Any] = [stage.visual for stage in stages] if self.shared_blocks else []
-        for visual in visuals[1:]:
-            for number in range(self.shared_blocks):
-                visual.transformer.resblocks[number] = visuals[0].transformer.resblocks[number]
+        first, *others = stages
+        for stage in others:
+            self._share(first, stage)
         self.stages = nn.ModuleList(stages)
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
+
+    def _share(self, first: Any, stage: Any) -> None:
+        """Replace the shared modules of `stage` by those of the first one, so that they are in memory once."""
+        if self.shared_text_tower:
+            parts = (*first.named_children(), *first.named_parameters(recurse=False))
+            for name, part in parts:
+                if not f"{name}.".startswith(NOT_TEXT):
+                    setattr(stage, name, part)
+        for number in range(self.shared_blocks):
+            stage.visual.transformer.resblocks[number] = first.visual.transformer.resblocks[number]
 
     @property
     def context_length(self) -> int:
@@ -202,14 +203,13 @@ class MultistageCLIP(nn.Module):
         Raises:
             ValueError: for `vector` if the stages do not share a text tower, or with `normalize`.
         """
-        features = self.encode_image_stages(image)
         if combine == VECTOR:
             self._check_vector()
             if normalize:
                 raise ValueError("combine='vector' with normalize=True would rank otherwise; use the inner product")
-            return join_to_vector(features, self.combine)
-        joined = join_features(features, combine or self.combine)
-        return normalized(joined) if normalize else joined
+            return join_to_vector(self.encode_image_stages(image), self.combine)
+        features = join_features(self.encode_image_stages(image), combine or self.combine)
+        return normalized(features) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False, combine: str | None = None) -> Tensor:
         """Encode texts to features, [batch, sum of dims], of unit length if `normalize`.
@@ -299,39 +299,26 @@ class MultistageCLIP(nn.Module):
         return model.to(device).eval()
 
 
-def _tokenizer_cfg(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("context_length", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
-    defaults = {"context_length": DEFAULT_CONTEXT_LENGTH}
-    return {name: model_cfg["text_cfg"].get(name, defaults.get(name)) or None for name in names}
-
-
-def _text_cfg(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config values that, together with the weights, decide what the text tower computes."""
-    text_cfg = {name: value for name, value in model_cfg["text_cfg"].items() if name != "hf_model_pretrained"}
-    return {"text_cfg": text_cfg, **{name: bool(model_cfg.get(name)) for name in ("quick_gelu", "custom_text")}}
+def _tokenizer_cfg(model_cfg: Mapping[str, Any]) -> list[Any]:
+    names = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
+    text_cfg = model_cfg["text_cfg"]
+    return [text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH), *(text_cfg.get(name) or None for name in names)]
 
 
 def have_same_text_tower(stages: Sequence[nn.Module], model_cfgs: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether all stages compute the same text features: equal configs and equal weights."""
+    text_cfgs = [
+        ({**cfg["text_cfg"], "hf_model_pretrained": None}, bool(cfg.get("quick_gelu")), bool(cfg.get("custom_text")))
+        for cfg in model_cfgs
+    ]
+    if any(text_cfg != text_cfgs[0] for text_cfg in text_cfgs):
+        return False
     first, *others = [
         {name: value for name, value in stage.state_dict().items() if not name.startswith(NOT_TEXT)} for stage in stages
     ]
-    if any(_text_cfg(model_cfg) != _text_cfg(model_cfgs[0]) for model_cfg in model_cfgs):
-        return False
     return all(
         other.keys() == first.keys() and all(is_equal(first[name], other[name]) for name in first) for other in others
     )
-
-
-def share_text_tower(stages: Sequence[nn.Module]) -> None:
-    """Replace the text modules of all stages by those of the first one, so that they are in memory once."""
-    for stage in stages[1:]:
-        for name, module in stages[0].named_children():
-            if name != "visual":
-                setattr(stage, name, module)
-        for name, parameter in stages[0].named_parameters(recurse=False):
-            if not name.startswith(NOT_TEXT):
-                setattr(stage, name, parameter)
 
 
 def count_shared_blocks(stages: Sequence[nn.Module], model_cfgs: Sequence[Mapping[str, Any]]) -> int:
