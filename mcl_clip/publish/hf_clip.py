@@ -58,24 +58,19 @@ CHECK_TEXTS = ("a photo of a dog", "A Photo of  two DOGS, a cat_and one (red) bi
 
 
 def write_transformers_files(folder: Path, model: MultistageCLIP) -> None:
-    """Add config, code, processor and tokenizer of transformers to a folder that `model` was saved in.
-
-    The saved weights are used as they are. `AutoModel` and the other auto classes then load the folder with
-    `trust_remote_code=True`.
+    """Add what `AutoModel` and other auto classes need, with `trust_remote_code=True`, to a folder with a saved model.
 
     Raises:
         UserError: if the tokenizer of transformers would tokenize texts differently from the model's own.
     """
     write_config_and_code(folder, model)
-    image_processor: dict[str, Any] = {
+    resizing = ("interpolation", "resize_mode", "fill_color")
+    image_processor = {
         "auto_map": {"AutoImageProcessor": PROCESSING_AUTO_MAP["AutoImageProcessor"]},
         "image_processor_type": "MultistageCLIPImageProcessor",
-        "size": _height_and_width(model.preprocess_cfg),
-        **_mean_and_std(model.preprocess_cfg),
+        **_size_mean_std(model.preprocess_cfg),
+        **{name: model.preprocess_cfg[name] for name in resizing if name in model.preprocess_cfg},
     }
-    for name in ("interpolation", "resize_mode", "fill_color"):
-        if name in model.preprocess_cfg:
-            image_processor[name] = model.preprocess_cfg[name]
     write_json(folder / "preprocessor_config.json", image_processor)
     text_cfg = model.model_cfgs[0]["text_cfg"]
     hf_tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
@@ -107,8 +102,7 @@ def write_clip_tokenizer(folder: Path, context_length: int) -> None:
     Its token ids are those of open_clip's `SimpleTokenizer`, except for texts that the latter repairs first: HTML
     entities, typographic quotes, broken encodings. Special tokens within a text are read as text.
     """
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        merges = file.read().split("\n")[1:LAST_MERGE]
+    merges = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")[1:LAST_MERGE]
     words = [word for word, _ in sorted(SimpleTokenizer().encoder.items(), key=lambda item: item[1])][:-2]
     vocabulary = {word: number for number, word in enumerate([*words, CLIP_START, CLIP_END])}
     with tempfile.TemporaryDirectory() as temporary:
@@ -142,14 +136,11 @@ def _check_tokenizer(folder: Path, model: MultistageCLIP) -> None:
             )
 
 
-def _height_and_width(preprocess: Mapping[str, Any]) -> dict[str, int]:
+def _size_mean_std(preprocess: Mapping[str, Any]) -> dict[str, Any]:
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    return {"height": height, "width": width}
-
-
-def _mean_and_std(preprocess: Mapping[str, Any]) -> dict[str, list[float]]:
     return {
+        "size": {"height": height, "width": width},
         "image_mean": list(preprocess.get("mean") or OPENAI_DATASET_MEAN),
         "image_std": list(preprocess.get("std") or OPENAI_DATASET_STD),
     }
@@ -165,14 +156,19 @@ def write_clip_model(folder: Path, clip: ClipBundle) -> None:
     Raises:
         UserError: for a model that a `CLIPModel` cannot represent, with the reason.
     """
-    _check_clip_model(clip)
+    if problem := next(_unsupported_parts(clip), None):
+        raise UserError(
+            f"the model has {problem}, which the CLIPModel of transformers cannot represent; export it for open_clip, "
+            f"or as a multistage model with its code"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in _clip_tensors(clip.model)}
     _clip_config(clip).save_pretrained(folder)
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes 0600 whatever the umask
-    size = _height_and_width(clip.preprocess_cfg)
+    mean_std = _size_mean_std(clip.preprocess_cfg)
+    size = mean_std.pop("size")
     is_shortest = (clip.preprocess_cfg.get("resize_mode") or "shortest") == "shortest"
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -185,19 +181,10 @@ def write_clip_model(folder: Path, clip: ClipBundle) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        **_mean_and_std(clip.preprocess_cfg),
+        **mean_std,
     }
     write_json(folder / "preprocessor_config.json", preprocessor)
     write_clip_tokenizer(folder, clip.context_length)
-
-
-def _check_clip_model(clip: ClipBundle) -> None:
-    """Raise a UserError for the first part of a model that a `CLIPModel` cannot represent."""
-    if problem := next(_unsupported_parts(clip), None):
-        raise UserError(
-            f"the model has {problem}, which the CLIPModel of transformers cannot represent; export it for open_clip, "
-            f"or as a multistage model with its code"
-        )
 
 
 def _unsupported_parts(clip: ClipBundle) -> Iterator[str]:
@@ -237,13 +224,14 @@ def _clip_config(clip: ClipBundle) -> Any:
             "projection_dim": clip.model_cfg["embed_dim"],
         }
 
+    tokenizer = SimpleTokenizer()
     text = {
         **encoder_config(model.transformer),
         "vocab_size": model.token_embedding.num_embeddings,
         "max_position_embeddings": model.context_length,
-        "bos_token_id": SimpleTokenizer().sot_token_id,
-        "eos_token_id": SimpleTokenizer().eot_token_id,
-        "pad_token_id": SimpleTokenizer().eot_token_id,
+        "bos_token_id": tokenizer.sot_token_id,
+        "eos_token_id": tokenizer.eot_token_id,
+        "pad_token_id": tokenizer.eot_token_id,
     }
     vision = {
         **encoder_config(model.visual.transformer),
@@ -266,12 +254,11 @@ def _clip_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield "logit_scale", model.logit_scale.reshape(())
     yield "visual_projection.weight", visual.proj.T
     yield "text_projection.weight", model.text_projection.T
-    image, text = "vision_model.embeddings", "text_model.embeddings"
-    yield f"{image}.class_embedding", visual.class_embedding
-    yield f"{image}.patch_embedding.weight", visual.conv1.weight
-    yield f"{image}.position_embedding.weight", visual.positional_embedding
-    yield f"{text}.token_embedding.weight", model.token_embedding.weight
-    yield f"{text}.position_embedding.weight", model.positional_embedding
+    yield "vision_model.embeddings.class_embedding", visual.class_embedding
+    yield "vision_model.embeddings.patch_embedding.weight", visual.conv1.weight
+    yield "vision_model.embeddings.position_embedding.weight", visual.positional_embedding
+    yield "text_model.embeddings.token_embedding.weight", model.token_embedding.weight
+    yield "text_model.embeddings.position_embedding.weight", model.positional_embedding
     modules = {
         "vision_model.pre_layrnorm": visual.ln_pre,  # spelled like this in transformers
         "vision_model.post_layernorm": visual.ln_post,
@@ -281,8 +268,7 @@ def _clip_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
         for number, block in enumerate(transformer.resblocks):
             layer = f"{encoder}.encoder.layers.{number}"
             for kind in ("weight", "bias"):
-                projections = getattr(block.attn, f"in_proj_{kind}").chunk(3)
-                for letter, tensor in zip("qkv", projections, strict=True):
+                for letter, tensor in zip("qkv", getattr(block.attn, f"in_proj_{kind}").chunk(3), strict=True):
                     yield f"{layer}.self_attn.{letter}_proj.{kind}", tensor
             modules[f"{layer}.self_attn.out_proj"] = block.attn.out_proj
             modules[f"{layer}.layer_norm1"], modules[f"{layer}.layer_norm2"] = block.ln_1, block.ln_2

@@ -60,14 +60,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Where a folder was uploaded: the URL of the repository, branch or pull request, and the commit there.
-
-    `changed` is False if everything was there already, so that no commit was made.
-    """
+    """Where a folder was uploaded: the URL of the repository, branch or pull request, and the commit there."""
 
     url: str
     commit: str
-    changed: bool
+    changed: bool  # False if everything was there already, so that no commit was made
 
 
 def check_repo_name(repo: str) -> None:
@@ -128,14 +125,8 @@ def upload(
     are deleted; other files are kept, and so is a README.md without the line `MARKER`. An interrupted upload resumes:
     files that have arrived are not sent again. Hundreds of files may take more than one commit.
 
-    Args:
-        folder: files to upload.
-        repo: name of the repository, ORG/NAME.
-        private: whether a new repository is private; an existing one keeps its visibility.
-        revision: branch; a new one starts at `main`.
-        create_pr: open a pull request against `main` instead.
-        message: commit message, or title of the pull request.
-        api: client with endpoint and token, if not the default one.
+    With `private`, a new repository is private; an existing one keeps its visibility. A new branch starts at `main`.
+    With `create_pr`, a pull request against `main` is opened instead, with `message` as its title.
 
     Raises:
         UserError: if the Hub refuses, the connection fails, or the repository holds something else.
@@ -147,19 +138,26 @@ def upload(
     check_target(revision, create_pr)
     api = api or HfApi(library_name="mcl_clip")
     token = find_token(api)
-    with _as_user_errors(api, repo, token), _progress_bars_hidden(not sys.stderr.isatty()):
-        before = _open_repository(api, repo, revision, private)
-        stale = sorted(path for path in _files_of(before) - files if is_export_file(path))
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=message,
-            parent_commit=None if create_pr else before.sha,  # refuses to overwrite a commit made meanwhile
-            ignore_patterns=[README] if _keeps_readme(api, repo, before, folder) else None,
-            delete_patterns=[glob.escape(path) for path in stale] or None,
-        )
+    try:
+        with _progress_bars_hidden(not sys.stderr.isatty()):
+            before = _open_repository(api, repo, revision, private)
+            stale = sorted(path for path in _files_of(before) - files if is_export_file(path))
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=message,
+                parent_commit=None if create_pr else before.sha,  # refuses to overwrite a commit made meanwhile
+                ignore_patterns=[README] if _keeps_readme(api, repo, before, folder) else None,
+                delete_patterns=[glob.escape(path) for path in stale] or None,
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        if (sentence := _explain(api, repo, token, error)) is None:
+            raise
+        raise UserError(sentence) from error
     branch = "" if revision == MAIN else f"/tree/{quote(revision, safe='')}"
     return Published(
         url=commit.pr_url or f"{api.endpoint}/{repo}{branch}", commit=commit.oid, changed=commit.oid != before.sha
@@ -215,7 +213,7 @@ def _keeps_readme(api: HfApi, repo: str, info: ModelInfo, folder: Path) -> bool:
     if README not in _files_of(info) or not (folder / README).is_file():
         return False
     text = _download_text(api, repo, info, README)
-    if not text.strip() or MARKER in text or text == _read_text(folder / README):
+    if not text.strip() or MARKER in text or text == (folder / README).read_text(encoding="utf-8", errors="replace"):
         return False
     logger.warning("README.md of %s was edited and is kept; add the line %s to have it replaced", repo, MARKER)
     return True
@@ -227,11 +225,8 @@ def _files_of(info: ModelInfo) -> set[str]:
 
 def _download_text(api: HfApi, repo: str, info: ModelInfo, name: str) -> str:
     with tempfile.TemporaryDirectory() as cache, _progress_bars_hidden(True):
-        return _read_text(Path(api.hf_hub_download(repo, name, revision=info.sha, cache_dir=cache)))
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+        path = Path(api.hf_hub_download(repo, name, revision=info.sha, cache_dir=cache))
+        return path.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
@@ -247,22 +242,11 @@ def _progress_bars_hidden(hidden: bool) -> Iterator[None]:
             enable_progress_bars()
 
 
-@contextmanager
-def _as_user_errors(api: HfApi, repo: str, token: str) -> Iterator[None]:
-    """Turn errors of the Hub and the network into a `UserError` of one sentence that never shows the token."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        sentence = _explain(api, repo, token, error)
-        if sentence is None:
-            raise
-        raise UserError(sentence) from error
-
-
 def _explain(api: HfApi, repo: str, token: str, error: Exception) -> str | None:
-    """Say what the Hub answered, or else what the network did; None for an error of neither."""
+    """Say in a sentence what the Hub answered, or else what the network did; None for an error of neither.
+
+    The sentence never shows the token.
+    """
 
     def one_line(text: str) -> str:
         line = " ".join(text.replace(token, "***").split())
@@ -271,8 +255,12 @@ def _explain(api: HfApi, repo: str, token: str, error: Exception) -> str | None:
     chain: list[BaseException] = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    for cause in chain:
-        if (status := _http_status(cause)) is None:
+    libraries = [type(cause).__module__.partition(".")[0] for cause in chain]
+    for cause, library in zip(chain, libraries, strict=True):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, PermissionError) and library == "hf_xet":  # the Xet store has errors of its own
+            status = 403
+        if status is None:
             continue
         if status == 400 and README in str(error):
             remedy = "the Hub rejects the metadata at the top of README.md; correct it"
@@ -283,21 +271,9 @@ def _explain(api: HfApi, repo: str, token: str, error: Exception) -> str | None:
             remedy = REMEDIES.get(status, default).format(owner=repo.split("/")[0], endpoint=api.endpoint)
         answer = one_line(getattr(cause, "server_message", None) or "")
         return f"{repo}: {remedy}" + (f" (the Hub says: {answer})" if answer else "")
-    for cause in chain:
+    for cause, library in zip(chain, libraries, strict=True):
         is_network_error = isinstance(cause, ConnectionError | TimeoutError | LocalEntryNotFoundError)
-        if is_network_error or _library_of(cause) in HTTP_LIBRARIES:
+        if is_network_error or library in HTTP_LIBRARIES:
             reason = one_line(QUERY_STRINGS.sub("", str(cause)) or type(cause).__name__)
             return f"{repo}: the connection to {api.endpoint} failed ({reason}); {RESUME}"
     return None
-
-
-def _http_status(error: BaseException) -> int | None:
-    """Return the status of the Hub's answer that an error carries, if any."""
-    if isinstance(error, PermissionError) and _library_of(error) == "hf_xet":  # the Xet store has errors of its own
-        return 403
-    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
-    return status
-
-
-def _library_of(error: BaseException) -> str:
-    return type(error).__module__.partition(".")[0]
