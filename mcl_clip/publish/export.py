@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mcl_clip.core.distributed import random_words
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_dir, read_jsonl, read_run_config
-from mcl_clip.model.clip import ClipBundle, create_clip, load_clip
+from mcl_clip.model.clip import HUB, LOCAL, ClipBundle, create_clip, load_clip
 from mcl_clip.model.multistage import MultistageCLIP, normalized
 from mcl_clip.model.open_clip_io import write_open_clip_folder
 from mcl_clip.model.resolve import find_models
@@ -34,25 +34,15 @@ Features = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What to export of a run, and in which form.
+    """What to export of a run, and in which form."""
 
-    Attributes:
-        stage: export this stage alone; None for all stages.
-        average: export the mean of the weights of all stages as a single model.
-        wise_ft: share of the stage, or of the mean, in an interpolation with the base (WiSE-FT); None for none.
-        base: name of that base model; by default the pretrained weights that the run started from.
-        as_transformers: write a single model as a CLIPModel of transformers, instead of an open_clip folder.
-        compact: write weights that stages share once; plain open_clip then loads the first stage only.
-        about: what the run cannot tell, for the model card.
-    """
-
-    stage: int | None = None
-    average: bool = False
-    wise_ft: float | None = None
-    base: str = ""
-    as_transformers: bool = False
-    compact: bool = False
-    about: About = field(default_factory=About)
+    stage: int | None = None  # export this stage alone; None for all stages
+    average: bool = False  # export the mean of the weights of all stages as a single model
+    wise_ft: float | None = None  # share of the stage, or of the mean, in an interpolation with the base (WiSE-FT)
+    base: str = ""  # name of that base model; by default the pretrained weights that the run started from
+    as_transformers: bool = False  # write a single model as a CLIPModel of transformers, not as an open_clip folder
+    compact: bool = False  # write weights that stages share once; plain open_clip then loads the first stage only
+    about: About = field(default_factory=About)  # what the run cannot tell, for the model card
 
     @property
     def is_multistage(self) -> bool:
@@ -71,12 +61,8 @@ EVERYTHING = Export()
 def export_run(run: Path, folder: Path, export: Export, *, repo: str = "", revision: str = MAIN) -> dict[str, float]:
     """Export a run to `folder` atomically, replacing an earlier export, and verify it with each supported library.
 
-    Args:
-        run: run directory; it must be finished, or have trained the stage to export.
-        folder: output folder.
-        export: what to export.
-        repo: repository on the Hub, for the examples in the model card.
-        revision: branch there.
+    The run must be finished, or have trained the stage to export. The examples in the model card name `repo`, a
+    repository on the Hub, and the branch `revision` there.
 
     Returns:
         The largest difference of unit features between the model and the one loaded back, by library.
@@ -223,7 +209,7 @@ def _single_model(run: Path, stages: Sequence[Mapping[str, Any]], export: Export
         base = _load_single(export.base)
     else:
         start = read_run_config(run)["tower"]
-        if not start.get("pretrained") and not start["architecture"].startswith(("local-dir:", "hf-hub:")):
+        if not start.get("pretrained") and not start["architecture"].startswith((LOCAL, HUB)):
             raise UserError(
                 f"--wise-ft interpolates with the weights that the run started from, and {run} started from random "
                 f"ones; name others by --base, such as {run}/stage-0"
@@ -249,11 +235,7 @@ def mix_weights(clips: Sequence[ClipBundle], shares: Sequence[float]) -> ClipBun
 
     Equal shares give a uniform soup (Wortsman et al., arXiv 2203.05482), two models WiSE-FT (arXiv 2109.01903). Only
     models that were fine-tuned from the same weights can be averaged meaningfully. The mean is computed in float64;
-    integers, such as counters of batch norm, are those of the last model.
-
-    Args:
-        clips: models of equal settings.
-        shares: weight of each model; they sum to 1.
+    integers, such as counters of batch norm, are those of the last model. The shares sum to 1.
 
     Raises:
         UserError: if the models have different settings or shapes of weights.
