@@ -22,19 +22,14 @@ Name = str | int
 T = TypeVar("T")
 
 
-def is_initialized() -> bool:
-    """Return whether there is a process group."""
-    return dist.is_available() and dist.is_initialized()
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Return the rank of this process, 0 on the main process."""
-    return dist.get_rank() if is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of processes."""
-    return dist.get_world_size() if is_initialized() else 1
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
@@ -49,7 +44,7 @@ def count_cores() -> int:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if is_initialized():
+    if world_size() > 1:
         dist.barrier()
 
 
@@ -64,8 +59,7 @@ def random_words(size: int, *name: Name) -> np.ndarray:
 
     Raw words are fixed by the algorithm; numpy's distributions may change with an upgrade.
     """
-    words: np.ndarray = np.random.Philox(key=seed_of(*name)).random_raw(size)
-    return words
+    return random_words_between(0, size, *name)
 
 
 def random_words_between(start: int, stop: int, *name: Name) -> np.ndarray:

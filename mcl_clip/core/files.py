@@ -125,8 +125,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return []
     records: list[dict[str, Any]] = []
     try:
-        text = path.read_text(encoding="utf-8")
-        for line in text.split("\n")[:-1]:  # splitlines() would also cut at U+2028 in a string
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # splitlines() also cuts at U+2028 in a string
             record = _parse(line)
             if not isinstance(record, dict):
                 raise ValueError(f"expected an object, not {type(record).__name__}")

@@ -17,13 +17,7 @@ class Progress(tqdm):  # type: ignore[misc]
     """tqdm that prints whole lines, at most one a minute, if stderr is not a terminal."""
 
     def __init__(self, iterable: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> None:
-        """Create a bar, or lines if stderr is not a terminal.
-
-        Args:
-            iterable: the loop to follow; without it, call `update`.
-            show: False on all processes but one.
-            options: of tqdm: `total`, `desc`, `unit`, `initial`, `unit_scale`.
-        """
+        """Follow a loop, or calls of `update`; `show` is False on all processes but one, `options` are tqdm's."""
         self._in_lines = not sys.stderr.isatty()
         if self._in_lines:
             options |= {"mininterval": SECONDS_BETWEEN_LINES, "miniters": 1, "bar_format": LINE_FORMAT}

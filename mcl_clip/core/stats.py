@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +16,6 @@ from jaxtyping import Float, Float64, Shaped
 _CHUNK_WORDS = 1 << 18
 
 Means = Mapping[str, Mapping[str, Float64[np.ndarray, "_"]]]
-
-
-class Interval(NamedTuple):
-    """A confidence interval."""
-
-    low: float
-    high: float
 
 
 class Estimate(NamedTuple):
@@ -34,27 +28,16 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """The difference between two models, a and b, on the same queries.
+    """The difference between two models, a and b, on the same queries."""
 
-    Attributes:
-        difference: mean of a minus mean of b.
-        low: lower end of its interval.
-        high: upper end of its interval.
-        n: number of queries.
-        units: number of resampled units: images if several captions of one are queries, otherwise `n`.
-        only_a: number of queries that only a gets right; None if outcomes are not 0 or 1.
-        only_b: number of queries that only b gets right.
-        p_value: of McNemar's exact test; None if it does not apply.
-    """
-
-    difference: float
+    difference: float  # mean of a minus mean of b
     low: float
     high: float
-    n: int
-    units: int
-    only_a: int | None
+    n: int  # queries
+    units: int  # resampled units: images if several captions of one are queries, otherwise `n`
+    only_a: int | None  # queries that only a gets right; None if outcomes are not 0 or 1
     only_b: int | None
-    p_value: float | None
+    p_value: float | None  # of McNemar's exact test; None if it does not apply
 
 
 def bootstrap_interval(
@@ -64,23 +47,26 @@ def bootstrap_interval(
     seed: int = 0,
     resamples: int = 10_000,
     level: float = 0.95,
-) -> Interval:
+) -> tuple[float, float]:
     """Compute the percentile bootstrap interval of the mean (Efron 1979, Annals of Statistics 7).
 
     Args:
         values: outcome of each query, as a number or a boolean.
         units: unit of each query, such as its image. Whole units are resampled, so queries of one unit may be
             dependent; the mean is still over queries.
-        seed: seed of the resampling.
+        seed: of the resampling.
         resamples: number of bootstrap samples. With 25,000 queries, 1,000 take a tenth of a second.
         level: share of the resampled means inside the interval.
 
     Raises:
         ValueError: if there are no values, or the numbers of units and values differ.
     """
-    sums, sizes = _by_unit(values, units)
+    if not len(values) or (units is not None and units.shape != values.shape):
+        raise ValueError(f"{len(values)} values with {0 if units is None else len(units)} units cannot be resampled")
+    unit_of = np.arange(len(values)) if units is None else np.unique(units, return_inverse=True)[1]
+    sums, sizes = np.bincount(unit_of, weights=values.astype(np.float64)), np.bincount(unit_of).astype(np.float64)
     means = [(counts @ sums) / (counts @ sizes) for counts in _counts(len(sums), resamples, seed, "units")]
-    return Interval(*_percentiles(np.concatenate(means), level))
+    return _percentiles(np.concatenate(means), level)
 
 
 def compare_paired(
@@ -97,13 +83,7 @@ def compare_paired(
     If outcomes are 0 or 1, discordant queries are counted and tested (McNemar 1947, Psychometrika 12). The test assumes
     independent queries, so it is omitted if several belong to one unit.
 
-    Args:
-        a: outcome of each query under the first model.
-        b: the same queries under the second model.
-        units: see `bootstrap_interval`.
-        seed: seed of the resampling.
-        resamples: number of bootstrap samples.
-        level: share of the resampled differences inside the interval.
+    Options are those of `bootstrap_interval`.
 
     Raises:
         ValueError: if the lengths differ or are 0.
@@ -117,16 +97,7 @@ def compare_paired(
     if all(np.isin(outcomes, (0, 1)).all() for outcomes in (a, b)):
         only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
         p_value = mcnemar_exact(only_a, only_b) if num_units == len(a) else None
-    return PairedComparison(
-        difference=float(differences.mean()),
-        low=low,
-        high=high,
-        n=len(a),
-        units=num_units,
-        only_a=only_a,
-        only_b=only_b,
-        p_value=p_value,
-    )
+    return PairedComparison(float(differences.mean()), low, high, len(a), num_units, only_a, only_b, p_value)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -177,9 +148,9 @@ def crossed_bootstrap(
         statistic: the quantities of interest from the means. It is called once, on arrays: `means[arm][metric]` has
             shape [1 + resamples], the mean over the original data, then the mean of each resample. It must
             compute element-wise, and returns arrays of this shape by name.
-        seed: seed of the resampling.
-        resamples: number of bootstrap samples.
-        level: share of the resampled quantities inside the interval.
+        seed: see `bootstrap_interval`.
+        resamples: see `bootstrap_interval`.
+        level: see `bootstrap_interval`.
 
     Returns:
         each quantity with its interval. Resamples in which it is not finite, as a ratio to zero, are left out of its
@@ -190,11 +161,12 @@ def crossed_bootstrap(
     """
     shapes = _shapes(values)
     num_seeds = next(iter(shapes.values()))[0]
-    seed_counts = np.concatenate(list(_counts_with_first(num_seeds, resamples, seed, "seeds")))
+    # The first row is the original sample, in which each occurs once.
+    seed_counts = np.concatenate([np.ones((1, num_seeds)), *_counts(num_seeds, resamples, seed, "seeds")])
     means: dict[str, dict[str, np.ndarray]] = {arm: {} for arm in values}
     for metric, (_, num_items) in shapes.items():
         outcomes = np.concatenate([of_arm[metric] for of_arm in values.values()]).T.astype(np.float64)
-        counts = _counts_with_first(num_items, resamples, seed, f"{num_items} items")
+        counts = chain([np.ones((1, num_items))], _counts(num_items, resamples, seed, f"{num_items} items"))
         by_seed = np.concatenate([some @ outcomes for some in counts]).reshape(-1, len(values), num_seeds)
         of_arms = (by_seed * seed_counts[:, None]).sum(2) / (num_items * num_seeds)
         for arm, mean in zip(values, of_arms.T, strict=True):
@@ -217,25 +189,6 @@ def _shapes(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, tuple[i
     if not shapes or any(0 in shape for shape in shapes.values()) or len({seeds for seeds, _ in shapes.values()}) != 1:
         raise ValueError(f"outcomes of shape {shapes} do not have the same number of seeds, or are empty")
     return shapes
-
-
-def _by_unit(
-    values: np.ndarray, units: np.ndarray | None
-) -> tuple[Float64[np.ndarray, "units"], Float64[np.ndarray, "units"]]:
-    """Sum and count the values of each unit."""
-    if not len(values) or (units is not None and units.shape != values.shape):
-        raise ValueError(f"{len(values)} values with {0 if units is None else len(units)} units cannot be resampled")
-    values = values.astype(np.float64)
-    if units is None:
-        return values, np.ones(len(values))
-    _, unit_of = np.unique(units, return_inverse=True)
-    return np.bincount(unit_of, weights=values), np.bincount(unit_of).astype(np.float64)
-
-
-def _counts_with_first(size: int, resamples: int, seed: int, name: str) -> Iterator[Float64[np.ndarray, "chunk size"]]:
-    """Yield the original sample (each item once), and then the resamples of `_counts`."""
-    yield np.ones((1, size))
-    yield from _counts(size, resamples, seed, name)
 
 
 def _counts(size: int, resamples: int, seed: int, name: str) -> Iterator[Float64[np.ndarray, "chunk size"]]:

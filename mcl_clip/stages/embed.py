@@ -1,9 +1,7 @@
 """The embedding pass: features of every row, or of every caption, under the model of one stage."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +42,9 @@ def embed_shards(
         index: shards and rows.
         batches: decodes the batches of an iterable of row arrays; it is called once for all shards.
         preprocess_cfg: mean and std of the pixels.
-        dim: dimension of the features.
+        dim: of the features.
         out: folder of the part files.
-        device: device of the model.
+        device: of the model.
         batch_size: rows of a forward pass, on a fixed grid from the start of each shard.
         precision: `fp32` or `bf16`.
         show_progress: show a progress bar on the main process.
@@ -54,26 +52,21 @@ def embed_shards(
         texts: embeddings by the same text encoder, whose text columns are copied; the batches then need no tokens.
     """
     model.eval()
-    with _own_shards(index, out, part_name, "embed", show_progress) as (bar, mine):
-        loaded = batches(_batch_rows(index, mine, batch_size))
-        for number in mine:
-            pieces: list[dict[str, np.ndarray]] = []
-            bad: list[BadSample] = []
-            full = 0
-            for rows, batch in zip(_batch_rows(index, [number], batch_size), loaded, strict=False):
-                bad += batch.bad
-                full += batch.full_captions
-                pieces.append(
-                    _embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision, has_texts=texts is None)
-                )
-                bar.update(len(rows))
-            columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-            if texts is not None:
-                columns |= {name: getattr(texts.part(number), name) for name in ("text", "text_norm", "text_id")}
-                full = next(read_counts(texts.folder, index, number))["full_captions"]
-            write_part(out / part_name(number), columns, {"bad_samples": bad, "full_captions": full})
-            if is_stopping is not None and is_stopping():
-                return
+    shards = _own_shards(index, out, part_name, batches, batch_size, "embed", show_progress, is_stopping)
+    for number, shard in shards:
+        pieces: list[dict[str, np.ndarray]] = []
+        bad: list[BadSample] = []
+        full = 0
+        for rows, batch in shard:
+            bad += batch.bad
+            full += batch.full_captions
+            piece = _embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision, has_texts=texts is None)
+            pieces.append(piece)
+        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        if texts is not None:
+            columns |= {name: getattr(texts.part(number), name) for name in ("text", "text_norm", "text_id")}
+            full = next(read_counts(texts.folder, index, number))["full_captions"]
+        write_part(out / part_name(number), columns, {"bad_samples": bad, "full_captions": full})
 
 
 @torch.inference_mode()
@@ -95,45 +88,50 @@ def write_text_features(
     The batches contain the tokens of all captions, with padding, and need no images.
     """
     model.eval()
-    with _own_shards(index, out, text_part_name, "texts", show_progress) as (bar, mine):
-        loaded = batches(_batch_rows(index, mine, batch_size))
+    shards = _own_shards(index, out, text_part_name, batches, batch_size, "texts", show_progress, is_stopping)
+    for number, shard in shards:
+        features, ids, counts = [torch.zeros(0, dim)], [], []
+        for rows, batch in shard:
+            ids.append(content_ids(batch.tokens))
+            counts.append(torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows)))
+            if len(batch.tokens):
+                with autocast(precision, device):  # normalized inside, as in a training step
+                    encoded = F.normalize(encode_texts(model, batch.tokens, device), dim=1)
+                features.append(encoded.float().cpu())
+        first = np.concatenate([[0], np.cumsum(torch.cat(counts).numpy())])
+        columns = {"features": torch.cat(features).numpy(), "ids": torch.cat(ids).numpy(), "first": first}
+        write_part(out / text_part_name(number), columns)
+
+
+def _own_shards(
+    index: ShardIndex,
+    out: Path,
+    name_of: Callable[[int], str],
+    batches: Batches,
+    batch_size: int,
+    what: str,
+    show_progress: bool,
+    is_stopping: Callable[[], bool] | None,
+) -> Iterator[tuple[int, Iterator[tuple[np.ndarray, CaptionedBatch]]]]:
+    """Yield each shard of this process that has no part file yet, with the rows and the samples of its batches."""
+    mine = [n for n in missing_parts(out, index, name_of) if n % world_size() == rank()]
+
+    def batch_rows(number: int) -> Iterator[np.ndarray]:
+        first, rows = index.shards[number].first_row, index.shards[number].rows
+        return (np.arange(first + n, first + min(n + batch_size, rows)) for n in range(0, rows, batch_size))
+
+    def batches_of(number: int) -> Iterator[tuple[np.ndarray, CaptionedBatch]]:
+        for rows in batch_rows(number):
+            yield rows, next(loaded)
+            bar.update(len(rows))
+
+    loaded = batches(rows for number in mine for rows in batch_rows(number))
+    total = sum(index.shards[n].rows for n in mine)
+    with Progress(total=total, unit="row", desc=what, show=show_progress and is_main()) as bar:
         for number in mine:
-            features, ids, counts = [torch.zeros(0, dim)], [], []
-            for rows, batch in zip(_batch_rows(index, [number], batch_size), loaded, strict=False):
-                ids.append(content_ids(batch.tokens))
-                counts.append(torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows)))
-                if len(batch.tokens):
-                    with autocast(precision, device):  # normalized inside, as in a training step
-                        encoded = F.normalize(encode_texts(model, batch.tokens, device), dim=1)
-                    features.append(encoded.float().cpu())
-                bar.update(len(rows))
-            columns = {
-                "features": torch.cat(features).numpy(),
-                "ids": torch.cat(ids).numpy(),
-                "first": np.concatenate([[0], np.cumsum(torch.cat(counts).numpy())]),
-            }
-            write_part(out / text_part_name(number), columns)
+            yield number, batches_of(number)
             if is_stopping is not None and is_stopping():
                 return
-
-
-@contextmanager
-def _own_shards(
-    index: ShardIndex, out: Path, name_of: Callable[[int], str], what: str, show: bool
-) -> Iterator[tuple[Any, list[int]]]:
-    """Yield a progress bar and the numbers of this process's shards that have no part file yet."""
-    mine = [n for n in missing_parts(out, index, name_of) if n % world_size() == rank()]
-    total = sum(index.shards[n].rows for n in mine)
-    with Progress(total=total, unit="row", desc=what, show=show and is_main()) as bar:
-        yield bar, mine
-
-
-def _batch_rows(index: ShardIndex, numbers: Iterable[int], batch_size: int) -> Iterator[np.ndarray]:
-    """Yield the rows of each batch of some shards, in order; a batch never spans two shards."""
-    for shard in (index.shards[number] for number in numbers):
-        end = shard.first_row + shard.rows
-        for start in range(shard.first_row, end, batch_size):
-            yield np.arange(start, min(start + batch_size, end))
 
 
 def bad_samples(folder: Path, index: ShardIndex) -> list[BadSample]:
@@ -167,8 +165,7 @@ def _embed_batch(
     position = batch.rows - int(rows[0])
 
     def scatter(values: Tensor) -> np.ndarray:
-        column = values.new_zeros(len(rows), *values.shape[1:]).index_copy_(0, position, values)
-        return column.numpy()
+        return values.new_zeros(len(rows), *values.shape[1:]).index_copy_(0, position, values).numpy()
 
     image = captions = torch.zeros(0, dim, device=device)
     with autocast(precision, device):
