@@ -16,19 +16,12 @@ MAX_LOG_LOGIT_SCALE = math.log(100)
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """A combination of stages with its fitted temperature.
+    """A combination of stages with its fitted temperature."""
 
-    Attributes:
-        combine: `concat` or `mean_cosine`.
-        logit_scale: logarithm of the scale of the cosine.
-        logit_bias: bias of the logits of the sigmoid loss; None for InfoNCE.
-        losses: loss on the held-out rows of each combination that was tried.
-    """
-
-    combine: str
-    logit_scale: float
-    logit_bias: float | None
-    losses: Mapping[str, float]
+    combine: str  # `concat` or `mean_cosine`
+    logit_scale: float  # logarithm of the scale of the cosine
+    logit_bias: float | None  # of the logits of the sigmoid loss; None for InfoNCE
+    losses: Mapping[str, float]  # on the held-out rows, of each combination that was tried
 
 
 def fit_combination(
@@ -52,9 +45,8 @@ def fit_combination(
         fits[name] = _fit(cosine, loss)
     best = min(fits, key=lambda name: fits[name][2])
     scale, bias, _ = fits[best]
-    return Combination(
-        combine=best, logit_scale=scale, logit_bias=bias, losses={name: fit[2] for name, fit in fits.items()}
-    )
+    losses = {name: fit[2] for name, fit in fits.items()}
+    return Combination(combine=best, logit_scale=scale, logit_bias=bias, losses=losses)
 
 
 def _fit(cosine: Float[Tensor, "rows rows"], loss: str) -> tuple[float, float | None, float]:
@@ -62,24 +54,22 @@ def _fit(cosine: Float[Tensor, "rows rows"], loss: str) -> tuple[float, float | 
     parameters = torch.tensor([math.log(20), -5.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 
+    def value() -> Tensor:
+        logits = parameters[0].clamp(max=MAX_LOG_LOGIT_SCALE).exp() * cosine
+        if loss == "siglip":
+            sign = 2 * torch.eye(len(cosine), dtype=cosine.dtype) - 1
+            return -F.logsigmoid(sign * (logits + parameters[1])).sum(1).mean()
+        target = torch.arange(len(cosine))
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = _loss(cosine, parameters, loss)
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
+        current = value()
+        current.backward()  # type: ignore[no-untyped-call]
+        return current
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         parameters[0].clamp_(0, MAX_LOG_LOGIT_SCALE)
-        value = float(_loss(cosine, parameters, loss))
-    scale, bias = parameters.tolist()
-    return scale, bias if loss == "siglip" else None, value
-
-
-def _loss(cosine: Float[Tensor, "rows rows"], parameters: Float[Tensor, "2"], loss: str) -> Float[Tensor, ""]:
-    logits = parameters[0].clamp(max=MAX_LOG_LOGIT_SCALE).exp() * cosine
-    if loss == "siglip":
-        sign = 2 * torch.eye(len(cosine), dtype=cosine.dtype) - 1
-        return -F.logsigmoid(sign * (logits + parameters[1])).sum(1).mean()
-    target = torch.arange(len(cosine))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        scale, bias = parameters.tolist()
+        return scale, bias if loss == "siglip" else None, float(value())

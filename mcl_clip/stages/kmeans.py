@@ -245,25 +245,19 @@ def _fit_sample(
         )
     generators = [torch_generator(*name, "start", start) for start in range(num_starts)]
     starts = _plus_plus(torch.from_numpy(sample).float(), num_clusters, generators)
-    fits = [_fit_start(sample, centroids) for centroids in starts]
-    best_objective, best = fits[0]
-    for objective, centroids in fits[1:]:
+    best_objective, best = math.inf, starts[0]
+    for centroids in starts:
+        members = _Members(lambda start, stop: sample[start:stop], all_chunks(len(sample)), centroids)
+        updated = centroids
+        for _ in range(SAMPLE_STEPS):
+            members.move_to(updated)
+            updated = _directions(members.sums(), members.centroids)
+            if torch.equal(updated, members.centroids):
+                break
+        objective = _objective(members.sums(), members.sizes(), members.centroids)
         if objective < best_objective - 1e-9:  # equal fits found from two starts: the first wins on every machine
-            best_objective, best = objective, centroids
+            best_objective, best = objective, updated
     return best
-
-
-def _fit_start(
-    sample: Float16[np.ndarray, "rows dim"], centroids: Float32[Tensor, "clusters dim"]
-) -> tuple[float, Float32[Tensor, "clusters dim"]]:
-    """Run Lloyd steps on the sample; return the objective before the last step and the centroids after it."""
-    members = _Members(lambda start, stop: sample[start:stop], all_chunks(len(sample)), centroids)
-    for _ in range(SAMPLE_STEPS):
-        members.move_to(centroids)
-        centroids = _directions(members.sums(), members.centroids)
-        if torch.equal(centroids, members.centroids):
-            break
-    return _objective(members.sums(), members.sizes(), members.centroids), centroids
 
 
 def all_chunks(num_rows: int) -> list[tuple[int, int]]:

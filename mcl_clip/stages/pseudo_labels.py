@@ -52,22 +52,19 @@ class PseudoLabels:
 
     def prefix(self, label: int) -> Prefix:
         """Return the cluster of each stage that a label encodes."""
-        digits = []
-        for clusters in reversed(self.radix):
-            label, digit = divmod(label, clusters)
-            digits.append(digit)
-        return tuple(reversed(digits))
+        return tuple(int(cluster) for cluster in np.unravel_index(label, self.radix))
 
     def summary(self) -> dict[str, Any]:
         """Summarize the number and the sizes of the labels, for `labels.json`."""
         _, sizes = np.unique(self.values, return_counts=True)
+        powers, counts = np.unique(np.floor(np.log2(sizes)).astype(int), return_counts=True)
         return {
             "radix": list(self.radix),
             "labels": len(sizes),
             "smallest": int(sizes.min()),
             "median": float(np.median(sizes)),
             "largest": int(sizes.max()),
-            "histogram": _histogram(sizes),
+            "histogram": {f"{2**p}-{2 ** (p + 1) - 1}": int(count) for p, count in zip(powers, counts, strict=True)},
         }
 
 
@@ -188,9 +185,3 @@ def _join(units: Iterable[Group], prefix: Prefix) -> Group:
     units = list(units)
     labels = tuple(sorted(label for unit in units for label in unit.labels))
     return Group(prefix=prefix, labels=labels, size=sum(unit.size for unit in units))
-
-
-def _histogram(sizes: np.ndarray) -> dict[str, int]:
-    """Count labels by the power of two of their size."""
-    powers, counts = np.unique(np.floor(np.log2(sizes)).astype(int), return_counts=True)
-    return {f"{2**power}-{2 ** (power + 1) - 1}": int(count) for power, count in zip(powers, counts, strict=True)}
