@@ -87,18 +87,14 @@ class FileImages:
                 raise UserError(explain_os_error(error)) from error
             except BadSampleError as error:
                 raise UserError(f"{path} cannot be decoded ({error}); restore the file") from error
-            yield image if box is None else _crop(image, box, path)
-
-
-def _crop(image: Image.Image, box: Box, path: Path) -> Image.Image:
-    left, top, width, height = box
-    overlaps = left < image.width and top < image.height and left + width > 0 and top + height > 0
-    if width < 1 or height < 1 or not overlaps or width * height > MAX_BOX_PIXELS:
-        raise UserError(
-            f"the box {list(box)} (left, top, width, height) does not fit {path}, which has {image.width} x "
-            f"{image.height} pixels; correct the box"
-        )
-    return image.crop((left, top, left + width, top + height))
+            left, top, width, height = box or (0, 0, *image.size)
+            overlaps = left < image.width and top < image.height and left + width > 0 and top + height > 0
+            if box and (width < 1 or height < 1 or not overlaps or width * height > MAX_BOX_PIXELS):
+                raise UserError(
+                    f"the box {list(box)} (left, top, width, height) does not fit {path}, which has {image.width} x "
+                    f"{image.height} pixels; correct the box"
+                )
+            yield image.crop((left, top, left + width, top + height)) if box else image
 
 
 def find_shards(root: Path, split: str) -> list[Path]:

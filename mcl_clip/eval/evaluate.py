@@ -190,7 +190,13 @@ def _evaluate_task(task: Task, encoder: Encoder, out: Path, candidate: Candidate
         )
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6
-        _write_result(out, {**record, **key, "peak_memory_mb": peak_memory_mb}, outcomes)
+        with atomic_path(out / outcomes_file) as path, path.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **outcomes)
+        # The record comes after its outcomes, and replaces an earlier one with the same outcomes file.
+        others = [other for other in read_jsonl(out / RESULTS) if other.get("outcomes") != outcomes_file]
+        with atomic_path(out / RESULTS) as path:
+            for line in (*others, {**record, **key, "peak_memory_mb": peak_memory_mb}):
+                append_jsonl(path, line)
 
     on_main(write)
     value = metrics[task.main_metric]
@@ -210,13 +216,3 @@ def _has_result(out: Path, key: dict[str, Any]) -> bool:
             f"--out another folder"
         )
     return (out / key["outcomes"]).is_file() and any(key.items() <= record.items() for record in records)
-
-
-def _write_result(out: Path, record: dict[str, Any], outcomes: dict[str, np.ndarray]) -> None:
-    """Write the outcomes, then the record, which replaces an earlier one with the same outcomes file."""
-    with atomic_path(out / record["outcomes"]) as path, path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **outcomes)
-    others = [other for other in read_jsonl(out / RESULTS) if other.get("outcomes") != record["outcomes"]]
-    with atomic_path(out / RESULTS) as path:
-        for line in (*others, record):
-            append_jsonl(path, line)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mcl_clip.core.errors import UserError
@@ -163,7 +163,7 @@ def recall_metrics(
         raise UserError(f"{num_images} images, {num_texts} texts and {len(image_of_text)} pairs do not fit together")
     if image_of_text.min() < 0 or image_of_text.max() >= num_images:
         raise UserError(f"captions belong to images 0 to {num_images - 1}, not to {image_of_text.max()}")
-    images, texts = (_FeatureRows.scaled(part, normalize=normalize) for part in (image_features, text_features))
+    images, texts = (_FeatureRows(part, normalize=normalize) for part in (image_features, text_features))
     positives = torch.from_numpy(image_of_text).to(image_features.device, torch.int64)
     by_text, by_image = (part.to(torch.int32).cpu().numpy() for part in _ranks(images, texts, positives, chunk))
     ranks = {"image_retrieval": by_text, "text_retrieval": by_image}
@@ -187,28 +187,27 @@ def recall_metrics(
     return metrics, ranks | stored | units
 
 
-@dataclass(frozen=True)
 class _FeatureRows:
-    """Features of one side, scaled row by row on access, so that no scaled copy of them all exists."""
+    """Features of one side, scaled row by row on access, so that no scaled copy of them all exists.
 
-    features: Float[Tensor, "rows dim"]
-    divisors: Float[Tensor, "rows 1"]
+    Rows are divided by their norms, or all by one power of two, which keeps their order and prevents overflow.
+    """
 
-    @classmethod
-    def scaled(cls, features: Float[Tensor, "rows dim"], *, normalize: bool) -> "_FeatureRows":
-        """Divide rows by their norms, or all by one power of two, which keeps their order and prevents overflow."""
+    def __init__(self, features: Float[Tensor, "rows dim"], *, normalize: bool) -> None:
         if normalize:
-            features = features.float()
-            return cls(features, torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-12))
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        _, exponent = torch.frexp(torch.linalg.vector_norm(features, torch.inf))
-        return cls(features, torch.ldexp(features.new_ones(()), exponent - 1).expand(len(features), 1))
+            self.features = features.float()
+            self.divisors = torch.linalg.vector_norm(self.features, dim=1, keepdim=True).clamp_min(1e-12)
+        else:
+            self.features = features.to(torch.promote_types(features.dtype, torch.float32))
+            _, exponent = torch.frexp(torch.linalg.vector_norm(self.features, torch.inf))
+            self.divisors = torch.ldexp(self.features.new_ones(()), exponent - 1).expand(len(features), 1)
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, rows: slice | Int[Tensor, " some"]) -> Float[Tensor, "some dim"]:
-        return self.features[rows] / self.divisors[rows]
+        scaled: Tensor = self.features[rows] / self.divisors[rows]
+        return scaled
 
     def max_norm(self) -> Float[Tensor, ""]:
         """Return the largest norm of a scaled row."""
@@ -233,7 +232,7 @@ def _ranks(
     ahead_of_text, ahead_of_image = (
         torch.zeros_like(best, dtype=torch.int64) for best in (best_of_text, best_of_image)
     )
-    scorer = _Scorer.allocate(images, texts, chunk)
+    scorer = _Scorer(images, texts, chunk)
     for block in _slices(len(images), IMAGE_BLOCK):
         gallery, best_image = images[block], best_of_image[block]
         for rows in _slices(len(texts), chunk):
@@ -250,7 +249,6 @@ def _ranks(
     return ahead_of_text, ahead_of_image
 
 
-@dataclass(frozen=True)
 class _Scorer:
     """Reusable buffers for score blocks, and the rounding error `bound` of a float32 score.
 
@@ -258,26 +256,18 @@ class _Scorer:
     compared with.
     """
 
-    buffer: Float[Tensor, " size"]
-    spare: Float[Tensor, " size"]
-    near: Bool[Tensor, " size"]
-    bound: Float[Tensor, ""]
-    is_fast: bool
-
-    @classmethod
-    def allocate(cls, images: _FeatureRows, texts: _FeatureRows, chunk: int) -> "_Scorer":
-        """Allocate buffers for `chunk` texts and a block of images."""
+    def __init__(self, images: _FeatureRows, texts: _FeatureRows, chunk: int) -> None:
         device, size = images.features.device, min(chunk, len(texts)) * min(IMAGE_BLOCK, len(images))
-        buffer, spare = (torch.empty(size, device=device) for _ in range(2))
+        self.buffer, self.spare = (torch.empty(size, device=device) for _ in range(2))
+        self.near = torch.empty(size, dtype=torch.bool, device=device)
         # A float32 sum of n products is off by at most n * eps / 2 times the product of the norms (Higham, Accuracy
         # and Stability of Numerical Algorithms, section 3.1); twice that, and some more for the other roundings.
         bound = images.max_norm() * texts.max_norm() * (images.features.shape[1] + 8) * torch.finfo(torch.float32).eps
-        near = torch.empty(size, dtype=torch.bool, device=device)
+        self.bound = bound.float()
         try:  # the bound does not hold for products in TF32 or bfloat16
-            is_fast = torch.get_float32_matmul_precision() == "highest"
+            self.is_fast = torch.get_float32_matmul_precision() == "highest"
         except RuntimeError:  # set per backend
-            is_fast = False
-        return cls(buffer, spare, near, bound.float(), is_fast)
+            self.is_fast = False
 
     def scores(
         self,
