@@ -43,11 +43,6 @@ class MetricComparison:
     p_value: float | None = None
     p_holm: float | None = None
 
-    @property
-    def test(self) -> tuple[Any, ...]:
-        """Identifies a test: metrics with the same figures and counts are one test under several names."""
-        return (self.a, self.b, self.n, self.only_a, self.only_b, self.p_value)
-
 
 @dataclass(frozen=True)
 class ModelComparison:
@@ -57,10 +52,6 @@ class ModelComparison:
     b: ModelResults
     metrics: Sequence[MetricComparison]
     left_out: Mapping[str, str]
-
-
-class _CannotCompareError(Exception):
-    """The reason why a set is left out."""
 
 
 def find_results(name: str) -> ModelResults:
@@ -91,12 +82,11 @@ def find_results(name: str) -> ModelResults:
             f"{folder} has no results of {label!r} but of {', '.join(labels)}; say which, as in {folder}:{labels[0]}"
         )
     by_set: dict[str, Result] = {}
-    for result in results:
+    for result in (result for result in results if result.label == label):
         key = result.record["key"]
-        if result.label == label and key in by_set:
+        if key in by_set:
             raise UserError(f"{folder} has two results of {label} for {key}; compare folders that have one each")
-        if result.label == label:
-            by_set[key] = result
+        by_set[key] = result
     return ModelResults(name, by_set)
 
 
@@ -109,10 +99,10 @@ def compare_models(a: ModelResults, b: ModelResults, *, resamples: int = 10_000)
     metrics: list[MetricComparison] = []
     left_out = {}
     for key in dict.fromkeys([*a.results, *b.results]):
-        try:
-            metrics += _compare_set(a, b, key, resamples)
-        except _CannotCompareError as error:
-            left_out[key] = str(error)
+        if reason := _why_left_out(a, b, key):
+            left_out[key] = reason
+        else:
+            metrics += _compare_set(key, a.results[key], b.results[key], resamples)
     if not metrics:
         reasons = "; ".join(f"{key}: {reason}" for key, reason in left_out.items())
         raise UserError(f"{a.name} and {b.name} have no set in common ({reasons}); evaluate both on the same data")
@@ -141,54 +131,46 @@ def comparison_records(comparison: ModelComparison) -> Iterator[dict[str, Any]]:
         yield {"key": key, "left_out": reason, **models}
 
 
-def _compare_set(a: ModelResults, b: ModelResults, key: str, resamples: int) -> list[MetricComparison]:
+def _why_left_out(a: ModelResults, b: ModelResults, key: str) -> str:
+    """Return the reason why two models cannot be compared on a set; empty if they can."""
     for model, other in ((a, b), (b, a)):
         if key not in model.results:
-            raise _CannotCompareError(f"only {other.name} has it")
+            return f"only {other.name} has it"
     one, two = a.results[key], b.results[key]
     digests = [str(result.record.get("data_sha256")) for result in (one, two)]
     if digests[0] != digests[1]:
-        raise _CannotCompareError(f"the data differ (sha256 {digests[0][:8]}... and {digests[1][:8]}...)")
+        return f"the data differ (sha256 {digests[0][:8]}... and {digests[1][:8]}...)"
     for model, result in ((a, one), (b, two)):
         if result.outcomes_path is None:
-            raise _CannotCompareError(f"{model.name} has no outcomes of single queries for it; evaluate it again")
-        try:
-            _ = result.outcomes  # cached
-        except UserError as error:
-            raise _CannotCompareError(str(error)) from error
-    metrics = [
-        _compare_metric(key, name, one, two, resamples)
-        for name in one.record["metrics"]
-        if name in two.record["metrics"] and name != "main_metric"
-    ]
-    metrics.sort(key=lambda metric: metric.ci95 is None)  # those without an interval last
-    tests = {metric.test: metric.p_value for metric in metrics if metric.p_value is not None}
-    if len(tests) < 2:
-        return metrics
-    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
-    return [replace(metric, p_holm=adjusted.get(metric.test)) for metric in metrics]
+            return f"{model.name} has no outcomes of single queries for it; evaluate it again"
+    try:
+        of_a, of_b = one.outcomes, two.outcomes
+    except UserError as error:  # the file is damaged
+        return str(error)
+    for metric in (name for name in one.record["metrics"] if name in two.record["metrics"]):
+        if metric in of_a and metric in of_b and of_a[metric].shape != of_b[metric].shape:
+            return f"{metric} has {len(of_a[metric])} outcomes in one and {len(of_b[metric])} in the other"
+    return ""
 
 
-def _compare_metric(key: str, metric: str, one: Result, two: Result, resamples: int) -> MetricComparison:
-    a, b = one.record["metrics"][metric], two.record["metrics"][metric]
-    plain = MetricComparison(key=key, metric=metric, a=a, b=b, difference=a - b)
-    if metric not in one.outcomes or metric not in two.outcomes:
-        return plain
-    of_a, of_b = one.outcomes[metric], two.outcomes[metric]
-    if of_a.shape != of_b.shape:
-        raise _CannotCompareError(f"{metric} has {len(of_a)} outcomes in one and {len(of_b)} in the other")
-    paired = compare(one, two, metric, resamples=resamples)
-    if paired is None:
-        return plain
-    return replace(
-        plain,
-        ci95=(paired.low, paired.high),
-        n=paired.n,
-        units=paired.units,
-        only_a=paired.only_a,
-        only_b=paired.only_b,
-        p_value=paired.p_value,
-    )
+def _compare_set(key: str, one: Result, two: Result, resamples: int) -> list[MetricComparison]:
+    compared = []
+    for metric, a in one.record["metrics"].items():
+        if metric in two.record["metrics"] and metric != "main_metric":
+            b = two.record["metrics"][metric]
+            entry = MetricComparison(key=key, metric=metric, a=a, b=b, difference=a - b)
+            if (paired := compare(one, two, metric, resamples=resamples)) is not None:
+                counts = {name: getattr(paired, name) for name in ("n", "units", "only_a", "only_b", "p_value")}
+                entry = replace(entry, ci95=(paired.low, paired.high), **counts)
+            compared.append(entry)
+    compared.sort(key=lambda entry: entry.ci95 is None)  # those without an interval last
+    # Metrics with the same figures and counts are one test under several names.
+    names = [(entry.a, entry.b, entry.n, entry.only_a, entry.only_b, entry.p_value) for entry in compared]
+    p_values = {name: name[-1] for name in names if name[-1] is not None}
+    if len(p_values) < 2:
+        return compared
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return [replace(entry, p_holm=adjusted.get(name)) for entry, name in zip(compared, names, strict=True)]
 
 
 def _row(metric: MetricComparison) -> list[str]:
