@@ -191,7 +191,6 @@ def _render(subject: _Subject, about: About) -> str:
         stage=subject.stage,
         count=len(run.stages),
         weights=safe(subject.weights),
-        is_all_stages=subject.is_all_stages,
         is_measured=bool(subject.results),
         model=_model(subject),
         pairs=len(run.index) - run.held_out_rows if run.index else None,
@@ -201,7 +200,9 @@ def _render(subject: _Subject, about: About) -> str:
         usage=_usage(subject),
         main_table=main_table(run, subject.labels, subject.label) if run.results else "",
         sets=_sets(subject),
-        differences=_differences(subject),
+        differences=difference_table(run, COMBINED, f"stage-{subject.stage or 0}")
+        if len(run.stages) > 1 and not subject.weights
+        else "",
         agreement=agreement_table(run),
         data_table=markdown_table(headed(data), text_columns=2),
         stage_table=markdown_table(stage_rows(run)),
@@ -343,13 +344,6 @@ def _sets(subject: _Subject) -> list[dict[str, str]]:
             }
         )
     return sets
-
-
-def _differences(subject: _Subject) -> str:
-    """Return the table of all stages against one stage; empty where there is none."""
-    if len(subject.run.stages) == 1 or subject.weights:
-        return ""
-    return difference_table(subject.run, COMBINED, f"stage-{subject.stage or 0}")
 
 
 def _rivals(subject: _Subject) -> list[dict[str, Any]]:
