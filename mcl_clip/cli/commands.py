@@ -35,17 +35,15 @@ from mcl_clip.publish.hub import check_repo_name, check_target, find_token, uplo
 from mcl_clip.report.evaluation import runs_with_controls
 from mcl_clip.report.page import write_report
 from mcl_clip.results.compare import compare_models, comparison_records, comparison_text, find_results
-from mcl_clip.results.text import results_table
+from mcl_clip.results.text import format_bytes, results_table
 from mcl_clip.runs.pipeline import check_stages
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.tools.browse import serve
-from mcl_clip.tools.doctor import examine
+from mcl_clip.tools.doctor import diagnoses, examine, finding_text, status_lines
 from mcl_clip.tools.experiment import plan_experiment, run_arms, table
-from mcl_clip.tools.findings import as_bytes, finding_text
 from mcl_clip.tools.launch import launch, read_placement, resolve_placement
 from mcl_clip.tools.profile import hints, profile_recipe, profile_text
 from mcl_clip.tools.reshard import reshard
-from mcl_clip.tools.status import diagnoses, status_lines
 
 PROFILE_OPTIONS = ("--stage", "--steps", "--warmup", "--out")
 PLACEMENT_OPTIONS = (
@@ -94,7 +92,7 @@ def report(run: Path, /, *, max_mb: float = 10.0, images: bool = True, out: Path
     check_range("max-mb", max_mb, 0.01)
     started = time.monotonic()
     path = write_report(run, images=images, max_mb=max_mb, out=out)
-    print(f"{path}: {as_bytes(path.stat().st_size)}, in {time.monotonic() - started:.1f} s")
+    print(f"{path}: {format_bytes(path.stat().st_size)}, in {time.monotonic() - started:.1f} s")
 
 
 def browse(run: Path, /, *, port: int = 7860, gallery: str = "", open: bool = False, device: str | None = None) -> None:
@@ -443,7 +441,7 @@ def push(
     print(_export_text(folder, export_run(run, folder, what, repo=repo, revision=revision)))
     if dry_run:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            print(f"  {path.relative_to(folder)}  {as_bytes(path.stat().st_size)}")
+            print(f"  {path.relative_to(folder)}  {format_bytes(path.stat().st_size)}")
         print("nothing was uploaded")
         return
     message = f"{run.resolve().name}: {what.form} model, written by mcl_clip {version('mcl_clip')}"
@@ -452,7 +450,7 @@ def push(
 
 
 def _export_text(folder: Path, differences: Mapping[str, float]) -> str:
-    size = as_bytes(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    size = format_bytes(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
     libraries = ", ".join(f"{name} {difference:.1g}" for name, difference in differences.items())
     return f"{folder}: {size}; loaded back, with a largest difference of features of {libraries}"
 

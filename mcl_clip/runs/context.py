@@ -169,8 +169,3 @@ def open_tasks(config: RunConfig) -> dict[str, Task]:
                 raise UserError(f"two evaluation sets are both called {name}; write NAME=FOLDER")
             tasks[name] = open_task(Path(folder), name)
     return tasks
-
-
-def only(settings: Any, *names: str) -> dict[str, Any]:
-    """Return some attributes as keyword arguments."""
-    return {name: getattr(settings, name) for name in names}

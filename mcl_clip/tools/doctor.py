@@ -1,32 +1,44 @@
-"""`mcl-clip doctor`: find what will fail, or perform badly, before a job runs.
+"""`mcl-clip doctor`: find what will fail, or perform badly, before a job runs; and the progress of a run for `status`.
 
 Nothing is written; of the training data a sample is read.
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.core.distributed import count_cores
+from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import STARTED, read_json, read_jsonl
-from mcl_clip.data.decode import train_transform
 from mcl_clip.data.row_order import Source
 from mcl_clip.eval.task import Task
-from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH, make_tokenizer
-from mcl_clip.runs.context import RunContext, only, open_tasks
+from mcl_clip.report.page import REPORT
+from mcl_clip.results.record import PHASES, phase_state, read_run
+from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import with_control
+from mcl_clip.runs.eval_phase import diagnosis
 from mcl_clip.runs.phase import Phase
 from mcl_clip.runs.pipeline import check_held_out, check_publishing, check_stages, plan_phases
 from mcl_clip.runs.train_phase import min_group_size
-from mcl_clip.tools.doctor_data import RowCounts, check_reading, inspect_shards, open_sets
+from mcl_clip.tools.doctor_data import (
+    RowCounts,
+    check_reading,
+    check_tokenizer,
+    check_weights,
+    find_model_cfg,
+    inspect_shards,
+    open_sets,
+)
 from mcl_clip.tools.doctor_machine import (
+    Finding,
+    attempt,
     check_devices,
     check_disk,
     check_memory,
@@ -37,19 +49,21 @@ from mcl_clip.tools.doctor_machine import (
     machines_for,
     own_requirements,
 )
-from mcl_clip.tools.doctor_weights import check_tokenizer, check_weights, find_model_cfg, is_measurable
-from mcl_clip.tools.estimates import MAX_LABELS, StageEstimate, estimate_disk, measure, rows_per_label
-from mcl_clip.tools.findings import Finding, attempt
-from mcl_clip.tools.status import diagnose_stage, status_lines
+from mcl_clip.tools.estimates import MAX_LABELS, clusters_per_modality, estimate_disk, measure_stages, rows_per_label
 from mcl_clip.train.trackers import check_trackers
 
 MAX_DATA_WAIT_SHARE = 0.3
-SMALL_GROUPS = {
-    "weightless": "rows with fewer than {min_negatives} negatives get no weight; use fewer clusters in earlier stages",
-    "merged": "most are merged, into groups of at least {min_group_size} rows; use fewer clusters",
-    "mixed": "a batch of {global_batch_size} holds several groups, with about {negatives} negatives per row; use fewer "
-    "clusters before this stage, or smaller batches",
-}
+GREEN, YELLOW, RED, FAINT, PLAIN = "\033[32m", "\033[33m", "\033[31m", "\033[2m", "\033[0m"
+COLOURS = {"ok": GREEN, "warning": YELLOW, "FAIL": RED, "done": GREEN, "partial": YELLOW, "missing": FAINT}
+
+
+def finding_text(finding: Finding, *, columns: int = 0, has_colours: bool = False) -> str:
+    """Format a finding as one line, or wrapped to `columns` characters if given."""
+    level = f"{finding.level:<8}"
+    text = f"{finding.topic:<10} {finding.text}"
+    if columns:
+        text = textwrap.fill(text, max(40, columns - 8), subsequent_indent=" " * 11).replace("\n", f"\n{'':8}")
+    return f"{COLOURS[finding.level]}{level}{PLAIN}{text}" if has_colours else level + text
 
 
 def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[], Accelerator]) -> Iterator[Finding]:
@@ -67,157 +81,57 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
     rows, shard_findings = inspect_shards(config.data.train, config.run_dir / "index" / "index.arrow")
     _, recipe_findings = attempt("recipe", partial(check_stages, config, processes=processes))
     config = with_control(config, rows=rows.total if rows else 0)
-    tower = config.tower
-    cfg, tower_findings = attempt(
-        "tower",
-        lambda: find_model_cfg(architecture=tower.architecture, model=tower.model, preprocess=tower.preprocess),
-    )
-    estimates, estimate_findings = attempt("tower", partial(estimate_stages, config, cfg))
+    cfg, tower_findings = attempt("tower", partial(find_model_cfg, config.tower))
+    sizes, size_findings = attempt("tower", partial(measure_stages, config.stages, cfg))
     yield from check_devices(
         gpus,
         cores=cores,
         processes=processes,
         workers=config.machine.workers,
         precisions=[stage.train.precision for stage in config.stages if stage.train.steps],
-        trained=max((estimate.tower.trained for estimate in estimates or () if estimate.tower), default=0),
+        trained=max((size.trained for size in sizes or () if size), default=0),
     )
     yield from shard_findings
     if rows and cfg:
         # Loaders with a core of their own; with 0 workers the training process loads by itself.
         loaders = max(1, machines * min(config.machine.workers * processes // machines, cores))
-        yield from _check_reading(config, rows, cfg, loaders=loaders)
-    tasks, set_findings = _open_sets(config)
-    yield from set_findings
-    yield from recipe_findings
+        yield from check_reading(config, rows.index, cfg, loaders=loaders)
+    tasks, set_findings = open_sets(config)
+    yield from [*set_findings, *recipe_findings]
     yield from attempt("trackers", partial(check_trackers, config.machine.trackers))[1]
-    yield from [*tower_findings, *estimate_findings]
+    yield from [*tower_findings, *size_findings]
     if repo := config.publish.repo:
         yield from attempt("publish", partial(check_publishing, config))[1] or [Finding("ok", "publish", f"to {repo}")]
     if not tower_findings:
-        yield from check_weights(tower.architecture, tower.pretrained, model=tower.model)
+        yield from check_weights(config.tower)
         yield from check_tokenizer((cfg or {}).get("text_cfg", {}))
-    if estimates:
-        yield from _check_estimates(config, estimates, rows, processes=processes)
+    if sizes:
+        per_epoch = rows.per_epoch(config.data.weights, config.data.holdout_rows) if rows else None
+        yield from check_steps(config.stages, rows=per_epoch)
+        yield from check_groups(config.stages, rows.total) if rows else ()
+        yield from check_memory(config.stages, sizes, config.machine, gpus, processes=processes, free=free_memory())
+        total, keep = rows.total if rows else 0, config.machine.keep_checkpoints
+        yield from check_disk(config.run_dir, estimate_disk(config.stages, sizes, rows=total, keep_checkpoints=keep))
     yield from _check_run(config, rows, tasks, make_accelerator)
 
 
-def _check_estimates(
-    config: RunConfig, estimates: Sequence[StageEstimate], rows: RowCounts | None, *, processes: int
-) -> Iterator[Finding]:
-    """Check steps, groups, memory and disk space."""
-    yield from check_steps(
-        estimates, rows=rows.per_epoch(config.data.weights, config.data.holdout_rows) if rows else None
-    )
-    if rows:
-        yield from check_groups(estimates, rows.total)
-    free, gpus = free_memory(), find_gpus()
-    local = processes // machines_for(processes, gpus)
-    yield from check_memory(
-        estimates,
-        processes=processes,
-        memory=min(gpu.memory for gpu in gpus) if gpus else free // processes,
-        device="of GPU memory" if gpus else "of free memory",
-        host_memory=free,
-        loader_batches=local * config.machine.workers * config.machine.prefetch_batches,
-    )
-    total = rows.total if rows else 0
-    sizes = estimate_disk(estimates, rows=total, keep_checkpoints=config.machine.keep_checkpoints)
-    yield from check_disk(config.run_dir, sizes)
-
-
-def estimate_stages(config: RunConfig, cfg: Mapping[str, Any] | None) -> list[StageEstimate]:
-    """Collect what the estimates depend on, for each stage.
-
-    Args:
-        config: the recipe.
-        cfg: model config of open_clip; None if it is unknown.
-
-    Raises:
-        UserError: if the model cannot be built, or cannot be locked as the recipe asks.
-    """
-    is_known = cfg is not None and is_measurable(cfg)
-    names = ("steps", "global_batch_size", "warmup_steps", "groups", "min_negatives", "precision")
-    estimates, towers = [], {}
-    for stage in config.stages:
-        train = stage.train
-        if is_known and cfg and train.lock not in towers:
-            locked = only(train.lock, "text", "image_unlocked_groups", "patterns") if train.steps else {}
-            towers[train.lock] = measure(cfg, locked=locked)
-        estimates.append(
-            StageEstimate(
-                **only(train, *names, "grad_cache_rows", "loss_chunk_rows"),
-                min_group_size=min_group_size(stage),
-                has_average=train.average_decay > 0,
-                clusters=_clusters_per_modality(stage),
-                has_projection=stage.cluster.metric == "shared",
-                tower=towers.get(train.lock),
-                has_cached_texts=train.lock.text and train.lock.cached_texts,
-            )
-        )
-    return estimates
-
-
-def _clusters_per_modality(stage: StageConfig) -> tuple[int, ...]:
-    cluster = stage.cluster
-    texts = cluster.text_clusters or cluster.num_clusters
-    return {"image": (cluster.num_clusters,), "text": (texts,), "product": (cluster.num_clusters, texts)}[cluster.on]
-
-
-def _check_reading(config: RunConfig, rows: RowCounts, cfg: Mapping[str, Any], *, loaders: int) -> Iterator[Finding]:
-    text = cfg["text_cfg"]
-    length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
-
-    def no_tokens(texts: list[str]) -> torch.Tensor:
-        return torch.zeros(len(texts), length, dtype=torch.int64)
-
-    size = cfg["vision_cfg"].get("image_size", 224)
-    yield from check_reading(
-        rows.index,
-        transform=train_transform({"size": size, **config.tower.preprocess}, **asdict(config.stages[0].train.augment)),
-        # A tokenizer on the Hub is not downloaded; decoding images takes most of the time.
-        tokenizer=no_tokens if text.get("hf_tokenizer_name") else make_tokenizer(dict(cfg)),
-        max_pixels=config.data.max_pixels,
-        json_key=config.data.caption_key,
-        max_bad_fraction=config.data.max_bad_fraction,
-        loaders=loaders,
-        batch_sizes=[(stage.train.steps, stage.train.global_batch_size) for stage in config.stages],
-        is_staged=config.machine.remote == "stage",
-    )
-
-
-def _open_sets(config: RunConfig) -> tuple[Mapping[str, Task] | None, list[Finding]]:
-    kinds = ("retrieval", "classification", "sets")
-    none: dict[str, Any] = dict.fromkeys(kinds, ())
-    singles = [
-        replace(config, eval=replace(config.eval, **{**none, kind: (value,)}))
-        for kind in kinds
-        for value in getattr(config.eval, kind)
-    ]
-    return open_sets(partial(open_tasks, config), [partial(open_tasks, single) for single in singles])
-
-
-def check_steps(stages: Sequence[StageEstimate], *, rows: int | None) -> Iterator[Finding]:
-    """Report steps and epochs; warn of batches above an epoch and of a warm-up that never ends.
-
-    Args:
-        stages: all stages.
-        rows: rows of an epoch, if known.
-    """
-    trained = {number: stage for number, stage in enumerate(stages) if stage.steps}
+def check_steps(stages: Sequence[StageConfig], *, rows: int | None) -> Iterator[Finding]:
+    """Report steps and epochs of `rows`; warn of batches above an epoch and of a warm-up that never ends."""
+    trained = {number: stage.train for number, stage in enumerate(stages) if stage.train.steps}
     parts = []
-    for stage in trained.values():
-        epochs = stage.steps / -(-rows // stage.global_batch_size) if rows else 0
+    for train in trained.values():
+        epochs = train.steps / -(-rows // train.global_batch_size) if rows else 0
         shown = f" ({f'{epochs:,.0f}' if epochs >= 100 else f'{epochs:.3g}'} epochs)" if epochs else ""
-        parts.append(f"{stage.steps:,} of {stage.global_batch_size:,} rows{shown}")
-    total = sum(stage.steps for stage in stages)
+        parts.append(f"{train.steps:,} of {train.global_batch_size:,} rows{shown}")
+    total = sum(train.steps for train in trained.values())
     yield Finding("ok", "steps", f"{total:,} steps in {len(stages)} stage{'s' * (len(stages) > 1)}: {', '.join(parts)}")
-    if large := [number for number, stage in trained.items() if rows and stage.global_batch_size > rows]:
-        setting = f"--stages.{large[0]}.train.global-batch-size {stages[large[0]].global_batch_size}"
+    if large := [number for number, train in trained.items() if rows and train.global_batch_size > rows]:
+        setting = f"--stages.{large[0]}.train.global-batch-size {trained[large[0]].global_batch_size}"
         text = f"{setting} is more than the {rows:,} rows of an epoch: batches are not full"
         yield Finding("warning", "steps", text + _also(large))
-    if slow := [number for number, stage in trained.items() if stage.warmup_steps >= stage.steps]:
-        setting = f"--stages.{slow[0]}.train.warmup-steps {stages[slow[0]].warmup_steps}"
-        text = f"{setting} of {stages[slow[0]].steps} steps: the learning rate never leaves its warm-up"
+    if slow := [number for number, train in trained.items() if train.warmup_steps >= train.steps]:
+        setting = f"--stages.{slow[0]}.train.warmup-steps {trained[slow[0]].warmup_steps}"
+        text = f"{setting} of {trained[slow[0]].steps} steps: the learning rate never leaves its warm-up"
         yield Finding("warning", "steps", text + _also(slow))
 
 
@@ -226,34 +140,89 @@ def _also(numbers: Sequence[int]) -> str:
     return f" (also stage {', '.join(map(str, numbers[1:]))})" if len(numbers) > 1 else ""
 
 
-def check_groups(stages: Sequence[StageEstimate], rows: int) -> Iterator[Finding]:
+def check_groups(stages: Sequence[StageConfig], rows: int) -> Iterator[Finding]:
     """Compare the expected sizes of groups with the batches that they have to fill."""
     sizes = rows_per_label(stages, rows)
-    grouped = [number for number, stage in enumerate(stages) if number and stage.steps and stage.groups != "none"]
+    grouped = [n for n, stage in enumerate(stages) if n and stage.train.steps and stage.train.groups != "none"]
     if grouped:
         expected = ", ".join(f"stage {number} {sizes[number]:,.4g}" for number in grouped)
         yield Finding("ok", "groups", f"mean rows per label, before small groups are merged: {expected}")
-    problems: dict[str, list[int]] = {}
+    problems: dict[str, list[tuple[int, str]]] = {}
     for number in grouped:
-        stage, size = stages[number], sizes[number]
-        if size <= stage.min_negatives:
-            problems.setdefault("weightless", []).append(number)
-        elif size < stage.min_group_size:
-            problems.setdefault("merged", []).append(number)
-        elif size < stage.global_batch_size:
-            problems.setdefault("mixed", []).append(number)
-    for problem, numbers in problems.items():
-        stage, size = stages[numbers[0]], sizes[numbers[0]]
-        text = SMALL_GROUPS[problem].format(**vars(stage), negatives=max(0, round(size) - 1))
-        text = f"stage {numbers[0]} has {size:,.4g} rows per label: {text}{_also(numbers)}"
+        train, size, least = stages[number].train, sizes[number], min_group_size(stages[number])
+        if size <= train.min_negatives:
+            text = f"rows with fewer than {train.min_negatives} negatives get no weight; use fewer clusters in earlier "
+            problems.setdefault("weightless", []).append((number, f"{text}stages"))
+        elif size < least:
+            text = f"most are merged, into groups of at least {least} rows; use fewer clusters"
+            problems.setdefault("merged", []).append((number, text))
+        elif size < train.global_batch_size:
+            text = (
+                f"a batch of {train.global_batch_size} holds several groups, with about {max(0, round(size) - 1)} "
+                f"negatives per row; use fewer clusters before this stage, or smaller batches"
+            )
+            problems.setdefault("mixed", []).append((number, text))
+    for affected in problems.values():
+        number, text = affected[0]
+        text = f"stage {number} has {sizes[number]:,.4g} rows per label: {text}{_also([n for n, _ in affected])}"
         yield Finding("warning", "groups", text)
-    for number, stage in enumerate(stages):
-        if max(stage.clusters) > rows:
-            setting = f"--stages.{number}.cluster.num-clusters {max(stage.clusters)}"
+    clusters = [clusters_per_modality(stage) for stage in stages]
+    for number, numbers in enumerate(clusters):
+        if max(numbers) > rows:
+            setting = f"--stages.{number}.cluster.num-clusters {max(numbers)}"
             yield Finding("FAIL", "groups", f"{setting} is more than the {rows:,} rows; use a smaller number")
-    if math.prod(stage.labels for stage in stages) >= MAX_LABELS:
+    if math.prod(map(math.prod, clusters)) >= MAX_LABELS:
         text = "the clusters of all stages make over 2^63 labels; use fewer stages or clusters"
         yield Finding("FAIL", "groups", text)
+
+
+def status_lines(run: Path, *, has_colours: bool = False) -> list[str]:
+    """List the state of the phases of each stage with its last step, of the combined model and of publishing."""
+    record, lines = read_run(run), []
+
+    def state(folder: Path) -> str:
+        word = phase_state(folder)
+        return f"{COLOURS[word]}{word}{PLAIN}" if has_colours else word
+
+    for number, stage in enumerate(record.stages):
+        states = ", ".join(f"{phase} {state(stage.folder / phase)}" for phase in PHASES)
+        steps = stage.train_settings.get("steps")
+        last = f" (step {stage.steps[-1].get('step')} of {steps})" if stage.steps else ""
+        lines.append(f"stage {number}: {states}{last}")
+    lines.append(f"combined: {state(run / 'combined')}")
+    publish = record.config.get("publish")
+    if isinstance(publish, dict) and publish.get("repo"):
+        lines.append(f"publish to {publish['repo']}: {state(run / 'publish')}")
+    if (run / REPORT).exists():
+        lines.append(f"report: {run / REPORT}")
+    return lines
+
+
+def diagnoses(run: Path) -> list[str]:
+    """List one line per evaluated stage on whether a further stage, or more training, can help."""
+    record = read_run(run)
+    rows = len(record.index or ())
+    texts = [diagnose_stage(run, number, stage.train_settings, rows) for number, stage in enumerate(record.stages)]
+    return [f"stage {number}: {text}" for number, text in enumerate(texts) if text]
+
+
+def diagnose_stage(run: Path, stage: int, settings: Mapping[str, Any], rows: int) -> str:
+    """Diagnose one stage by its training settings, as in config.json; empty before it is evaluated or without `rows`.
+
+    Raises:
+        UserError: if its metrics or results are damaged.
+    """
+    if not rows or phase_state(run / f"stage-{stage}" / "eval") != "done":
+        return ""
+    try:
+        return diagnosis(run, stage, settings=settings, rows=rows)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"metrics or results in {run / f'stage-{stage}'} are damaged ({type(error).__name__}: {error}); restore "
+            f"them, or delete their folders and run the recipe again"
+        ) from error
 
 
 def _check_run(
@@ -317,24 +286,14 @@ def check_phases(plan: Callable[[], Sequence[Phase]]) -> Iterator[Finding]:
 def _check_finished_stages(config: RunConfig, rows: int) -> Iterator[Finding]:
     labels = 1
     for number, stage in enumerate(config.stages):
-        following = config.stages[number + 1] if number + 1 < len(config.stages) else None
-        batch = (following or stage).train.global_batch_size
-        diagnosis, failures = attempt(
-            "learned", partial(diagnose_stage, config.run_dir, number, asdict(stage.train), rows)
-        )
-        yield from failures
-        if diagnosis:
-            yield from check_suppression(
-                number,
-                diagnosis,
-                labels_needed=rows / batch / labels,
-                clusters=stage.cluster.num_clusters,
-                next_start=following.start if following else None,
-                is_pretrained=config.tower.is_pretrained,
-            )
         path = config.run_dir / f"stage-{number}" / "train" / "metrics.jsonl"
+        settings = asdict(stage.train)
+        text, failures = attempt("learned", partial(diagnose_stage, config.run_dir, number, settings, rows))
+        yield from failures
+        if text:
+            yield check_suppression(config, number, text, rows / labels)
         yield from check_data_wait(number, attempt("learned", partial(read_jsonl, path))[0] or [])
-        labels *= math.prod(_clusters_per_modality(stage))
+        labels *= math.prod(clusters_per_modality(stage))
 
 
 def check_data_wait(stage: int, records: Sequence[Mapping[str, float]]) -> Iterator[Finding]:
@@ -348,33 +307,31 @@ def check_data_wait(stage: int, records: Sequence[Mapping[str, float]]) -> Itera
         yield Finding("warning", "reading", text)
 
 
-def check_suppression(
-    stage: int, diagnosis: str, *, labels_needed: float, clusters: int, next_start: str | None, is_pretrained: bool
-) -> Iterator[Finding]:
+def check_suppression(config: RunConfig, number: int, diagnosis: str, rows: float) -> Finding:
     """Repeat the diagnosis of a finished stage, and compare the recipe with the clusters and start it suggests.
 
     Args:
-        stage: number of the stage.
+        config: the recipe.
+        number: number of the stage.
         diagnosis: sentence of `mcl_clip.stages.diagnose.diagnose`.
-        labels_needed: number of labels that divides the rows of the stage into groups of one batch.
-        clusters: number of clusters of this stage in the recipe.
-        next_start: initial weights of the next stage; None if there is no next stage.
-        is_pretrained: whether the recipe has pretrained weights, so that no stage starts from scratch.
+        rows: mean number of rows per label at the start of the stage.
     """
-    wanted = max(2, round(labels_needed))
+    stage, following = config.stages[number], config.stages[number + 1 : number + 2]
+    clusters, start = stage.cluster.num_clusters, following[0].start if following else None
+    # Labels that divide the rows of the stage into groups of one batch of the next.
+    wanted = max(2, round(rows / (following or [stage])[0].train.global_batch_size))
     if "suppressed. " in diagnosis:
-        start = "base" if is_pretrained else "scratch"
-        is_followed = next_start in (None, start) and wanted / 2 <= clusters <= 2 * wanted
+        fresh = "base" if config.tower.is_pretrained else "scratch"
+        is_followed = start in (None, fresh) and wanted / 2 <= clusters <= 2 * wanted
         advice = (
-            f"--stages.{stage}.cluster.num-clusters up to {wanted} (groups of one batch; many more clusters than "
-            f"values that were learned), and --stages.{stage + 1}.start {start}"
+            f"--stages.{number}.cluster.num-clusters up to {wanted} (groups of one batch; many more clusters than "
+            f"values that were learned), and --stages.{number + 1}.start {fresh}"
         )
     elif diagnosis.startswith("still learning"):
-        is_followed = next_start in (None, "previous")
-        advice = f"more steps, or --stages.{stage + 1}.start previous, which continues training"
+        is_followed = start in (None, "previous")
+        advice = f"more steps, or --stages.{number + 1}.start previous, which continues training"
     else:
-        yield Finding("ok", "learned", f"stage {stage}: {diagnosis}")
-        return
-    recipe = f"the recipe has {clusters} clusters" + (f" and starts from {next_start}" if next_start else "")
-    level = "ok" if is_followed else "warning"
-    yield Finding(level, "learned", f"stage {stage}: {diagnosis}. Recommended: {advice}; {recipe}")  # type: ignore[arg-type]
+        return Finding("ok", "learned", f"stage {number}: {diagnosis}")
+    recipe = f"the recipe has {clusters} clusters" + (f" and starts from {start}" if start else "")
+    text = f"stage {number}: {diagnosis}. Recommended: {advice}; {recipe}"
+    return Finding("ok" if is_followed else "warning", "learned", text)

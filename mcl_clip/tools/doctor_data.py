@@ -1,27 +1,43 @@
-"""Checks of the training shards, of samples read from them, and of the evaluation sets."""
+"""The doctor's checks of what a run reads: shards, samples, evaluation sets, pretrained weights and the tokenizer."""
 
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
+import huggingface_hub
 import numpy as np
+import open_clip
+import torch
 
+from mcl_clip.config import EvalConfig, RunConfig, TowerConfig
 from mcl_clip.core.errors import UserError
-from mcl_clip.data.decode import TrainTransform
+from mcl_clip.core.files import read_json
+from mcl_clip.data.decode import train_transform
 from mcl_clip.data.index import INDEX_NAME, ShardIndex
-from mcl_clip.data.loader import Tokenizer, captioned_batches
+from mcl_clip.data.loader import captioned_batches
 from mcl_clip.data.reader import Reader
-from mcl_clip.data.shards import Shard, expand_shards, is_remote
+from mcl_clip.data.shards import Shard, expand_shards, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.eval.task import Task
-from mcl_clip.tools.findings import Finding, as_duration, attempt
+from mcl_clip.model.clip import HUB, LOCAL, create_clip
+from mcl_clip.model.open_clip_io import (
+    DEFAULT_CONTEXT_LENGTH,
+    OPEN_CLIP_CONFIG_NAME,
+    WEIGHT_SUFFIXES,
+    check_model_cfg,
+    make_tokenizer,
+)
+from mcl_clip.results.text import format_bytes, format_duration
+from mcl_clip.runs.context import open_tasks
+from mcl_clip.tools.doctor_machine import Finding, attempt
 
 SHARDS_WITHOUT_INDEX = 8
 REMOTE_SHARDS_TRIED = 16
@@ -104,8 +120,8 @@ def _check_remote(urls: Sequence[str]) -> list[Finding]:
         return []
     tried = [urls[i] for i in np.unique(np.linspace(0, len(urls) - 1, REMOTE_SHARDS_TRIED).astype(int))]
     with ThreadPoolExecutor(max_workers=len(tried)) as threads:
-        answers = list(threads.map(lambda url: attempt("shards", lambda: stat(url, REMOTE))[1], tried))
-    return [finding for answer in answers for finding in answer][:3]
+        answers = threads.map(lambda url: attempt("shards", lambda: stat(url, REMOTE))[1], tried)
+        return [finding for answer in answers for finding in answer][:3]
 
 
 def _load_or_build_index(urls: Sequence[str], run_index: Path) -> tuple[ShardIndex, int]:
@@ -132,60 +148,62 @@ def _is_unchanged(shard: Shard) -> bool:
 
 
 def check_reading(
-    index: ShardIndex,
-    *,
-    transform: TrainTransform,
-    tokenizer: Tokenizer,
-    max_pixels: int,
-    json_key: str,
-    max_bad_fraction: float,
-    loaders: int,
-    batch_sizes: Sequence[tuple[int, int]],
-    is_staged: bool,
+    config: RunConfig, index: ShardIndex, model_cfg: Mapping[str, Any], *, loaders: int
 ) -> Iterator[Finding]:
-    """Read and decode evenly spaced samples; report bad ones and the loading throughput.
+    """Read and decode evenly spaced samples as the first stage does; report bad ones and the loading throughput.
 
     Args:
+        config: the recipe.
         index: index of the training rows.
-        transform: image transform of the training.
-        tokenizer: maps captions to tokens.
-        max_pixels: largest image that is decoded.
-        json_key: key of the caption in JSON files.
-        max_bad_fraction: largest allowed share of bad samples.
+        model_cfg: model config of open_clip.
         loaders: loader processes of the run that have a processor core of their own.
-        batch_sizes: steps and global batch size of each stage.
-        is_staged: whether remote shards are downloaded whole; these are not tried.
     """
-    if is_staged and any(is_remote(shard.url) for shard in index.shards):
+    if config.machine.remote == "stage" and any(is_remote(shard.url) for shard in index.shards):
         yield Finding("ok", "reading", "not tried: remote shards are downloaded whole when the run needs them")
         return
-    decoding = {"transform": transform, "tokenizer": tokenizer, "max_pixels": max_pixels, "json_key": json_key}
-    read, failures = attempt("reading", lambda: _read_samples(index, decoding))
+    read, failures = attempt("reading", partial(_read_samples, config, index, model_cfg))
     yield from failures
     if read is None:
         return
     count, seconds, bad = read
     rate = count / seconds
     text = f"{count} samples at {rate:.0f}/s by one process"
-    if trained := [(steps, batch) for steps, batch in batch_sizes if steps]:
-        batch_s = max(batch for _, batch in trained) / (rate * loaders)
-        total_s = sum(steps * batch for steps, batch in trained) / (rate * loaders)
+    if trained := [stage.train for stage in config.stages if stage.train.steps]:
+        batch_s = max(train.global_batch_size for train in trained) / (rate * loaders)
+        total_s = sum(train.steps * train.global_batch_size for train in trained) / (rate * loaders)
         text += (
             f"; {loaders} loaders deliver a batch in {batch_s:.2g} s, so faster steps wait for data and training "
-            f"takes at least {as_duration(total_s)}"
+            f"takes at least {format_duration(total_s)}"
         )
     yield Finding("ok", "reading", text)
     if bad:
-        yield judge_bad_samples(bad, count, max_bad_fraction, is_all=count == len(index))
+        yield judge_bad_samples(bad, count, config.data.max_bad_fraction, is_all=count == len(index))
 
 
-def _read_samples(index: ShardIndex, decoding: dict[str, Any]) -> tuple[int, float, Counter[str]]:
+def _read_samples(
+    config: RunConfig, index: ShardIndex, model_cfg: Mapping[str, Any]
+) -> tuple[int, float, Counter[str]]:
     """Return the number of samples that were read, the seconds this took, and bad samples by reason."""
+    text_cfg = model_cfg["text_cfg"]
+
+    def no_tokens(texts: list[str]) -> torch.Tensor:
+        return torch.zeros(len(texts), text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH), dtype=torch.int64)
+
+    preprocess = {"size": model_cfg["vision_cfg"].get("image_size", 224), **config.tower.preprocess}
     rows = np.unique(np.linspace(0, len(index) - 1, SAMPLES_READ).astype(np.int64))
     batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    decoded = captioned_batches(
+        Reader(index),
+        batches,
+        transform=train_transform(preprocess, **asdict(config.stages[0].train.augment)),
+        # A tokenizer on the Hub is not downloaded; decoding images takes most of the time.
+        tokenizer=no_tokens if text_cfg.get("hf_tokenizer_name") else make_tokenizer(dict(model_cfg)),
+        max_pixels=config.data.max_pixels,
+        json_key=config.data.caption_key,
+    )
     bad: Counter[str] = Counter()
     count, started = 0, time.perf_counter()
-    for batch, requested in zip(captioned_batches(Reader(index), batches, **decoding), batches, strict=True):
+    for batch, requested in zip(decoded, batches, strict=True):
         count += len(requested)
         bad.update(sample.reason for sample in batch.bad)
         if time.perf_counter() - started > MAX_READING_S:
@@ -208,20 +226,123 @@ def judge_bad_samples(bad: Counter[str], count: int, limit: float, *, is_all: bo
     return Finding("warning", "reading", f"{text}; they are counted and skipped, up to a share of {limit:g}")
 
 
-def open_sets(
-    open_all: Callable[[], Mapping[str, Task]], open_each: Sequence[Callable[[], Mapping[str, Task]]]
-) -> tuple[Mapping[str, Task] | None, list[Finding]]:
-    """Open all evaluation sets, or name each that cannot be opened.
-
-    Args:
-        open_all: opens the sets of a recipe.
-        open_each: each opens one of them.
-    """
-    tasks, failures = attempt("sets", open_all)
-    if tasks is None:
-        each = [failure for open_one in open_each for failure in attempt("sets", open_one)[1]]
-        return None, each or failures
+def open_sets(config: RunConfig) -> tuple[dict[str, Task] | None, list[Finding]]:
+    """Open all evaluation sets, or name each that cannot be opened."""
+    tasks, failures = attempt("sets", partial(open_tasks, config))
+    if tasks is None:  # because of the first set that fails; the others may fail as well
+        kinds = ("retrieval", "classification", "sets")
+        options: list[dict[str, Any]] = [{kind: (value,)} for kind in kinds for value in getattr(config.eval, kind)]
+        alone = [replace(config, eval=EvalConfig(**option)) for option in options]
+        each = [attempt("sets", partial(open_tasks, single))[1] for single in alone]
+        return None, [failure for found in each for failure in found] or failures
     if not tasks:
         text = "no evaluation set: the quality of the stages is not measured; give --eval.sets"
         return tasks, [Finding("warning", "sets", text)]
     return tasks, [Finding("ok", "sets", f"can be opened: {', '.join(tasks)}")]
+
+
+def find_model_cfg(tower: TowerConfig) -> dict[str, Any] | None:
+    """Return the model config of open_clip; None for a model on the Hub whose config is not cached.
+
+    Raises:
+        UserError: if there is no such model, or its config is refused.
+    """
+    cfg: Any = tower.model
+    if tower.architecture.startswith((HUB, LOCAL)):
+        name = tower.architecture.split(":", 1)[1]
+        path = Path(name, OPEN_CLIP_CONFIG_NAME)
+        if tower.architecture.startswith(HUB):
+            cached = huggingface_hub.try_to_load_from_cache(name, OPEN_CLIP_CONFIG_NAME)
+            if not isinstance(cached, str):
+                return None
+            path = Path(cached)
+        elif not path.is_file():
+            raise UserError(f"{name} is not an open_clip folder: it has no {OPEN_CLIP_CONFIG_NAME}")
+        try:
+            config = read_json(path)
+            cfg = config.get("model_cfg") if isinstance(config, dict) else None
+            check_model_cfg(cfg)  # refuses anything that is not a dictionary, too
+        except ValueError as error:
+            raise UserError(f"{tower.architecture} is not loaded: {error}; correct it, or use another model") from error
+    elif tower.architecture:
+        name = tower.architecture.replace("/", "-")
+        if name not in open_clip.list_models():
+            create_clip(architecture=name)  # raises with similar names
+        cfg = open_clip.get_model_config(name)
+    if "size" in tower.preprocess:
+        cfg = {**cfg, "vision_cfg": {**cfg["vision_cfg"], "image_size": tower.preprocess["size"]}}
+    return dict(cfg)
+
+
+def check_weights(tower: TowerConfig) -> Iterator[Finding]:
+    """Check whether pretrained weights are on this machine or can be downloaded; nothing is downloaded."""
+    architecture, pretrained = tower.architecture, tower.pretrained
+    if architecture.startswith(HUB):
+        yield _check_hub(architecture.removeprefix(HUB), _weight_names(""), f"the weights of {architecture}")
+    elif architecture.startswith(LOCAL):
+        folder = Path(architecture.removeprefix(LOCAL))
+        if not folder.is_dir() or not any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
+            yield Finding("FAIL", "weights", f"{folder} has no weights; save the model again")
+        else:
+            yield Finding("ok", "weights", f"in {folder}")
+    elif Path(pretrained).is_file():
+        yield Finding("ok", "weights", f"{pretrained}, {format_bytes(Path(pretrained).stat().st_size)}")
+    elif pretrained:
+        cfg = open_clip.get_pretrained_cfg(architecture.replace("/", "-"), pretrained)
+        what = f"the weights {pretrained} of {architecture}"
+        if not cfg:
+            create = partial(
+                create_clip, architecture=architecture, model_cfg=tower.model or None, pretrained=pretrained
+            )
+            yield from attempt("weights", create)[1]  # fails with the list of known tags
+        elif cfg.get("hf_hub"):
+            repository, name = os.path.split(cfg["hf_hub"])
+            yield _check_hub(repository, _weight_names(name), what)
+        else:
+            cached = Path("~/.cache/clip").expanduser() / os.path.basename(cfg["url"])
+            yield Finding("ok", "weights", str(cached)) if cached.is_file() else _check_url(cfg["url"], what)
+
+
+def check_tokenizer(text_cfg: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check whether the Hub tokenizer of a text encoder, if it has one, is cached or can be downloaded."""
+    if name := text_cfg.get("hf_tokenizer_name"):
+        yield _check_hub(name, ("tokenizer.json", "tokenizer_config.json"), f"the tokenizer {name}")
+
+
+def _weight_names(name: str) -> tuple[str, ...]:
+    """List the files that open_clip tries, safetensors first."""
+    name = name or "open_clip_pytorch_model.bin"
+    safe = {"open_clip_pytorch_model.bin": "open_clip_model.safetensors"}.get(name, f"{Path(name).stem}.safetensors")
+    return (safe, name)
+
+
+def _check_hub(repository: str, names: Sequence[str], what: str) -> Finding:
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
+        return Finding("ok", "weights", f"{what}: in the cache of the Hub")
+    reason = ""
+    for name in names:
+        try:
+            url = huggingface_hub.hf_hub_url(repository, name)
+            size = huggingface_hub.get_hf_file_metadata(url, timeout=REMOTE.timeout_s).size or 0
+            return Finding("ok", "weights", f"{what}: to be downloaded from the Hub, {format_bytes(size)}")
+        except Exception as error:  # the type depends on the HTTP library of the installed version
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return _unavailable(what, f"the Hub ({reason})")
+
+
+def _check_url(url: str, what: str) -> Finding:
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=REMOTE.timeout_s) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+    except (OSError, ValueError) as error:
+        return _unavailable(what, f"{redacted(url)} ({error})")
+    return Finding("ok", "weights", f"{what}: to be downloaded, {format_bytes(size)}")
+
+
+def _unavailable(what: str, source: str) -> Finding:
+    return Finding(
+        "FAIL",
+        "weights",
+        f"{what} are not on this machine and cannot be downloaded from {source}; download them where there is a "
+        f"network, and give the file as --tower.pretrained or the folder as --tower.architecture local-dir:FOLDER",
+    )

@@ -1,22 +1,23 @@
-"""Checks of the installed packages, the devices, memory and disk space."""
+"""Findings of the doctor, and its checks of the machine: packages, devices, memory and disk space."""
 
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from mcl_clip.config import MachineConfig, StageConfig
+from mcl_clip.core.errors import UserError, explain_os_error
 from mcl_clip.core.files import DONE
-from mcl_clip.tools.estimates import StageEstimate, estimate_memory
-from mcl_clip.tools.findings import Finding, as_bytes
+from mcl_clip.results.text import format_bytes
+from mcl_clip.tools.estimates import TowerSize, estimate_memory
 
 SHOWN_PACKAGES = ("torch", "open_clip_torch", "accelerate", "webdataset", "huggingface_hub", "transformers", "numpy")
 MAX_PARAMETERS_ON_CPU = 50_000_000
@@ -28,21 +29,32 @@ FOLDER_CONTENTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class BadCombination:
-    """Packages that do not work together, each from a version on."""
+BAD_COMBINATIONS = (  # packages, each from a version on, and what fails
+    (
+        {"open_clip_torch": "3", "huggingface_hub": "2"},
+        "the run is not affected, but open_clip.push_to_hf_hub creates a repository and then fails, which leaves it "
+        "empty; use `hf upload` for the folder of a model",
+    ),
+)
+T = TypeVar("T")
 
-    packages: Mapping[str, str]
+
+class Finding(NamedTuple):
+    """Result of one check of the doctor; `FAIL` means that the job will stop or produce unusable results."""
+
+    level: Literal["ok", "warning", "FAIL"]
+    topic: str
     text: str
 
 
-BAD_COMBINATIONS = (
-    BadCombination(
-        packages={"open_clip_torch": "3", "huggingface_hub": "2"},
-        text="the run is not affected, but open_clip.push_to_hf_hub creates a repository and then fails, which leaves "
-        "it empty; use `hf upload` for the folder of a model",
-    ),
-)
+def attempt(topic: str, action: Callable[[], T]) -> tuple[T | None, list[Finding]]:
+    """Return the result of `action`, or None and a `FAIL` finding for a UserError or an OSError."""
+    try:
+        return action(), []
+    except UserError as error:
+        return None, [Finding("FAIL", topic, str(error))]
+    except OSError as error:
+        return None, [Finding("FAIL", topic, explain_os_error(error))]
 
 
 def installed_versions(requirements: Iterable[str]) -> dict[str, str]:
@@ -73,10 +85,10 @@ def check_versions(installed: Mapping[str, str], requirements: Iterable[str]) ->
         elif not requirement.specifier.contains(installed[name], prereleases=True):
             problem = f"{name} {installed[name]} does not meet {text}"
             yield Finding("FAIL", "packages", f"{problem}; pip install '{text}'")
-    for bad in BAD_COMBINATIONS:
-        if all(Version(installed.get(name) or "0") >= Version(least) for name, least in bad.packages.items()):
-            names = " with ".join(f"{name} {installed[name]}" for name in bad.packages)
-            yield Finding("warning", "packages", f"{names}: {bad.text}")
+    for packages, problem in BAD_COMBINATIONS:
+        if all(Version(installed.get(name) or "0") >= Version(least) for name, least in packages.items()):
+            names = " with ".join(f"{name} {installed[name]}" for name in packages)
+            yield Finding("warning", "packages", f"{names}: {problem}")
 
 
 class Gpu(NamedTuple):
@@ -105,7 +117,7 @@ def check_devices(
     """Compare the GPUs and processor cores with what a run needs; `trained` counts trainable parameters."""
     machines = machines_for(processes, gpus)
     names = ", ".join(f"{count} x {name}" for name, count in Counter(gpu.name for gpu in gpus).items())
-    memory = f" ({as_bytes(min(gpu.memory for gpu in gpus))} each)" if gpus else ""
+    memory = f" ({format_bytes(min(gpu.memory for gpu in gpus))} each)" if gpus else ""
     cores_text = f"{cores} processor core{'s' * (cores != 1)}"
     jobs = f"{processes} process{'es' * (processes != 1)}"
     jobs += f" on {machines} machines like this" if machines > 1 else ""
@@ -122,41 +134,46 @@ def check_devices(
 
 
 def check_memory(
-    stages: Sequence[StageEstimate], *, processes: int, memory: int, device: str, host_memory: int, loader_batches: int
+    stages: Sequence[StageConfig],
+    sizes: Sequence[TowerSize | None],
+    machine: MachineConfig,
+    gpus: Sequence[Gpu],
+    *,
+    processes: int,
+    free: int,
 ) -> Iterator[Finding]:
     """Compare the memory of the largest stage with that of a device, and prefetched batches with that of the host.
 
-    Args:
-        stages: all stages.
-        processes: training processes.
-        memory: bytes of device memory per process.
-        device: name of this memory in the text.
-        host_memory: free bytes of this machine.
-        loader_batches: batches that the loaders of this machine prefetch.
+    `sizes` are those of the models that the stages train, and `free` counts the free bytes of this machine.
     """
-    if all(stage.tower is None for stage in stages):
-        text = "the size of the model is unknown: neither memory nor checkpoints are counted"
-        yield Finding("warning", "memory", text)
-    estimates = [estimate_memory(stage, processes) for stage in stages]
+    if all(size is None for size in sizes):
+        yield Finding(
+            "warning", "memory", "the size of the model is unknown: neither memory nor checkpoints are counted"
+        )
+    estimates = [estimate_memory(stage.train, size, processes) for stage, size in zip(stages, sizes, strict=True)]
     number = max(range(len(stages)), key=lambda number: sum(estimates[number].values()))
-    stage, parts = stages[number], estimates[number]
-    if not parts:
+    parts, size = estimates[number], sizes[number]
+    if not parts or size is None:
         return
-    total, fixed = sum(parts.values()), parts["weights, gradients and Adam"]
+    memory = min(gpu.memory for gpu in gpus) if gpus else free // processes
+    device = "of GPU memory" if gpus else "of free memory"
+    total = sum(parts.values())
+    shares = ", ".join(f"{name} {format_bytes(part) if part else 'unknown'}" for name, part in parts.items())
     text = (
-        f"stage {number} takes about {as_bytes(total)} of {as_bytes(memory)} {device} per process (rough): "
-        f"{', '.join(f'{name} {as_bytes(size)}' if size else f'{name} unknown' for name, size in parts.items())}"
+        f"stage {number} takes about {format_bytes(total)} of {format_bytes(memory)} {device} per process (rough): "
+        f"{shares}"
     )
-    if fixed > memory:
+    if parts["weights, gradients and Adam"] > memory:
         yield Finding("FAIL", "memory", f"{text}; the model alone does not fit, use a smaller one")
     elif total > 0.9 * memory:
         ways = "smaller batches, more processes, bf16, or --stages.K.train.grad-checkpointing"
         yield Finding("warning", "memory", f"{text}; it may not fit: use {ways}")
     else:
         yield Finding("ok", "memory", text)
-    queued = loader_batches * (stage.global_batch_size // processes) * (stage.tower.pixels if stage.tower else 0)
-    if queued > host_memory / 2:
-        text = f"prefetched batches take up to {as_bytes(queued)} of {as_bytes(host_memory)}"
+    loader_batches = processes // machines_for(processes, gpus) * machine.workers * machine.prefetch_batches
+    queued = loader_batches * (stages[number].train.global_batch_size // processes) * size.pixels
+    if queued > free / 2:
+        text = f"prefetched batches take up to {format_bytes(queued)} of {format_bytes(free)}"
         way_out = "use fewer --machine.workers or --machine.prefetch-batches"
         yield Finding("warning", "memory", f"{text}; {way_out}")
 
@@ -172,12 +189,7 @@ def free_memory() -> int:
 
 
 def check_disk(run_dir: Path, sizes: Mapping[str, int]) -> Iterator[Finding]:
-    """Compare the free disk space with what the phases of a run still have to write.
-
-    Args:
-        run_dir: the run directory, which need not exist.
-        sizes: final bytes of each folder in it.
-    """
+    """Compare the free disk space with what a run still has to write; `sizes` are the final bytes of its folders."""
     parent = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not parent.is_dir():
         yield Finding("FAIL", "disk", f"{parent} is a file; choose another --run-dir")
@@ -189,13 +201,13 @@ def check_disk(run_dir: Path, sizes: Mapping[str, int]) -> Iterator[Finding]:
     for name, size in sizes.items():
         folder = run_dir / name
         if not (folder / DONE).exists():
-            written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+            written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             kind = name.rpartition("/")[2]
             missing[FOLDER_CONTENTS.get(kind, kind)] += max(0, size - written)
     total, free = missing.total(), shutil.disk_usage(parent).free
-    parts = ", ".join(f"{kind} {as_bytes(size)}" for kind, size in missing.most_common() if size)
-    text = f"{run_dir} needs " + (f"about {as_bytes(total)} more ({parts})" if total else "no more")
-    text += f", {as_bytes(free)} are free"
+    parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in missing.most_common() if size)
+    needs = f"about {format_bytes(total)} more ({parts})" if total else "no more"
+    text = f"{run_dir} needs {needs}, {format_bytes(free)} are free"
     way_out = "free some space, keep fewer --machine.keep-checkpoints, or choose a --run-dir on another disk"
     if total > free:
         yield Finding("FAIL", "disk", f"{text}; {way_out}")

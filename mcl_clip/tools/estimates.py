@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import torch
 from torch import Tensor, nn
 
+from mcl_clip.config import LockConfig, StageConfig, TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.model.clip import lock
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
@@ -25,64 +27,45 @@ MAX_LABELS = 2**63
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSize:
-    """Size of an image and a text encoder.
-
-    Attributes:
-        parameters: number of parameters of both encoders.
-        trained: number of parameters that are not locked.
-        saved_bytes: float32 bytes that autograd saves for the backward pass of one sample; 0 if unknown.
-        pixels: values of an image, over all channels.
-        dim: dimension of the features.
-    """
+    """Size of an image and a text encoder together."""
 
     parameters: int
-    trained: int
-    saved_bytes: int
-    pixels: int
-    dim: int
+    trained: int  # parameters that are not locked
+    saved_bytes: int  # float32 bytes that autograd saves for the backward pass of one sample; 0 if unknown
+    pixels: int  # values of an image, over all channels
+    dim: int  # of the features
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageEstimate:
-    """Properties of a stage that the estimates depend on.
+def clusters_per_modality(stage: StageConfig) -> tuple[int, ...]:
+    """Return the number of clusters of each modality that a stage clusters; their product multiplies the labels."""
+    cluster = stage.cluster
+    texts = cluster.text_clusters or cluster.num_clusters
+    return {"image": (cluster.num_clusters,), "text": (texts,), "product": (cluster.num_clusters, texts)}[cluster.on]
 
-    Attributes:
-        steps, global_batch_size, warmup_steps, groups, min_group_size, min_negatives, precision, grad_cache_rows,
-            loss_chunk_rows: training settings.
-        has_average: whether a running average of the weights is kept.
-        clusters: number of clusters of each modality that is clustered.
-        has_projection: whether projected features are written before clustering.
-        tower: None if the size of the encoders is unknown.
-        has_cached_texts: whether features of a locked text encoder are cached.
+
+def rows_per_label(stages: Sequence[StageConfig], rows: int) -> list[float]:
+    """Compute the mean number of rows that share a pseudo-label at the start of each stage; all rows at stage 0."""
+    factors = [math.prod(clusters_per_modality(stage)) for stage in stages[:-1]]
+    return [rows / math.prod(factors[:number]) for number in range(len(stages))]
+
+
+def measure_stages(stages: Sequence[StageConfig], model_cfg: Mapping[str, Any] | None) -> list[TowerSize | None]:
+    """Measure the encoders as each stage trains them; None if a config is not on this machine.
+
+    Raises:
+        UserError: if the model cannot be built, or cannot be locked as the recipe asks.
     """
-
-    steps: int
-    global_batch_size: int
-    warmup_steps: int
-    groups: str
-    min_group_size: int
-    min_negatives: int
-    precision: str
-    grad_cache_rows: int
-    loss_chunk_rows: int
-    has_average: bool
-    clusters: tuple[int, ...]
-    has_projection: bool
-    tower: TowerSize | None
-    has_cached_texts: bool = False
-
-    @property
-    def labels(self) -> int:
-        """Factor by which the clusters of this stage multiply the number of pseudo-labels."""
-        return math.prod(self.clusters)
+    name = (model_cfg or {}).get("text_cfg", {}).get("hf_model_name")
+    is_known = not name or isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+    if model_cfg is None or not is_known:
+        return [None] * len(stages)
+    locks = [stage.train.lock if stage.train.steps else LockConfig() for stage in stages]
+    sizes = {lock: measure(model_cfg, locked=lock) for lock in dict.fromkeys(locks)}
+    return [sizes[lock] for lock in locks]
 
 
-def measure(model_cfg: Mapping[str, Any], *, locked: Mapping[str, Any]) -> TowerSize:
+def measure(model_cfg: Mapping[str, Any], *, locked: LockConfig) -> TowerSize:
     """Measure the encoders of a model config on the meta device, without allocating weights.
-
-    Args:
-        model_cfg: model config of open_clip.
-        locked: arguments of `mcl_clip.model.clip.lock`.
 
     Raises:
         UserError: if open_clip cannot build the model, or its layers cannot be locked as asked.
@@ -97,7 +80,7 @@ def measure(model_cfg: Mapping[str, Any], *, locked: Mapping[str, Any]) -> Tower
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"open_clip cannot build this model ({type(error).__name__}: {reason})") from error
-    lock(model, **locked)
+    lock(model, text=locked.text, image_unlocked_groups=locked.image_unlocked_groups, patterns=locked.patterns)
     visual: Any = model.visual
     sides = visual.image_size
     height, width = (sides, sides) if isinstance(sides, int) else sides
@@ -135,55 +118,50 @@ def _saved_bytes(model: nn.Module, samples: int, size_px: tuple[int, int], conte
     return sum(saved.values())
 
 
-def estimate_memory(stage: StageEstimate, processes: int) -> dict[str, int]:
+def estimate_memory(train: TrainConfig, size: TowerSize | None, processes: int) -> dict[str, int]:
     """Estimate the device memory, in bytes, that training a stage takes in one process, by purpose.
 
     Left out: temporary buffers within a layer, fragmentation, and the context of the device. Activations in bfloat16
     count as half of those in float32, which is slightly too few.
     """
-    if stage.tower is None or not stage.steps:
+    if size is None or not train.steps:
         return {}
-    tower, batch = stage.tower, stage.global_batch_size // processes
-    values = tower.parameters * (2 if stage.has_average else 1)  # weights
-    values += tower.trained * (4 if processes > 1 else 3)  # gradients, both moments of Adam, buckets of DDP
-    forward_rows = min(batch, stage.grad_cache_rows or batch)
-    loss_rows = min(batch, stage.loss_chunk_rows or batch)
+    batch = train.global_batch_size // processes
+    values = size.parameters * (2 if train.average_decay else 1)  # weights
+    values += size.trained * (4 if processes > 1 else 3)  # gradients, both moments of Adam, buckets of DDP
+    forward_rows = min(batch, train.grad_cache_rows or batch)
+    loss_rows = min(batch, train.loss_chunk_rows or batch)
     return {
         "weights, gradients and Adam": FLOAT_BYTES * values,
-        "activations": forward_rows * tower.saved_bytes // (2 if stage.precision == "bf16" else 1),
-        "loss": loss_rows * stage.global_batch_size * BYTES_PER_LOGIT,
+        "activations": forward_rows * size.saved_bytes // (2 if train.precision == "bf16" else 1),
+        "loss": loss_rows * train.global_batch_size * BYTES_PER_LOGIT,
     }
 
 
-def estimate_disk(stages: Sequence[StageEstimate], *, rows: int, keep_checkpoints: int) -> dict[str, int]:
+def estimate_disk(
+    stages: Sequence[StageConfig], sizes: Sequence[TowerSize | None], *, rows: int, keep_checkpoints: int
+) -> dict[str, int]:
     """Estimate the largest size, in bytes, of the folder of each phase.
 
-    Left out: `eval`, with the features of evaluation sets, and everything that depends on an unknown `tower`.
+    Left out: `eval`, with the features of evaluation sets, and everything that depends on an unknown model.
     """
-    sizes = {"index": rows * BYTES_PER_INDEXED_ROW}
+    disk = {"index": rows * BYTES_PER_INDEXED_ROW}
     if rows > MAX_ROWS_OF_PLAN_IN_MEMORY:
-        sizes["index"] += 2 * 4 * rows  # the plan of one epoch while that of the next is written
-    for number, stage in enumerate(stages):
-        projection = 0
-        if stage.tower is not None:
-            model = FLOAT_BYTES * stage.tower.parameters
-            average = model if stage.has_average else 0
-            checkpoint = model + average + 2 * FLOAT_BYTES * stage.tower.trained
+        disk["index"] += 2 * 4 * rows  # the plan of one epoch while that of the next is written
+    for number, (stage, size) in enumerate(zip(stages, sizes, strict=True)):
+        train, projection = stage.train, 0
+        if size is not None:
+            model = FLOAT_BYTES * size.parameters
+            checkpoint = model * (2 if train.average_decay else 1) + 2 * FLOAT_BYTES * size.trained
             # A checkpoint is deleted only once the next one is complete.
-            train = model + (checkpoint * (keep_checkpoints + 1) if stage.steps else 0)
-            if stage.has_cached_texts and stage.steps * stage.global_batch_size >= 2 * rows:
-                train += rows * (FLOAT_BYTES * stage.tower.dim + 16)  # assuming one caption per row
-            sizes[f"stage-{number}/train"] = train
-            features = 2 * FEATURE_BYTES * stage.tower.dim
-            sizes[f"stage-{number}/embed"] = rows * (features + BYTES_PER_EMBEDDED_ROW)
-            sizes["combined"] = sizes.get("combined", 0) + model
-            projection = FEATURE_BYTES * stage.tower.dim if stage.has_projection else 0
-        sizes[f"stage-{number}/cluster"] = rows * (4 * len(stage.clusters) + projection)
-        sizes[f"stage-{number}/labels"] = 8 * rows
-    return sizes
-
-
-def rows_per_label(stages: Sequence[StageEstimate], rows: int) -> list[float]:
-    """Compute the mean number of rows that share a pseudo-label at the start of each stage; all rows at stage 0."""
-    factors = [1, *(stage.labels for stage in stages[:-1])]
-    return [rows / math.prod(factors[: number + 1]) for number in range(len(stages))]
+            written = model + (checkpoint * (keep_checkpoints + 1) if train.steps else 0)
+            has_cached_texts = train.lock.text and train.lock.cached_texts
+            if has_cached_texts and train.steps * train.global_batch_size >= 2 * rows:
+                written += rows * (FLOAT_BYTES * size.dim + 16)  # assuming one caption per row
+            disk[f"stage-{number}/train"] = written
+            disk[f"stage-{number}/embed"] = rows * (2 * FEATURE_BYTES * size.dim + BYTES_PER_EMBEDDED_ROW)
+            disk["combined"] = disk.get("combined", 0) + model
+            projection = FEATURE_BYTES * size.dim if stage.cluster.metric == "shared" else 0
+        disk[f"stage-{number}/cluster"] = rows * (4 * len(clusters_per_modality(stage)) + projection)
+        disk[f"stage-{number}/labels"] = 8 * rows
+    return disk

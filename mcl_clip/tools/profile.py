@@ -28,12 +28,12 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.loader import PairBatch
+from mcl_clip.results.text import format_bytes
 from mcl_clip.runs.context import RunContext, load_index
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.pipeline import check_stages, plan_phases
 from mcl_clip.runs.train_phase import fit_stage, prepare_stage, start_clip
 from mcl_clip.tools.doctor_machine import find_gpus, machines_for
-from mcl_clip.tools.findings import as_bytes
 from mcl_clip.train.loop import BatchSource
 from mcl_clip.train.metrics import Spans
 
@@ -381,7 +381,7 @@ def hints(profile: Profile, setup: Setup) -> list[str]:
         found.append((text, hint))
     if 0 < cache_rows < rows_here and profile.peak_bytes * rows_here / cache_rows <= 0.9 * setup.memory:
         hint = (
-            f"the towers run forward twice, with {as_bytes(profile.peak_bytes)} of {as_bytes(setup.memory)} of GPU "
+            f"the towers run forward twice, with {format_bytes(profile.peak_bytes)} of {format_bytes(setup.memory)} of GPU "
             f"memory in use: the batch fits at once, {prefix}.grad-cache-rows 0 (now {cache_rows})"
         )
         found.append((profile.share("image", "text"), hint))
@@ -441,7 +441,7 @@ def profile_text(profile: Profile, setup: Setup) -> str:
         f"a loader process delivers {profile.loader_rows_per_s:,.0f} samples/s while nothing trains, and there are "
         f"{max(1, setup.workers) * profile.processes}",
         f"batches came late in {_percent(profile.late_share)} of the steps",
-        f"peak memory: {as_bytes(profile.peak_bytes)} {memory}",
+        f"peak memory: {format_bytes(profile.peak_bytes)} {memory}",
         "",
         *(f"hint: {text}" for text in hints(profile, setup)),
     ]

@@ -12,7 +12,6 @@ from mcl_clip.cli import recipe as cli
 from mcl_clip.core.files import append_jsonl
 from mcl_clip.data.decode import TrainTransform
 from mcl_clip.results.record import data_losses
-from mcl_clip.tools import doctor as module
 from mcl_clip.tools import estimates
 from mcl_clip.train import loop
 from tests.commands import run_command
@@ -65,8 +64,9 @@ def test_samples_are_read_as_the_training_reads_them(doctor, monkeypatch):
 
 def test_the_estimates_are_near_what_a_run_takes(recipe):
     execute(recipe)
-    plans = module.estimate_stages(recipe, recipe.tower.model)
-    estimated = estimates.estimate_disk(plans, rows=200, keep_checkpoints=recipe.machine.keep_checkpoints)
+    sizes = estimates.measure_stages(recipe.stages, recipe.tower.model)
+    keep = recipe.machine.keep_checkpoints
+    estimated = estimates.estimate_disk(recipe.stages, sizes, rows=200, keep_checkpoints=keep)
     for name, size in estimated.items():
         folder = recipe.run_dir / name
         taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -259,7 +259,7 @@ def test_quiet_is_for_this_process_and_its_children(monkeypatch, recipe):
 
 
 def test_status_is_coloured_on_a_terminal_alone(run):
-    from mcl_clip.tools.status import status_lines
+    from mcl_clip.tools.doctor import status_lines
 
     assert status_lines(run)[0].startswith("stage 0: train done, embed missing")
     assert "train \033[32mdone\033[0m" in status_lines(run, has_colours=True)[0]

@@ -8,6 +8,16 @@ import open_clip
 import pytest
 import torch
 
+from mcl_clip.config import (
+    ClusterConfig,
+    EvalConfig,
+    LockConfig,
+    MachineConfig,
+    RunConfig,
+    StageConfig,
+    TowerConfig,
+    TrainConfig,
+)
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE
 from mcl_clip.data.index import ShardIndex
@@ -16,8 +26,8 @@ from mcl_clip.stages.diagnose import diagnose
 from mcl_clip.tools import doctor, estimates
 from mcl_clip.tools import doctor_data as data
 from mcl_clip.tools import doctor_machine as machine
-from mcl_clip.tools import doctor_weights as weights
-from mcl_clip.tools.findings import Finding, as_bytes, as_duration, attempt, finding_text
+from mcl_clip.tools.doctor import finding_text
+from mcl_clip.tools.doctor_machine import Finding, attempt
 from tests.unit.data.tars import pairs, write_tar
 
 MODEL = {
@@ -26,11 +36,19 @@ MODEL = {
     "text_cfg": {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
 }
 TOWER = estimates.TowerSize(parameters=1_000_000, trained=600_000, saved_bytes=10_000, pixels=3072, dim=16)
-PLAN = estimates.StageEstimate(
-    steps=100, global_batch_size=64, warmup_steps=10, groups="labels", min_group_size=32, min_negatives=1,
-    precision="fp32", grad_cache_rows=0, loss_chunk_rows=0, has_average=False, clusters=(10,), has_projection=False,
-    tower=TOWER,
-)  # fmt: skip
+STAGE = StageConfig(
+    train=TrainConfig(steps=100, global_batch_size=64, lr=1e-3, warmup_steps=10),
+    cluster=ClusterConfig(num_clusters=10, metric="cosine"),
+)
+
+
+def stage(*, cluster=None, **train):
+    """STAGE with other settings."""
+    return replace(
+        STAGE,
+        train=replace(STAGE.train, **train),
+        cluster=replace(STAGE.cluster, **cluster) if cluster else STAGE.cluster,
+    )
 
 
 def texts(findings, level):
@@ -70,11 +88,6 @@ def test_an_attempt_names_what_is_wrong():
     )
     with pytest.raises(ZeroDivisionError):
         attempt("x", lambda: 1 / 0)
-
-
-def test_numbers_for_people():
-    assert [as_bytes(n) for n in (900, 2e6, 1.71e9, 3e12)] == ["0.9 kB", "2 MB", "1.71 GB", "3 TB"]
-    assert [as_duration(n) for n in (0.25, 120, 7200)] == ["0.25 s", "2 min", "2 h"]
 
 
 # --- packages and devices
@@ -125,7 +138,7 @@ def devices(gpus, **changes):
 
 
 def test_devices_are_named():
-    assert only(devices([NEW, NEW], processes=2), "ok") == "16 processor cores, 2 x H100 (80 GB each); 2 processes"
+    assert only(devices([NEW, NEW], processes=2), "ok") == "16 processor cores, 2 x H100 (80.0 GB each); 2 processes"
     assert only(devices([], cores=1), "ok") == "1 processor core, no GPU; 1 process"
     assert "32 processes on 4 machines like this" in only(devices([NEW] * 8, processes=32), "ok")
 
@@ -152,7 +165,7 @@ def test_more_loaders_than_cores():
 
 
 def test_the_size_of_a_tower_is_that_of_the_real_one():
-    size = estimates.measure(MODEL, locked={"text": True})
+    size = estimates.measure(MODEL, locked=LockConfig(text=True))
     real = open_clip.CLIP(**MODEL)
     assert size.parameters == sum(parameter.numel() for parameter in real.parameters())
     visual = sum(parameter.numel() for parameter in real.visual.parameters())
@@ -161,7 +174,7 @@ def test_the_size_of_a_tower_is_that_of_the_real_one():
 
 
 def test_what_is_kept_for_backward_is_nearly_what_torch_keeps():
-    size, model = estimates.measure(MODEL, locked={}), open_clip.CLIP(**MODEL)
+    size, model = estimates.measure(MODEL, locked=LockConfig()), open_clip.CLIP(**MODEL)
     own, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
 
     def keep(tensor):
@@ -177,36 +190,49 @@ def test_what_is_kept_for_backward_is_nearly_what_torch_keeps():
         counts.append(sum(kept.values()))
         del out
     assert size.saved_bytes == pytest.approx((counts[1] - counts[0]) / 32, rel=0.3)
-    assert estimates.measure(MODEL, locked={"text": True}).saved_bytes < size.saved_bytes
+    assert estimates.measure(MODEL, locked=LockConfig(text=True)).saved_bytes < size.saved_bytes
 
 
 def test_a_tower_that_cannot_be_made():
     with pytest.raises(UserError, match=r"open_clip cannot build this model .*depth"):
-        estimates.measure({**MODEL, "vision_cfg": {"depth": 3}}, locked={})
+        estimates.measure({**MODEL, "vision_cfg": {"depth": 3}}, locked=LockConfig())
 
 
 def test_memory():
-    parts = estimates.estimate_memory(PLAN, 2)
+    parts = estimates.estimate_memory(STAGE.train, TOWER, 2)
     assert parts == {
         "weights, gradients and Adam": 4 * (1_000_000 + 4 * 600_000),
         "activations": 32 * 10_000,
         "loss": 32 * 64 * estimates.BYTES_PER_LOGIT,
     }
-    assert estimates.estimate_memory(PLAN, 1)["weights, gradients and Adam"] == 4 * (1_000_000 + 3 * 600_000)
-    small = replace(PLAN, precision="bf16", grad_cache_rows=8, loss_chunk_rows=16, has_average=True)
-    assert estimates.estimate_memory(small, 1) == {
+    assert estimates.estimate_memory(STAGE.train, TOWER, 1)["weights, gradients and Adam"] == 4 * (
+        1_000_000 + 3 * 600_000
+    )
+    small = replace(STAGE.train, precision="bf16", grad_cache_rows=8, loss_chunk_rows=16, average_decay=0.9)
+    assert estimates.estimate_memory(small, TOWER, 1) == {
         "weights, gradients and Adam": 4 * (2_000_000 + 3 * 600_000),
         "activations": 8 * 10_000 // 2,
         "loss": 16 * 64 * estimates.BYTES_PER_LOGIT,
     }
-    assert estimates.estimate_memory(replace(PLAN, steps=0), 1) == {}
-    assert estimates.estimate_memory(replace(PLAN, tower=None), 1) == {}
+    assert estimates.estimate_memory(replace(STAGE.train, steps=0), TOWER, 1) == {}
+    assert estimates.estimate_memory(STAGE.train, None, 1) == {}
+
+
+def check_memory(stages, sizes, *, memory, free=10**12):
+    """Findings with 8 batches in the loaders."""
+    options = MachineConfig(workers=2, prefetch_batches=4)
+    return machine.check_memory(stages, sizes, options, [machine.Gpu("x", memory, True)], processes=1, free=free)
+
+
+def test_memory_without_a_gpu():
+    found = machine.check_memory([STAGE], [TOWER], MachineConfig(), [], processes=2, free=2 * 10**9)
+    assert "of 1.0 GB of free memory per process" in only(found, "ok")
 
 
 @pytest.mark.parametrize(
     ("memory", "level", "sentence"),
     [
-        (10**9, "ok", "stage 0 takes about 12 MB of 1 GB of GPU memory per process (rough): weights"),
+        (10**9, "ok", "stage 0 takes about 12.0 MB of 1.0 GB of GPU memory per process (rough): weights"),
         (
             11_500_000,
             "warning",
@@ -216,22 +242,16 @@ def test_memory():
     ],
 )
 def test_memory_against_a_device(memory, level, sentence):
-    options = {"processes": 1, "device": "of GPU memory", "host_memory": 10**12, "loader_batches": 8}
-    assert sentence in only(machine.check_memory([PLAN, replace(PLAN, steps=0)], memory=memory, **options), level)
+    assert sentence in only(check_memory([STAGE, stage(steps=0)], [TOWER, TOWER], memory=memory), level)
 
 
 def test_memory_of_batches_that_wait():
-    found = machine.check_memory(
-        [PLAN], processes=1, memory=10**12, device="x", host_memory=3 * 10**6, loader_batches=8
-    )
-    assert "prefetched batches take up to 1.57 MB of 3 MB; use fewer --machine.workers" in only(found, "warning")
+    found = check_memory([STAGE], [TOWER], memory=10**12, free=3 * 10**6)
+    assert "prefetched batches take up to 1.6 MB of 3.0 MB; use fewer --machine.workers" in only(found, "warning")
 
 
 def test_memory_of_an_unknown_tower():
-    options = {"processes": 1, "memory": 1, "device": "x", "host_memory": 1, "loader_batches": 1}
-    assert "the size of the model is unknown" in only(
-        machine.check_memory([replace(PLAN, tower=None)], **options), "warning"
-    )
+    assert "the size of the model is unknown" in only(check_memory([STAGE], [None], memory=1, free=1), "warning")
 
 
 def test_free_memory_is_that_of_this_machine():
@@ -239,8 +259,9 @@ def test_free_memory_is_that_of_this_machine():
 
 
 def test_disk_needs():
-    product = replace(PLAN, steps=0, clusters=(10, 5), has_projection=True, has_average=True)
-    found = estimates.estimate_disk([PLAN, product], rows=1000, keep_checkpoints=2)
+    clusters = {"on": "product", "text_clusters": 5, "metric": "shared"}
+    product = stage(steps=0, average_decay=0.9, cluster=clusters)
+    found = estimates.estimate_disk([STAGE, product], [TOWER, TOWER], rows=1000, keep_checkpoints=2)
     model, adam = 4_000_000, 8 * 600_000
     assert found == {
         "index": 75 * 1000,
@@ -254,23 +275,28 @@ def test_disk_needs():
         "stage-1/labels": 8000,
         "combined": 2 * model,
     }
-    averaged = estimates.estimate_disk([replace(PLAN, has_average=True)], rows=0, keep_checkpoints=1)
+    averaged = estimates.estimate_disk([stage(average_decay=0.9)], [TOWER], rows=0, keep_checkpoints=1)
     assert averaged["stage-0/train"] == model + 2 * (2 * model + adam)
-    large = estimates.estimate_disk([PLAN], rows=60_000_000, keep_checkpoints=1)
+    large = estimates.estimate_disk([STAGE], [TOWER], rows=60_000_000, keep_checkpoints=1)
     assert large["index"] == 60_000_000 * (75 + 8)
-    cached = replace(PLAN, has_cached_texts=True)
-    seen_twice = PLAN.steps * PLAN.global_batch_size // 2
+    cached = stage(lock=LockConfig(text=True))
+    seen_twice = STAGE.train.steps * STAGE.train.global_batch_size // 2
     for rows, more in ((seen_twice, seen_twice * (4 * 16 + 16)), (seen_twice + 1, 0)):
-        plain, with_texts = (estimates.estimate_disk([plan], rows=rows, keep_checkpoints=1) for plan in (PLAN, cached))
+        options = {"rows": rows, "keep_checkpoints": 1}
+        plain, with_texts = (estimates.estimate_disk([each], [TOWER], **options) for each in (STAGE, cached))
         assert with_texts["stage-0/train"] - plain["stage-0/train"] == more
 
 
 @pytest.mark.parametrize(
     ("free", "level", "sentence"),
     [
-        (10**9, "ok", "needs about 350 MB more (checkpoints and models 300 MB, embeddings 50 MB), 1 GB are free"),
-        (4 * 10**8, "warning", "400 MB are free: little is left; free some space"),
-        (3 * 10**8, "FAIL", "300 MB are free; free some space, keep fewer --machine.keep-checkpoints"),
+        (
+            10**9,
+            "ok",
+            "needs about 350.0 MB more (checkpoints and models 300.0 MB, embeddings 50.0 MB), 1.0 GB are free",
+        ),
+        (4 * 10**8, "warning", "400.0 MB are free: little is left; free some space"),
+        (3 * 10**8, "FAIL", "300.0 MB are free; free some space, keep fewer --machine.keep-checkpoints"),
     ],
 )
 def test_disk_space(tmp_path, monkeypatch, free, level, sentence):
@@ -283,7 +309,7 @@ def test_what_is_there_already_is_not_needed_again(tmp_path):
     folder = tmp_path / "stage-0/train/model"
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(bytes(1000))
-    assert "needs about 1 kB more" in only(machine.check_disk(tmp_path, {"stage-0/train": 2000}), "ok")
+    assert "needs about 1.0 kB more" in only(machine.check_disk(tmp_path, {"stage-0/train": 2000}), "ok")
     assert "needs no more" in only(machine.check_disk(tmp_path, {"stage-0/train": 500}), "ok")
     (tmp_path / "stage-0/train" / DONE).write_text("{}")
     assert "needs no more" in only(machine.check_disk(tmp_path, {"stage-0/train": 2000}), "ok")
@@ -298,16 +324,16 @@ def test_a_run_directory_that_cannot_be(tmp_path):
 
 
 def test_steps_and_epochs():
-    found = list(doctor.check_steps([PLAN, replace(PLAN, steps=0)], rows=1000))
+    found = list(doctor.check_steps([STAGE, stage(steps=0)], rows=1000))
     assert only(found, "ok") == "100 steps in 2 stages: 100 of 64 rows (6.25 epochs)"
     assert len(found) == 1
-    many = replace(PLAN, steps=20_000)
+    many = stage(steps=20_000)
     assert "20,000 of 64 rows (1,250 epochs)" in only(doctor.check_steps([many], rows=1000), "ok")
-    assert only(doctor.check_steps([PLAN], rows=None), "ok") == "100 steps in 1 stage: 100 of 64 rows"
+    assert only(doctor.check_steps([STAGE], rows=None), "ok") == "100 steps in 1 stage: 100 of 64 rows"
 
 
 def test_steps_that_go_badly():
-    found = list(doctor.check_steps([PLAN, replace(PLAN, warmup_steps=100)], rows=50))
+    found = list(doctor.check_steps([STAGE, stage(warmup_steps=100)], rows=50))
     large, slow = texts(found, "warning")
     assert large.startswith("--stages.0.train.global-batch-size 64 is more than the 50 rows of an epoch")
     assert large.endswith("(also stage 1)")
@@ -315,8 +341,8 @@ def test_steps_that_go_badly():
 
 
 def test_expected_rows_of_a_label():
-    plans = [PLAN, replace(PLAN, clusters=(2, 5)), PLAN]
-    assert estimates.rows_per_label(plans, 6000) == [6000, 600, 60]
+    product = stage(cluster={"on": "product", "num_clusters": 2, "text_clusters": 5})
+    assert estimates.rows_per_label([STAGE, product, STAGE], 6000) == [6000, 600, 60]
 
 
 @pytest.mark.parametrize(
@@ -328,26 +354,25 @@ def test_expected_rows_of_a_label():
     ],
 )
 def test_groups_that_are_too_small(rows, sentence):
-    assert only(doctor.check_groups([PLAN, PLAN], rows), "warning").startswith(sentence)
+    assert only(doctor.check_groups([STAGE, STAGE], rows), "warning").startswith(sentence)
 
 
 def test_groups_of_a_batch_are_enough():
-    found = list(doctor.check_groups([PLAN, PLAN], 640))
+    found = list(doctor.check_groups([STAGE, STAGE], 640))
     assert [finding.level for finding in found] == ["ok"]
     assert found[0].text.endswith("stage 1 64")
 
 
 def test_groups_do_not_matter_without_them():
-    without = replace(PLAN, groups="none")
-    assert not list(doctor.check_groups([PLAN, without, replace(PLAN, steps=0)], 640))
+    assert not list(doctor.check_groups([STAGE, stage(groups="none"), stage(steps=0)], 640))
 
 
 def test_clusters_that_cannot_be():
-    many = replace(PLAN, clusters=(3, 500))
+    many = stage(cluster={"on": "product", "num_clusters": 3, "text_clusters": 500})
     assert "--stages.1.cluster.num-clusters 500 is more than the 400 rows" in only(
-        doctor.check_groups([PLAN, many], 400), "FAIL"
+        doctor.check_groups([STAGE, many], 400), "FAIL"
     )
-    huge = replace(PLAN, clusters=(10**6, 10**6), groups="none")
+    huge = stage(groups="none", cluster={"on": "product", "num_clusters": 10**6})
     assert "over 2^63 labels" in only(doctor.check_groups([huge, huge], 10**12), "FAIL")
 
 
@@ -441,18 +466,33 @@ def test_a_sample_says_only_so_much_about_bad_samples():
 # --- evaluation sets and weights
 
 
-def test_every_set_that_cannot_be_opened_is_named():
-    def fail(text):
-        raise UserError(text)
+def config(**settings):
+    return RunConfig(**{"run_dir": Path("/nowhere"), "tower": TowerConfig(model=MODEL), "stages": (STAGE,), **settings})
 
-    tasks, found = data.open_sets(lambda: fail("first"), [lambda: fail("first"), dict, lambda: fail("third")])
+
+def test_every_set_that_cannot_be_opened_is_named(monkeypatch):
+    def open_tasks(config):
+        for name in config.eval.sets:
+            if name != "good":
+                raise UserError(name)
+
+    monkeypatch.setattr(data, "open_tasks", open_tasks)
+    tasks, found = data.open_sets(config(eval=EvalConfig(sets=("first", "good", "third"))))
     assert tasks is None
     assert texts(found, "FAIL") == ["first", "third"]
-    assert texts(data.open_sets(lambda: fail("same name"), [dict, dict])[1], "FAIL") == ["same name"]
+
+
+def test_sets_that_can_be_opened_one_by_one_alone(monkeypatch):
+    def open_tasks(config):
+        if len(config.eval.sets) > 1:
+            raise UserError("same name")
+
+    monkeypatch.setattr(data, "open_tasks", open_tasks)
+    assert texts(data.open_sets(config(eval=EvalConfig(sets=("a/x", "b/x"))))[1], "FAIL") == ["same name"]
 
 
 def test_no_sets():
-    assert "no evaluation set" in only(data.open_sets(dict, [])[1], "warning")
+    assert "no evaluation set" in only(data.open_sets(config())[1], "warning")
 
 
 @pytest.fixture
@@ -467,13 +507,17 @@ def hub(monkeypatch):
         return SimpleNamespace(size=state.served[url])
 
     monkeypatch.setattr(
-        weights.huggingface_hub,
+        data.huggingface_hub,
         "try_to_load_from_cache",
         lambda repository, name: f"/cache/{name}" if (repository, name) in state.cached else None,
     )
-    monkeypatch.setattr(weights.huggingface_hub, "hf_hub_url", lambda repository, name: f"{repository}/{name}")
-    monkeypatch.setattr(weights.huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(data.huggingface_hub, "hf_hub_url", lambda repository, name: f"{repository}/{name}")
+    monkeypatch.setattr(data.huggingface_hub, "get_hf_file_metadata", metadata)
     return state
+
+
+def check_weights(architecture, pretrained="", **options):
+    return data.check_weights(TowerConfig(architecture=architecture, pretrained=pretrained, **options))
 
 
 REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
@@ -481,48 +525,44 @@ REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
 
 def test_weights_in_the_cache(hub):
     hub.cached = {(REPOSITORY, "open_clip_model.safetensors")}
-    found = weights.check_weights("ViT-L-14", "openai")
+    found = check_weights("ViT-L-14", "openai")
     assert only(found, "ok") == "the weights openai of ViT-L-14: in the cache of the Hub"
     assert not hub.asked
 
 
 def test_weights_on_the_hub(hub):
     hub.served = {f"{REPOSITORY}/open_clip_pytorch_model.bin": 1_710_000_000}
-    assert "to be downloaded from the Hub, 1.71 GB" in only(weights.check_weights("ViT-L-14", "openai"), "ok")
+    assert "to be downloaded from the Hub, 1.7 GB" in only(check_weights("ViT-L-14", "openai"), "ok")
     assert len(hub.asked) == 2  # the safe file first
 
 
 def test_weights_out_of_reach(hub):
-    text = only(weights.check_weights("ViT-L-14", "openai"), "FAIL")
+    text = only(check_weights("ViT-L-14", "openai"), "FAIL")
     assert "are not on this machine and cannot be downloaded from the Hub (ConnectionError: no route)" in text
     assert "give the file as --tower.pretrained" in text
-    assert "FAIL" in [finding.level for finding in weights.check_weights("hf-hub:a/b", "")]
+    assert "FAIL" in [finding.level for finding in check_weights("hf-hub:a/b", "")]
 
 
 def test_weights_on_this_machine(tmp_path, hub):
     (tmp_path / "w.safetensors").write_bytes(bytes(2_000_000))
-    assert only(weights.check_weights("ViT-B-32", str(tmp_path / "w.safetensors")), "ok").endswith("2 MB")
-    assert only(weights.check_weights(f"local-dir:{tmp_path}", ""), "ok") == f"in {tmp_path}"
-    assert "has no weights" in only(weights.check_weights("local-dir:/nowhere", ""), "FAIL")
-    assert not list(weights.check_weights("ViT-B-32", ""))
-    assert "neither a file nor a tag of this model_cfg" in only(weights.check_weights("", "x.pt", model=MODEL), "FAIL")
-    assert "'openay' is neither a file nor a tag of ViT-B-32" in only(
-        weights.check_weights("ViT-B-32", "openay"), "FAIL"
-    )
+    assert only(check_weights("ViT-B-32", str(tmp_path / "w.safetensors")), "ok").endswith("2.0 MB")
+    assert only(check_weights(f"local-dir:{tmp_path}", ""), "ok") == f"in {tmp_path}"
+    assert "has no weights" in only(check_weights("local-dir:/nowhere", ""), "FAIL")
+    assert not list(check_weights("ViT-B-32", ""))
+    assert "neither a file nor a tag of this model_cfg" in only(check_weights("", "x.pt", model=MODEL), "FAIL")
+    assert "'openay' is neither a file nor a tag of ViT-B-32" in only(check_weights("ViT-B-32", "openay"), "FAIL")
 
 
 def test_tokenizers_of_the_hub(hub):
-    assert not list(weights.check_tokenizer(MODEL["text_cfg"]))
-    assert "the tokenizer org/words are not" in only(
-        weights.check_tokenizer({"hf_tokenizer_name": "org/words"}), "FAIL"
-    )
+    assert not list(data.check_tokenizer(MODEL["text_cfg"]))
+    assert "the tokenizer org/words are not" in only(data.check_tokenizer({"hf_tokenizer_name": "org/words"}), "FAIL")
     hub.cached = {("org/words", "tokenizer_config.json")}
-    assert only(weights.check_tokenizer({"hf_tokenizer_name": "org/words"}), "ok").endswith("in the cache of the Hub")
+    assert only(data.check_tokenizer({"hf_tokenizer_name": "org/words"}), "ok").endswith("in the cache of the Hub")
 
 
 def test_settings_of_a_tower(hub, tmp_path):
-    def config(**changes):
-        return weights.find_model_cfg(**{"architecture": "", "model": {}, "preprocess": {}, **changes})
+    def config(**settings):
+        return data.find_model_cfg(TowerConfig(**settings))
 
     assert config(architecture="ViT-B-32")["embed_dim"] == 512
     assert config(model=MODEL, preprocess={"size": 48})["vision_cfg"]["image_size"] == 48
@@ -535,8 +575,14 @@ def test_settings_of_a_tower(hub, tmp_path):
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 16}}')
     with pytest.raises(UserError, match=f"local-dir:{tmp_path} is not loaded: "):
         config(architecture=f"local-dir:{tmp_path}")
-    assert not weights.is_measurable({"text_cfg": {"hf_model_name": "org/words"}})
-    assert weights.is_measurable(MODEL)
+
+
+def test_sizes_of_stages(hub):
+    stages = [stage(steps=0, lock=LockConfig(text=True)), stage(lock=LockConfig(text=True))]
+    free, locked = estimates.measure_stages(stages, MODEL)
+    assert locked.trained < free.trained == free.parameters
+    assert estimates.measure_stages(stages, None) == [None, None]
+    assert estimates.measure_stages(stages, {"text_cfg": {"hf_model_name": "org/words"}}) == [None, None]
 
 
 # --- a run that exists
@@ -592,10 +638,14 @@ def test_waiting_for_data():
     assert not list(doctor.check_data_wait(1, [{"step": 1}]))
 
 
-def suppression(loss, *, score=0.1, **changes):
+def suppression(loss, *, score=0.1, clusters=10, next_start="previous", tower=None):
     said = diagnose(loss=loss, negatives=63, scores={"shape": score}, rows=16_384, global_batch_size=64)
-    options = {"labels_needed": 256, "clusters": 10, "next_start": "previous", "is_pretrained": False} | changes
-    (finding,) = doctor.check_suppression(0, said, **options)
+    first = stage(cluster={"num_clusters": clusters})
+    recipe = config(
+        stages=(first, replace(STAGE, start=next_start)) if next_start else (first,),
+        tower=tower or TowerConfig(model=MODEL),
+    )
+    finding = doctor.check_suppression(recipe, 0, said, 16_384)
     assert said in finding.text
     return finding
 
@@ -607,7 +657,7 @@ def test_a_suppressed_stage_asks_for_clusters_of_a_batch_and_a_fresh_start():
     assert finding.text.endswith("--stages.1.start scratch; the recipe has 10 clusters and starts from previous")
     assert suppression(0.01, clusters=200, next_start="scratch").level == "ok"
     assert suppression(0.01, clusters=200).level == "warning"
-    pretrained = suppression(0.01, clusters=256, next_start="base", is_pretrained=True)
+    pretrained = suppression(0.01, clusters=256, next_start="base", tower=TowerConfig(architecture="hf-hub:a/b"))
     assert pretrained.level == "ok"
     assert "--stages.1.start base" in pretrained.text
 

@@ -334,7 +334,7 @@ def test_the_table_names_all_parts_and_adds_up():
     assert "samples per second: 64; without waiting for data 85" in shown
     assert "a loader process delivers 20 samples/s while nothing trains, and there are 2" in shown
     assert "batches came late in 50 % of the steps" in shown
-    assert "peak memory: 1 GB resident" in shown
+    assert "peak memory: 1.0 GB resident" in shown
     assert [line for line in shown if line.startswith("hint: waiting for data takes 25 %")]
 
 
@@ -343,4 +343,4 @@ def test_the_exchange_is_shown_where_there_are_several_processes():
     assert f"{'gradient all-reduce':<28}{250:>10.1f}{25:>8.1f} %" in shown
     assert "by 2 processes on cuda" in shown
     assert "and there are 4" in shown
-    assert "1 GB allocated on the GPU" in shown
+    assert "1.0 GB allocated on the GPU" in shown
