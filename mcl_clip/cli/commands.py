@@ -18,8 +18,8 @@ from mcl_clip.cli.recipe import (
     load_experiment,
     load_recipe,
     lost_lines,
+    output_from_main,
     parse,
-    speaking_once,
     split_arguments,
 )
 from mcl_clip.config import check_range
@@ -201,7 +201,7 @@ def evaluate_model(
     check_range("batch-size", batch_size, 1)
     check_range("workers", workers, 0)
     accelerator = create_accelerator()
-    with speaking_once():
+    with output_from_main():
         folder = evaluate(
             model,
             data=data,
@@ -384,7 +384,7 @@ def profile(
     check_range("warmup", warmup, 1)
     config = parse(load_recipe(recipe), split_arguments(sys.argv[1:], PROFILE_OPTIONS)[1])
     accelerator = create_accelerator()
-    with speaking_once():
+    with output_from_main():
         found, setup = profile_recipe(config, accelerator, stage=stage, steps=steps, warmup_steps=warmup)
         if is_main():
             print(profile_text(found, setup))

@@ -38,7 +38,7 @@ def main(recipe: RunConfig) -> None:
         config = parse(recipe, sys.argv[1:])
         with Interrupt(config.machine.preempt_exit_code).listening() as interrupt:
             accelerator = create_accelerator()
-            with speaking_once():
+            with output_from_main():
                 run_pipeline(config, accelerator, interrupt)
                 if is_main():
                     print("\n".join(lost_lines(config.run_dir)))
@@ -48,7 +48,7 @@ def main(recipe: RunConfig) -> None:
 
 
 @contextmanager
-def speaking_once() -> Iterator[None]:
+def output_from_main() -> Iterator[None]:
     """Log, and report errors that all processes share, from the main process only."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     level = logging.WARNING if is_quiet() else logging.INFO
