@@ -381,8 +381,8 @@ def hints(profile: Profile, setup: Setup) -> list[str]:
         found.append((text, hint))
     if 0 < cache_rows < rows_here and profile.peak_bytes * rows_here / cache_rows <= 0.9 * setup.memory:
         hint = (
-            f"the towers run forward twice, with {format_bytes(profile.peak_bytes)} of {format_bytes(setup.memory)} of GPU "
-            f"memory in use: the batch fits at once, {prefix}.grad-cache-rows 0 (now {cache_rows})"
+            f"the towers run forward twice, with {format_bytes(profile.peak_bytes)} of {format_bytes(setup.memory)} of "
+            f"GPU memory in use: the batch fits at once, {prefix}.grad-cache-rows 0 (now {cache_rows})"
         )
         found.append((profile.share("image", "text"), hint))
 
