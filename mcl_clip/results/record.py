@@ -343,5 +343,5 @@ def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if the file does not exist."""
     value = read_json(path) if path.exists() else {}
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object; restore it or delete it to make it anew")
+        raise UserError(f"{path} is not a JSON object; restore it or delete it to recreate it")
     return value

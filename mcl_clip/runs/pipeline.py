@@ -134,7 +134,7 @@ def _show_results(run: RunContext, phase: Phase) -> None:
                 values,
                 step=run.first_step(stage + 1),
                 tables={f"results/{name}": rows for name, rows in result_rows(config.run_dir).items()},
-                pictures=contact_sheets(RunView(config.run_dir)) if config.machine.report_images else {},
+                images=contact_sheets(RunView(config.run_dir)) if config.machine.report_images else {},
                 page=page,
             )
     except Exception as error:

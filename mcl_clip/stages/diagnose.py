@@ -31,7 +31,7 @@ def diagnose(*, loss: float, negatives: float, scores: Mapping[str, float], rows
         clusters = max(2, round(rows / global_batch_size))
         named = ", ".join(f"{name} {100 * scores[name]:.0f} %" for name in poor)
         return (
-            f"batches are told apart ({state}) while something is poor ({named}): it is suppressed. Another stage can "
-            f"bring it back, with about {clusters} clusters (a batch of rows each)"
+            f"the batches are solved ({state}) while evaluation sets are poor ({named}): features are suppressed. "
+            f"Another stage can recover them, with about {clusters} clusters (a batch of rows each)"
         )
-    return f"nothing is suppressed that the evaluation sets would show ({state})"
+    return f"the evaluation sets show no suppressed features ({state})"

@@ -27,7 +27,7 @@ FOLDER = "trackers"
 STATE = "state.json"
 Values = Mapping[str, float]
 Tables = Mapping[str, Sequence[Sequence[str]]]
-Pictures = Mapping[str, UInt8[np.ndarray, "height width 3"]]
+Images = Mapping[str, UInt8[np.ndarray, "height width 3"]]
 
 _NOT_FOR_MLFLOW = re.compile(r"[^\w\-. :/]")  # recall@1
 logger = logging.getLogger(__name__)
@@ -102,19 +102,17 @@ class Trackers:
             self._state["step"] = step
             write_json(self._state_path, self._state)
 
-    def log_stage(
-        self, values: Values, *, step: int, tables: Tables, pictures: Pictures, page: Path | None = None
-    ) -> None:
+    def log_stage(self, values: Values, *, step: int, tables: Tables, images: Images, page: Path | None = None) -> None:
         """Log final metrics, tables and images of a stage.
 
         Args:
             values: metrics of the evaluation.
             step: training step, counted over all stages.
             tables: rows by table name, header first.
-            pictures: images by name.
+            images: images by name.
             page: the HTML report, for trackers that store files.
         """
-        self._each(lambda tracker: SHOW[tracker.name](tracker, _finite(values), step, tables, pictures, page))
+        self._each(lambda tracker: SHOW[tracker.name](tracker, _finite(values), step, tables, images, page))
 
     def finish(self) -> None:
         """Close all open trackers."""
@@ -157,43 +155,43 @@ def _create(name: str, run_dir: Path, project: str, state: Mapping[str, Any]) ->
 
 
 def _to_tensorboard(
-    tracker: GeneralTracker, values: Values, step: int, tables: Tables, pictures: Pictures, _: Path | None
+    tracker: GeneralTracker, values: Values, step: int, tables: Tables, images: Images, _: Path | None
 ) -> None:
     tracker.log(values, step=step)
     for title, (header, *rows) in tables.items():
         lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         tracker.writer.add_text(title, text, global_step=step)
-    for title, picture in pictures.items():
-        tracker.writer.add_image(title, picture, global_step=step, dataformats="HWC")
+    for title, image in images.items():
+        tracker.writer.add_image(title, image, global_step=step, dataformats="HWC")
     tracker.writer.flush()
 
 
 def _to_wandb(
-    tracker: GeneralTracker, values: Values, step: int, tables: Tables, pictures: Pictures, page: Path | None
+    tracker: GeneralTracker, values: Values, step: int, tables: Tables, images: Images, page: Path | None
 ) -> None:
     import wandb
 
     shown = {title: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for title, rows in tables.items()}
-    shown |= {title: wandb.Image(picture) for title, picture in pictures.items()}
+    shown |= {title: wandb.Image(image) for title, image in images.items()}
     shown |= {"report": wandb.Html(str(page), inject=False)} if page else {}
     tracker.log({**values, **shown}, step=step)
 
 
 def _to_trackio(
-    tracker: GeneralTracker, values: Values, step: int, tables: Tables, pictures: Pictures, _: Path | None
+    tracker: GeneralTracker, values: Values, step: int, tables: Tables, images: Images, _: Path | None
 ) -> None:
     import pandas
     import trackio
 
     frames = {title: pandas.DataFrame(rows[1:], columns=rows[0]) for title, rows in tables.items()}
     shown = {title: trackio.Table(dataframe=frame) for title, frame in frames.items()}
-    shown |= {title: trackio.Image(picture) for title, picture in pictures.items()}
+    shown |= {title: trackio.Image(image) for title, image in images.items()}
     tracker.log({**values, **shown}, step=step)
 
 
 def _to_mlflow(
-    tracker: GeneralTracker, values: Values, step: int, tables: Tables, pictures: Pictures, page: Path | None
+    tracker: GeneralTracker, values: Values, step: int, tables: Tables, images: Images, page: Path | None
 ) -> None:
     import mlflow
 
@@ -204,8 +202,8 @@ def _to_mlflow(
     for title, (header, *rows) in tables.items():
         columns = {column or "model": [row[number] for row in rows] for number, column in enumerate(header)}
         mlflow.log_table(columns, artifact_file=f"{file_name(title)}.json")
-    for title, picture in pictures.items():
-        mlflow.log_image(picture, artifact_file=f"{file_name(title)}.png")
+    for title, image in images.items():
+        mlflow.log_image(image, artifact_file=f"{file_name(title)}.png")
     if page:
         mlflow.log_artifact(str(page))
 

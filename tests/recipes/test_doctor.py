@@ -214,7 +214,7 @@ def test_what_a_finished_stage_says_of_the_next(doctor, copy):
     (copy / "stage-0/eval/results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in results))
     _, found = doctor()
     said = lines(found, "warning", "learned")[0]
-    assert "batches are told apart" in said
+    assert "the batches are solved" in said
     assert "--stages.0.cluster.num-clusters up to 12 (groups of one batch" in said  # 200 rows, batches of 16
     assert "--stages.1.start scratch; the recipe has 3 clusters and starts from previous" in said
     assert "stage 0 spent 90 % of its time waiting for data" in lines(found, "warning", "reading")[0]
