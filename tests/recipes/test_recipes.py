@@ -79,7 +79,7 @@ def test_the_number_of_stages_can_be_changed(path):
 def test_help_lists_the_settings_with_their_meaning():
     path = REPOSITORY / "recipes/photos.py"
     shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "small tower from scratch" in shown
+    assert "small model from scratch" in shown
     assert "--stages.1.train.global-batch-size" in shown
     assert "Rows of a batch over all processes" in " ".join(shown.replace("│", " ").split())
 

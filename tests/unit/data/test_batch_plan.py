@@ -161,7 +161,7 @@ def local_rows(groups: np.ndarray, steps: int) -> tuple[np.ndarray, str]:
     plan = make(groups, 16)
     reader = object.__new__(Reader)  # nothing is read
     loader = TrainingLoader(plan, reader, transform=TrainTransform(size_px=(2, 2)), tokenizer=len)
-    return np.stack([request.rows for request in loader._requests(steps, 2 * steps)]), plan.digest(1)
+    return np.stack([rows for _, _, rows in loader._requests(steps, 2 * steps)]), plan.digest(1)
 
 
 def test_each_draw_is_another():
