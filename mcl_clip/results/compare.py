@@ -155,14 +155,15 @@ def _why_left_out(a: ModelResults, b: ModelResults, key: str) -> str:
 
 def _compare_set(key: str, one: Result, two: Result, resamples: int) -> list[MetricComparison]:
     compared = []
-    for metric, a in one.record["metrics"].items():
-        if metric in two.record["metrics"] and metric != "main_metric":
-            b = two.record["metrics"][metric]
-            entry = MetricComparison(key=key, metric=metric, a=a, b=b, difference=a - b)
-            if (paired := compare(one, two, metric, resamples=resamples)) is not None:
-                counts = {name: getattr(paired, name) for name in ("n", "units", "only_a", "only_b", "p_value")}
-                entry = replace(entry, ci95=(paired.low, paired.high), **counts)
-            compared.append(entry)
+    for metric in one.record["metrics"]:
+        a, b = one.value(metric), two.value(metric)
+        if metric == "main_metric" or a is None or b is None:  # not measured by both
+            continue
+        entry = MetricComparison(key=key, metric=metric, a=a, b=b, difference=a - b)
+        if (paired := compare(one, two, metric, resamples=resamples)) is not None:
+            counts = {name: getattr(paired, name) for name in ("n", "units", "only_a", "only_b", "p_value")}
+            entry = replace(entry, ci95=(paired.low, paired.high), **counts)
+        compared.append(entry)
     compared.sort(key=lambda entry: entry.ci95 is None)  # those without an interval last
     # Metrics with the same figures and counts are one test under several names.
     names = [(entry.a, entry.b, entry.n, entry.only_a, entry.only_b, entry.p_value) for entry in compared]

@@ -271,3 +271,15 @@ def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, arguments, sentence)
     assert code == 2
     assert sentence in err
     assert "Traceback" not in err
+
+
+def test_metrics_that_were_not_measured_are_left_out(tmp_path):
+    folders = [write(tmp_path / name, name, number) for number, name in enumerate("ab")]
+    for folder, missing in zip(folders, (("text_retrieval_median_rank",), ()), strict=True):
+        record = json.loads((folder / "results.jsonl").read_text())
+        record["metrics"] |= dict.fromkeys(("cluster_nmi", *missing))
+        (folder / "results.jsonl").write_text(json.dumps(record) + "\n")
+    models = [find_results(str(folder)) for folder in folders]
+    found = {metric.metric for metric in compare_models(*models, resamples=10).metrics}
+    assert "mean_recall@1" in found
+    assert not found & {"cluster_nmi", "text_retrieval_median_rank"}
