@@ -1,9 +1,9 @@
-"""How pure the groups of a stage would be: clusters by cosine and in the shared metric, over the number of clusters.
+"""Purity of the groups of a stage, clustered by cosine and in the shared metric, over the number of clusters.
 
     python benchmarks/cluster_purity.py runs/codes/seed-1/mcl --clusters 64 128 256
 
 For a run on pairs of data_prep/shortcuts.py, whose captions begin with their code. Purity is the probability that two
-rows of a cluster have the same code; one JSON line a figure.
+rows of a cluster have the same code; one JSON line per figure.
 """
 
 import json

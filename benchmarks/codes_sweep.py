@@ -1,12 +1,12 @@
-"""Where a single stage goes blind, and where stages bring back what is hidden: codes against batch and clusters.
+"""Find where a single stage misses hidden features, and where stages recover them: codes, batch size and clusters.
 
     python benchmarks/codes_sweep.py shards/sweep runs/sweep --jobs 2
 
 Shortened runs of recipes/experiments/codes.py, one seed each: `mcl` of two stages beside `single` of equal compute, on
-as many images whatever the batch. Varies the number of codes, the batch and the number of clusters around 64, 64 and
-256. Prints a JSON line a cell: shape and texture averaged, by linear probe and zero-shot; the code zero-shot; mean
-R@1 of whole descriptions.
-What is done is not done again. Two CPU cores: about 25 min. docs/results.md has the table.
+the same number of images for any batch size. Varies the number of codes, the batch and the number of clusters around
+64, 64 and 256. Prints a JSON line per cell: shape and texture averaged, by linear probe and zero-shot; the code
+zero-shot; mean R@1 of whole descriptions. Finished runs are skipped. Two CPU cores: about 25 min. docs/results.md has
+the table.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""When `--stages.K.train.compiled` pays: time of a step with and without `torch.compile`, and steps until it is gained.
+"""Measure when `--stages.K.train.compiled` pays: step time with and without `torch.compile`, and steps to break even.
 
     python benchmarks/compiled.py --model ViT-B-32 --batch 16
 
-Steps of forward and backward on drawn pictures and tokens of `--tokens`, both ways in turn, in this process; prints a
-JSON line with processor seconds (on a GPU, seconds). The first compiled step holds the compilation. Compilations are
-kept on disk by torch, so that this one runs with an empty cache folder.
+Runs forward and backward on random images and `--tokens` tokens, alternating both variants in this process; prints a
+JSON line with CPU seconds (on a GPU, seconds). The first compiled step includes the compilation. torch caches
+compilations on disk, so this program uses an empty cache folder.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py shards/photos/train
 
-Labels are drawn at random; pictures are read, decoded and transformed as in training. Prints a JSON line for each
+Labels are random; images are read, decoded and transformed as in training. Prints a JSON line for each
 number of groups, with digests over all batches for each number of loader workers.
 """
 

@@ -1,13 +1,13 @@
-"""From a JPEG to training pixels on one core: pictures per second beside open_clip's transform on Pillow.
+"""Measure decoding from JPEG to training pixels on one core: images per second beside open_clip's transform on Pillow.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --data photos --model runs/photos
 
-Drawn JPEGs of quality 87 (blurred noise with grain) of 256 x 256, 512 x 384 and 1024 x 768 pixels, to random crops of
+Random JPEGs of quality 87 (blurred noise with grain) of 256 x 256, 512 x 384 and 1024 x 768 pixels, to random crops of
 224 x 224 of at least 0.9 of the area. open_clip makes normalised floats; here the pixels stay bytes until they are on
-the device, so `with_floats` adds the same two steps. All ways run in turn; prints a JSON line a size with the median of
-the ratios of processor time. With a folder of JPEGs and a model it also prints how far fast pixels move the features of
-the same crops from those of exact ones, beside how far another crop moves them.
+the device, so `with_floats` adds the same two steps. All variants alternate; prints a JSON line per size with the
+median of the ratios of CPU time. With a folder of JPEGs and a model it also prints how far fast pixels move the
+features of the same crops from those of exact ones, beside how far another crop moves them.
 """
 
 import io

@@ -1,10 +1,10 @@
-"""How far a float32 run at two processes drifts from the same run at one.
+"""Measure how far a float32 run with two processes drifts from the same run with one.
 
     python benchmarks/drift.py shards/photos/train --out runs/drift
 
-The batches are the same; sums are made in another order. Trains a tiny ViT twice from scratch through `accelerate
-launch` and prints a JSON line for chosen steps: the losses and their difference. Nothing is promised beyond the first
-20 steps.
+The batches are the same; sums are rounded in another order. Trains a tiny ViT twice from scratch through `accelerate
+launch` and prints a JSON line for chosen steps: the losses and their difference. Equality is only promised for the
+first 20 steps.
 """
 
 import json

@@ -1,15 +1,15 @@
-"""Pictures per second of the embedding pass beside a loop over open_clip, on the same shards with the same tower.
+"""Measure the embedding pass in images per second beside a loop over open_clip, on the same shards with the same model.
 
     python benchmarks/embedding_pass.py shards/photos/train --open-clip-python PEER/bin/python
 
 PEER is an environment with `open_clip_torch[training]`. Ours is the phase `embed` of `recipes/cc12m_vit_b32.py` with a
 stage of no steps; theirs is the loop that one would write with open_clip: its WebDataset loader without shuffling, its
 evaluation transform, `encode_image` and `encode_text` in inference mode, and one file at the end. Both read a tower
-with random weights from the same folder, in float32, and embed each picture with its first caption. Each round starts
-one process for either side, in turn. The time is that of the whole phase, with loading the tower and starting the
-workers, by the clock of this program; `cpu_ratio` compares processor seconds, which other programs on the same cores
-disturb less. Says how far the mean unit features of the two sides are apart: ours are kept in float16. Prints a JSON
-line, in about 8 minutes on two cores. With `--device cuda` it has not been run.
+with random weights from the same folder, in float32, and embed each image with its first caption. Each round starts
+one process per side, alternating. The time is that of the whole phase, with loading the tower and starting the
+workers, by the clock of this program; `cpu_ratio` compares CPU seconds, which other programs on the same cores disturb
+less. Prints the difference of the mean unit features of the two sides: ours are stored in float16. Prints a JSON line,
+in about 8 minutes on two cores. With `--device cuda` it has not been run.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""How time and memory of the index, of plans and of labels grow with samples and groups.
+"""Measure how time and memory of index, plans and labels grow with samples and groups.
 
     python benchmarks/growth.py
 
-Indexes shards of 10,000 samples of two tiny members (links to one file), plans an epoch, and refines and groups labels.
-Each case runs in a process of its own: the median time of some runs, and how far the peak of the resident set rises
-over what it was with the inputs. Prints a JSON line a case and then one a part: what a sample costs at the most samples
-over what it costs at the fewest, and at the most groups over one group. Linux only.
+Indexes shards of 10,000 samples of two tiny members (links to one file), plans an epoch, and refines and groups
+labels. Each case runs in a process of its own: the median time of some runs, and how far the peak of the resident set
+rises over what it was with the inputs. Prints a JSON line per case and one per part: the cost of a sample at the
+largest number of samples over that at the smallest, and at the largest number of groups over one group. Linux only.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Spherical k-means beside scikit-learn's and faiss's on the same features, and how its cost grows.
+"""Measure spherical k-means beside scikit-learn's and faiss's on the same features, and how its cost grows.
 
     python benchmarks/kmeans.py --peer-python PEER/bin/python
     python benchmarks/kmeans.py --growth
 
-PEER is an environment with `scikit-learn faiss-cpu numpy`. Drawn features: float16, unit, around 400 random directions,
-with noise as long as the direction. Peers get them in float32, converted before the clock runs. In each round every
-side runs once, in a process of its own, in turn, with as many threads and as many starts:
+PEER is an environment with `scikit-learn faiss-cpu numpy`. Random features: float16, unit, around 400 random
+directions, with noise as long as the direction. Peers get them in float32, converted before the clock runs. In each
+round every side runs once, in a process of its own, in turn, with as many threads and as many starts:
 
 - ours: `spherical_kmeans` as the toolkit calls it;
 - scikit-learn: `KMeans(K, n_init=STARTS)` with its own stopping rule, on Euclidean distance;
@@ -19,8 +19,8 @@ Where other jobs hold a core, threads that wait by spinning cost many times the 
 environment holds for all sides, and is printed. Prints a JSON line for each K and peer.
 
 With --growth: processor time for each row and pass, of ten passes that follow the first one, the least of three fits,
-and the peak of resident memory beyond the features, over rows (of 64 dimensions, K = 100) and over K (10^5 rows). Linux
-only.
+and the peak of resident memory beyond the features, over rows (of 64 dimensions, K = 100) and over K (10^5 rows).
+Linux only.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Training batches per second: the loader beside open_clip_train's WebDataset loader, on the same shards.
+"""Measure training batches per second of the loader beside open_clip_train's WebDataset loader, on the same shards.
 
     python benchmarks/loader.py shards/photos/train --open-clip-python PEER/bin/python
 
 PEER is an environment with `open_clip_torch[training]`, whose webdataset is an old one. Each round starts one process
-for either side, in turn: two workers, random crops of 224 x 224 of at least 0.9 of the area, tokens of 77. The time
+per side, alternating: two workers, random crops of 224 x 224 of at least 0.9 of the area, tokens of 77. The time
 runs from the first batch, when the workers are up, to the last of the epoch. open_clip's batches are normalised floats,
 ours bytes that become floats on the device; that step is in our time too. Prints a JSON line.
 """

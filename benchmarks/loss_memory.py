@@ -1,10 +1,10 @@
-"""Memory that a large batch takes in the loss and in the towers, and whether saving it changes the gradients.
+"""Measure the memory of a large batch in the loss and the encoders, and whether saving it changes the gradients.
 
     python benchmarks/loss_memory.py
 
 Runs each case in a process of its own and prints a JSON line for it: the most bytes that are kept for the backward
 pass at a time (saved tensors, each storage once, without the inputs and the 32 bytes a row of identifiers), growth of
-the resident memory at its peak, and CPU seconds of both passes. The losses take drawn features of 4096 pairs in
+the resident memory at its peak, and CPU seconds of both passes. The losses take random features of 4096 pairs in
 float32, with all other pairs as negatives: open_clip's, and the one from here, whole and in chunks; in chunks of
 16384 pairs too. Two small towers before it go through whole and in chunks (GradCache). Then the largest difference of
 a gradient to the plain loss's, in float64. Linux only.

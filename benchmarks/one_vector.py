@@ -1,4 +1,4 @@
-"""Do vectors of the width of one stage rank as the combined features do, and how much smaller is their index?
+"""Check that vectors as wide as one stage rank like the combined features, and measure how much smaller their index is.
 
     python benchmarks/one_vector.py runs/photos shards/photos/test
 

@@ -1,13 +1,13 @@
-"""Time and memory of the plan of an epoch, from 12 to 400 million rows.
+"""Measure time and memory of the plan of an epoch, from 12 to 400 million rows.
 
     python benchmarks/plan.py
     python benchmarks/plan.py --large --folder /scratch
 
-The columns are drawn and memory-mapped: shards of 10,000 rows, groups mixed within shards, their shares from a flat
-Dirichlet distribution. Each case runs in a process of its own, which reads the columns once before anything is counted:
-memory is how far the peak of the resident set rises after that, with the plan where it is in memory, and with what is
-read of it where it is a file. Prints a JSON line a case: `seconds` to the plan (with the time of the processor, which
-tells a busy machine), to a first batch of it, to its digest and its statistics. Linux only; --large needs 4 GB of disk.
+The columns are random and memory-mapped: shards of 10,000 rows, groups mixed within shards, their shares from a flat
+Dirichlet distribution. Each case runs in a process of its own, which reads the columns once before anything is
+counted: memory is how far the peak of the resident set rises after that, with the plan where it is in memory, and with
+what is read of it where it is a file. Prints a JSON line per case: `seconds` to the plan (with CPU time, which reveals
+a busy machine), to a first batch of it, to its digest and its statistics. Linux only; --large needs 4 GB of disk.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""How long the report of a large run takes, how large it is, and how much memory that needs.
+"""Measure time, size and memory of the report of a large run.
 
     python benchmarks/report.py --rows 1000000
 
-Makes the artefacts of a run of two stages in a temporary folder: shards of 10,000 small pictures with captions (links
-to one file), features and clusters around drawn centres, ten thousand records of training. Each size runs in a process
-of its own. Prints a JSON line a size: seconds, size of the page in MB, and the peak of the resident set in MB, imports
-included. There are no evaluation sets. Linux only.
+Writes the artifacts of a run of two stages in a temporary folder: shards of 10,000 small images with captions (links
+to one file), features and clusters around random centers, ten thousand records of training. Each size runs in a
+process of its own. Prints a JSON line per size: seconds, size of the page in MB, and the peak of the resident set in
+MB, imports included. There are no evaluation sets. Linux only.
 """
 
 import io

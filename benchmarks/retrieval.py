@@ -1,16 +1,16 @@
-"""Retrieval scores from given features: time, memory and recalls beside CLIP_benchmark's.
+"""Measure retrieval scores from given features: time, memory and recalls beside CLIP_benchmark's.
 
     python benchmarks/retrieval.py --clip-benchmark-python PEER/bin/python
     python benchmarks/retrieval.py --growth
 
-PEER is an environment with `clip_benchmark`. Drawn features of 5,000 images and 25,000 captions, five of each image,
-of 512 dimensions. Each round starts one process for either side, in turn, on the same features. CLIP_benchmark gets
-them at unit length, as its loop over batches leaves them, and does what its `evaluate` does from there on: all scores,
-the matrix of right pairs, `recall_at_k` in batches of 64 for k of 1, 5 and 10 both ways. Ours gets them as drawn and
+PEER is an environment with `clip_benchmark`. Random features of 5,000 images and 25,000 captions, five of each image,
+of 512 dimensions. Each round starts one process per side, alternating, on the same features. CLIP_benchmark gets them
+at unit length, as its loop over batches leaves them, and does what its `evaluate` does from there on: all scores, the
+matrix of right pairs, `recall_at_k` in batches of 64 for k of 1, 5 and 10 both ways. Ours gets them as generated and
 computes, besides these six recalls, their means, reciprocal and median ranks, and the rank and the outcome of every
-query. Prints a JSON line: seconds and processor seconds, growth of the resident memory at its peak, the recalls, and
-the medians of the ratios of each round. Recalls can differ where scores are equal, or closer than float32 can tell:
-ours adds in float64 and counts ties against the model, `topk` takes whichever it finds.
+query. Prints a JSON line: seconds and CPU seconds, growth of the resident memory at its peak, the recalls, and the
+medians of the ratios of each round. Recalls can differ where scores are equal, or closer than float32 can tell: ours
+adds in float64 and counts ties against the model, `topk` takes whichever it finds.
 
 With `--growth`, ours alone with 1,000, 5,000 and 25,000 images: the memory should stay, the time grow with the number
 of pairs. Linux only.
