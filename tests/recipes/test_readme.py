@@ -1,4 +1,4 @@
-"""The commands of the README on a few drawn pictures, as they stand there, from a table to an export."""
+"""The commands of the README on a few images, as they stand there, from a table to an export."""
 
 import csv
 import os
@@ -57,7 +57,8 @@ def run(command: str, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_work_one_after_the_other(project):
-    listed = [command.removesuffix(LEFT_OUT) for command in commands_in((ROOT / "README.md").read_text())]
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/publishing.md"))
+    listed = [command.removesuffix(LEFT_OUT) for command in commands_in(text)]
     (project / "sets").symlink_to(project / "shards" / "photos" / "test")
     printed = {}
     for start, more in CHAIN.items():
