@@ -348,6 +348,9 @@ class RunConfig:
     features as in the MCL paper (`concat`), or whichever has the lower loss on held-out rows (`best`)."""
     seed: int = 0
     """Random seed."""
+    behavior: Literal["0.6", "0.7"] = "0.7"
+    """How images and captions are read and parameters are decayed: as the current version does it, or as version 0.6
+    and earlier did. A run directory that was begun with an earlier version keeps the earlier behavior on its own."""
     publish: PublishConfig = PublishConfig()
     machine: MachineConfig = MachineConfig()
 

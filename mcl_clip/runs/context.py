@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mcl_clip.config import RunConfig
 from mcl_clip.core.distributed import check_same, on_main, permutation
 from mcl_clip.core.errors import UserError
-from mcl_clip.core.files import STARTED
+from mcl_clip.core.files import DONE, STARTED, read_json
 from mcl_clip.data.features import EmbeddingTable
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
@@ -108,6 +108,17 @@ class RunContext:
             batch_size=self.config.eval.batch_size,
             num_workers=self.config.machine.workers,
         )
+
+
+def with_behavior(config: RunConfig) -> RunConfig:
+    """Return the configuration with the behavior that its run directory was begun with."""
+    markers = (config.run_dir / "stage-0" / "train" / name for name in (STARTED, DONE))
+    begun = next((read_json(marker) for marker in markers if marker.is_file()), None)
+    if begun is None or "behavior" in begun.get("made_from", {}).get("settings", {}).get("data", {}):
+        return config
+    if config.behavior != "0.6":
+        logger.info("%s was begun with version 0.6 or earlier, and continues with its behavior", config.run_dir)
+    return replace(config, behavior="0.6")
 
 
 def load_index(config: RunConfig) -> tuple[ShardIndex, tuple[Source, ...]]:

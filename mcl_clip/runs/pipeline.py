@@ -33,7 +33,7 @@ from mcl_clip.report.page import write_report
 from mcl_clip.report.view import RunView
 from mcl_clip.results.record import COMBINED
 from mcl_clip.results.text import format_duration, result_rows
-from mcl_clip.runs.context import RunContext, load_index, open_tasks
+from mcl_clip.runs.context import RunContext, load_index, open_tasks, with_behavior
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import combine, evaluate, publish
 from mcl_clip.runs.phase import Phase, lock
@@ -59,6 +59,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
     on_main(partial(check_publishing, config))
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(lock(config.run_dir)))  # the main process holds the lock for all
+        config = on_main(partial(with_behavior, config))
         index, sources = load_index(config)
         config = with_control(config, rows=len(index))  # the steps of equal compute depend on the number of rows
         tasks = open_tasks(config)
@@ -148,6 +149,8 @@ def plan_phases(run: RunContext) -> list[Phase]:
     """Return all phases of the run, in order."""
     config = run.config
     data = {name: getattr(config.data, name) for name in ("caption_key", "max_pixels")} | {"index": run.index.digest}
+    if config.behavior != "0.6":  # earlier versions did not record it
+        data["behavior"] = config.behavior
     sets = {name: task.sha256 for name, task in run.tasks.items()}
     phases: list[Phase] = []
     trained, embedded, clustered, labeled, evaluated = (list[Phase]() for _ in range(5))

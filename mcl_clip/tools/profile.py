@@ -29,7 +29,7 @@ from mcl_clip.core.files import DONE
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.loader import PairBatch
 from mcl_clip.results.text import format_bytes
-from mcl_clip.runs.context import RunContext, load_index
+from mcl_clip.runs.context import RunContext, load_index, with_behavior
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.pipeline import check_stages, plan_phases
 from mcl_clip.runs.train_phase import fit_stage, prepare_stage, start_clip
@@ -133,6 +133,7 @@ def profile_recipe(
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
     with temporary_run_dir(config.run_dir) as folder:
+        config = with_behavior(config)
         index, sources = load_index(replace(config, run_dir=folder))
         config = with_control(config, rows=len(index))
         trained = [number for number, each in enumerate(config.stages) if each.train.steps]

@@ -12,7 +12,7 @@ from mcl_clip.core.files import fingerprint
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.row_order import Source
 from mcl_clip.eval.task import Task
-from mcl_clip.runs.context import RunContext
+from mcl_clip.runs.context import RunContext, with_behavior
 from mcl_clip.runs.pipeline import plan_phases
 
 TRAIN = TrainConfig(steps=100, global_batch_size=64, lr=1e-3, warmup_steps=10)
@@ -77,4 +77,23 @@ def test_each_phase_depends_on_what_it_reads():
 )
 def test_runs_begun_with_earlier_versions_continue(config, expected):
     """A changed fingerprint refuses to continue every existing run: leave new fields out at their defaults."""
-    assert fingerprint({phase.name: phase.fingerprint for phase in planned(config)}) == expected
+    phases = planned(replace(config, behavior="0.6"))
+    assert fingerprint({phase.name: phase.fingerprint for phase in phases}) == expected
+
+
+@pytest.mark.parametrize("marker", ["STARTED.json", "DONE.json"])
+@pytest.mark.parametrize("behavior", ["0.6", "0.7"])
+def test_a_run_keeps_the_behavior_it_was_begun_with(tmp_path, behavior, marker):
+    config = replace(SCRATCH, run_dir=tmp_path)
+    assert with_behavior(config).behavior == "0.7"
+    phase = planned(replace(config, behavior=behavior))[0]
+    phase.begin()
+    if marker == "DONE.json":
+        phase.mark_done()
+    assert with_behavior(config).behavior == behavior
+    assert with_behavior(replace(config, behavior="0.6")).behavior == "0.6"
+
+
+def test_the_behavior_is_part_of_what_a_stage_was_made_from():
+    now, before = (planned(replace(SCRATCH, behavior=behavior)) for behavior in ("0.7", "0.6"))
+    assert all(a.fingerprint != b.fingerprint for a, b in zip(now, before, strict=True))
