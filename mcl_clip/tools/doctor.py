@@ -44,10 +44,9 @@ from mcl_clip.tools.doctor_machine import (
     check_memory,
     check_versions,
     find_gpus,
+    find_versions,
     free_memory,
-    installed_versions,
     machines_for,
-    own_requirements,
 )
 from mcl_clip.tools.estimates import MAX_LABELS, clusters_per_modality, estimate_disk, measure_stages, rows_per_label
 from mcl_clip.train.trackers import check_trackers
@@ -67,22 +66,19 @@ def finding_text(finding: Finding, *, columns: int = 0, has_colours: bool = Fals
 
 
 def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[], Accelerator]) -> Iterator[Finding]:
-    """Run all checks of a recipe.
+    """Run all checks of a recipe; 0 `processes` are one per GPU of this machine, or one without GPUs.
 
-    Args:
-        config: the recipe.
-        processes: training processes; 0 for one per GPU of this machine, or one without GPUs.
-        make_accelerator: called only if the data can be opened and phases can be planned.
+    `make_accelerator` is called only if the data can be opened and phases can be planned.
     """
-    requirements, gpus, cores = own_requirements(), find_gpus(), count_cores()
+    gpus, cores = find_gpus(), count_cores()
     processes = processes or len(gpus) or 1
     machines = machines_for(processes, gpus)
-    yield from check_versions(installed_versions(requirements), requirements)
-    rows, shard_findings = inspect_shards(config.data.train, config.run_dir / "index" / "index.arrow")
-    _, recipe_findings = attempt("recipe", partial(check_stages, config, processes=processes))
+    yield from check_versions(find_versions())
+    yield from attempt("recipe", partial(check_stages, config, processes=processes))
+    rows = yield from inspect_shards(config.data.train, config.run_dir / "index" / "index.arrow")
     config = with_control(config, rows=rows.total if rows else 0)
-    cfg, tower_findings = attempt("tower", partial(find_model_cfg, config.tower))
-    sizes, size_findings = attempt("tower", partial(measure_stages, config.stages, cfg))
+    cfg = yield from attempt("tower", partial(find_model_cfg, config.tower))
+    sizes = yield from attempt("tower", partial(measure_stages, config.stages, cfg))
     yield from check_devices(
         gpus,
         cores=cores,
@@ -91,20 +87,18 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
         precisions=[stage.train.precision for stage in config.stages if stage.train.steps],
         trained=max((size.trained for size in sizes or () if size), default=0),
     )
-    yield from shard_findings
     if rows and cfg:
         # Loaders with a core of their own; with 0 workers the training process loads by itself.
         loaders = max(1, machines * min(config.machine.workers * processes // machines, cores))
         yield from check_reading(config, rows.index, cfg, loaders=loaders)
-    tasks, set_findings = open_sets(config)
-    yield from [*set_findings, *recipe_findings]
-    yield from attempt("trackers", partial(check_trackers, config.machine.trackers))[1]
-    yield from [*tower_findings, *size_findings]
+    tasks = yield from open_sets(config)
+    yield from attempt("trackers", partial(check_trackers, config.machine.trackers))
     if repo := config.publish.repo:
-        yield from attempt("publish", partial(check_publishing, config))[1] or [Finding("ok", "publish", f"to {repo}")]
-    if not tower_findings:
+        failures = list(attempt("publish", partial(check_publishing, config)))
+        yield from failures or [Finding("ok", "publish", f"to {repo}")]
+    if cfg is not None:
         yield from check_weights(config.tower)
-        yield from check_tokenizer((cfg or {}).get("text_cfg", {}))
+        yield from check_tokenizer(cfg.get("text_cfg", {}))
     if sizes:
         per_epoch = rows.per_epoch(config.data.weights, config.data.holdout_rows) if rows else None
         yield from check_steps(config.stages, rows=per_epoch)
@@ -147,33 +141,30 @@ def check_groups(stages: Sequence[StageConfig], rows: int) -> Iterator[Finding]:
     if grouped:
         expected = ", ".join(f"stage {number} {sizes[number]:,.4g}" for number in grouped)
         yield Finding("ok", "groups", f"mean rows per label, before small groups are merged: {expected}")
-    problems: dict[str, list[tuple[int, str]]] = {}
+    problems: dict[int, list[int]] = {}  # stages by the first limit that the rows of a label are below
     for number in grouped:
-        train, size, least = stages[number].train, sizes[number], min_group_size(stages[number])
-        if size <= train.min_negatives:
-            text = f"rows with fewer than {train.min_negatives} negatives get no weight; use fewer clusters in earlier "
-            problems.setdefault("weightless", []).append((number, f"{text}stages"))
-        elif size < least:
-            text = f"most are merged, into groups of at least {least} rows; use fewer clusters"
-            problems.setdefault("merged", []).append((number, text))
-        elif size < train.global_batch_size:
-            text = (
-                f"a batch of {train.global_batch_size} holds several groups, with about {max(0, round(size) - 1)} "
-                f"negatives per row; use fewer clusters before this stage, or smaller batches"
-            )
-            problems.setdefault("mixed", []).append((number, text))
-    for affected in problems.values():
-        number, text = affected[0]
-        text = f"stage {number} has {sizes[number]:,.4g} rows per label: {text}{_also([n for n, _ in affected])}"
-        yield Finding("warning", "groups", text)
+        train, size = stages[number].train, sizes[number]
+        limits = (size <= train.min_negatives, size < min_group_size(stages[number]), size < train.global_batch_size)
+        if any(limits):
+            problems.setdefault(limits.index(True), []).append(number)
+    for limit, affected in problems.items():
+        number, size, train = affected[0], sizes[affected[0]], stages[affected[0]].train
+        text = (
+            f"rows with fewer than {train.min_negatives} negatives get no weight; use fewer clusters in earlier stages",
+            f"most are merged, into groups of at least {min_group_size(stages[number])} rows; use fewer clusters",
+            f"a batch of {train.global_batch_size} holds several groups, with about {max(0, round(size) - 1)} "
+            f"negatives per row; use fewer clusters before this stage, or smaller batches",
+        )[limit]
+        yield Finding("warning", "groups", f"stage {number} has {size:,.4g} rows per label: {text}{_also(affected)}")
     clusters = [clusters_per_modality(stage) for stage in stages]
     for number, numbers in enumerate(clusters):
         if max(numbers) > rows:
             setting = f"--stages.{number}.cluster.num-clusters {max(numbers)}"
             yield Finding("FAIL", "groups", f"{setting} is more than the {rows:,} rows; use a smaller number")
     if math.prod(map(math.prod, clusters)) >= MAX_LABELS:
-        text = "the clusters of all stages make over 2^63 labels; use fewer stages or clusters"
-        yield Finding("FAIL", "groups", text)
+        yield Finding(
+            "FAIL", "groups", "the clusters of all stages make over 2^63 labels; use fewer stages or clusters"
+        )
 
 
 def status_lines(run: Path, *, has_colours: bool = False) -> list[str]:
@@ -235,8 +226,8 @@ def _check_run(
     yield from check_lock(config.run_dir)
     has_begun = (config.run_dir / "config.json").exists()
     if has_begun:
-        lines, failures = attempt("run", partial(status_lines, config.run_dir))
-        yield from failures or [Finding("ok", "run", line) for line in lines or ()]
+        lines = yield from attempt("run", partial(status_lines, config.run_dir))
+        yield from [Finding("ok", "run", line) for line in lines or ()]
     if rows is None or tasks is None or not rows.is_whole:
         if has_begun:
             text = "the recipe can be compared with the run only when all shards and sets can be opened"
@@ -247,7 +238,7 @@ def _check_run(
     run = RunContext(
         config=config, accelerator=make_accelerator(), index=rows.index, sources=sources, tasks=dict(tasks)
     )
-    yield from attempt("recipe", partial(check_held_out, run))[1]
+    yield from attempt("recipe", partial(check_held_out, run))
     if has_begun:
         yield from check_phases(partial(plan_phases, run))
         yield from _check_finished_stages(config, rows.total)
@@ -255,30 +246,28 @@ def _check_run(
 
 def check_lock(run_dir: Path) -> Iterator[Finding]:
     """Warn if another job holds the run directory."""
-    if (path := run_dir / "lock").exists():
-        owner, failures = attempt("run", lambda: read_json(path))
+    if (path := run_dir / "lock").exists() and (owner := (yield from attempt("run", partial(read_json, path)))):
         name = f"process {owner.get('pid')} on {owner.get('host')}" if isinstance(owner, dict) else "a job"
         text = f"{run_dir} is locked by {name}; the run is refused while that job lives, and starts once it is dead"
-        yield from failures or [Finding("warning", "run", text)]
+        yield Finding("warning", "run", text)
 
 
 def check_phases(plan: Callable[[], Sequence[Phase]]) -> Iterator[Finding]:
     """Check whether finished and unfinished phases were made by this recipe, up to the first that was not."""
-    phases, failures = attempt("run", plan)
-    yield from failures
+    phases = (yield from attempt("run", plan)) or ()
     done = 0
-    for phase in phases or ():
-        is_done, failures = attempt("run", phase.check)
-        if not failures and not is_done and not phase.grows and (phase.folder / STARTED).exists():
-            difference, failures = attempt("run", partial(phase.difference, STARTED))
+    for phase in phases:
+        if (is_done := (yield from attempt("run", phase.check))) is None:
+            return  # the phases after it depend on its output
+        if not is_done and not phase.grows and (phase.folder / STARTED).exists():
+            if (difference := (yield from attempt("run", partial(phase.difference, STARTED)))) is None:
+                return
             if difference:
                 way_out = f"use the earlier setting, another --run-dir, or delete {phase.folder} to start it again"
                 text = f"{phase.folder} is unfinished and does not match this recipe: {difference}; {way_out}"
-                failures = [Finding("FAIL", "run", text)]
-        if failures:
-            yield from failures
-            return  # the phases after it depend on its output
-        done += bool(is_done)
+                yield Finding("FAIL", "run", text)
+                return
+        done += is_done
     if phases:
         yield Finding("ok", "run", f"the recipe matches: {done} of {len(phases)} phases are done and are kept")
 
@@ -287,12 +276,10 @@ def _check_finished_stages(config: RunConfig, rows: int) -> Iterator[Finding]:
     labels = 1
     for number, stage in enumerate(config.stages):
         path = config.run_dir / f"stage-{number}" / "train" / "metrics.jsonl"
-        settings = asdict(stage.train)
-        text, failures = attempt("learned", partial(diagnose_stage, config.run_dir, number, settings, rows))
-        yield from failures
-        if text:
+        diagnose = partial(diagnose_stage, config.run_dir, number, asdict(stage.train), rows)
+        if text := (yield from attempt("learned", diagnose)):
             yield check_suppression(config, number, text, rows / labels)
-        yield from check_data_wait(number, attempt("learned", partial(read_jsonl, path))[0] or [])
+        yield from check_data_wait(number, (yield from attempt("learned", partial(read_jsonl, path))) or [])
         labels *= math.prod(clusters_per_modality(stage))
 
 
@@ -308,13 +295,9 @@ def check_data_wait(stage: int, records: Sequence[Mapping[str, float]]) -> Itera
 
 
 def check_suppression(config: RunConfig, number: int, diagnosis: str, rows: float) -> Finding:
-    """Repeat the diagnosis of a finished stage, and compare the recipe with the clusters and start it suggests.
+    """Repeat the diagnosis of stage `number`, and compare the recipe with the clusters and start it suggests.
 
-    Args:
-        config: the recipe.
-        number: number of the stage.
-        diagnosis: sentence of `mcl_clip.stages.diagnose.diagnose`.
-        rows: mean number of rows per label at the start of the stage.
+    `rows` is the mean number of rows per label at the start of the stage.
     """
     stage, following = config.stages[number], config.stages[number + 1 : number + 2]
     clusters, start = stage.cluster.num_clusters, following[0].start if following else None

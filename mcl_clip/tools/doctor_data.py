@@ -15,11 +15,9 @@ from urllib.request import Request, urlopen
 import huggingface_hub
 import numpy as np
 import open_clip
-import torch
 
 from mcl_clip.config import EvalConfig, RunConfig, TowerConfig
 from mcl_clip.core.errors import UserError
-from mcl_clip.core.files import read_json
 from mcl_clip.data.decode import train_transform
 from mcl_clip.data.index import INDEX_NAME, ShardIndex
 from mcl_clip.data.loader import captioned_batches
@@ -29,15 +27,15 @@ from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.eval.task import Task
 from mcl_clip.model.clip import HUB, LOCAL, create_clip
 from mcl_clip.model.open_clip_io import (
-    DEFAULT_CONTEXT_LENGTH,
     OPEN_CLIP_CONFIG_NAME,
     WEIGHT_SUFFIXES,
     check_model_cfg,
     make_tokenizer,
+    read_object,
 )
 from mcl_clip.results.text import format_bytes, format_duration
 from mcl_clip.runs.context import open_tasks
-from mcl_clip.tools.doctor_machine import Finding, attempt
+from mcl_clip.tools.doctor_machine import Check, Finding, attempt
 
 SHARDS_WITHOUT_INDEX = 8
 REMOTE_SHARDS_TRIED = 16
@@ -45,21 +43,16 @@ REMOTE = RetryPolicy(retries=1, timeout_s=10.0)
 SAMPLES_READ = 256
 BATCH_SIZE = 32
 MAX_READING_S = 20.0
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # the files that open_clip tries, in order
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
-    """Row counts of the training shards.
+    """Row counts of the training shards."""
 
-    Attributes:
-        index: index of the shards that were inspected.
-        per_list: rows of each list of shards, extrapolated unless `is_whole`.
-        is_whole: whether `index` covers all shards.
-    """
-
-    index: ShardIndex
-    per_list: tuple[int, ...]
-    is_whole: bool
+    index: ShardIndex  # of the shards that were inspected
+    per_list: tuple[int, ...]  # extrapolated unless `is_whole`
+    is_whole: bool  # whether `index` covers all shards
 
     @property
     def total(self) -> int:
@@ -72,28 +65,22 @@ class RowCounts:
         return max(1, sum(round(rows * weight) for rows, weight in weighted) - min(held_out, self.total // 20))
 
 
-def inspect_shards(specs: Sequence[str], run_index: Path) -> tuple[RowCounts | None, list[Finding]]:
+def inspect_shards(specs: Sequence[str], run_index: Path) -> Check[RowCounts]:
     """Count rows from stored indexes and, for shards without one, from the headers of the first few.
 
-    Args:
-        specs: lists of shards as given by the user.
-        run_index: path of the index of the run, which need not exist.
-
-    Returns:
-        The counts, or None if a shard cannot be used, and the findings.
+    `run_index` is the path of the index of the run, which need not exist.
     """
     if not specs:
-        text = "--data.train names no shards; give paths, URLs or folders with .tar files"
-        return None, [Finding("FAIL", "shards", text)]
-    lists, failures = attempt("shards", lambda: [expand_shards(spec) for spec in specs])
-    if lists is None:
-        return None, failures
+        yield Finding("FAIL", "shards", "--data.train names no shards; give paths, URLs or folders with .tar files")
+        return None
+    if (lists := (yield from attempt("shards", lambda: [expand_shards(spec) for spec in specs]))) is None:
+        return None
     urls = [url for part in lists for url in part]
     if failures := _check_remote([url for url in urls if is_remote(url)]):
-        return None, failures
-    indexed, failures = attempt("shards", partial(_load_or_build_index, urls, run_index))
-    if indexed is None:
-        return None, failures
+        yield from failures
+        return None
+    if (indexed := (yield from attempt("shards", partial(_load_or_build_index, urls, run_index)))) is None:
+        return None
     index, scanned = indexed
     known = {shard.url: shard.rows for shard in index.shards}
     mean = len(index) / max(1, len(known))
@@ -101,17 +88,17 @@ def inspect_shards(specs: Sequence[str], run_index: Path) -> tuple[RowCounts | N
     rows = RowCounts(index=index, per_list=per_list, is_whole=len(known) == len(urls))
     if rows.is_whole:
         source = f"{scanned} of them indexed now, in memory" if scanned else "from a stored index"
-        findings = [Finding("ok", "shards", f"{len(urls):,} shards, {rows.total:,} rows ({source})")]
+        yield Finding("ok", "shards", f"{len(urls):,} shards, {rows.total:,} rows ({source})")
     else:
         text = (
             f"{len(urls):,} shards, about {rows.total:,} rows: {len(index.shards):,} shards were inspected, the others "
             f"have no index; run `mcl-clip index` to check them before the run does"
         )
-        findings = [Finding("warning", "shards", text)]
+        yield Finding("warning", "shards", text)
     if skipped := index.skipped_by_reason():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-        findings.append(Finding("warning", "shards", f"samples that are not image-text pairs are skipped: {counts}"))
-    return rows, findings
+        yield Finding("warning", "shards", f"samples that are not image-text pairs are skipped: {counts}")
+    return rows
 
 
 def _check_remote(urls: Sequence[str]) -> list[Finding]:
@@ -120,7 +107,7 @@ def _check_remote(urls: Sequence[str]) -> list[Finding]:
         return []
     tried = [urls[i] for i in np.unique(np.linspace(0, len(urls) - 1, REMOTE_SHARDS_TRIED).astype(int))]
     with ThreadPoolExecutor(max_workers=len(tried)) as threads:
-        answers = threads.map(lambda url: attempt("shards", lambda: stat(url, REMOTE))[1], tried)
+        answers = threads.map(lambda url: list(attempt("shards", lambda: stat(url, REMOTE))), tried)
         return [finding for answer in answers for finding in answer][:3]
 
 
@@ -152,18 +139,12 @@ def check_reading(
 ) -> Iterator[Finding]:
     """Read and decode evenly spaced samples as the first stage does; report bad ones and the loading throughput.
 
-    Args:
-        config: the recipe.
-        index: index of the training rows.
-        model_cfg: model config of open_clip.
-        loaders: loader processes of the run that have a processor core of their own.
+    `loaders` counts the loader processes of the run that have a processor core of their own.
     """
     if config.machine.remote == "stage" and any(is_remote(shard.url) for shard in index.shards):
         yield Finding("ok", "reading", "not tried: remote shards are downloaded whole when the run needs them")
         return
-    read, failures = attempt("reading", partial(_read_samples, config, index, model_cfg))
-    yield from failures
-    if read is None:
+    if (read := (yield from attempt("reading", partial(_read_samples, config, index, model_cfg)))) is None:
         return
     count, seconds, bad = read
     rate = count / seconds
@@ -171,10 +152,8 @@ def check_reading(
     if trained := [stage.train for stage in config.stages if stage.train.steps]:
         batch_s = max(train.global_batch_size for train in trained) / (rate * loaders)
         total_s = sum(train.steps * train.global_batch_size for train in trained) / (rate * loaders)
-        text += (
-            f"; {loaders} loaders deliver a batch in {batch_s:.2g} s, so faster steps wait for data and training "
-            f"takes at least {format_duration(total_s)}"
-        )
+        text += f"; {loaders} loaders deliver a batch in {batch_s:.2g} s, so faster steps wait for data and training "
+        text += f"takes at least {format_duration(total_s)}"
     yield Finding("ok", "reading", text)
     if bad:
         yield judge_bad_samples(bad, count, config.data.max_bad_fraction, is_all=count == len(index))
@@ -184,11 +163,6 @@ def _read_samples(
     config: RunConfig, index: ShardIndex, model_cfg: Mapping[str, Any]
 ) -> tuple[int, float, Counter[str]]:
     """Return the number of samples that were read, the seconds this took, and bad samples by reason."""
-    text_cfg = model_cfg["text_cfg"]
-
-    def no_tokens(texts: list[str]) -> torch.Tensor:
-        return torch.zeros(len(texts), text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH), dtype=torch.int64)
-
     preprocess = {"size": model_cfg["vision_cfg"].get("image_size", 224), **config.tower.preprocess}
     rows = np.unique(np.linspace(0, len(index) - 1, SAMPLES_READ).astype(np.int64))
     batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
@@ -197,7 +171,7 @@ def _read_samples(
         batches,
         transform=train_transform(preprocess, **asdict(config.stages[0].train.augment)),
         # A tokenizer on the Hub is not downloaded; decoding images takes most of the time.
-        tokenizer=no_tokens if text_cfg.get("hf_tokenizer_name") else make_tokenizer(dict(model_cfg)),
+        tokenizer=None if model_cfg["text_cfg"].get("hf_tokenizer_name") else make_tokenizer(dict(model_cfg)),
         max_pixels=config.data.max_pixels,
         json_key=config.data.caption_key,
     )
@@ -226,23 +200,27 @@ def judge_bad_samples(bad: Counter[str], count: int, limit: float, *, is_all: bo
     return Finding("warning", "reading", f"{text}; they are counted and skipped, up to a share of {limit:g}")
 
 
-def open_sets(config: RunConfig) -> tuple[dict[str, Task] | None, list[Finding]]:
+def open_sets(config: RunConfig) -> Check[dict[str, Task]]:
     """Open all evaluation sets, or name each that cannot be opened."""
-    tasks, failures = attempt("sets", partial(open_tasks, config))
-    if tasks is None:  # because of the first set that fails; the others may fail as well
+    try:
+        tasks = open_tasks(config)
+    except (UserError, OSError):  # because of the first set that fails; the others may fail as well
         kinds = ("retrieval", "classification", "sets")
         options: list[dict[str, Any]] = [{kind: (value,)} for kind in kinds for value in getattr(config.eval, kind)]
         alone = [replace(config, eval=EvalConfig(**option)) for option in options]
-        each = [attempt("sets", partial(open_tasks, single))[1] for single in alone]
-        return None, [failure for found in each for failure in found] or failures
-    if not tasks:
+        failures = [each for single in alone for each in attempt("sets", partial(open_tasks, single))]
+        yield from failures or attempt("sets", partial(open_tasks, config))  # each can be opened, but not together
+        return None
+    if tasks:
+        yield Finding("ok", "sets", f"can be opened: {', '.join(tasks)}")
+    else:
         text = "no evaluation set: the quality of the stages is not measured; give --eval.sets"
-        return tasks, [Finding("warning", "sets", text)]
-    return tasks, [Finding("ok", "sets", f"can be opened: {', '.join(tasks)}")]
+        yield Finding("warning", "sets", text)
+    return tasks
 
 
-def find_model_cfg(tower: TowerConfig) -> dict[str, Any] | None:
-    """Return the model config of open_clip; None for a model on the Hub whose config is not cached.
+def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
+    """Return the model config of open_clip; empty for a model on the Hub whose config is not cached.
 
     Raises:
         UserError: if there is no such model, or its config is refused.
@@ -254,13 +232,12 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any] | None:
         if tower.architecture.startswith(HUB):
             cached = huggingface_hub.try_to_load_from_cache(name, OPEN_CLIP_CONFIG_NAME)
             if not isinstance(cached, str):
-                return None
+                return {}
             path = Path(cached)
         elif not path.is_file():
             raise UserError(f"{name} is not an open_clip folder: it has no {OPEN_CLIP_CONFIG_NAME}")
         try:
-            config = read_json(path)
-            cfg = config.get("model_cfg") if isinstance(config, dict) else None
+            cfg = read_object(path).get("model_cfg")
             check_model_cfg(cfg)  # refuses anything that is not a dictionary, too
         except ValueError as error:
             raise UserError(f"{tower.architecture} is not loaded: {error}; correct it, or use another model") from error
@@ -278,7 +255,7 @@ def check_weights(tower: TowerConfig) -> Iterator[Finding]:
     """Check whether pretrained weights are on this machine or can be downloaded; nothing is downloaded."""
     architecture, pretrained = tower.architecture, tower.pretrained
     if architecture.startswith(HUB):
-        yield _check_hub(architecture.removeprefix(HUB), _weight_names(""), f"the weights of {architecture}")
+        yield _check_hub(architecture.removeprefix(HUB), HUB_WEIGHTS, f"the weights of {architecture}")
     elif architecture.startswith(LOCAL):
         folder = Path(architecture.removeprefix(LOCAL))
         if not folder.is_dir() or not any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
@@ -291,13 +268,12 @@ def check_weights(tower: TowerConfig) -> Iterator[Finding]:
         cfg = open_clip.get_pretrained_cfg(architecture.replace("/", "-"), pretrained)
         what = f"the weights {pretrained} of {architecture}"
         if not cfg:
-            create = partial(
-                create_clip, architecture=architecture, model_cfg=tower.model or None, pretrained=pretrained
-            )
-            yield from attempt("weights", create)[1]  # fails with the list of known tags
+            create = partial(create_clip, architecture=architecture, model_cfg=tower.model or None)
+            yield from attempt("weights", partial(create, pretrained=pretrained))  # fails with the list of known tags
         elif cfg.get("hf_hub"):
             repository, name = os.path.split(cfg["hf_hub"])
-            yield _check_hub(repository, _weight_names(name), what)
+            safe = HUB_WEIGHTS[0] if name in ("", HUB_WEIGHTS[1]) else f"{Path(name).stem}.safetensors"
+            yield _check_hub(repository, (safe, name or HUB_WEIGHTS[1]), what)
         else:
             cached = Path("~/.cache/clip").expanduser() / os.path.basename(cfg["url"])
             yield Finding("ok", "weights", str(cached)) if cached.is_file() else _check_url(cfg["url"], what)
@@ -307,13 +283,6 @@ def check_tokenizer(text_cfg: Mapping[str, Any]) -> Iterator[Finding]:
     """Check whether the Hub tokenizer of a text encoder, if it has one, is cached or can be downloaded."""
     if name := text_cfg.get("hf_tokenizer_name"):
         yield _check_hub(name, ("tokenizer.json", "tokenizer_config.json"), f"the tokenizer {name}")
-
-
-def _weight_names(name: str) -> tuple[str, ...]:
-    """List the files that open_clip tries, safetensors first."""
-    name = name or "open_clip_pytorch_model.bin"
-    safe = {"open_clip_pytorch_model.bin": "open_clip_model.safetensors"}.get(name, f"{Path(name).stem}.safetensors")
-    return (safe, name)
 
 
 def _check_hub(repository: str, names: Sequence[str], what: str) -> Finding:

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -27,15 +27,6 @@ FOLDER_CONTENTS = {
     "cluster": "clusters",
     "combined": "combined model",
 }
-
-
-BAD_COMBINATIONS = (  # packages, each from a version on, and what fails
-    (
-        {"open_clip_torch": "3", "huggingface_hub": "2"},
-        "the run is not affected, but open_clip.push_to_hf_hub creates a repository and then fails, which leaves it "
-        "empty; use `hf upload` for the folder of a model",
-    ),
-)
 T = TypeVar("T")
 
 
@@ -47,48 +38,50 @@ class Finding(NamedTuple):
     text: str
 
 
-def attempt(topic: str, action: Callable[[], T]) -> tuple[T | None, list[Finding]]:
-    """Return the result of `action`, or None and a `FAIL` finding for a UserError or an OSError."""
+Check = Generator[Finding, None, T | None]  # for `result = yield from check`; None if it failed
+
+
+def attempt(topic: str, action: Callable[[], T]) -> Check[T]:
+    """Return the result of `action`; yield a `FAIL` finding and return None for a UserError or an OSError."""
     try:
-        return action(), []
+        return action()
     except UserError as error:
-        return None, [Finding("FAIL", topic, str(error))]
+        yield Finding("FAIL", topic, str(error))
     except OSError as error:
-        return None, [Finding("FAIL", topic, explain_os_error(error))]
+        yield Finding("FAIL", topic, explain_os_error(error))
+    return None
 
 
-def installed_versions(requirements: Iterable[str]) -> dict[str, str]:
-    """Return the installed version of each required package; empty if it is missing."""
+def find_versions() -> dict[str, str]:
+    """Return the installed version of each requirement of mcl_clip, by requirement; empty if it is missing."""
     versions = {}
-    for name in (Requirement(requirement).name for requirement in requirements):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = ""
+    for requirement in requires("mcl_clip") or []:
+        if "extra ==" not in requirement:
+            try:
+                versions[requirement] = version(Requirement(requirement).name)
+            except PackageNotFoundError:
+                versions[requirement] = ""
     return versions
 
 
-def own_requirements() -> list[str]:
-    """List the requirements of mcl_clip, without optional ones."""
-    return [requirement for requirement in requires("mcl_clip") or [] if "extra ==" not in requirement]
-
-
-def check_versions(installed: Mapping[str, str], requirements: Iterable[str]) -> Iterator[Finding]:
-    """Report packages that are missing, too old or too new, and combinations that are known to fail."""
+def check_versions(versions: Mapping[str, str]) -> Iterator[Finding]:
+    """Report packages that are missing, too old or too new, and a combination that fails; takes `find_versions()`."""
+    installed = {Requirement(text).name: has for text, has in versions.items()}
     shown = ", ".join(f"{name} {installed[name]}" for name in SHOWN_PACKAGES if installed.get(name))
     yield Finding("ok", "packages", shown)
-    for text in requirements:
+    for text, has in versions.items():
         requirement = Requirement(text)
-        name = requirement.name
-        if not installed.get(name):
-            yield Finding("FAIL", "packages", f"{name} is not installed; pip install '{text}'")
-        elif not requirement.specifier.contains(installed[name], prereleases=True):
-            problem = f"{name} {installed[name]} does not meet {text}"
+        if not has or not requirement.specifier.contains(has, prereleases=True):
+            problem = f"{requirement.name} {f'{has} does not meet {text}' if has else 'is not installed'}"
             yield Finding("FAIL", "packages", f"{problem}; pip install '{text}'")
-    for packages, problem in BAD_COMBINATIONS:
-        if all(Version(installed.get(name) or "0") >= Version(least) for name, least in packages.items()):
-            names = " with ".join(f"{name} {installed[name]}" for name in packages)
-            yield Finding("warning", "packages", f"{names}: {problem}")
+    hub, open_clip = (installed.get(name) or "0" for name in ("huggingface_hub", "open_clip_torch"))
+    if Version(hub) >= Version("2") and Version(open_clip) >= Version("3"):
+        text = (
+            f"open_clip_torch {open_clip} with huggingface_hub {hub}: the run is not affected, but "
+            f"open_clip.push_to_hf_hub creates a repository and then fails, which leaves it empty; use `hf upload` for "
+            f"the folder of a model"
+        )
+        yield Finding("warning", "packages", text)
 
 
 class Gpu(NamedTuple):
@@ -117,11 +110,10 @@ def check_devices(
     """Compare the GPUs and processor cores with what a run needs; `trained` counts trainable parameters."""
     machines = machines_for(processes, gpus)
     names = ", ".join(f"{count} x {name}" for name, count in Counter(gpu.name for gpu in gpus).items())
-    memory = f" ({format_bytes(min(gpu.memory for gpu in gpus))} each)" if gpus else ""
-    cores_text = f"{cores} processor core{'s' * (cores != 1)}"
-    jobs = f"{processes} process{'es' * (processes != 1)}"
-    jobs += f" on {machines} machines like this" if machines > 1 else ""
-    yield Finding("ok", "devices", f"{cores_text}, {names or 'no GPU'}{memory}; {jobs}")
+    text = f"{cores} processor core{'s' * (cores != 1)}, {names or 'no GPU'}"
+    text += f" ({format_bytes(min(gpu.memory for gpu in gpus))} each)" if gpus else ""
+    text += f"; {processes} process{'es' * (processes != 1)}"
+    yield Finding("ok", "devices", text + (f" on {machines} machines like this" if machines > 1 else ""))
     if "bf16" in precisions and (slow := [gpu.name for gpu in gpus if not gpu.has_bf16]):
         text = f"{slow[0]} has no native bfloat16: bf16 is slow; use --stages.K.train.precision fp32"
         yield Finding("warning", "devices", text)
@@ -147,22 +139,18 @@ def check_memory(
     `sizes` are those of the models that the stages train, and `free` counts the free bytes of this machine.
     """
     if all(size is None for size in sizes):
-        yield Finding(
-            "warning", "memory", "the size of the model is unknown: neither memory nor checkpoints are counted"
-        )
+        text = "the size of the model is unknown: neither memory nor checkpoints are counted"
+        yield Finding("warning", "memory", text)
     estimates = [estimate_memory(stage.train, size, processes) for stage, size in zip(stages, sizes, strict=True)]
     number = max(range(len(stages)), key=lambda number: sum(estimates[number].values()))
     parts, size = estimates[number], sizes[number]
     if not parts or size is None:
         return
     memory = min(gpu.memory for gpu in gpus) if gpus else free // processes
-    device = "of GPU memory" if gpus else "of free memory"
     total = sum(parts.values())
-    shares = ", ".join(f"{name} {format_bytes(part) if part else 'unknown'}" for name, part in parts.items())
-    text = (
-        f"stage {number} takes about {format_bytes(total)} of {format_bytes(memory)} {device} per process (rough): "
-        f"{shares}"
-    )
+    text = f"stage {number} takes about {format_bytes(total)} of {format_bytes(memory)} of "
+    text += f"{'GPU' if gpus else 'free'} memory per process (rough): "
+    text += ", ".join(f"{name} {format_bytes(part) if part else 'unknown'}" for name, part in parts.items())
     if parts["weights, gradients and Adam"] > memory:
         yield Finding("FAIL", "memory", f"{text}; the model alone does not fit, use a smaller one")
     elif total > 0.9 * memory:
@@ -173,9 +161,8 @@ def check_memory(
     loader_batches = processes // machines_for(processes, gpus) * machine.workers * machine.prefetch_batches
     queued = loader_batches * (stages[number].train.global_batch_size // processes) * size.pixels
     if queued > free / 2:
-        text = f"prefetched batches take up to {format_bytes(queued)} of {format_bytes(free)}"
-        way_out = "use fewer --machine.workers or --machine.prefetch-batches"
-        yield Finding("warning", "memory", f"{text}; {way_out}")
+        text = f"prefetched batches take up to {format_bytes(queued)} of {format_bytes(free)}; use fewer "
+        yield Finding("warning", "memory", f"{text}--machine.workers or --machine.prefetch-batches")
 
 
 def free_memory() -> int:

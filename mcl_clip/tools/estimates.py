@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import huggingface_hub
 import open_clip
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from mcl_clip.config import LockConfig, StageConfig, TrainConfig
@@ -55,9 +55,8 @@ def measure_stages(stages: Sequence[StageConfig], model_cfg: Mapping[str, Any] |
     Raises:
         UserError: if the model cannot be built, or cannot be locked as the recipe asks.
     """
-    name = (model_cfg or {}).get("text_cfg", {}).get("hf_model_name")
-    is_known = not name or isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
-    if model_cfg is None or not is_known:
+    name = model_cfg["text_cfg"].get("hf_model_name") if model_cfg else None
+    if not model_cfg or (name and not isinstance(try_to_load_from_cache(name, "config.json"), str)):
         return [None] * len(stages)
     locks = [stage.train.lock if stage.train.steps else LockConfig() for stage in stages]
     sizes = {lock: measure(model_cfg, locked=lock) for lock in dict.fromkeys(locks)}
@@ -126,15 +125,14 @@ def estimate_memory(train: TrainConfig, size: TowerSize | None, processes: int) 
     """
     if size is None or not train.steps:
         return {}
-    batch = train.global_batch_size // processes
+    rows = train.global_batch_size // processes
     values = size.parameters * (2 if train.average_decay else 1)  # weights
     values += size.trained * (4 if processes > 1 else 3)  # gradients, both moments of Adam, buckets of DDP
-    forward_rows = min(batch, train.grad_cache_rows or batch)
-    loss_rows = min(batch, train.loss_chunk_rows or batch)
+    activations = min(rows, train.grad_cache_rows or rows) * size.saved_bytes
     return {
         "weights, gradients and Adam": FLOAT_BYTES * values,
-        "activations": forward_rows * size.saved_bytes // (2 if train.precision == "bf16" else 1),
-        "loss": loss_rows * train.global_batch_size * BYTES_PER_LOGIT,
+        "activations": activations // (2 if train.precision == "bf16" else 1),
+        "loss": min(rows, train.loss_chunk_rows or rows) * train.global_batch_size * BYTES_PER_LOGIT,
     }
 
 
