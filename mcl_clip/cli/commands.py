@@ -34,7 +34,7 @@ from mcl_clip.publish.export import EVERYTHING, Export, export_run
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token, upload
 from mcl_clip.report.evaluation import runs_with_controls
 from mcl_clip.report.page import write_report
-from mcl_clip.results.compare import compare_models, comparison_records, comparison_text, find_results
+from mcl_clip.results.compare import compare_models, comparison_records, comparison_text
 from mcl_clip.results.text import format_bytes, results_table
 from mcl_clip.runs.pipeline import check_stages
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
@@ -247,7 +247,7 @@ def compare(a: str, b: str, /, *, resamples: int = 10_000, out: Path | None = No
         out: output file for the same numbers as JSON lines.
     """
     check_range("resamples", resamples, 100)
-    comparison = compare_models(find_results(a), find_results(b), resamples=resamples)
+    comparison = compare_models(a, b, resamples=resamples)
     print(comparison_text(comparison))
     if out:
         with atomic_path(out) as path:

@@ -40,7 +40,7 @@ from mcl_clip.results.text import (
     public_name,
     safe,
 )
-from mcl_clip.results.training import clip_text, data_rows, headed, machine_rows, pretrained_text, stage_rows
+from mcl_clip.results.training import clip_text, data_rows, machine_rows, pretrained_text, stage_rows
 
 LIBRARIES = {"multistage": "mcl_clip", "open_clip": "open_clip", "transformers": "transformers"}
 TAGS = ("clip", "mcl_clip", "multistage-contrastive-learning")
@@ -204,9 +204,9 @@ def _render(subject: _Subject, about: About) -> str:
         if len(run.stages) > 1 and not subject.weights
         else "",
         agreement=agreement_table(run),
-        data_table=markdown_table(headed(data), text_columns=2),
+        data_table=markdown_table(data, text_columns=2),
         stage_table=markdown_table(stage_rows(run)),
-        machine_table=markdown_table(headed(machine_rows(run)), text_columns=2),
+        machine_table=markdown_table(machine_rows(run), text_columns=2),
         unfinished=[s for s, stage in enumerate(run.stages) if stage.state("train") != "done"],
         rivals=_rivals(subject),
         evaluated_sets=[set_name(result) for result in subject.results],
@@ -357,12 +357,12 @@ def _rivals(subject: _Subject) -> list[dict[str, Any]]:
         worse: dict[str, list[str]] = {}
         for lost in found:
             if lost.verdict == "worse":
-                values = f"{100 * lost.other:.1f} vs. {100 * lost.ours:.1f} % (difference {lost})"
+                values = f"{100 * lost.b:.1f} vs. {100 * lost.a:.1f} % (difference {lost})"
                 worse.setdefault(lost.name, []).append(f"{metric_title(lost.metric)} {values}")
         unclear = [
             f"{lost.name}, {metric_title(lost.metric)} ({lost})"
             for lost in found
-            if lost.other > lost.ours and lost.verdict != "worse"
+            if lost.b > lost.a and lost.verdict != "worse"
         ]
         rivals.append({"label": label_title(label), "is_compared": bool(found), "worse": worse, "unclear": unclear})
     return rivals

@@ -17,7 +17,7 @@ from mcl_clip.results.text import (
     label_title,
     listed,
 )
-from mcl_clip.results.training import headed, machine_rows, stage_rows
+from mcl_clip.results.training import machine_rows, stage_rows
 
 HIGH_SKILL, LOW_SKILL = 0.8, 0.3  # 0 is chance, 1 is all right
 MAX_NAMES = 4  # sets that a sentence lists
@@ -48,7 +48,7 @@ def section(view: RunView, thumbnails: Thumbnails) -> Section:  # noqa: ARG001
         "combined": combined_sentences(run),
         "results": _results(run),
         "stage_rows": as_markup(stage_rows(run)),
-        "machine_rows": as_markup(headed(machine_rows(run))),
+        "machine_rows": as_markup(machine_rows(run)),
     }
     return Section(name="summary", title="Summary", content=content)
 

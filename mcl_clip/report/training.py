@@ -15,7 +15,7 @@ from mcl_clip.report.figures import LINE, SERIES, new_figure, svg
 from mcl_clip.report.thumbnails import Thumbnails
 from mcl_clip.report.view import RunView, Section, as_markup
 from mcl_clip.results.record import count_text
-from mcl_clip.results.training import data_rows, headed
+from mcl_clip.results.training import data_rows
 
 MAX_POINTS = 300  # of a curve; more records are averaged
 SPREAD = ("p10", "p50", "p90")
@@ -154,7 +154,7 @@ def data_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # no
         *(_group_plot(s, stage.groups) for s, stage in enumerate(view.run.stages)),
     ]
     content = {
-        "rows": as_markup(headed(data_rows(view.run))),
+        "rows": as_markup(data_rows(view.run)),
         "losses": _losses(view),
         "plots": [plot for plot in plots if plot],
         "caption_pairs": len(view.sample.rows) if captions else 0,

@@ -1,61 +1,31 @@
 """Compare two evaluated models on the sets that they share, query by query."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.stats import holm
 from mcl_clip.results.record import COMBINED, Result, load_results
-from mcl_clip.results.scores import compare
+from mcl_clip.results.scores import MetricDifference, compare_metrics
 from mcl_clip.results.text import aligned, size_text
 
 TITLES = ("", "A", "B", "A - B", "95 %", "n", "units", "only A/B", "p", "Holm")
 
 
 @dataclass(frozen=True)
-class ModelResults:
-    """The results of one model, by key of the set."""
-
-    name: str
-    results: Mapping[str, Result]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricComparison:
-    """One metric of two models on one set.
-
-    A metric that is not a mean over queries, such as a median, has only the two values and their difference. `p_holm`
-    is adjusted for the number of p-values of the set.
-    """
-
-    key: str
-    metric: str
-    a: float
-    b: float
-    difference: float
-    ci95: tuple[float, float] | None = None
-    n: int | None = None
-    units: int | None = None
-    only_a: int | None = None
-    only_b: int | None = None
-    p_value: float | None = None
-    p_holm: float | None = None
-
-
-@dataclass(frozen=True)
 class ModelComparison:
-    """Two models on all sets: the metrics of sets that can be compared, and why others are left out."""
+    """Two models by name: the metrics of each set that can be compared, and why other sets are left out."""
 
-    a: ModelResults
-    b: ModelResults
-    metrics: Sequence[MetricComparison]
+    a: str
+    b: str
+    sets: Mapping[str, list[MetricDifference]]
     left_out: Mapping[str, str]
 
 
-def find_results(name: str) -> ModelResults:
-    """Load the results of a model that the user names.
+def find_results(name: str) -> dict[str, Result]:
+    """Load the results of a model that the user names, by key of the set.
 
     A name is a run directory (its combined model), `RUN/stage-K` (that stage alone), any folder with a results.jsonl of
     one model, or one of these with `:LABEL` for the model of that label, such as `RUN:stages-0-1-concat`.
@@ -87,62 +57,63 @@ def find_results(name: str) -> ModelResults:
         if key in by_set:
             raise UserError(f"{folder} has two results of {label} for {key}; compare folders that have one each")
         by_set[key] = result
-    return ModelResults(name, by_set)
+    return by_set
 
 
-def compare_models(a: ModelResults, b: ModelResults, *, resamples: int = 10_000) -> ModelComparison:
-    """Compare two models on each set that they share, with paired 95 % intervals and exact tests.
+def compare_models(a: str, b: str, *, resamples: int = 10_000) -> ModelComparison:
+    """Compare two models, named as for `find_results`, on each set that they share.
 
     Raises:
         UserError: if no set can be compared.
     """
-    metrics: list[MetricComparison] = []
-    left_out = {}
-    for key in dict.fromkeys([*a.results, *b.results]):
-        if reason := _why_left_out(a, b, key):
+    of_a, of_b = find_results(a), find_results(b)
+    sets, left_out = {}, {}
+    for key in dict.fromkeys([*of_a, *of_b]):
+        if key not in of_a or key not in of_b:
+            left_out[key] = f"only {a if key in of_a else b} has it"
+        elif reason := _why_left_out((a, of_a[key]), (b, of_b[key])):
             left_out[key] = reason
-        else:
-            metrics += _compare_set(key, a.results[key], b.results[key], resamples)
-    if not metrics:
+        elif compared := _compare_set(of_a[key], of_b[key], resamples):
+            sets[key] = compared
+    if not sets:
         reasons = "; ".join(f"{key}: {reason}" for key, reason in left_out.items())
-        raise UserError(f"{a.name} and {b.name} have no set in common ({reasons}); evaluate both on the same data")
-    return ModelComparison(a, b, metrics, left_out)
+        raise UserError(f"{a} and {b} have no set in common ({reasons}); evaluate both on the same data")
+    return ModelComparison(a, b, sets, left_out)
 
 
 def comparison_text(comparison: ModelComparison) -> str:
     """Format a table for each set, in percent and percentage points except for ranks, and the sets left out."""
-    lines = [f"A = {comparison.a.name}", f"B = {comparison.b.name}"]
-    for key in dict.fromkeys(metric.key for metric in comparison.metrics):
-        rows = [list(TITLES), *(_row(metric) for metric in comparison.metrics if metric.key == key)]
-        used = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
-        size = size_text(comparison.a.results[key].record)
-        lines += [f"{key}: {size}", *aligned([list(row) for row in zip(*used, strict=True)])]
+    lines = [f"A = {comparison.a}", f"B = {comparison.b}"]
+    for key, metrics in comparison.sets.items():
+        columns = zip(TITLES, *map(_row, metrics), strict=True)
+        used = [column for column in columns if set(column[1:]) != {"-"}]
+        lines += [f"{key}: {size_text(metrics[0].result.record)}", *aligned(list(zip(*used, strict=True)))]
     lines += [f"{key} is left out: {reason}" for key, reason in comparison.left_out.items()]
     return "\n".join(lines)
 
 
 def comparison_records(comparison: ModelComparison) -> Iterator[dict[str, Any]]:
     """Yield a JSON object for each metric of a set, and one for each set that is left out."""
-    models = {"model_a": comparison.a.name, "model_b": comparison.b.name}
-    for metric in comparison.metrics:
-        sha256 = comparison.a.results[metric.key].record.get("data_sha256")
-        yield {**asdict(metric), **models, "data_sha256": sha256}
+    models = {"model_a": comparison.a, "model_b": comparison.b}
+    for key, metric in ((key, metric) for key, metrics in comparison.sets.items() for metric in metrics):
+        values = {"key": key, "metric": metric.metric, "a": metric.a, "b": metric.b, "difference": metric.a - metric.b}
+        paired = metric.paired
+        counts = {name: getattr(paired, name, None) for name in ("n", "units", "only_a", "only_b", "p_value")}
+        tests = {"ci95": (paired.low, paired.high) if paired else None, **counts, "p_holm": metric.p_holm}
+        yield {**values, **tests, **models, "data_sha256": metric.result.record.get("data_sha256")}
     for key, reason in comparison.left_out.items():
         yield {"key": key, "left_out": reason, **models}
 
 
-def _why_left_out(a: ModelResults, b: ModelResults, key: str) -> str:
+def _why_left_out(*models: tuple[str, Result]) -> str:
     """Return the reason why two models cannot be compared on a set; empty if they can."""
-    for model, other in ((a, b), (b, a)):
-        if key not in model.results:
-            return f"only {other.name} has it"
-    one, two = a.results[key], b.results[key]
+    one, two = (result for _, result in models)
     digests = [str(result.record.get("data_sha256")) for result in (one, two)]
     if digests[0] != digests[1]:
         return f"the data differ (sha256 {digests[0][:8]}... and {digests[1][:8]}...)"
-    for model, result in ((a, one), (b, two)):
+    for name, result in models:
         if result.outcomes_path is None:
-            return f"{model.name} has no outcomes of single queries for it; evaluate it again"
+            return f"{name} has no outcomes of single queries for it; evaluate it again"
     try:
         of_a, of_b = one.outcomes, two.outcomes
     except UserError as error:  # the file is damaged
@@ -153,37 +124,31 @@ def _why_left_out(a: ModelResults, b: ModelResults, key: str) -> str:
     return ""
 
 
-def _compare_set(key: str, one: Result, two: Result, resamples: int) -> list[MetricComparison]:
-    compared = []
-    for metric in one.record["metrics"]:
-        a, b = one.value(metric), two.value(metric)
-        if metric == "main_metric" or a is None or b is None:  # not measured by both
-            continue
-        entry = MetricComparison(key=key, metric=metric, a=a, b=b, difference=a - b)
-        if (paired := compare(one, two, metric, resamples=resamples)) is not None:
-            counts = {name: getattr(paired, name) for name in ("n", "units", "only_a", "only_b", "p_value")}
-            entry = replace(entry, ci95=(paired.low, paired.high), **counts)
-        compared.append(entry)
-    compared.sort(key=lambda entry: entry.ci95 is None)  # those without an interval last
+def _compare_set(one: Result, two: Result, resamples: int) -> list[MetricDifference]:
+    metrics = [metric for metric in one.record["metrics"] if metric != "main_metric"]
+    compared = list(compare_metrics(one, two, metrics, resamples=resamples))
+    compared.sort(key=lambda entry: entry.paired is None)  # those without an interval last
     # Metrics with the same figures and counts are one test under several names.
-    names = [(entry.a, entry.b, entry.n, entry.only_a, entry.only_b, entry.p_value) for entry in compared]
-    p_values = {name: name[-1] for name in names if name[-1] is not None}
+    names = [(entry.a, entry.b, entry.paired) for entry in compared]
+    p_values = {name: name[2].p_value for name in names if name[2] and name[2].p_value is not None}
     if len(p_values) < 2:
         return compared
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return [replace(entry, p_holm=adjusted.get(name)) for entry, name in zip(compared, names, strict=True)]
 
 
-def _row(metric: MetricComparison) -> list[str]:
+def _row(metric: MetricDifference) -> list[str]:
     is_share = not metric.metric.endswith("median_rank")
     number, signed, scale = (".1f", "+.1f", 100) if is_share else ("g", "+g", 1)
+    values = [metric.metric, *(format(scale * value, number) for value in (metric.a, metric.b))]
+    values.append(format(scale * (metric.a - metric.b), signed))
+    if (paired := metric.paired) is None:
+        return values + ["-"] * (len(TITLES) - len(values))
     return [
-        metric.metric,
-        *(format(scale * value, number) for value in (metric.a, metric.b)),
-        format(scale * metric.difference, signed),
-        f"[{', '.join(format(scale * end, signed) for end in metric.ci95)}]" if metric.ci95 else "-",
-        "-" if metric.n is None else str(metric.n),
-        "-" if metric.units == metric.n else str(metric.units),
-        "-" if metric.only_a is None else f"{metric.only_a}/{metric.only_b}",
-        *("-" if p is None else f"{p:.2g}" for p in (metric.p_value, metric.p_holm)),
+        *values,
+        f"[{', '.join(format(scale * end, signed) for end in (paired.low, paired.high))}]",
+        str(paired.n),
+        "-" if paired.units == paired.n else str(paired.units),
+        "-" if paired.only_a is None else f"{paired.only_a}/{paired.only_b}",
+        *("-" if p is None else f"{p:.2g}" for p in (paired.p_value, metric.p_holm)),
     ]

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -33,8 +34,7 @@ SHARDS_SHOWN = 5  # shards whose lost samples are listed one by one
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightSizes:
+class WeightSizes(NamedTuple):
     """Numbers of parameters of a stage's image and text tower, and its logit scale, exponentiated."""
 
     image: int
@@ -71,8 +71,8 @@ class Result:
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         """Return the 95 % interval of a metric, or None where it has none."""
-        ends = self.record.get("ci95", {}).get(metric)
-        return (float(ends[0]), float(ends[1])) if ends else None
+        low, high = self.record.get("ci95", {}).get(metric) or (None, None)
+        return None if low is None or high is None else (float(low), float(high))
 
     @property
     def outcomes_path(self) -> Path | None:
@@ -138,12 +138,12 @@ class StageRecord:
 
     @cached_property
     def metrics(self) -> Sequence[Mapping[str, Any]]:
-        """All records of metrics.jsonl: of training steps and of evaluations during training."""
+        """All records of metrics.jsonl: of training steps (those a restart repeated once), and of evaluations."""
         return read_jsonl(self.folder / "train" / "metrics.jsonl")
 
     @cached_property
     def steps(self) -> Sequence[Mapping[str, Any]]:
-        """The records of training steps, without steps that a restart trained again."""
+        """The records of training steps."""
         return [record for record in self.metrics if "loss" in record]
 
     def total(self, counter: str) -> int:
@@ -225,11 +225,9 @@ class RunRecord:
     def results(self) -> Mapping[str, Mapping[str, Result]]:
         """Results of single stages and of their combination, by key of the set and then by label."""
         results: dict[str, dict[str, Result]] = {}
-        folders = {stage.folder.name: stage.folder / "eval" for stage in self.stages}
-        for label, folder in {**folders, COMBINED: self.folder / COMBINED}.items():
-            for result in (Result(record, folder) for record in read_results(folder)):
-                if result.label == label:
-                    results.setdefault(result.record["key"], {})[label] = result
+        for result in load_results(self.folder):
+            if result.folder == self.folder / (COMBINED if result.label == COMBINED else f"{result.label}/eval"):
+                results.setdefault(result.record["key"], {})[result.label] = result
         return results
 
     @cached_property
@@ -240,15 +238,13 @@ class RunRecord:
         """
         agreement = {}
         rows = len(self.index) if self.index else 0
-        for s, side in ((s, side) for s in range(len(self.stages) - 1) for side in SIDES):
+        for s, side in product(range(len(self.stages) - 1), SIDES):
             paths = [stage.folder / "cluster" / f"assignments-{side}.npy" for stage in self.stages[s : s + 2]]
             if rows and all(path.exists() for path in paths):
                 first, second = (load_numbers(path, rows) for path in paths)
                 shuffled = second[permutation(rows, "agreement of clusterings", s, side)]
-                agreement[s, side] = (
-                    normalized_mutual_information(first, second),
-                    normalized_mutual_information(first, shuffled),
-                )
+                mutual, if_random = (normalized_mutual_information(first, other) for other in (second, shuffled))
+                agreement[s, side] = mutual, if_random
         return agreement
 
 

@@ -1,6 +1,6 @@
 """Compare the results of two models query by query, and format results as Markdown tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mcl_clip.core.stats import PairedComparison, compare_paired, holm
@@ -24,26 +24,39 @@ LINEAR_PROBE = "linear_acc1"
 RIGHT_OR_WRONG = ("acc1", LINEAR_PROBE, "text_retrieval_recall@1", "image_retrieval_recall@1", "micro_accuracy")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MetricDifference:
-    """A metric of one set under two models, `ours` and `other`; `paired` is None where outcomes are not stored."""
+    """A metric of one set under two models, a and b; `paired` is None where outcomes are not stored.
 
-    name: str
+    `p_holm` is adjusted for the number of p-values of the set where metrics are tested together.
+    """
+
+    result: Result  # of a
     metric: str
-    is_main: bool
-    ours: float
-    other: float
+    a: float
+    b: float
     paired: PairedComparison | None
+    p_holm: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The user's name of the set, escaped and without folders."""
+        return set_name(self.result)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it is the metric to quote of this set."""
+        return self.metric == self.result.main_metric
 
     @property
     def verdict(self) -> str:
-        """Whether ours is `better` or `worse`; empty where that is not clear."""
+        """Whether a is `better` or `worse`; empty where that is not clear."""
         return verdict(self.paired)
 
     def __str__(self) -> str:
         """Format the difference in points, with its interval where there is one."""
         if self.paired is None:
-            return f"{100 * (self.ours - self.other):+.1f} points, interval not known"
+            return f"{100 * (self.a - self.b):+.1f} points, interval not known"
         return difference_text(self.paired).replace(" [", " points [")
 
 
@@ -98,31 +111,24 @@ def sizes(result: Result) -> str:
     return ", ".join(f"{result.record[key]:,} {unit}" for key, unit in units.items() if key in result.record)
 
 
+def compare_metrics(
+    a: Result, b: Result, metrics: Iterable[str], *, resamples: int = RESAMPLES
+) -> Iterator[MetricDifference]:
+    """Compare two models on one set, by those of `metrics` that both measured."""
+    for metric in metrics:
+        values = a.value(metric), b.value(metric)
+        if values[0] is not None and values[1] is not None:
+            yield MetricDifference(a, metric, values[0], values[1], compare(a, b, metric, resamples=resamples))
+
+
 def differences(run: RunRecord, ours: str, other: str) -> list[MetricDifference]:
     """Compare two models of a run by the headline metrics of each set that both were evaluated on."""
-    found = []
-    for of_set in run.results.values():
-        if ours not in of_set or other not in of_set:
-            continue
-        one, two = of_set[ours], of_set[other]
-        for metric in headline_metrics(one):
-            values = one.value(metric), two.value(metric)
-            if values[0] is not None and values[1] is not None:
-                found.append(
-                    MetricDifference(
-                        name=set_name(one),
-                        metric=metric,
-                        is_main=metric == one.main_metric,
-                        ours=values[0],
-                        other=values[1],
-                        paired=compare(one, two, metric),
-                    )
-                )
-    return found
+    both = [(of_set[ours], of_set[other]) for of_set in run.results.values() if {ours, other} <= of_set.keys()]
+    return [difference for a, b in both for difference in compare_metrics(a, b, headline_metrics(a))]
 
 
 def verdict_text(found: Iterable[MetricDifference]) -> str:
-    """Say on which sets ours is better, worse, or not clearly different, by the main metric."""
+    """Say on which sets a is better, worse, or not clearly different, by the main metric."""
     names: dict[str, list[str]] = {"better": [], "": [], "worse": []}
     for difference in found:
         if difference.is_main:
@@ -162,12 +168,11 @@ def difference_table(run: RunRecord, ours: str, other: str) -> str:
     """Format paired differences of two models, a line for each set and metric; empty without stored outcomes."""
     tests = []
     for of_set in run.results.values():
-        if ours in of_set and other in of_set:
-            one, two = of_set[ours], of_set[other]
-            counted = [metric for metric in RIGHT_OR_WRONG if metric in one.outcomes and metric in two.outcomes]
-            for metric in counted or [one.main_metric]:
-                if (paired := compare(one, two, metric)) is not None:
-                    tests.append((set_name(one), metric, paired))
+        if {ours, other} <= of_set.keys():
+            a, b = of_set[ours], of_set[other]
+            counted = [metric for metric in RIGHT_OR_WRONG if metric in a.outcomes and metric in b.outcomes]
+            found = [(metric, compare(a, b, metric)) for metric in counted or [a.main_metric]]
+            tests += [(set_name(a), metric, paired) for metric, paired in found if paired]
     if not tests:
         return ""
     adjusted = iter(holm([paired.p_value for _, _, paired in tests if paired.p_value is not None]))

@@ -43,19 +43,12 @@ METRICS = {
     "set_accuracy": "sets",
 }
 PROBE_AT_WIDTH = "linear_acc1_width_"
+_DIRECTIONS = {"i2t": "text_retrieval", "t2i": "image_retrieval"}
+_RANKING = {"R@1": "recall@1", "R@5": "recall@5", "R@10": "recall@10", "med.": "median_rank"}
 COLUMNS = {  # of the table in the terminal, by task
     "zeroshot_retrieval": {
         "mean R@1": "mean_recall@1",
-        **{
-            f"{direction} {column}": f"{side}_{metric}"
-            for direction, side in (("i2t", "text_retrieval"), ("t2i", "image_retrieval"))
-            for column, metric in (
-                ("R@1", "recall@1"),
-                ("R@5", "recall@5"),
-                ("R@10", "recall@10"),
-                ("med.", "median_rank"),
-            )
-        },
+        **{f"{way} {title}": f"{_DIRECTIONS[way]}_{_RANKING[title]}" for way in _DIRECTIONS for title in _RANKING},
     },
     "zeroshot_classification": {
         "zero-shot": "acc1",
@@ -125,27 +118,25 @@ def cell(result: Result | None, metric: str, *, has_interval: bool = True) -> st
 
 def format_parameters(number: float) -> str:
     """Format a number of parameters: `151.3 M`."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= unit:
-            return f"{number / unit:.1f} {letter}"
-    return f"{number:g}"
+    return _scaled(number, ("", " K", " M", " B"))
 
 
 def format_bytes(number: int) -> str:
     """Format a number of bytes in powers of ten: `1.7 GB`."""
-    for unit, letter in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= unit:
-            return f"{number / unit:.1f} {letter}"
-    return f"{number} bytes"
+    return _scaled(number, (" bytes", " kB", " MB", " GB", " TB"))
+
+
+def _scaled(number: float, units: Sequence[str]) -> str:
+    power = next((power for power in range(len(units) - 1, 0, -1) if number >= 1000**power), 0)
+    return f"{number / 1000**power:.1f}{units[power]}" if power else f"{number:g}{units[0]}"
 
 
 def format_duration(seconds: float) -> str:
     """Format a duration: `2 h 3 min`, `1 min 10 s` or `0.3 s`."""
     minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        minutes = round(seconds / 60)
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    return "{} h {} min".format(*divmod(round(seconds / 60), 60))
 
 
 def markdown_table(rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
@@ -156,7 +147,7 @@ def markdown_table(rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> s
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Format rows as indented lines for a terminal: the first column left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows

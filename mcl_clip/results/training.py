@@ -1,19 +1,12 @@
 """Describe how a run was trained, as tables: its models, data, stages and hardware."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 from mcl_clip.results.record import RunRecord, StageRecord
-from mcl_clip.results.text import (
-    NOT_MEASURED,
-    NOT_STATED,
-    SIDE_NAMES,
-    format_bytes,
-    format_duration,
-    public_name,
-    safe,
-)
+from mcl_clip.results.text import NOT_MEASURED, NOT_STATED, SIDE_NAMES, format_bytes, format_duration, public_name, safe
 
 NEGATIVES = {"labels": "the same clusters", "none": "all pairs", "random": "random groups"}
 LOSSES = {"clip": "InfoNCE", "siglip": "sigmoid"}
@@ -22,9 +15,9 @@ LOSSES = {"clip": "InfoNCE", "siglip": "sigmoid"}
 def stage_rows(run: RunRecord) -> list[list[str]]:
     """Return the training of all stages, a column for each; rows that are empty for all stages are left out."""
     columns = [_stage_column(run, number, stage) for number, stage in enumerate(run.stages)]
-    names = [name for name in columns[0] if any(column[name] for column in columns)]
-    rows = [[name, *(column[name] or "-" for column in columns)] for name in names]
-    return [["", *(f"stage {number}" for number in range(len(columns)))], *rows]
+    rows = [[name, *(column[name] or "-" for column in columns)] for name in columns[0]]
+    titles = ["", *(f"stage {number}" for number in range(len(columns)))]
+    return [titles, *(row for row in rows if set(row[1:]) != {"-"})]
 
 
 def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, str]:
@@ -58,13 +51,10 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
         }
     if stage.steps:
         last_tenth = stage.steps[-max(1, len(stage.steps) // 10) :]
-        loss, negatives = (
-            sum(record[name] for record in last_tenth) / len(last_tenth) for name in ("loss", "negatives_per_row")
-        )
         column |= {
             "pairs seen": f"{int(stage.steps[-1]['samples_seen']):,}",
-            "final loss": f"{loss:.3f}",
-            "negatives per pair": f"{negatives:.0f}",
+            "final loss": f"{fmean(record['loss'] for record in last_tenth):.3f}",
+            "negatives per pair": f"{fmean(record['negatives_per_row'] for record in last_tenth):.0f}",
         }
     if groups:
         median = f", median {groups['median']:,.0f} pairs" if "median" in groups else ""
@@ -113,33 +103,30 @@ def _clusters(settings: Mapping[str, Any]) -> str:
 def clip_text(model_cfg: Mapping[str, Any]) -> str:
     """Describe the image and text tower of a model."""
     vision, text = model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {})
-
-    def blocks(settings: Mapping[str, Any]) -> str:
-        number = int(settings.get("layers", 12))
-        return f"{number} block{'s' if number > 1 else ''}"
-
+    layers, text_layers = vision.get("layers", 12), int(text.get("layers", 12))
     if timm := vision.get("timm_model_name"):
         image_tower = safe(timm)
-    elif isinstance(vision.get("layers"), list):
-        image_tower = f"ResNet of {'+'.join(str(int(number)) for number in vision['layers'])} blocks"
+    elif isinstance(layers, list):
+        image_tower = f"ResNet of {'+'.join(str(int(number)) for number in layers)} blocks"
     else:
-        image_tower = f"ViT of {blocks(vision)}, patches of {int(vision.get('patch_size', 16))} px"
+        blocks = f"{int(layers)} block{'s' if int(layers) > 1 else ''}"
+        image_tower = f"ViT of {blocks}, patches of {int(vision.get('patch_size', 16))} px"
     if "width" in vision and not timm:
         image_tower += f", width {int(vision['width'])}"
-    if hf_name := text.get("hf_model_name"):
-        text_tower = public_name(hf_name)
-    else:
-        text_tower = f"transformer of {blocks(text)}, width {int(text.get('width', 512))}"
+    blocks = f"{text_layers} block{'s' if text_layers > 1 else ''}"
+    hf_name, width = text.get("hf_model_name"), int(text.get("width", 512))
+    text_tower = public_name(hf_name) if hf_name else f"transformer of {blocks}, width {width}"
     return f"image tower: {image_tower}; text tower: {text_tower}"
 
 
 def data_rows(run: RunRecord) -> list[list[str]]:
-    """Return counts of the training data, without titles; empty before it is indexed."""
+    """Return counts of the training data, below an empty title row; only that before it is indexed."""
     if run.index is None:
-        return []
+        return [["", ""]]
     skipped = ", ".join(f"{safe(reason)} {count:,}" for reason, count in run.index.skipped_by_reason().items())
     shards = run.index.shards
     return [
+        ["", ""],
         ["pairs", f"{len(run.index):,}"],
         ["held out, to fit the temperature", f"{run.held_out_rows:,}" if run.held_out_rows else NOT_STATED],
         ["shards", f"{len(shards):,}, {format_bytes(sum(shard.size for shard in shards))}"],
@@ -149,15 +136,15 @@ def data_rows(run: RunRecord) -> list[list[str]]:
 
 
 def machine_rows(run: RunRecord) -> list[list[str]]:
-    """Return the hardware, software and time of a run, without titles."""
-    starts, rows = run.launches, []
+    """Return the hardware, software and time of a run, below an empty title row."""
+    starts, rows = run.launches, [["", ""]]
     if starts:
         names = dict.fromkeys(name for start in starts for name in start.get("versions", {}))
         versions = [f"{safe(name)} {_all(start.get('versions', {}).get(name) for start in starts)}" for name in names]
         # Runs of earlier versions did not record the name of the device, but `cuda:0`.
         devices = (start.get("device_name") or str(start.get("device", "")).partition(":")[0] for start in starts)
         days = sorted({day[0] for start in starts if (day := re.match(r"\d{4}-\d\d-\d\d", str(start.get("time"))))})
-        rows = [
+        rows += [
             ["processes", _all(start.get("processes") for start in starts)],
             ["device", _all(devices)],
             ["threads per process", _all(start.get("threads") for start in starts)],
@@ -178,8 +165,3 @@ def machine_rows(run: RunRecord) -> list[list[str]]:
 def _all(values: Iterable[Any]) -> str:
     """Join the different values, in order."""
     return " and ".join(dict.fromkeys(safe(value) for value in values if value not in (None, ""))) or NOT_STATED
-
-
-def headed(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Put an empty title row above rows of two columns."""
-    return [["", ""], *map(list, rows)]

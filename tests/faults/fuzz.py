@@ -71,7 +71,7 @@ from mcl_clip.data.storage import RetryPolicy, load_numbers, load_tensors
 from mcl_clip.model.clip import create_clip, load_clip, save_clip
 from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.resolve import find_models
-from mcl_clip.results.compare import compare_models, find_results
+from mcl_clip.results.compare import compare_models
 from mcl_clip.results.text import results_table
 from mcl_clip.runs.phase import Phase, lock
 from mcl_clip.stages.embed import bad_samples, full_captions
@@ -1034,8 +1034,7 @@ class Runs:
             records = read_jsonl(run / f"stage-{stage}" / "train" / "metrics.jsonl")
             _ = [record.get("loss") for record in records]
         results_table(run)
-        a, b = find_results(f"{run}/stage-0"), find_results(f"{run}/stage-1")
-        compare_models(a, b, resamples=100)
+        compare_models(f"{run}/stage-0", f"{run}/stage-1", resamples=100)
         phase = Phase(
             name="stage-0/train", folder=run / "stage-0/train", settings={"lr": 0.1}, run=lambda: None, grows=True
         )
