@@ -1,4 +1,7 @@
-"""Show what each stage groups: its clusters as rows of images with their keywords, and their flow between stages."""
+"""Show what each stage groups and attends to.
+
+Clusters are rows of images with keywords, with their flow between stages; neighbors are the nearest images of a query.
+"""
 
 import math
 import re
@@ -15,7 +18,7 @@ from PIL import Image
 
 from mcl_clip.core.distributed import permutation
 from mcl_clip.report.figures import SERIES, TEXT, new_figure, svg
-from mcl_clip.report.thumbnails import TRAINING, Thumbnail, Thumbnails, training_images
+from mcl_clip.report.thumbnails import TRAINING, Thumbnail, Thumbnails, shortened, training_images
 from mcl_clip.report.view import RunView, Section
 from mcl_clip.results.scores import agreement_text
 from mcl_clip.results.text import SIDE_NAMES
@@ -26,9 +29,12 @@ MAX_LISTED = 100  # clusters of the table
 MAX_BANDS = 10  # clusters of a column of the flow figure; the others are one band
 MIN_NAMED_SHARE = 0.02  # of the pairs, from which a band has its name beside it
 SHEET_IMAGES, SHEET_PX = 12, 64
+QUERIES, NEAREST = 5, 5  # of each kind, and of each query
+QUERY_TITLES = {"image": "Image queries", "text": "Text queries"}
 _WORD = re.compile(r"[^\W_]{1,40}(?:['\u2019-][^\W_]{1,20})*")
 MAX_TERMS = 200  # of the captions of a pair
 MIN_SHARE = 0.15  # of a cluster's pairs that have a keyword
+KEYWORDS = 5  # of a cluster
 MIN_LIFT = 1.5  # how much more frequent a keyword is in the cluster than among all pairs
 
 
@@ -44,10 +50,18 @@ class Keyword:
         return f"{self.word} {100 * self.share:.0f} % (all: {100 * self.share_of_all:.0f} %)"
 
 
+Keywords = dict[int, list[Keyword]]  # by number of the cluster
+
+
 def section(view: RunView, thumbnails: Thumbnails) -> Section | None:
     """Return galleries of all clustered stages, and the flow between them; None before the first clustering."""
-    clustered = [(s, side) for s in view.stages_with("cluster") for side in view.clustered_sides(s)]
-    galleries = [_gallery(view, thumbnails, s, side) for s, side in clustered]
+    words: dict[tuple[int, str], Keywords] = {}
+    galleries = []
+    for s, side in view.clusterings:
+        words[s, side] = keywords(view.sample.captions, view.assignments(s, side)[view.sample.rows])
+        before = max((stage for stage, of_side in words if stage < s and of_side == side), default=None)
+        gallery = _gallery(view, thumbnails, words, s, side, before)
+        galleries.append({**gallery, "flow": None if before is None else _flow(view, words, before, s, side)})
     if not galleries:
         return None
     return Section(name="clusters", title="What each stage groups", content={"galleries": galleries})
@@ -61,102 +75,80 @@ def shown_clusters(sizes: Int64[np.ndarray, "clusters"], most: int = MAX_SHOWN) 
     return [int(cluster) for cluster in order[chosen]]
 
 
-def _gallery(view: RunView, thumbnails: Thumbnails, s: int, side: str) -> dict[str, Any]:
-    assignments = view.assignments(s, side)
-    sizes = np.bincount(assignments)
-    filled, order = sizes[sizes > 0], np.argsort(-sizes, kind="stable")
-    sample_clusters = assignments[view.sample.rows]
-    words = keywords(view.sample.captions, sample_clusters)
-    similarity = view.centroid_similarity(s, side)
-    earlier = [number for number in view.stages_with("cluster") if number < s and side in view.clustered_sides(number)]
-    before = earlier[-1] if earlier else None
-    words_before: Mapping[int, Sequence[Keyword]] = {}
-    if before is not None:
-        words_before = keywords(view.sample.captions, view.assignments(before, side)[view.sample.rows], 2)
+def _gallery(
+    view: RunView,
+    thumbnails: Thumbnails,
+    words: Mapping[tuple[int, str], Keywords],
+    s: int,
+    side: str,
+    before: int | None,
+) -> dict[str, Any]:
+    """Return a table of all clusters of a stage, and images of some; `before` is the stage clustered before it."""
+    assignments, similarity = view.assignments(s, side), view.centroid_similarity(s, side)
+    sizes, of_sample = np.bincount(assignments), assignments[view.sample.rows]
+    filled = sizes[sizes > 0]
     table = [["cluster", "pairs", "keywords"]]
-    for cluster in order[:MAX_LISTED].tolist():
-        if sizes[cluster]:
-            table.append([str(cluster), f"{sizes[cluster]:,}", "; ".join(map(str, words.get(cluster, ())))])
+    for cluster in np.argsort(-sizes, kind="stable")[: min(MAX_LISTED, len(filled))].tolist():
+        table.append([str(cluster), f"{sizes[cluster]:,}", "; ".join(map(str, words[s, side].get(cluster, ())))])
     clusters = []
     for cluster in shown_clusters(sizes):
-        central, others = _members(sample_clusters == cluster, similarity, (s, side, cluster))
+        members = _most_central(of_sample == cluster, similarity)
+        others = members[MAX_CENTRAL:]
+        others = others[permutation(len(others), "drawn members", s, side, cluster)[:MAX_RANDOM]]
+        origin = ""
+        if before is not None:
+            earlier = view.assignments(before, side)
+            counts = np.bincount(earlier[assignments == cluster])
+            origin = (
+                f"from {np.count_nonzero(counts):,} of the {np.count_nonzero(np.bincount(earlier)):,} clusters of "
+                f"stage {before}; the largest part, {100 * counts.max() / counts.sum():.0f} %, from "
+                f"{_cluster_name(int(counts.argmax()), words[before, side])}"
+            )
         clusters.append(
             {
                 "number": cluster,
                 "size": int(sizes[cluster]),
                 "share": sizes[cluster] / len(assignments),
-                "words": words.get(cluster, []),
-                "central": [pair_thumbnail(view, thumbnails, index) for index in central],
-                "random": [pair_thumbnail(view, thumbnails, index) for index in others],
-                "origin": ""
-                if before is None
-                else _origin(view.assignments(before, side), assignments == cluster, before, words_before),
+                "words": words[s, side].get(cluster, []),
+                "central": [_pair_thumbnail(view, thumbnails, index) for index in members[:MAX_CENTRAL]],
+                "random": [_pair_thumbnail(view, thumbnails, index) for index in others],
+                "origin": origin,
             }
         )
-    return {
-        "stage": s,
-        "what": SIDE_NAMES[side],
-        "summary": f"{len(filled):,} clusters of {filled.min():,} to {filled.max():,} pairs, median "
-        f"{np.median(filled):,.0f}.",
-        "clusters": clusters,
-        "table": table,
-        "flow": None if before is None else _flow(view, before, s, side),
-    }
+    spread = f"{filled.min():,} to {filled.max():,} pairs, median {np.median(filled):,.0f}"
+    summary = f"{len(filled):,} clusters of {spread}."
+    return {"stage": s, "what": SIDE_NAMES[side], "summary": summary, "clusters": clusters, "table": table}
 
 
-def _members(
-    is_member: Bool[np.ndarray, "sample"], similarity: Float32[np.ndarray, "sample"], name: tuple[str | int, ...]
-) -> tuple[Int64[np.ndarray, "central"], Int64[np.ndarray, "random"]]:
-    """Return the members of a cluster that are nearest to its centroid, and some random ones of the others."""
+def _most_central(
+    is_member: Bool[np.ndarray, "sample"], similarity: Float32[np.ndarray, "sample"]
+) -> Int64[np.ndarray, "members"]:
+    """Return the members of a cluster, the nearest to its centroid first."""
     members = np.flatnonzero(is_member)
-    members = members[np.argsort(-similarity[members], kind="stable")]
-    central, others = members[:MAX_CENTRAL], members[MAX_CENTRAL:]
-    if len(others):
-        others = others[permutation(len(others), "drawn members", *name)[:MAX_RANDOM]]
-    return central, others
+    return members[np.argsort(-similarity[members], kind="stable")]
 
 
-def pair_thumbnail(view: RunView, thumbnails: Thumbnails, index: int | np.integer) -> Thumbnail:
+def _pair_thumbnail(view: RunView, thumbnails: Thumbnails, index: int | np.integer) -> Thumbnail:
     """Request the image of a pair of the sample, described by its first caption."""
     row, captions = int(view.sample.rows[index]), view.sample.captions[index]
     return thumbnails.request(TRAINING, row, captions[0] if captions else f"pair {row}, whose caption cannot be shown")
 
 
-def _origin(
-    assignments: Integer[np.ndarray, "rows"],
-    is_member: Bool[np.ndarray, "rows"],
-    before: int,
-    words: Mapping[int, Sequence[Keyword]],
-) -> str:
-    """Say from which clusters of stage `before`, with its assignments and keywords, the rows of a cluster come."""
-    counts = np.bincount(assignments[is_member])
-    largest = int(counts.argmax())
-    total = int(np.count_nonzero(np.bincount(assignments)))
-    return (
-        f"from {np.count_nonzero(counts):,} of the {total:,} clusters of stage {before}; the largest part, "
-        f"{100 * counts[largest] / counts.sum():.0f} %, from {_cluster_name(largest, words)}"
-    )
-
-
-def _cluster_name(cluster: int, words: Mapping[int, Sequence[Keyword]]) -> str:
+def _cluster_name(cluster: int, words: Keywords) -> str:
     """Return the first two keywords of a cluster, or its number."""
     return ", ".join(keyword.word for keyword in words.get(cluster, ())[:2]) or f"cluster {cluster}"
 
 
-def _flow(view: RunView, before: int, s: int, side: str) -> dict[str, Any]:
+def _flow(view: RunView, words: Mapping[tuple[int, str], Keywords], before: int, s: int, side: str) -> dict[str, Any]:
     """Return a figure of how the clusters of a stage pass into those of the next, and a sentence on their agreement."""
-    kept, bands, names = [], [], []
+    bands, names = [], []
     for number in (before, s):
-        assignments = view.assignments(number, side)
-        largest, band_of_row = _bands(assignments)
-        words = keywords(view.sample.captions, assignments[view.sample.rows], 2)
-        more = np.count_nonzero(np.bincount(assignments)) - len(largest)
-        kept.append(largest)
+        largest, band_of_row = _bands(view.assignments(number, side))
+        more = np.count_nonzero(np.bincount(view.assignments(number, side))) - len(largest)
         bands.append(band_of_row)
-        names.append(
-            [*(_cluster_name(cluster, words) for cluster in largest), f"{more:,} other clusters" if more else ""]
-        )
-    shape = len(kept[0]) + 1, len(kept[1]) + 1
+        of_bands = [_cluster_name(cluster, words[number, side]) for cluster in largest]
+        names.append([*of_bands, f"{more:,} other clusters" if more else ""])
+    shape = len(names[0]), len(names[1])
     counts = np.bincount(bands[0] * shape[1] + bands[1], minlength=shape[0] * shape[1]).reshape(shape)
     sentence = ""
     if s == before + 1 and (before, side) in view.run.agreement:
@@ -217,20 +209,57 @@ def contact_sheets(view: RunView) -> dict[str, np.ndarray]:
     if view.reader is None:
         return {}
     load, sheets = training_images(view.reader), {}
-    clusterings = [(s, side) for s in view.stages_with("cluster") for side in view.clustered_sides(s)]
-    for s, side in clusterings:
+    for s, side in view.clusterings:
         sheet = np.full((MAX_SHOWN, SHEET_PX, SHEET_IMAGES, SHEET_PX, 3), 255, np.uint8)
-        assignments = view.assignments(s, side)
-        similarity, sample_clusters = view.centroid_similarity(s, side), assignments[view.sample.rows]
+        assignments, similarity = view.assignments(s, side), view.centroid_similarity(s, side)
         for line, cluster in enumerate(shown_clusters(np.bincount(assignments))):
-            members = np.flatnonzero(sample_clusters == cluster)
-            members = np.sort(members[np.argsort(-similarity[members], kind="stable")][:SHEET_IMAGES])
-            for column, image in enumerate(load(view.sample.rows[members].tolist())):
+            members = _most_central(assignments[view.sample.rows] == cluster, similarity)
+            rows = view.sample.rows[np.sort(members[:SHEET_IMAGES])]
+            for column, image in enumerate(load(rows.tolist())):
                 if image is not None:
                     sheet[line, :, column] = np.asarray(image.resize((SHEET_PX, SHEET_PX), Image.Resampling.LANCZOS))
         name = f"clusters of {SIDE_NAMES[side]}, stage {s}"
         sheets[name] = sheet.reshape(MAX_SHOWN * SHEET_PX, SHEET_IMAGES * SHEET_PX, 3)
     return sheets
+
+
+def neighbours_section(view: RunView, thumbnails: Thumbnails) -> Section | None:
+    """Return the nearest images of some images and texts, in each embedded stage and in all; None without a stage."""
+    stages = view.stages_with("embed")
+    if not stages:
+        return None
+    models: dict[str, dict[str, Float32[np.ndarray, "sample dim"]]] = {}
+    for s in stages:
+        features = {side: view.features(s, side) for side in QUERY_TITLES}
+        models[f"stage {s}"] = {
+            side: raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), 1e-12) for side, raw in features.items()
+        }
+    if len(stages) > 1:
+        models["all stages"] = {side: view.combined(side) for side in QUERY_TITLES}
+    # Features of samples that could not be decoded are zeros.
+    decoded = np.flatnonzero(np.all([features["image"].any(1) for features in models.values()], axis=0))
+    drawn = decoded[permutation(len(decoded), "neighbour queries")[: 2 * QUERIES]].tolist()
+    kinds = []
+    for kind, queries in zip(QUERY_TITLES, (drawn[:QUERIES], drawn[QUERIES:]), strict=True):
+        shown = []
+        for query in queries:
+            captions, rows = view.sample.captions[query], []
+            for name, features in models.items():
+                scores = features["image"] @ features[kind][query]
+                if kind == "image":
+                    scores[query] = -np.inf  # it does not find itself
+                nearest = np.argsort(-scores, kind="stable")[:NEAREST].tolist()
+                images = [
+                    {"image": _pair_thumbnail(view, thumbnails, other), "is_match": other == query} for other in nearest
+                ]
+                rows.append({"name": name, "images": images})
+            more = f" (and {len(captions) - 1} more captions)" if kind == "text" and len(captions) > 1 else ""
+            text = f"{shortened(captions[0])}{more}" if captions else "a caption that cannot be shown"
+            image = _pair_thumbnail(view, thumbnails, query) if kind == "image" else None
+            shown.append({"image": image, "text": text, "rows": rows})
+        kinds.append({"kind": kind, "title": QUERY_TITLES[kind], "queries": shown})
+    content = {"kinds": kinds, "gallery": len(view.sample.rows), "total": view.sample.total}
+    return Section(name="neighbours", title="Nearest neighbors by stage", content=content)
 
 
 def terms(texts: Iterable[str]) -> set[str]:
@@ -245,9 +274,7 @@ def terms(texts: Iterable[str]) -> set[str]:
     return found
 
 
-def keywords(
-    captions: Sequence[Sequence[str]], clusters: Integer[np.ndarray, "pairs"], most: int = 5
-) -> dict[int, list[Keyword]]:
+def keywords(captions: Sequence[Sequence[str]], clusters: Integer[np.ndarray, "pairs"]) -> Keywords:
     """Return the keywords of each cluster, by class-based tf-idf (BERTopic, Grootendorst 2022, arXiv 2203.05794).
 
     A term scores tf log(1 + A / f): tf is its count in the cluster, f its count over all clusters, A the mean number of
@@ -271,7 +298,7 @@ def keywords(
         kept: list[Keyword] = []
         used: set[str] = set()
         for _, term, keyword in sorted(scored, key=lambda entry: entry[:2]):
-            if len(kept) < most and used.isdisjoint(term.split()):
+            if len(kept) < KEYWORDS and used.isdisjoint(term.split()):
                 kept.append(keyword)
                 used.update(term.split())
         best[cluster] = kept

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_path
-from mcl_clip.report import clusters, evaluation, neighbours, summary, training
+from mcl_clip.report import clusters, evaluation, summary, training
 from mcl_clip.report.thumbnails import TRAINING, Thumbnails, task_images, training_images
 from mcl_clip.report.view import RunView, Section
 
@@ -22,7 +22,7 @@ SECTIONS: tuple[Callable[[RunView, Thumbnails], Section | None], ...] = (
     summary.section,
     summary.attributes_section,
     clusters.section,
-    neighbours.section,
+    clusters.neighbours_section,
     evaluation.changes_section,
     evaluation.controls_section,
     evaluation.section,

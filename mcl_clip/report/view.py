@@ -149,16 +149,19 @@ class RunView:
         stages = [torch.from_numpy(self.features(s, side)) for s in self.stages_with("embed")]
         return combine_features(stages, self.combine).numpy()
 
-    def clustered_sides(self, stage: int) -> list[str]:
-        """Return which features of a stage were clustered: of images, of texts, or both."""
-        folder = self.folder / f"stage-{stage}" / "cluster"
-        return [side for side in SIDES if (folder / f"assignments-{side}.npy").exists()]
+    @property
+    def clusterings(self) -> list[tuple[int, str]]:
+        """The stages whose clustering is done, with the sides that were clustered: `image`, `text` or both."""
+        stages = self.stages_with("cluster")
+        return [(s, side) for s in stages for side in SIDES if self._assignments_path(s, side).exists()]
+
+    def _assignments_path(self, stage: int, side: str) -> Path:
+        return self.run.stages[stage].folder / "cluster" / f"assignments-{side}.npy"
 
     def assignments(self, stage: int, side: str) -> Integer[np.ndarray, "rows"]:
         """Return the cluster of each row of the data."""
         if (stage, side) not in self._assignments:
-            path = self.folder / f"stage-{stage}" / "cluster" / f"assignments-{side}.npy"
-            self._assignments[stage, side] = load_numbers(path, self.sample.total)
+            self._assignments[stage, side] = load_numbers(self._assignments_path(stage, side), self.sample.total)
         return self._assignments[stage, side]
 
     def centroid_similarity(self, stage: int, side: str) -> Float32[np.ndarray, "sample"]:

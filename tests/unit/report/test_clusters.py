@@ -32,8 +32,8 @@ def test_names_in_the_flow_can_do_nothing():
     assert figure.count("<svg") == figure.count("</svg>") == 1
 
 
-def words_by_cluster(captions, clusters, most=5):
-    by_cluster = keywords([(text,) for text in captions], np.array(clusters), most)
+def words_by_cluster(captions, clusters):
+    by_cluster = keywords([(text,) for text in captions], np.array(clusters))
     return {cluster: [keyword.word for keyword in of_cluster] for cluster, of_cluster in by_cluster.items()}
 
 
