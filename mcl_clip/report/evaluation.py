@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, Integer
+from jaxtyping import Int64
 from markupsafe import Markup
 from matplotlib.ticker import NullFormatter
 
 from mcl_clip.core.files import DONE, read_json, read_jsonl
 from mcl_clip.eval.classification import ClassificationTask, class_scores
 from mcl_clip.eval.retrieval import RetrievalTask
-from mcl_clip.eval.task import Task
 from mcl_clip.report.figures import SERIES, TEXT, new_figure, svg
-from mcl_clip.report.thumbnails import Thumbnail, Thumbnails, shortened
+from mcl_clip.report.thumbnails import Thumbnails, shortened
 from mcl_clip.report.view import EXPERIMENT, RunView, Section
 from mcl_clip.results.record import COMBINED, Result, RunRecord, read_run
 from mcl_clip.results.scores import compare, difference_text, headline_metrics, shown_metrics, sizes, verdict
@@ -28,8 +27,6 @@ MAX_MATRIX_CLASSES = 40  # of a confusion matrix; with more, the most confused p
 MAX_NAMED_CLASSES = 20
 CONFUSED_PAIRS = 12
 EXAMPLES, SETS_WITH_EXAMPLES = 4, 4
-RANKS = {RetrievalTask: "image_retrieval", ClassificationTask: "ranks"}  # outcomes: rank of the right answer, from 0
-FIRST_RANK = {RetrievalTask: "image_retrieval_recall@1", ClassificationTask: "acc1"}
 STAGES_ARM = "mcl"  # of an experiment: the arm that controls are compared with
 
 
@@ -93,33 +90,27 @@ def _confusions(view: RunView, name: str, labels: Sequence[str]) -> list[dict[st
     stages = [int(label.removeprefix("stage-")) for label in labels if label != COMBINED]
     if not isinstance(task, ClassificationTask) or not all(view.set_features(s, name) for s in stages):
         return []
-    confusions, classes = [], task.data.classnames
+    confusions = []
     for label in dict.fromkeys((labels[0], labels[-1])):
-        if label == COMBINED:
-            features: Mapping[str, torch.Tensor] = view.combined_set_features(name, stages)
-        else:
-            features = view.set_features(int(label.removeprefix("stage-")), name)
-        predictions = class_scores(features["image"], features["text"], len(classes)).argmax(1)
-        counts = _confusion_counts(task.data.labels, predictions, len(classes))
-        confusions.append(_confusion(counts, classes, f"{name}, {label_title(label)}"))
+        of_label = stages if label == COMBINED else [int(label.removeprefix("stage-"))]
+        features = view.combined_set_features(name, of_label)
+        predictions = class_scores(features["image"], features["text"], len(task.data.classnames)).argmax(1)
+        title = f"{name}, {label_title(label)}"
+        confusions.append(_confusion(task.data.labels, predictions.numpy(), task.data.classnames, title))
     return confusions
 
 
-def _confusion_counts(
-    labels: Int64[np.ndarray, "images"], predictions: torch.Tensor, classes: int
-) -> Int64[np.ndarray, "classes classes"]:
-    """Count images by class (rows) and predicted class (columns)."""
-    counts: np.ndarray = np.bincount(labels * classes + predictions.numpy(), minlength=classes * classes)
-    return counts.reshape(classes, classes)
-
-
-def _confusion(counts: Int64[np.ndarray, "classes classes"], names: Sequence[str], title: str) -> dict[str, Any]:
+def _confusion(
+    labels: Int64[np.ndarray, "images"], predictions: Int64[np.ndarray, "images"], names: Sequence[str], title: str
+) -> dict[str, Any]:
     """Plot the confusion matrix or, with many classes, list the most confused pairs."""
+    counts = np.bincount(labels * len(names) + predictions, minlength=len(names) ** 2).reshape(len(names), len(names))
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    pairs = _most_confused(shares, names)
+    errors = np.where(np.eye(len(names), dtype=bool), 0, shares)
+    worst = np.unravel_index(np.argsort(-errors, axis=None, kind="stable")[:CONFUSED_PAIRS], errors.shape)
+    pairs = [(names[i], names[j], f"{100 * errors[i, j]:.0f}") for i, j in zip(*worst, strict=True) if errors[i, j] > 0]
     if len(names) > MAX_MATRIX_CLASSES:
-        rows = [[one, other, f"{100 * share:.0f}"] for one, other, share in pairs]
-        return {"title": title, "table": [["class", "predicted as", "% of its images"], *rows]}
+        return {"title": title, "table": [("class", "predicted as", "% of its images"), *pairs]}
     with new_figure(400, 380) as (figure, axes):
         axes.grid(visible=False)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
@@ -129,20 +120,9 @@ def _confusion(counts: Int64[np.ndarray, "classes classes"], names: Sequence[str
         axes.set_xlabel("predicted class")
         axes.set_ylabel("class")
         axes.set_title(title)
-        most = "; ".join(f"{one} as {other} ({100 * share:.0f} %)" for one, other, share in pairs[:5])
+        most = "; ".join(f"{one} as {other} ({percent} %)" for one, other, percent in pairs[:5])
         alt = f"Confusion matrix, {title}. Most frequent confusions: {most or 'none'}."
         return {"title": title, "figure": svg(figure, alt)}
-
-
-def _most_confused(
-    shares: Float64[np.ndarray, "classes classes"], names: Sequence[str]
-) -> list[tuple[str, str, float]]:
-    """Return class, predicted class and share of the largest entries off the diagonal."""
-    errors = shares.copy()
-    np.fill_diagonal(errors, 0)
-    order = np.argsort(-errors, axis=None, kind="stable")[:CONFUSED_PAIRS]
-    pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
-    return [(names[i], names[j], float(errors[i, j])) for i, j in pairs if errors[i, j] > 0]
 
 
 def changes_section(view: RunView, thumbnails: Thumbnails) -> Section | None:
@@ -152,7 +132,7 @@ def changes_section(view: RunView, thumbnails: Thumbnails) -> Section | None:
         if len(view.run.stages) < 2 or not {"stage-0", COMBINED} <= of_set.keys():
             continue
         task = view.tasks.get(of_set[COMBINED].dataset)
-        if task is not None and type(task) in RANKS:
+        if isinstance(task, RetrievalTask | ClassificationTask):
             has_room = sum(bool(other["fixed"] or other["regressed"]) for other in sets) < SETS_WITH_EXAMPLES
             changes = _changes(view, thumbnails if has_room else None, task, of_set["stage-0"], of_set[COMBINED])
             sets += [changes] if changes else []
@@ -160,69 +140,58 @@ def changes_section(view: RunView, thumbnails: Thumbnails) -> Section | None:
 
 
 def _changes(
-    view: RunView, thumbnails: Thumbnails | None, task: Task, first: Result, combined: Result
+    view: RunView,
+    thumbnails: Thumbnails | None,
+    task: RetrievalTask | ClassificationTask,
+    first: Result,
+    combined: Result,
 ) -> dict[str, Any] | None:
     """Return counts of changed queries, and examples if there are thumbnails; None without stored outcomes."""
-    before, after = (result.outcomes.get(RANKS[type(task)]) for result in (first, combined))
-    paired = compare(combined, first, FIRST_RANK[type(task)])
+    answers_are_images = isinstance(task, RetrievalTask)
+    # Outcomes: whether the first answer is right, and the rank of the right one, from 0.
+    is_right, rank = ("image_retrieval_recall@1", "image_retrieval") if answers_are_images else ("acc1", "ranks")
+    before, after = (result.outcomes.get(rank) for result in (first, combined))
+    paired = compare(combined, first, is_right)
     if before is None or after is None or before.shape != after.shape or paired is None:
         return None
-    fixed, regressed = _changed(before, after), _changed(after, before)
-    answers_are_images = isinstance(task, RetrievalTask)
+    changed = {}
+    for change, wrong, right in (("fixed", before, after), ("regressed", after, before)):
+        queries = np.flatnonzero((right == 0) & (wrong > 0))
+        changed[change] = queries[np.argsort(-wrong[queries], kind="stable")].tolist()  # the worst rank first
     summary = (
-        f"Of {len(before):,} {'texts' if answers_are_images else 'images'}, all stages together fix {len(fixed):,} "
-        f"that stage 0 gets wrong, and get {len(regressed):,} wrong that stage 0 gets right: a difference of "
-        f"{difference_text(paired).replace(' [', ' points [')}."
+        f"Of {len(before):,} {'texts' if answers_are_images else 'images'}, all stages together fix "
+        f"{len(changed['fixed']):,} that stage 0 gets wrong, and get {len(changed['regressed']):,} wrong that stage 0 "
+        f"gets right: a difference of {difference_text(paired).replace(' [', ' points [')}."
     )
-    stages = view.stages_with("eval")
-    features = [view.set_features(0, task.name), view.combined_set_features(task.name, stages)] if stages else []
     examples: dict[str, list[dict[str, Any]]] = {"fixed": [], "regressed": []}
-    if thumbnails is not None and len(features) == 2 and all(features):
-        for change, queries in (("fixed", fixed), ("regressed", regressed)):
-            examples[change] = [_example(thumbnails, task, features, query) for query in queries[:EXAMPLES].tolist()]
+    stages = view.stages_with("eval")
+    if thumbnails is not None and stages and view.set_features(0, task.name):
+        features = [view.set_features(0, task.name), view.combined_set_features(task.name, stages)]
+        for change, queries in changed.items():
+            examples[change] = [_example(thumbnails, task, features, query) for query in queries[:EXAMPLES]]
     return {"name": task.name, "answers_are_images": answers_are_images, "summary": summary, **examples}
 
 
-def _changed(wrong: Integer[np.ndarray, "queries"], right: Integer[np.ndarray, "queries"]) -> Int64[np.ndarray, "some"]:
-    """Return queries with rank 0 in `right` but not in `wrong`, by descending rank in `wrong`."""
-    queries = np.flatnonzero((right == 0) & (wrong > 0))
-    return queries[np.argsort(-wrong[queries], kind="stable")].astype(np.int64)
-
-
-def _example(thumbnails: Thumbnails, task: Task, features: Sequence[Any], query: int) -> dict[str, Any]:
+def _example(
+    thumbnails: Thumbnails, task: RetrievalTask | ClassificationTask, features: Sequence[Any], query: int
+) -> dict[str, Any]:
     """Return a query, its right answer, and the first answers of stage 0 and of all stages together."""
     if isinstance(task, RetrievalTask):
+        images = [torch.nn.functional.normalize(sides["image"].float(), dim=1) for sides in features]
+        texts = [sides["text"][query].float() for sides in features]
+        found = [int((image @ text).argmax()) for image, text in zip(images, texts, strict=True)]
         captions = task.data.captions
-
-        def answer(image: int) -> Thumbnail:
-            alt = captions[image][0] if captions[image] else f"image {image}"
-            return thumbnails.request(task.name, image, alt)
-
-        answers = []
-        for sides in features:
-            images = torch.nn.functional.normalize(sides["image"].float(), dim=1)
-            answers.append(answer(int((images @ sides["text"][query].float()).argmax())))
-        right = answer(int(task.data.image_of_text[query]))
-        return {
-            "query": shortened(task.data.texts[query]),
-            "right": right,
-            "first": answers[0],
-            "combined": answers[1],
-        }
-    if not isinstance(task, ClassificationTask):
-        raise TypeError(f"{type(task).__name__} has no examples")
+        right, first, combined = (
+            thumbnails.request(task.name, image, captions[image][0] if captions[image] else f"image {image}")
+            for image in (int(task.data.image_of_text[query]), *found)
+        )
+        return {"query": shortened(task.data.texts[query]), "right": right, "first": first, "combined": combined}
     names = task.data.classnames
-    first, combined = (
-        names[int(class_scores(sides["image"][query : query + 1], sides["text"], len(names)).argmax())]
-        for sides in features
-    )
+    scores = [class_scores(sides["image"][query : query + 1], sides["text"], len(names)) for sides in features]
+    answers = [names[int(of_classes.argmax())] for of_classes in scores]
     name = names[int(task.data.labels[query])]
-    return {
-        "query": name,
-        "right": thumbnails.request(task.name, query, name),
-        "first": first,
-        "combined": combined,
-    }
+    image = thumbnails.request(task.name, query, name)
+    return {"query": name, "right": image, "first": answers[0], "combined": answers[1]}
 
 
 def controls_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: ARG001
@@ -247,12 +216,16 @@ def _against_arms(run: RunRecord, arms: Mapping[str, RunRecord]) -> tuple[list[l
     """Return the results of a run and of other arms as a table, and a sentence on each arm."""
     rows = [["set", "metric", "this run", *arms]]
     verdicts: dict[str, dict[str, list[str]]] = {name: {"better": [], "worse": [], "": []} for name in arms}
-    results = {key: result for key in run.results if (result := _final_result(run, key)) is not None}
+    # The result of a whole run is that of all stages together, or of the only one.
+    (_, results), *others = (
+        (name, {key: of_set.get(COMBINED) or next(iter(of_set.values())) for key, of_set in record.results.items()})
+        for name, record in {"": run, **arms}.items()
+    )
     for key, metric in ((key, metric) for key, result in results.items() for metric in headline_metrics(result)):
         ours, title = results[key], METRICS.get(metric, metric)
         row = [ours.dataset, title, cell(ours, metric, has_interval=False)]
-        for name, arm in arms.items():
-            other = _final_result(arm, key)
+        for name, of_arm in others:
+            other = of_arm.get(key)
             paired = compare(ours, other, metric) if other else None
             row.append(cell(other, metric, has_interval=False) + (f" ({difference_text(paired)})" if paired else ""))
             if paired:
@@ -264,12 +237,6 @@ def _against_arms(run: RunRecord, arms: Mapping[str, RunRecord]) -> tuple[list[l
         parts = [f"{words[change]} {', '.join(sets)}" for change, sets in changes.items() if sets]
         sentences += [f"Compared with {name}: {'; '.join(parts)}."] if parts else []
     return rows, sentences
-
-
-def _final_result(run: RunRecord, key: str) -> Result | None:
-    """Return the result of a whole run on a set."""
-    of_set = run.results.get(key, {})
-    return of_set.get(COMBINED) or next(iter(of_set.values()), None)
 
 
 def _seed_table(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:

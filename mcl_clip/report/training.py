@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
-from matplotlib.axes import Axes
 from PIL import Image
 
 from mcl_clip.report.figures import LINE, SERIES, new_figure, svg
@@ -39,11 +38,6 @@ class Curve:
     steps: Float64[np.ndarray, "points"]
     values: Float64[np.ndarray, "points"]
 
-    @property
-    def color(self) -> str:
-        """The color of the stage."""
-        return SERIES[self.stage % len(SERIES)]
-
 
 def section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: ARG001
     """Return curves of what training recorded; None before the first record."""
@@ -53,9 +47,14 @@ def section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: A
     if not any(records):
         return None
     loss, *others = (_plot(_curves(records, starts, name), starts, *words) for name, words in PLOTS.items())
-    plots = [loss, _spread_plot(records, starts), *others, *_evaluation_plots(view, starts)]
-    content = {"plots": [plot for plot in plots if plot]}
-    return Section(name="training", title="Training", content=content)
+    low, median, high = (_curves(records, starts, name) for name in SPREAD)
+    caption = "Mean loss of each group: the median, and the band from the 10th to the 90th percentile."
+    plots = [loss, _plot(median, starts, "loss by group", caption, bands=(low, high)), *others]
+    metrics = [stage.metrics for stage in view.run.stages]
+    for first in (next(iter(of_set.values())) for of_set in view.run.results.values()):
+        curves = _curves(metrics, starts, f"{first.dataset}/{first.main_metric}", factor=100)
+        plots.append(_plot(curves, starts, f"{first.dataset}, %", f"{first.main_metric} during training."))
+    return Section(name="training", title="Training", content={"plots": [plot for plot in plots if plot]})
 
 
 def _with_shares(steps: Sequence[Mapping[str, Any]], batch_size: int) -> list[dict[str, Any]]:
@@ -69,75 +68,47 @@ def _with_shares(steps: Sequence[Mapping[str, Any]], batch_size: int) -> list[di
     return records
 
 
-def _curves(records: Sequence[Sequence[Mapping[str, Any]]], starts: Sequence[int], name: str) -> list[Curve]:
+def _curves(
+    records: Sequence[Sequence[Mapping[str, Any]]], starts: Sequence[int], name: str, factor: float = 1
+) -> list[Curve]:
     """Return a curve for each stage that recorded a value, thinned to `MAX_POINTS` means."""
     curves = []
     for s, of_stage in enumerate(records):
-        values = [(record["step"], record[name]) for record in of_stage if record.get(name) is not None]
+        values = [(record["step"], record[name]) for record in of_stage if isinstance(record.get(name), int | float)]
         if values:
             points = np.array(values, np.float64)
             means = np.array([part.mean(0) for part in np.array_split(points, min(MAX_POINTS, len(points)))])
-            curves.append(Curve(stage=s, steps=means[:, 0] + starts[s], values=means[:, 1]))
+            curves.append(Curve(stage=s, steps=means[:, 0] + starts[s], values=factor * means[:, 1]))
     return curves
 
 
-def _plot(curves: Sequence[Curve], starts: Sequence[int], title: str, caption: str) -> dict[str, Any] | None:
-    if not curves or not any(curve.values.any() for curve in curves):
+def _plot(
+    curves: Sequence[Curve],
+    starts: Sequence[int],
+    title: str,
+    caption: str,
+    bands: tuple[Sequence[Curve], ...] = (),
+) -> dict[str, Any] | None:
+    """Plot curves over steps, each with the band between its lower and upper curve; None where all values are 0."""
+    if not any(curve.values.any() for curve in curves):
         return None
     with new_figure() as (figure, axes):
-        _start_plot(axes, starts, title)
-        for curve in curves:
-            axes.plot(curve.steps, curve.values, color=curve.color, label=f"stage {curve.stage}")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        for start in starts[1:]:
+            axes.axvline(start, color=LINE, linestyle=":", linewidth=1)
+        colors = [SERIES[curve.stage % len(SERIES)] for curve in curves]
+        for color, bottom, top in zip(colors, *bands, strict=True) if bands else ():
+            axes.fill_between(bottom.steps, bottom.values, top.values, color=color, alpha=0.2, linewidth=0)
+        for color, curve in zip(colors, curves, strict=True):
+            axes.plot(curve.steps, curve.values, color=color, label=f"stage {curve.stage}")
         if len(curves) > 1:
             axes.legend()
         ends = "; ".join(f"stage {c.stage} from {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in curves)
+        if bands:
+            spread = (f"{low.values[-1]:.3g} and {high.values[-1]:.3g}" for low, high in zip(*bands, strict=True))
+            ends += f"; at the end between {', '.join(spread)}"
         return {"figure": svg(figure, f"Curve of {title} over steps: {ends}."), "caption": caption}
-
-
-def _start_plot(axes: Axes, starts: Sequence[int], title: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    for start in starts[1:]:
-        axes.axvline(start, color=LINE, linestyle=":", linewidth=1)
-
-
-def _spread_plot(records: Sequence[Sequence[Mapping[str, Any]]], starts: Sequence[int]) -> dict[str, Any] | None:
-    """Plot the loss of the median group, with the band from the 10th to the 90th percentile."""
-    low, median, high = (_curves(records, starts, name) for name in SPREAD)
-    if not median:
-        return None
-    with new_figure() as (figure, axes):
-        _start_plot(axes, starts, "loss by group")
-        for curve, bottom, top in zip(median, low, high, strict=True):
-            axes.fill_between(curve.steps, bottom.values, top.values, color=curve.color, alpha=0.2, linewidth=0)
-            axes.plot(curve.steps, curve.values, color=curve.color, label=f"stage {curve.stage}")
-        ends = "; ".join(
-            f"stage {c.stage} ends at {c.values[-1]:.3g}, between {b.values[-1]:.3g} and {t.values[-1]:.3g}"
-            for c, b, t in zip(median, low, high, strict=True)
-        )
-        return {
-            "figure": svg(figure, f"Loss by group over steps: {ends}."),
-            "caption": "Mean loss of each group: the median, and the band from the 10th to the 90th percentile.",
-        }
-
-
-def _evaluation_plots(view: RunView, starts: Sequence[int]) -> list[dict[str, Any] | None]:
-    """Plot the main metric of each set that was also evaluated during training."""
-    plots = []
-    for of_set in view.run.results.values():
-        first = next(iter(of_set.values()))
-        name = f"{first.dataset}/{first.main_metric}"
-        percent = [
-            [
-                {**record, name: 100 * record[name]}
-                for record in stage.metrics
-                if isinstance(record.get(name), int | float)
-            ]
-            for stage in view.run.stages
-        ]
-        curves = _curves(percent, starts, name)
-        plots.append(_plot(curves, starts, f"{first.dataset}, %", f"{first.main_metric} during training."))
-    return plots
 
 
 def data_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: ARG001
