@@ -42,7 +42,7 @@ def measure(
     codes = _codes(index)
     table = EmbeddingTable(run / f"stage-{stage}" / "embed", index)
     plain = table.rows(0, len(table), "image")
-    image, text = (partial(table.rows, side=side) for side in SIDES)
+    image, text = (partial(table.rows, column=side) for side in SIDES)
     shared = fit_shared_metric(image, text, len(table))[0](plain)
     for number in clusters:
         for name, features in (("cosine", plain), ("shared", shared)):

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Int, Integer, Shaped, UInt64
 from mcl_clip.core.distributed import Name, barrier, random_words
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_path
-from mcl_clip.data.row_order import BLOCK_ROWS, Source, block_ranges, interleave, rechunk, row_bits, usable_sources
+from mcl_clip.data.row_order import BLOCK_ROWS, Source, block_ranges, interleave, rechunk, usable_sources
 
 FILLER = -1
 LOOKAHEAD = 64  # groups considered for the next position in the packed batches
@@ -76,17 +76,11 @@ class BatchPlan:
     ) -> None:
         """Describe the plan; nothing is computed before a batch is requested.
 
-        Args:
-            shard_of: Shard number of each row; the rows of a shard are consecutive.
-            groups: Group number of each row, from 0; rows with a negative number are never used.
-            global_batch_size: Rows of a batch over all processes.
-            seed: Seed of the run.
-            stage: Number of the stage.
-            sources: The mixture, in index order; by default one source with all rows.
-            window_shards: Shuffle rows within windows of that many shuffled shards; 0 is a single window.
-            run_rows: Neighboring rows of a group that stay together, for storage that reads runs faster.
-            cache_dir: Where plans of more than `rows_in_memory` rows are written, once per node.
-            rows_in_memory: Largest plan that is kept in memory, in rows.
+        `shard_of` and `groups` hold the shard of each row (the rows of a shard are consecutive) and its group from 0;
+        rows of negative groups are never used. `sources` is the mixture in index order, by default one source with all
+        rows. Rows are shuffled within windows of `window_shards` shards (0: one window), in units of `run_rows`
+        neighboring rows of a group, for storage that reads runs faster. Plans of more than `rows_in_memory` rows are
+        written to `cache_dir`, once per node.
 
         Raises:
             UserError: if there is no row to train on.
@@ -96,8 +90,9 @@ class BatchPlan:
         self.window_shards, self.run_rows = window_shards, run_rows
         self.cache_dir, self.rows_in_memory = cache_dir, rows_in_memory
         self._row_dtype = np.dtype(np.int32 if len(groups) < 2**31 else np.int64)
-        self._row_bits = row_bits(groups)
+        self._row_bits = len(groups).bit_length()
         self._num_groups = int(groups.max(initial=FILLER)) + 1
+        self._group_dtype = np.int16 if self._num_groups <= 2**15 else np.int64  # numpy sorts 16 bits by counting: fast
         self._sources = usable_sources(sources or (Source(rows=len(groups)),), shard_of, groups, run_rows)
         self.rows_per_epoch = sum(source.rows_per_epoch for source in self._sources)
         if self.rows_per_epoch == 0:
@@ -140,7 +135,14 @@ class BatchPlan:
         """Measure how homogeneous the batches of an epoch are, and how many negatives a row has."""
         pairs = without_weight = homogeneous = 0
         for batches in _blocks_of_batches(self.epoch_rows(epoch)):
-            batch, size = _count_pieces(batches, self.groups, self._num_groups)
+            # A piece is the rows of one group in a batch.
+            group = np.where(batches == FILLER, FILLER, self.groups[batches].astype(self._group_dtype))
+            group.sort(axis=1)
+            is_first: Bool[np.ndarray, "batches batch"] = np.ones(group.shape, bool)
+            is_first[:, 1:] = group[:, 1:] != group[:, :-1]
+            first = np.flatnonzero(is_first)
+            is_piece = group.reshape(-1)[first] != FILLER
+            batch, size = (first // group.shape[1])[is_piece], np.diff(np.r_[first, group.size])[is_piece]
             pairs += int((size * (size - 1)).sum())
             without_weight += int(size[size - 1 < min_negatives].sum())
             homogeneous += int(size[np.bincount(batch)[batch] == 1].sum())
@@ -158,7 +160,7 @@ class BatchPlan:
         batches: np.ndarray = np.empty((self.batches_per_epoch, self.global_batch_size), self._row_dtype)
         sizes = (stop - start for start, stop in block_ranges(0, self.rows_per_epoch))
         for codes in rechunk(self._order(epoch), sizes):
-            group = _narrow(codes >> self._row_bits, self._num_groups)
+            group = (codes >> self._row_bits).astype(self._group_dtype)
             by_group = np.argsort(group, kind="stable")
             batches.reshape(-1)[layout.next_positions(group[by_group])] = codes[by_group] & (2**self._row_bits - 1)
         last, rows_of_last = layout.position_of[-1], self.global_batch_size - (batches.size - self.rows_per_epoch)
@@ -180,8 +182,6 @@ class BatchPlan:
     def _order(self, epoch: int) -> Iterator[Int[np.ndarray, "_rows"]]:
         """Yield the codes of the rows of an epoch in shuffled order, in parts; sources are interleaved."""
         orders = [self._source_order(number, epoch) for number in range(len(self._sources))]
-        if len(orders) == 1:
-            return orders[0]
         return interleave(orders, [source.rows_per_epoch for source in self._sources])
 
     def _source_order(self, number: int, epoch: int) -> Iterator[Int[np.ndarray, "_rows"]]:
@@ -227,24 +227,6 @@ class BatchPlan:
 def _blocks_of_batches(batches: Int[np.ndarray, "batches batch"]) -> Iterator[Int[np.ndarray, "_batches batch"]]:
     step = max(1, BLOCK_ROWS // batches.shape[1])
     return (batches[start : start + step] for start in range(0, len(batches), step))
-
-
-def _narrow(group: Int[np.ndarray, "*shape"], num_groups: int) -> Int[np.ndarray, "*shape"]:
-    """Convert to 16 bits if they suffice: numpy sorts those by counting, which is much faster."""
-    return group.astype(np.int16) if num_groups <= 2**15 else group
-
-
-def _count_pieces(
-    batches: Int[np.ndarray, "batches batch"], groups: Int[np.ndarray, "rows"], num_groups: int
-) -> tuple[Int[np.ndarray, "pieces"], Int[np.ndarray, "pieces"]]:
-    """Return the batch and the size of each piece, that is, of the rows of one group in a batch."""
-    group = np.where(batches == FILLER, FILLER, _narrow(groups[batches], num_groups))
-    group.sort(axis=1)
-    is_first: Bool[np.ndarray, "batches batch"] = np.ones(group.shape, bool)
-    is_first[:, 1:] = group[:, 1:] != group[:, :-1]
-    first = np.flatnonzero(is_first)
-    is_piece = group.reshape(-1)[first] != FILLER
-    return (first // group.shape[1])[is_piece], np.diff(np.r_[first, group.size])[is_piece]
 
 
 class _Layout:

@@ -6,14 +6,14 @@ text features of single captions, for stages whose text encoder is locked.
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Float32, Int64
+from jaxtyping import Bool, Float16, Float32, Int64, Shaped
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
@@ -47,11 +47,6 @@ def first_rows(index: ShardIndex) -> Int64[np.ndarray, "shards_and_end"]:
     return np.array([shard.first_row for shard in index.shards] + [len(index)])
 
 
-def missing_parts(folder: Path, index: ShardIndex, name_of: Callable[[int], str]) -> list[int]:
-    """Return the numbers of the shards that have rows and no part file yet."""
-    return [number for number in _shards_with_rows(index) if not (folder / name_of(number)).exists()]
-
-
 def write_part(path: Path, columns: Mapping[str, np.ndarray], counts: Mapping[str, Any] | None = None) -> None:
     """Write the columns of a part atomically, with what was counted in the shard as metadata."""
     # All counts under one key: safetensors does not keep the order of several, and files would differ between runs.
@@ -66,7 +61,7 @@ def read_counts(folder: Path, index: ShardIndex, shard: int | None = None) -> It
     `bad_samples` are the rows that could not be decoded, as [row, key, reason]. `full_captions` counts the captions
     that fill the context of the text encoder, for tokenizers that pad with 0; longer ones were truncated.
     """
-    for number in _shards_with_rows(index) if shard is None else [shard]:
+    for number in [n for n, one in enumerate(index.shards) if one.rows] if shard is None else [shard]:
         path = folder / part_name(number)
         with safe_open(path, framework="numpy") as part:
             text = (part.metadata() or {}).get("counts", "")
@@ -78,10 +73,6 @@ def read_counts(folder: Path, index: ShardIndex, shard: int | None = None) -> It
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{path} has no counts of bad samples; delete it and run the recipe again") from error
         yield counts
-
-
-def _shards_with_rows(index: ShardIndex) -> list[int]:
-    return [number for number, shard in enumerate(index.shards) if shard.rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +129,15 @@ class EmbeddingTable:
             self._cache = (shard, read_part(self.folder / part_name(shard), int(np.diff(self.first)[shard])))
         return self._cache[1]
 
-    def rows(self, start: int, stop: int, side: str) -> Float16[np.ndarray, "rows dim"]:
-        """Return the unit features of rows `start` to `stop - 1`."""
-        return self._column(start, stop, side)
-
-    def norms(self, start: int, stop: int, side: str) -> Float32[np.ndarray, "rows"]:
-        """Return the norms of rows `start` to `stop - 1` before normalization."""
-        return self._column(start, stop, f"{side}_norm")
-
-    def ok(self, start: int, stop: int) -> Bool[np.ndarray, "rows"]:
-        """Return whether rows `start` to `stop - 1` could be decoded."""
-        return self._column(start, stop, "ok")
+    def rows(self, start: int, stop: int, column: str) -> Shaped[np.ndarray, "rows *dim"]:
+        """Return a column of `EmbeddingPart`, such as the unit features `image`, of rows `start` to `stop - 1`."""
+        first_shard = int(np.searchsorted(self.first, start, side="right")) - 1
+        pieces = [
+            getattr(self.part(shard), column)[max(0, start - self.first[shard]) : stop - self.first[shard]]
+            for shard in range(first_shard, int(np.searchsorted(self.first, stop, side="left")))
+            if self.first[shard] < self.first[shard + 1]  # a shard without rows has no part
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def take(self, rows: Int64[np.ndarray, "rows"], side: str) -> Float32[np.ndarray, "rows dim"]:
         """Return the features of `rows` with their original norms, in the order of `rows`."""
@@ -162,15 +151,6 @@ class EmbeddingTable:
         result = np.empty((len(rows), chunks[0].shape[1]), np.float32)
         result[order] = np.concatenate(chunks)
         return result
-
-    def _column(self, start: int, stop: int, column: str) -> np.ndarray:
-        first_shard = int(np.searchsorted(self.first, start, side="right")) - 1
-        pieces = [
-            getattr(self.part(shard), column)[max(0, start - self.first[shard]) : stop - self.first[shard]]
-            for shard in range(first_shard, int(np.searchsorted(self.first, stop, side="left")))
-            if self.first[shard] < self.first[shard + 1]  # a shard without rows has no part
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 class TextFeatures:

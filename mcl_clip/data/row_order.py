@@ -24,7 +24,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from jaxtyping import Int, UInt64
@@ -52,35 +52,26 @@ class Source:
         return round(self.rows * self.weight)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Segments:
-    """Row ranges that lie within one shard: start, stop, number of usable rows, and number of units before each."""
-
-    shard: Int[np.ndarray, "segments"]
-    start: Int[np.ndarray, "segments"]
-    stop: Int[np.ndarray, "segments"]
-    rows: Int[np.ndarray, "segments"]
-    unit: Int[np.ndarray, "segments"]
-
-
 class SourceRows:
-    """The usable rows of a source (those of non-negative groups), as codes, in rising or in shuffled order."""
+    """The usable rows of a source (those of non-negative groups), as codes, in rising or in shuffled order.
+
+    `first` is its first row in the columns `shard_of` and `groups`, which hold the rows of all sources.
+    """
 
     def __init__(
         self,
-        *,
+        source: Source,
+        first: int,
         shard_of: Int[np.ndarray, "all_rows"],
         groups: Int[np.ndarray, "all_rows"],
-        first: int,
-        stop: int,
-        weight: float,
         run_rows: int,
     ) -> None:
-        self._shard_of, self._groups, self._first, self._stop, self._run_rows = shard_of, groups, first, stop, run_rows
-        self._row_bits = row_bits(groups)
-        self.rows = sum(int(np.count_nonzero(groups[a:b] >= 0)) for a, b in block_ranges(first, stop))
-        self.weight = weight
-        self.rows_per_epoch = Source(rows=self.rows, weight=weight).rows_per_epoch
+        self._shard_of, self._groups, self._run_rows = shard_of, groups, run_rows
+        self._first, self._stop = first, first + source.rows
+        self._row_bits = len(groups).bit_length()
+        self.rows = sum(int(np.count_nonzero(groups[a:b] >= 0)) for a, b in block_ranges(first, self._stop))
+        self.weight = source.weight
+        self.rows_per_epoch = Source(rows=self.rows, weight=self.weight).rows_per_epoch
 
     def in_order(self) -> Iterator[Int[np.ndarray, "_rows"]]:
         """Yield all rows once, in rising order, in parts."""
@@ -88,31 +79,29 @@ class SourceRows:
 
     def shuffled(self, window_shards: int, name: tuple[Name, ...]) -> Iterator[Int[np.ndarray, "_rows"]]:
         """Yield all rows once, in parts: windows of shuffled shards, and units of `run_rows` shuffled within each."""
-        for window in self._windows(window_shards, name):
-            blocks, rows = self._blocks(window), int(self._segments.rows[window].sum())
+        for rows, blocks in self._windows(window_shards, name):
             parts = -(-rows // max(PART_ROWS, -(-rows // MAX_PARTS)))
             bucket_bits = min(MAX_BUCKET_BITS, (rows // parts // SORTED_ROWS).bit_length())
             for low, high in pairwise(2**64 * part // parts for part in range(parts + 1)):
                 yield from _sort_by_word(self._between(low, high - 1, blocks, name), low, high - 1, bucket_bits)
 
-    def _windows(self, window_shards: int, name: tuple[Name, ...]) -> list[Int[np.ndarray, "_segments"]]:
-        """Return the segments of each window, in the order of the windows."""
-        if window_shards == 0:
-            return [np.arange(len(self._segments.start))]
-        shards, shard = np.unique(self._segments.shard, return_inverse=True)
-        position = np.empty(len(shards), np.int64)
-        position[np.argsort(random_words(len(shards), *name, "shards"), kind="stable")] = np.arange(len(shards))
-        window = position[shard] // window_shards
+    def _windows(self, window_shards: int, name: tuple[Name, ...]) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+        """Yield the number of rows and the blocks (start, stop and first unit) of each window, in shuffled order."""
+        shard, start, stop, rows, unit = self._segments
+        shards, number = np.unique(shard, return_inverse=True)
+        position = np.zeros(len(shards), np.int64)
+        if window_shards:
+            by_word = np.argsort(random_words(len(shards), *name, "shards"), kind="stable")
+            position[by_word] = np.arange(len(shards)) // window_shards
+        window = position[number]
         order = np.argsort(window, kind="stable")
-        return np.split(order, np.flatnonzero(np.diff(window[order])) + 1)
-
-    def _blocks(self, window: Int[np.ndarray, "_segments"]) -> list[tuple[int, int, int]]:
-        """Return start, stop and first unit of the segments, small adjacent ones joined."""
-        start, stop, unit = self._segments.start[window], self._segments.stop[window], self._segments.unit[window]
-        is_new = (start[1:] != stop[:-1]) | (start[1:] // BLOCK_ROWS != start[:-1] // BLOCK_ROWS)
-        first = np.flatnonzero(np.r_[True, is_new])
-        last = np.r_[first[1:], len(start)] - 1
-        return list(zip(start[first].tolist(), stop[last].tolist(), unit[first].tolist(), strict=True))
+        for segments in np.split(order, np.flatnonzero(np.diff(window[order])) + 1):
+            starts, stops = start[segments], stop[segments]
+            is_new = (starts[1:] != stops[:-1]) | (starts[1:] // BLOCK_ROWS != starts[:-1] // BLOCK_ROWS)
+            first = np.flatnonzero(np.r_[True, is_new])  # small adjacent segments are joined
+            last = np.r_[first[1:], len(segments)] - 1
+            blocks = zip(starts[first].tolist(), stops[last].tolist(), unit[segments][first].tolist(), strict=True)
+            yield int(rows[segments].sum()), list(blocks)
 
     def _between(
         self, low: int, high: int, blocks: Iterable[tuple[int, int, int]], name: tuple[Name, ...]
@@ -146,7 +135,8 @@ class SourceRows:
         return np.cumsum(is_start) - 1
 
     @cached_property
-    def _segments(self) -> _Segments:
+    def _segments(self) -> tuple[Int[np.ndarray, "segments"], ...]:
+        """Row ranges that lie within one shard: shard, start, stop, usable rows, and number of units before each."""
         bounds = [np.array([self._first])]
         for first, last in block_ranges(self._first, self._stop):
             before = max(self._first, first - 1)
@@ -165,9 +155,7 @@ class SourceRows:
             rows[block], unit[block] = np.diff(np.r_[position, len(codes)]), units + number[position]
             units += int(number[-1])
         kept = rows > 0
-        return _Segments(
-            shard=self._shard_of[start[kept]], start=start[kept], stop=stop[kept], rows=rows[kept], unit=unit[kept]
-        )
+        return self._shard_of[start[kept]], start[kept], stop[kept], rows[kept], unit[kept]
 
 
 def usable_sources(
@@ -182,15 +170,9 @@ def usable_sources(
         raise UserError(
             f"the sources have {sum(s.rows for s in sources)} rows and the labels {len(groups)}; index again"
         )
-    usable, first = [], 0
-    for source in sources:
-        stop = first + source.rows
-        rows = SourceRows(
-            shard_of=shard_of, groups=groups, first=first, stop=stop, weight=source.weight, run_rows=run_rows
-        )
-        usable += [rows] if rows.rows and rows.weight > 0 else []
-        first = stop
-    return usable
+    stops = accumulate(source.rows for source in sources)
+    rows = [SourceRows(s, stop - s.rows, shard_of, groups, run_rows) for s, stop in zip(sources, stops, strict=True)]
+    return [one for one in rows if one.rows and one.weight > 0]
 
 
 def _sort_by_word(
@@ -221,17 +203,20 @@ def interleave(
     orders: Sequence[Iterator[Int[np.ndarray, "_rows"]]], counts: Sequence[int]
 ) -> Iterator[Int[np.ndarray, "_rows"]]:
     """Merge orders of `counts` rows so that row r of n comes at the fraction (r + 1/2) / n of the whole, in parts."""
+
+    def rows_before(fraction: float, count: int) -> int:
+        return bisect_left(range(count), fraction, key=lambda row: (row + 0.5) / count)
+
+    if len(orders) == 1:
+        yield from orders[0]
+        return
     parts = -(-sum(counts) // BLOCK_ROWS)
-    stops = [[_rows_before(part / parts, count) for part in range(parts)] + [count] for count in counts]
+    stops = [[rows_before(part / parts, count) for part in range(parts)] + [count] for count in counts]
     chunks = [rechunk(order, np.diff(stop).tolist()) for order, stop in zip(orders, stops, strict=True)]
     for part in range(parts):
         fraction = [(np.arange(stop[part], stop[part + 1]) + 0.5) / max(1, stop[-1]) for stop in stops]
         codes = np.concatenate([next(chunk) for chunk in chunks])
         yield codes[np.argsort(np.concatenate(fraction), kind="stable")]
-
-
-def _rows_before(fraction: float, count: int) -> int:
-    return bisect_left(range(count), fraction, key=lambda row: (row + 0.5) / count)
 
 
 def rechunk(parts: Iterator[Int[np.ndarray, "_rows"]], sizes: Iterable[int]) -> Iterator[Int[np.ndarray, "_rows"]]:
@@ -245,11 +230,6 @@ def rechunk(parts: Iterator[Int[np.ndarray, "_rows"]], sizes: Iterable[int]) -> 
         joined = held[0] if len(held) == 1 else np.concatenate(held)
         held = [joined[size:]]
         yield joined[:size]
-
-
-def row_bits(groups: Int[np.ndarray, "rows"]) -> int:
-    """Return how many low bits of a code hold the row."""
-    return len(groups).bit_length()
 
 
 def block_ranges(first: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from mcl_clip.data.storage import load_numbers, load_tensors
 from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import have_same_text_tower
 from mcl_clip.runs.context import RunContext
-from mcl_clip.stages.embed import bad_samples, embed_shards, full_captions
+from mcl_clip.stages.embed import embed_shards, read_losses
 from mcl_clip.stages.kmeans import Clustering, ReadRows, spherical_kmeans
 from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
 from mcl_clip.train.metrics import BadSamples
@@ -53,9 +53,9 @@ def embed(run: RunContext, stage: int) -> None:
     max_bad = config.data.max_bad_fraction
     bad = BadSamples(out / "bad_samples.jsonl", max_fraction=max_bad, rows=len(run.index), step=-1)
     if is_main():
-        bad.add(bad_samples(out, run.index))
-        pads_with_zero = not clip.model_cfg["text_cfg"].get("hf_tokenizer_name")
-        if pads_with_zero and (full := full_captions(out, run.index)):
+        samples, full = read_losses(out, run.index)
+        bad.add(samples)
+        if full and not clip.model_cfg["text_cfg"].get("hf_tokenizer_name"):  # those pad with 0, which is what counts
             length = clip.context_length
             logger.info("stage %d: %d captions fill all %d tokens; longer ones are truncated", stage, full, length)
     bad.flush(0, len(run.index))
@@ -82,7 +82,7 @@ def cluster(run: RunContext, stage: int) -> None:
     settings, out = run.config.stages[stage].cluster, run.folder(stage, "cluster")
     num_clusters = {"image": settings.num_clusters, "text": settings.text_clusters or settings.num_clusters}
     table = run.embeddings(stage)
-    features: dict[str, ReadRows] = {side: partial(table.rows, side=side) for side in SIDES}
+    features: dict[str, ReadRows] = {side: partial(table.rows, column=side) for side in SIDES}
     projections = {}
     if settings.metric == "shared":
         fitted = fit_shared_metric(features["image"], features["text"], len(table))

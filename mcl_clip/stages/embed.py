@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mcl_clip.core.distributed import is_main, rank, world_size
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.features import EmbeddingTable, missing_parts, part_name, read_counts, text_part_name, write_part
+from mcl_clip.data.features import EmbeddingTable, part_name, read_counts, text_part_name, write_part
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.loader import BadSample, CaptionedBatch, content_ids
 from mcl_clip.model.clip import autocast, encode_texts, to_floats
@@ -37,19 +37,10 @@ def embed_shards(
 ) -> None:
     """Write the embeddings of all shards that have no part file yet; process `i mod world_size` embeds shard i.
 
-    Args:
-        model: open_clip model, on `device`.
-        index: shards and rows.
-        batches: decodes the batches of an iterable of row arrays; it is called once for all shards.
-        preprocess_cfg: mean and std of the pixels.
-        dim: of the features.
-        out: folder of the part files.
-        device: of the model.
-        batch_size: rows of a forward pass, on a fixed grid from the start of each shard.
-        precision: `fp32` or `bf16`.
-        show_progress: show a progress bar on the main process.
-        is_stopping: called after each shard; if it returns True, the remaining shards are left for a later call.
-        texts: embeddings by the same text encoder, whose text columns are copied; the batches then need no tokens.
+    `batches` decodes the batches of an iterable of row arrays and is called once for all shards; they have `batch_size`
+    rows, on a fixed grid from the start of each shard. `is_stopping` is called after each shard: once it returns True,
+    the remaining shards are left for a later call. `texts` are embeddings by the same text encoder: their text columns
+    are copied, and the batches need no tokens.
     """
     model.eval()
     shards = _own_shards(index, out, part_name, batches, batch_size, "embed", show_progress, is_stopping)
@@ -114,7 +105,8 @@ def _own_shards(
     is_stopping: Callable[[], bool] | None,
 ) -> Iterator[tuple[int, Iterator[tuple[np.ndarray, CaptionedBatch]]]]:
     """Yield each shard of this process that has no part file yet, with the rows and the samples of its batches."""
-    mine = [n for n in missing_parts(out, index, name_of) if n % world_size() == rank()]
+    missing = [n for n, shard in enumerate(index.shards) if shard.rows and not (out / name_of(n)).exists()]
+    mine = [n for n in missing if n % world_size() == rank()]
 
     def batch_rows(number: int) -> Iterator[np.ndarray]:
         first, rows = index.shards[number].first_row, index.shards[number].rows
@@ -134,17 +126,11 @@ def _own_shards(
                 return
 
 
-def bad_samples(folder: Path, index: ShardIndex) -> list[BadSample]:
-    """Return the rows that could not be decoded, from all parts."""
-    return [BadSample(*bad) for counts in read_counts(folder, index) for bad in counts["bad_samples"]]
-
-
-def full_captions(folder: Path, index: ShardIndex) -> int:
-    """Count the captions that fill the context of the text encoder: longer ones were truncated.
-
-    Only meaningful for tokenizers that pad with 0.
-    """
-    return sum(int(counts["full_captions"]) for counts in read_counts(folder, index))
+def read_losses(folder: Path, index: ShardIndex) -> tuple[list[BadSample], int]:
+    """Return the rows that could not be decoded, and how many captions fill the context of the text encoder."""
+    counts = list(read_counts(folder, index))
+    bad = [BadSample(*bad) for one in counts for bad in one["bad_samples"]]
+    return bad, sum(one["full_captions"] for one in counts)
 
 
 def _embed_batch(

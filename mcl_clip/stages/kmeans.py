@@ -10,7 +10,7 @@ with a centroid changes by at most the distance that the centroid moves.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,17 +45,17 @@ ReadRows = Callable[[int, int], Float16[np.ndarray, "rows dim"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Clustering:
-    """K unit centroids, the cluster of every row, and the trace of the fit.
+    """The result of k-means.
 
     Attributes:
-        centroids: float32, unit.
+        centroids: unit vectors.
         assignments: cluster of each row; zero rows (bad samples) are in cluster 0.
         trace: objective (mean of 1 - cosine) and number of empty clusters of each pass.
     """
 
     centroids: Float32[np.ndarray, "clusters dim"]
     assignments: Int64[np.ndarray, "rows"]
-    trace: list[dict[str, float]] = field(default_factory=list)
+    trace: list[dict[str, float]]
 
 
 def spherical_kmeans(
@@ -73,18 +73,11 @@ def spherical_kmeans(
     """Cluster unit features by cosine: k-means++ starts on a sample, then Lloyd passes over all rows.
 
     Above 20 million rows only the sample is fitted, with one pass for the assignments. Every process must be able to
-    read every row.
+    read every row: `rows(start, stop)` returns float16 unit features, or zeros, which are bad samples and ignored.
 
-    Args:
-        rows: reads the float16 unit features of rows start to stop - 1; zero rows are bad samples and ignored.
-        num_rows: number of rows.
-        num_clusters: K.
-        name: name of the random streams.
-        num_starts: k-means++ starts on the sample; the best is kept.
-        max_passes: maximum number of passes over all rows.
-        tolerance: stop when the objective improves by less than this share.
-        sample_rows: size of the sample; 0 means 256 K, at least 20,000.
-        device: device on which cosines are computed.
+    The sample has `sample_rows` rows, by default 256 for each cluster and at least 20,000; the best of `num_starts`
+    starts on it is kept. After at most `max_passes` passes over all rows, or when the objective improves by less than
+    the share `tolerance`, the fit ends. `name` names the random streams; cosines are computed on `device`.
 
     Raises:
         UserError: if there are fewer distinct good rows than clusters.
@@ -199,35 +192,29 @@ def _new_centroids(
 ) -> Float32[Tensor, "clusters dim"]:
     """Compute mean directions; an empty cluster restarts at a far point of the largest cluster."""
     updated = _directions(sums, members.centroids)
-    empty = (sizes == 0).nonzero()[:, 0].tolist()
+    empty, largest = (sizes == 0).nonzero()[:, 0].tolist(), int(sizes.argmax())
     if not empty:
         return updated
-    for cluster, row in zip(empty, _farthest(members, int(sizes.argmax()), len(empty)), strict=False):
+    candidates: list[tuple[float, int]] = []  # cosine with the centroid of the largest cluster, and row
+    centroid = members.centroids[largest].double()
+    for (start, stop), clusters in zip(members.chunks, members.clusters, strict=True):
+        inside = (clusters == largest).nonzero()[:, 0].cpu()
+        features = torch.from_numpy(members.rows(start, stop)[inside.numpy()]).to(centroid.device)
+        values, order = (features.double() * centroid).sum(1).float().cpu().sort(stable=True)
+        rows = start + inside[order[: len(empty)]]
+        candidates += zip(values[: len(empty)].tolist(), rows.tolist(), strict=True)
+    farthest = sorted(pair for mine in gather_objects(candidates) for pair in mine)
+    for cluster, (_, row) in zip(empty, farthest, strict=False):
         point = torch.from_numpy(members.rows(row, row + 1)).float().to(updated.device)
         updated[cluster] = torch.nn.functional.normalize(point)[0]
     return updated
-
-
-def _farthest(members: _Members, cluster: int, count: int) -> list[int]:
-    """Find the rows of a cluster with the lowest cosine to its centroid, over all processes."""
-    candidates: list[tuple[float, int]] = []
-    centroid = members.centroids[cluster].double()
-    for (start, stop), clusters in zip(members.chunks, members.clusters, strict=True):
-        inside = (clusters == cluster).nonzero()[:, 0].cpu()
-        features = torch.from_numpy(members.rows(start, stop)[inside.numpy()]).to(centroid.device)
-        values, order = (features.double() * centroid).sum(1).float().cpu().sort(stable=True)
-        rows = start + inside[order[:count]]
-        candidates += zip(values[:count].tolist(), rows.tolist(), strict=True)
-    return [row for _, row in sorted(pair for mine in gather_objects(candidates) for pair in mine)[:count]]
 
 
 def _fit_sample(
     rows: ReadRows, num_rows: int, num_clusters: int, name: tuple[Name, ...], num_starts: int, sample_size: int
 ) -> Float32[Tensor, "clusters dim"]:
     """Return the best of several k-means++ starts, each followed by Lloyd steps, on a fixed sample."""
-    chosen = (
-        np.sort(permutation(num_rows, *name, "sample")[:sample_size]) if num_rows > sample_size else np.arange(num_rows)
-    )
+    chosen = np.sort(permutation(num_rows, *name, "sample")[:sample_size])
     pieces = [
         rows(start, stop)[chosen[(chosen >= start) & (chosen < stop)] - start] for start, stop in all_chunks(num_rows)
     ]
@@ -275,7 +262,11 @@ def _plus_plus(
     """
     trials = 2 + int(math.log(num_clusters))
     chosen = [[int(torch.randint(len(features), (1,), generator=generator))] for generator in generators]
-    distances = list(_distances(features, [numbers[0] for numbers in chosen]))
+
+    def distances_to(others: list[int]) -> Float32[Tensor, "others rows"]:
+        return (1 - features[others] @ features.T).clamp_(min=0)
+
+    distances = list(distances_to([numbers[0] for numbers in chosen]))
     while len(chosen[0]) < num_clusters:
         candidates: list[int] = []
         for numbers, distance, generator in zip(chosen, distances, generators, strict=True):
@@ -283,14 +274,10 @@ def _plus_plus(
             mass = distance.cumsum(0, dtype=torch.float64)
             points = torch.rand(trials, generator=generator, dtype=torch.float64) * mass[-1]
             candidates += torch.searchsorted(mass, points, right=True).clamp(max=len(features) - 1).tolist()
-        candidate_distances = torch.split(_distances(features, candidates), trials)
+        candidate_distances = torch.split(distances_to(candidates), trials)
         for number, numbers in enumerate(chosen):
             nearer = torch.minimum(distances[number], candidate_distances[number])
             best = int(nearer.sum(1, dtype=torch.float64).argmin())
             numbers.append(candidates[number * trials + best])
             distances[number] = nearer[best].clone()
     return [features[numbers] for numbers in chosen]
-
-
-def _distances(features: Float32[Tensor, "rows dim"], others: list[int]) -> Float32[Tensor, "others rows"]:
-    return (1 - features[others] @ features.T).clamp_(min=0)

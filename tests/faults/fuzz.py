@@ -74,7 +74,7 @@ from mcl_clip.model.resolve import find_models
 from mcl_clip.results.compare import compare_models
 from mcl_clip.results.text import results_table
 from mcl_clip.runs.phase import Phase, lock
-from mcl_clip.stages.embed import bad_samples, full_captions
+from mcl_clip.stages.embed import read_losses
 from mcl_clip.stages.pseudo_labels import group_labels, read_labels
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.metrics import BadSamples, StepLog
@@ -1050,8 +1050,7 @@ class Runs:
         table = EmbeddingTable(run / "stage-0/embed", self.index)
         table.rows(0, len(table), "image")
         table.take(np.arange(len(table)), "text")
-        bad_samples(run / "stage-0/embed", self.index)
-        full_captions(run / "stage-0/embed", self.index)
+        read_losses(run / "stage-0/embed", self.index)
         load_tensors(run / "stage-0/cluster/centroids.safetensors", "image")
         read_json(run / "stage-0/train" / DONE)
         with lock(run):

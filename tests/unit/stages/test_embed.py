@@ -13,12 +13,7 @@ from mcl_clip.data.features import EmbeddingTable, TextFeatures, part_name
 from mcl_clip.data.index import ShardIndex, make_table
 from mcl_clip.data.loader import BadSample, CaptionedBatch, content_ids
 from mcl_clip.data.shards import Shard
-from mcl_clip.stages.embed import (
-    bad_samples,
-    embed_shards,
-    full_captions,
-    write_text_features,
-)
+from mcl_clip.stages.embed import embed_shards, read_losses, write_text_features
 
 SHARD_ROWS, DIM = (7, 0, 4, 1), 5
 BAD = {2, 8, 11}  # 11 is all of its shard
@@ -113,7 +108,7 @@ def expected(row: int) -> dict[str, np.ndarray]:
 
 def assert_features(table: EmbeddingTable) -> None:
     for side in ("image", "text"):
-        values, norms = table.rows(0, 12, side), table.norms(0, 12, side)
+        values, norms = table.rows(0, 12, side), table.rows(0, 12, f"{side}_norm")
         for row in range(12):
             whole = expected(row)[side] * (row not in BAD)
             assert norms[row] == pytest.approx(np.linalg.norm(whole), rel=1e-5)
@@ -124,27 +119,26 @@ def test_features_are_those_of_the_towers_with_captions_averaged(tmp_path):
     table = embed(tmp_path, Batches())
     assert_features(table)
     assert table.rows(0, 12, "image").dtype == np.float16
-    assert table.ok(0, 12).tolist() == [row not in BAD for row in range(12)]
+    assert table.rows(0, 12, "ok").tolist() == [row not in BAD for row in range(12)]
     parts = [table.part(shard) for shard in (0, 2, 3)]
     ids = np.concatenate([part.image_id for part in parts]), np.concatenate([part.text_id for part in parts])
     assert ids[0].tolist() == [(row * 11 - 60) * (row not in BAD) for row in range(12)]
     assert ids[1].tolist() == [row * 13 * (row not in BAD) for row in range(12)]
-    assert [tuple(bad) for bad in bad_samples(tmp_path, make_index())] == [
-        (row, "some.tar", "broken_image") for row in sorted(BAD)
-    ]
+    bad, full = read_losses(tmp_path, make_index())
+    assert [tuple(sample) for sample in bad] == [(row, "some.tar", "broken_image") for row in sorted(BAD)]
     whole = [caption for row in range(12) if row not in BAD for caption in tokens(row).tolist()]
-    assert 0 < full_captions(tmp_path, make_index()) == sum(caption[-1] != 0 for caption in whole)
+    assert 0 < full == sum(caption[-1] != 0 for caption in whole)
 
 
 def test_the_table_reads_any_rows(tmp_path):
     table = embed(tmp_path, Batches())
     assert len(table) == 12
-    values, norms = table.rows(0, 12, "text"), table.norms(0, 12, "text")
+    values, norms = table.rows(0, 12, "text"), table.rows(0, 12, "text_norm")
     for start in range(12):
         for stop in range(start + 1, 13):
             np.testing.assert_array_equal(table.rows(start, stop, "text"), values[start:stop])
-            np.testing.assert_array_equal(table.norms(start, stop, "text"), norms[start:stop])
-            assert len(table.ok(start, stop)) == stop - start
+            np.testing.assert_array_equal(table.rows(start, stop, "text_norm"), norms[start:stop])
+            assert len(table.rows(start, stop, "ok")) == stop - start
     whole = values.astype(np.float32) * norms[:, None]
     for rows in ([3], [11, 0, 7, 7, 2, 10, 0], list(range(11, -1, -1))):
         np.testing.assert_array_equal(table.take(np.array(rows), "text"), whole[rows])
@@ -189,7 +183,8 @@ def test_text_features_are_taken_over(tmp_path):
     for shard in (0, 2, 3):
         for name in ("text", "text_norm", "text_id"):
             np.testing.assert_array_equal(getattr(table.part(shard), name), getattr(before.part(shard), name))
-    assert full_captions(tmp_path / "after", make_index()) == full_captions(tmp_path / "before", make_index()) > 0
+    full_after, full_before = (read_losses(tmp_path / name, make_index())[1] for name in ("after", "before"))
+    assert full_after == full_before > 0
 
 
 def write_texts(out, batches: Batches) -> TextFeatures:
