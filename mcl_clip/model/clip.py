@@ -5,9 +5,11 @@ import json
 import pickle
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from mcl_clip.model.open_clip_io import (
     DEFAULT_CONTEXT_LENGTH,
     OPEN_CLIP_CONFIG_NAME,
     OPEN_CLIP_WEIGHTS_NAME,
+    SAFE_OPTIONS,
     UNSAFE_WEIGHTS,
     WEIGHT_SUFFIXES,
     check_model_cfg,
@@ -121,8 +124,7 @@ def create_clip(
         architecture: an architecture name of open_clip, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
         model_cfg: an open_clip model config (`embed_dim`, `vision_cfg`, `text_cfg`) in place of `architecture`.
         pretrained: a pretrained tag of open_clip, or a weights file; empty for random weights.
-        preprocess: overrides for the image transform: `size` (pixels; also resizes the image tower), `mean`, `std`,
-            `interpolation`, `resize_mode`, `fill_color`.
+        preprocess: overrides of the image transform, see `PREPROCESS_NAMES`; `size` also resizes the image tower.
         seed: seed of the random weights. Global random generators are not changed.
 
     Raises:
@@ -131,7 +133,12 @@ def create_clip(
     if bool(architecture) == (model_cfg is not None):
         raise UserError("give either architecture= (a name known to open_clip) or model_cfg= (a model config)")
     preprocess = dict(preprocess or {})
-    _check_preprocess(preprocess)
+    unknown = sorted(set(preprocess) - set(PREPROCESS_NAMES))
+    if unknown:
+        raise UserError(f"preprocess has no {', '.join(unknown)}; it may set {', '.join(PREPROCESS_NAMES)}")
+    for option, choices in PREPROCESS_CHOICES.items():
+        if option in preprocess and preprocess[option] not in choices:
+            raise UserError(f"preprocess has {option}={preprocess[option]!r}; it may be {', '.join(choices)}")
     if architecture.startswith((LOCAL, HUB)):
         return _load_published(architecture, pretrained, preprocess)
     name = architecture.replace("/", "-")
@@ -154,21 +161,8 @@ def create_clip(
             model = _create_model(f"{LOCAL}{folder}", preprocess, seed=seed, label=label, load_weights=False)
     if weights:
         load_weights(model, str(weights))
-    try:
-        tokenizer = make_tokenizer(cfg)
-    except (OSError, ValueError, RuntimeError) as error:
-        tokenizer_name = cfg["text_cfg"].get("hf_tokenizer_name")
-        raise UserError(f"the tokenizer {tokenizer_name} cannot be loaded: {one_line(error)}") from error
-    return _make_bundle(model, cfg, tokenizer, is_pretrained=bool(pretrained))
-
-
-def _check_preprocess(preprocess: Mapping[str, Any]) -> None:
-    unknown = sorted(set(preprocess) - set(PREPROCESS_NAMES))
-    if unknown:
-        raise UserError(f"preprocess has no {', '.join(unknown)}; it may set {', '.join(PREPROCESS_NAMES)}")
-    for name, choices in PREPROCESS_CHOICES.items():
-        if name in preprocess and preprocess[name] not in choices:
-            raise UserError(f"preprocess has {name}={preprocess[name]!r}; it may be {', '.join(choices)}")
+    tokenizer_name = cfg["text_cfg"].get("hf_tokenizer_name")
+    return _make_bundle(model, cfg, partial(make_tokenizer, cfg), tokenizer_name, is_pretrained=bool(pretrained))
 
 
 def _find_model_cfg(name: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,17 +235,13 @@ def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str,
             check_model_cfg(open_clip.get_model_config(architecture))
     except Exception as error:  # damaged configs raise errors of many types
         raise UserError(f"{architecture} is not loaded: {one_line(error)}; correct it, or use another model") from error
-    size = preprocess.get("size")
-    model = _create_model(architecture, preprocess, require_pretrained=True, force_image_size=size)
+    model = _create_model(architecture, preprocess, require_pretrained=True, force_image_size=preprocess.get("size"))
     cfg: dict[str, Any] = open_clip.get_model_config(architecture)
     cfg["quick_gelu"] = bool(cfg.get("quick_gelu"))
     if "size" in preprocess:
-        cfg["vision_cfg"]["image_size"] = size
-    try:
-        tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:  # damaged files raise errors of many types
-        raise UserError(f"the tokenizer of {architecture} cannot be loaded: {one_line(error)}") from error
-    return _make_bundle(model, cfg, tokenizer, is_pretrained=True)
+        cfg["vision_cfg"]["image_size"] = preprocess["size"]
+    tokenizer = partial(open_clip.get_tokenizer, architecture)
+    return _make_bundle(model, cfg, tokenizer, f"of {architecture}", is_pretrained=True)
 
 
 def _create_model(
@@ -261,17 +251,8 @@ def _create_model(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of("tower", seed))
-            model: nn.Module = open_clip.create_model(
-                name,
-                precision="fp32",
-                device="cpu",
-                output_dict=True,
-                weights_only=True,
-                pretrained_text=False,
-                pretrained_image=False,
-                force_preprocess_cfg=dict(preprocess),
-                **options,
-            )
+            options |= {"force_preprocess_cfg": dict(preprocess)}
+            model: nn.Module = open_clip.create_model(name, **SAFE_OPTIONS, **options)
     except Exception as error:  # wrong configs and damaged weights raise errors of many types
         requested = f"{label or name} {options.get('pretrained', '')}".strip()
         if isinstance(error, pickle.UnpicklingError):  # torch's own message suggests to load it anyway
@@ -282,8 +263,17 @@ def _create_model(
 
 
 def _make_bundle(
-    model: nn.Module, cfg: dict[str, Any], tokenizer: Callable[..., Tensor], *, is_pretrained: bool
+    model: nn.Module,
+    cfg: dict[str, Any],
+    make_tokenizer: Callable[[], Callable[..., Tensor]],
+    tokenizer_name: str | None,
+    *,
+    is_pretrained: bool,
 ) -> ClipBundle:
+    try:
+        tokenizer = make_tokenizer()
+    except Exception as error:  # damaged files raise errors of many types
+        raise UserError(f"the tokenizer {tokenizer_name} cannot be loaded: {one_line(error)}") from error
     preprocess_cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     size = preprocess_cfg["size"]
     if isinstance(size, list) and size[0] == size[1]:  # open_clip gives a number or a pair, as the image tower does
@@ -307,11 +297,7 @@ def save_clip(clip: ClipBundle, folder: Path) -> None:
 
 
 def load_clip(folder: Path) -> ClipBundle:
-    """Load the model of an open_clip folder.
-
-    Raises:
-        UserError: if it is not an open_clip folder, or weights are missing or do not fit.
-    """
+    """Load the model of an open_clip folder; raise UserError as `create_clip` does."""
     return create_clip(architecture=f"{LOCAL}{folder}")
 
 
@@ -358,10 +344,8 @@ def lock(
     Raises:
         UserError: if a number or pattern does not fit the model, or no encoder parameter is left to train.
     """
-    if text:
-        for name, parameter in model.named_parameters():
-            if not name.startswith(NOT_TEXT):
-                parameter.requires_grad_(False)
+    named = dict(model.named_parameters())
+    locked = [name for name in named if text and not name.startswith(NOT_TEXT)]
     if image_unlocked_groups is not None:
         _lock_image_tower(model, image_unlocked_groups)
     for pattern in patterns:
@@ -371,12 +355,13 @@ def lock(
             raise UserError(
                 f"the pattern {pattern!r} of parameters to lock is not a regular expression: {error}"
             ) from error
-        matching = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
+        matching = [name for name in named if expression.search(name)]
         if not matching:
-            names = [name for name, _ in model.named_parameters()]
-            raise UserError(f"no parameter matches the pattern {pattern!r}; names look like {names[0]} and {names[-1]}")
-        for parameter in matching:
-            parameter.requires_grad_(False)
+            first, *_, last = named
+            raise UserError(f"no parameter matches the pattern {pattern!r}; names look like {first} and {last}")
+        locked += matching
+    for name in locked:
+        named[name].requires_grad_(False)
     if {name for name, parameter in model.named_parameters() if parameter.requires_grad} <= set(TEMPERATURE_NAMES):
         raise UserError(f"everything is locked ({trainable_summary(model)}); leave a tower or some groups unlocked")
 
@@ -413,26 +398,18 @@ def synchronize_batch_norm(model: nn.Module) -> nn.Module:
 
 def trainable_summary(model: nn.Module) -> str:
     """Summarize in one line how many parameters train, in total and per encoder."""
-    sizes = {"visual": [0, 0], "text": [0, 0], "temperature": [0, 0]}  # trained, all
-    temperatures = []
+
+    def shown(number: int) -> str:
+        return str(number) if number < 1000 else f"{number / 1e3:.1f}K" if number < 1e6 else f"{number / 1e6:.1f}M"
+
+    trained: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        part = "visual" if name.startswith("visual.") else "text"
-        if name in TEMPERATURE_NAMES:
-            part = "temperature"
-            temperatures += [name] if parameter.requires_grad else []
-        sizes[part][0] += parameter.numel() * parameter.requires_grad
-        sizes[part][1] += parameter.numel()
-    trained, total = (sum(column) for column in zip(*sizes.values(), strict=True))
-    parts = [
-        f"{part} {_format_count(sizes[part][0])} of {_format_count(sizes[part][1])}" for part in ("visual", "text")
-    ]
-    return (
-        f"trains {_format_count(trained)} of {_format_count(total)} parameters ({100 * trained / total:.1f} %): "
-        f"{', '.join(parts + temperatures)}"
-    )
-
-
-def _format_count(number: int) -> str:
-    if number < 1000:
-        return str(number)
-    return f"{number / 1e3:.1f}K" if number < 1e6 else f"{number / 1e6:.1f}M"
+        part = name if name in TEMPERATURE_NAMES else "visual" if name.startswith("visual.") else "text"
+        trained[part] += parameter.numel() * parameter.requires_grad
+        sizes[part] += parameter.numel()
+    parts = [f"{part} {shown(trained[part])} of {shown(sizes[part])}" for part in ("visual", "text")]
+    parts += [name for name in TEMPERATURE_NAMES if trained[name]]
+    share = trained.total() / sizes.total()
+    totals = f"trains {shown(trained.total())} of {shown(sizes.total())} parameters ({100 * share:.1f} %)"
+    return f"{totals}: {', '.join(parts)}"

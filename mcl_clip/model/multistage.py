@@ -33,7 +33,9 @@ except ModuleNotFoundError as missing:
 CONFIG_NAME = "mcl_clip_config.json"
 FORMAT_VERSION = 1
 COMBINATIONS = ("concat", "mean_cosine")
+FOLDER_NAME = re.compile(r"[\w-]+").fullmatch
 VECTOR = "vector"
+VECTOR_NEEDS_SHARED_TEXTS = "combine='vector' needs stages that share a text tower (lock it in later stages)"
 NOT_TEXT = ("visual.", "logit_scale", "logit_bias")
 BLOCKS = "transformer.resblocks."
 ABOVE_BLOCKS = ("ln_post", "proj", "attn_pool")
@@ -53,10 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"code that came with the model"
         )
     names = config.get("stages")
-    are_names = isinstance(names, list) and all(
-        isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names
-    )
-    if not names or not are_names:
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) and FOLDER_NAME(n) for n in names):
         raise ValueError(f"stages is {names!r}; it must be a list of folder names")
     scale, bias = config.get("logit_scale"), config.get("logit_bias")
     are_numbers = isinstance(scale, float) and isinstance(bias, float | None) and math.isfinite(scale + (bias or 0))
@@ -120,7 +119,7 @@ class MultistageCLIP(nn.Module):
         logit_bias: added to the logits; None for models without one.
         preprocess_cfg: open_clip's config of the image transform, the same for all stages.
         model_cfgs: open_clip's model config of each stage.
-        tokenizer: maps a list of texts to tokens; by default the one named in the model config.
+        tokenizer: by default the one named in the model config.
 
     Raises:
         ValueError: if the stages do not fit together.
@@ -151,22 +150,18 @@ class MultistageCLIP(nn.Module):
         self.image_transform = make_image_transform(preprocess_cfg)
         self.shared_text_tower = have_same_text_tower(stages, model_cfgs)
         self.shared_blocks = count_shared_blocks(stages, model_cfgs) if len(stages) > 1 else 0
-        first, *others = stages
-        for stage in others:
-            self._share(first, stage)
+        models: list[Any] = list(stages)
+        first, *others = models
+        for stage in others:  # shared modules are in memory once
+            text_parts = (*first.named_children(), *first.named_parameters(recurse=False))
+            for name, part in text_parts if self.shared_text_tower else ():
+                if not f"{name}.".startswith(NOT_TEXT):
+                    setattr(stage, name, part)
+            for number in range(self.shared_blocks):
+                stage.visual.transformer.resblocks[number] = first.visual.transformer.resblocks[number]
         self.stages = nn.ModuleList(stages)
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
-
-    def _share(self, first: Any, stage: Any) -> None:
-        """Replace the shared modules of `stage` by those of the first one, so that they are in memory once."""
-        if self.shared_text_tower:
-            parts = (*first.named_children(), *first.named_parameters(recurse=False))
-            for name, part in parts:
-                if not f"{name}.".startswith(NOT_TEXT):
-                    setattr(stage, name, part)
-        for number in range(self.shared_blocks):
-            stage.visual.transformer.resblocks[number] = first.visual.transformer.resblocks[number]
 
     @property
     def context_length(self) -> int:
@@ -204,7 +199,8 @@ class MultistageCLIP(nn.Module):
             ValueError: for `vector` if the stages do not share a text tower, or with `normalize`.
         """
         if combine == VECTOR:
-            self._check_vector()
+            if not self.shared_text_tower:
+                raise ValueError(VECTOR_NEEDS_SHARED_TEXTS)
             if normalize:
                 raise ValueError("combine='vector' with normalize=True would rank otherwise; use the inner product")
             return join_to_vector(self.encode_image_stages(image), self.combine)
@@ -221,14 +217,11 @@ class MultistageCLIP(nn.Module):
             ValueError: for `vector` if the stages do not share a text tower.
         """
         if combine == VECTOR:
-            self._check_vector()
+            if not self.shared_text_tower:
+                raise ValueError(VECTOR_NEEDS_SHARED_TEXTS)
             return normalized(self.encode_text_stages(text)[0])
         features = join_features(self.encode_text_stages(text), combine or self.combine)
         return normalized(features) if normalize else features
-
-    def _check_vector(self) -> None:
-        if not self.shared_text_tower:
-            raise ValueError("combine='vector' needs stages that share a text tower (lock it in later stages)")
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor | None]:
         """Return unit features and the factor on the cosine, with the keys of open_clip's `output_dict`."""
@@ -249,17 +242,10 @@ class MultistageCLIP(nn.Module):
         """
         folder = Path(folder)
         names = [f"stage_{number}" for number in range(len(self.stages))]
-        base: nn.Module | None = None
+        options: dict[str, Any] = {"preprocess_cfg": self.preprocess_cfg, "tokenizer": self.tokenizer}
         for name, stage, model_cfg in zip(names, self.stages, self.model_cfgs, strict=True):
-            write_open_clip_folder(
-                folder / name,
-                stage,
-                model_cfg=model_cfg,
-                preprocess_cfg=self.preprocess_cfg,
-                tokenizer=self.tokenizer,
-                base=base,
-            )
-            base = self.stages[0] if compact else None
+            write_open_clip_folder(folder / name, stage, model_cfg=model_cfg, **options)
+            options["base"] = self.stages[0] if compact else None
         config = {
             "format_version": FORMAT_VERSION,
             "stages": names,
@@ -284,19 +270,20 @@ class MultistageCLIP(nn.Module):
         folder = Path(folder)
         config = read_config(folder)
         first, *others = config["stages"]
-        stages = [read_open_clip_folder(folder / first)]
-        base = stages[0][0] if config.get("compact") else None
-        stages += [read_open_clip_folder(folder / name, base) for name in others]
-        model = cls(
-            [model for model, _, _ in stages],
+        model, model_cfg, preprocess_cfg = read_open_clip_folder(folder / first)
+        base = model if config.get("compact") else None
+        read = [(model, model_cfg), *(read_open_clip_folder(folder / name, base)[:2] for name in others)]
+        stages, model_cfgs = zip(*read, strict=True)
+        multistage = cls(
+            stages,
             combine=config["combine"],
             logit_scale=config["logit_scale"],
             logit_bias=config.get("logit_bias"),
-            preprocess_cfg=stages[0][2],
-            model_cfgs=[model_cfg for _, model_cfg, _ in stages],
+            preprocess_cfg=preprocess_cfg,
+            model_cfgs=model_cfgs,
             tokenizer=open_clip.get_tokenizer(f"local-dir:{folder / first}"),
         )
-        return model.to(device).eval()
+        return multistage.to(device).eval()
 
 
 def _tokenizer_cfg(model_cfg: Mapping[str, Any]) -> list[Any]:
@@ -307,18 +294,15 @@ def _tokenizer_cfg(model_cfg: Mapping[str, Any]) -> list[Any]:
 
 def have_same_text_tower(stages: Sequence[nn.Module], model_cfgs: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether all stages compute the same text features: equal configs and equal weights."""
-    text_cfgs = [
-        ({**cfg["text_cfg"], "hf_model_pretrained": None}, bool(cfg.get("quick_gelu")), bool(cfg.get("custom_text")))
-        for cfg in model_cfgs
-    ]
-    if any(text_cfg != text_cfgs[0] for text_cfg in text_cfgs):
+    texts = [{**cfg["text_cfg"], "hf_model_pretrained": None} for cfg in model_cfgs]
+    flags = [(bool(cfg.get("quick_gelu")), bool(cfg.get("custom_text"))) for cfg in model_cfgs]
+    if any(text != texts[0] for text in texts) or len(set(flags)) > 1:
         return False
     first, *others = [
         {name: value for name, value in stage.state_dict().items() if not name.startswith(NOT_TEXT)} for stage in stages
     ]
-    return all(
-        other.keys() == first.keys() and all(is_equal(first[name], other[name]) for name in first) for other in others
-    )
+    names = {name for state in (first, *others) for name in state}
+    return all(is_equal(other.get(name), first.get(name)) for other in others for name in names)
 
 
 def count_shared_blocks(stages: Sequence[nn.Module], model_cfgs: Sequence[Mapping[str, Any]]) -> int:

@@ -27,6 +27,10 @@ OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 DIFFERENCE_NAME = "difference.safetensors"  # open_clip finds this file too, and reports the missing weights
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 DEFAULT_CONTEXT_LENGTH = 77
+# Whatever open_clip's defaults are: no pickled code, and no weights of towers that nobody asked for.
+SAFE_OPTIONS = {
+    "precision": "fp32", "output_dict": True, "weights_only": True, "pretrained_text": False, "pretrained_image": False
+}  # fmt: skip
 
 # What a model may ask of its tokenizer. `trust_remote_code`, above all, is not allowed.
 TOKENIZER_OPTIONS = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
@@ -37,11 +41,7 @@ LARGEST_WIDTH = 1 << 17  # of any other number in a config
 
 
 def check_model_cfg(model_cfg: Any) -> None:
-    """Validate a model config; raise ValueError for remote code or oversized values.
-
-    Raises:
-        ValueError: naming the config key.
-    """
+    """Validate a model config; raise ValueError, naming the key, for remote code or oversized values."""
     parts = [model_cfg]
     if isinstance(model_cfg, dict):
         parts += [model_cfg.get(name) for name in ("vision_cfg", "text_cfg")]
@@ -64,9 +64,7 @@ def check_model_cfg(model_cfg: Any) -> None:
 def check_model_folder(folder: Path, base: nn.Module | None = None) -> None:
     """Validate an open_clip folder before anything in it is loaded.
 
-    Args:
-        folder: the folder.
-        base: the model that provides the weights missing in a difference file, if it holds one.
+    `base` is the model that provides the weights missing in a difference file.
 
     Raises:
         FileNotFoundError: if there is no such folder, or it has no config.
@@ -95,11 +93,7 @@ def check_model_folder(folder: Path, base: nn.Module | None = None) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Refuse a weights file that would expand to more than its size on disk.
-
-    Raises:
-        ValueError: if it is a compressed archive; `torch.save` never compresses.
-    """
+    """Raise ValueError for a compressed archive, which would expand to more than its size on disk."""
     if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -124,12 +118,7 @@ def one_line(error: BaseException) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not valid JSON, or not an object.
-    """
+    """Read a JSON object from a file; raise ValueError if it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -146,23 +135,15 @@ def make_tokenizer(model_cfg: Mapping[str, Any]) -> Callable[..., Tensor]:
     options = text_cfg.get("tokenizer_kwargs") or {}
     if not text_cfg.get("hf_tokenizer_name"):
         return open_clip.SimpleTokenizer(context_length=context_length, **options)  # type: ignore[no-any-return]
-    tokenizer: Callable[..., Tensor] = HFTokenizer(
-        text_cfg["hf_tokenizer_name"],
-        context_length=context_length,
-        tokenizer_mode=text_cfg.get("tokenizer_mode"),
-        **options,
-    )
-    return tokenizer
+    options = {**options, "context_length": context_length, "tokenizer_mode": text_cfg.get("tokenizer_mode")}
+    return HFTokenizer(text_cfg["hf_tokenizer_name"], **options)  # type: ignore[no-any-return]
 
 
 def make_image_transform(preprocess_cfg: Mapping[str, Any]) -> Callable[[Any], Tensor]:
     """Create open_clip's evaluation transform, from a PIL image to a float tensor [3, height, width]."""
     names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
     options = {name: preprocess_cfg[name] for name in names if name in preprocess_cfg}
-    transform: Callable[[Any], Tensor] = open_clip.image_transform(
-        image_size=preprocess_cfg["size"], is_train=False, **options
-    )
-    return transform
+    return open_clip.image_transform(preprocess_cfg["size"], is_train=False, **options)  # type: ignore[no-any-return]
 
 
 def write_open_clip_folder(
@@ -198,9 +179,11 @@ def write_open_clip_folder(
         tokenizer.save_pretrained(str(folder))  # type: ignore[attr-defined]
 
 
-def is_equal(tensor: Tensor, other: Tensor | None) -> bool:
-    """Return whether two tensors have the same type, shape and values."""
-    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other.to(tensor.device))
+def is_equal(tensor: Tensor | None, other: Tensor | None) -> bool:
+    """Return whether both are tensors of the same type, shape and values."""
+    if tensor is None or other is None or tensor.dtype != other.dtype:
+        return False
+    return torch.equal(tensor, other.to(tensor.device))
 
 
 def read_open_clip_folder(
@@ -208,32 +191,19 @@ def read_open_clip_folder(
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Load the float32 model of an open_clip folder with its `model_cfg` and `preprocess_cfg`.
 
-    Args:
-        folder: the folder.
-        base: the model that provides the weights that are not in the folder, if it holds a difference.
-
     Raises:
-        FileNotFoundError: if the folder or its config is missing.
-        ValueError: if its config is refused, see `check_model_folder`.
+        FileNotFoundError, ValueError: see `check_model_folder`.
         RuntimeError: if weights are missing or do not fit.
     """
     check_model_folder(folder, base)
     config = read_object(folder / OPEN_CLIP_CONFIG_NAME)
     if "size" not in config.get("preprocess_cfg", {}):
         raise ValueError(f"preprocess_cfg of {OPEN_CLIP_CONFIG_NAME} has no size")
-    options: dict[str, Any] = {"require_pretrained": True} if base is None else {"load_weights": False}
     quiet = nullcontext() if base is None else without_warnings()
     try:
+        options: dict[str, Any] = {"require_pretrained": base is None, "load_weights": base is None}
         with torch.random.fork_rng(devices=[]), quiet:  # open_clip draws random weights before it loads any
-            model = open_clip.create_model(
-                f"local-dir:{folder}",
-                precision="fp32",
-                output_dict=True,
-                weights_only=True,
-                pretrained_text=False,
-                pretrained_image=False,
-                **options,
-            )
+            model = open_clip.create_model(f"local-dir:{folder}", **SAFE_OPTIONS, **options)
     except pickle.UnpicklingError as error:  # torch's own message suggests to load it anyway
         raise ValueError(UNSAFE_WEIGHTS.format(folder)) from error
     if base is not None:
