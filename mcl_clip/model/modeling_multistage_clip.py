@@ -32,12 +32,8 @@ AUTO_MAP = {
     "AutoModelForZeroShotImageClassification": "modeling_multistage_clip.MultistageCLIPModel",
     **PROCESSING_AUTO_MAP,
 }
-CODE_FILES = (
-    "modeling_multistage_clip.py",
-    "processing_multistage_clip.py",
-    "multistage.py",
-    "open_clip_io.py",
-)
+CODE_FILES = ("modeling_multistage_clip.py", "processing_multistage_clip.py", "multistage.py", "open_clip_io.py")
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")  # of huggingface_hub
 # Options that transformers passes on its own, and options without a meaning for safetensors files.
 IGNORED_OPTIONS = ("adapter_kwargs", "low_cpu_mem_usage", "max_shard_size", "trust_remote_code", "use_safetensors")
 AUTOMATIC_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -46,14 +42,8 @@ AUTOMATIC_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 class MultistageCLIPConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration of a multistage CLIP model. Weights and open_clip configs are in the folders of the stages.
 
-    Args:
-        num_stages: number of stages.
-        embed_dims: feature dimension of each stage.
-        projection_dim: feature dimension of the model, the sum of `embed_dims`.
-        context_length: tokens per text, including start and end tokens.
-        image_size: height and width in pixels.
-        combine: how the features of the stages are combined, `concat` or `mean_cosine`.
-        kwargs: further entries of config.json, written by transformers.
+    `projection_dim` is the sum of `embed_dims`, the feature dimensions of the stages; `context_length` counts tokens,
+    `image_size` is (height, width) in pixels; `combine` is `concat` or `mean_cosine`, see `join_features`.
     """
 
     model_type = MODEL_TYPE
@@ -79,29 +69,17 @@ class MultistageCLIPConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 @dataclass
 class MultistageCLIPOutput(ModelOutput):
-    """Output of the model, with the field names of `CLIPModel`.
+    """Output of the model, with the field names of `CLIPModel`. The embeddings have unit length."""
 
-    Attributes:
-        loss: only with `return_loss`, see `MultistageCLIPModel.forward`.
-        logits_per_image: scores, [images, texts].
-        logits_per_text: the same scores, [texts, images].
-        text_embeds: unit features, [texts, dim].
-        image_embeds: unit features, [images, dim].
-    """
-
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    text_embeds: Tensor | None = None
-    image_embeds: Tensor | None = None
+    loss: Tensor | None = None  # only with `return_loss`
+    logits_per_image: Tensor | None = None  # [images, texts]
+    logits_per_text: Tensor | None = None  # [texts, images]
+    text_embeds: Tensor | None = None  # [texts, dim]
+    image_embeds: Tensor | None = None  # [images, dim]
 
 
 class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A multistage CLIP model with the interface of `CLIPModel`; created by `from_pretrained`.
-
-    Args:
-        config: the config of `multistage`.
-        multistage: the wrapped model.
 
     Raises:
         ValueError: without `multistage`, since the config does not describe the encoders.
@@ -143,12 +121,7 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         pretrained_model_name_or_path: str | Path,
         *,
         config: MultistageCLIPConfig | None = None,
-        revision: str | None = None,
         subfolder: str = "",
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device_map: Any = None,
@@ -159,33 +132,23 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         Args:
             pretrained_model_name_or_path: a folder, or the name of a repository on the Hub.
             config: overrides `combine` of the stored model; all other values must agree with the weights.
-            revision: branch, tag or commit on the Hub.
             subfolder: path of the model in the folder or repository.
-            cache_dir: folder for downloads.
-            force_download: download files even if they are cached.
-            local_files_only: use cached files only.
-            token: access token for private models.
-            dtype: floating-point dtype, float32 by default.
-            torch_dtype: older name of `dtype`.
+            dtype: floating-point dtype, float32 by default; `torch_dtype` is its older name.
+            torch_dtype: see `dtype`.
             device_map: one device for the whole model; `auto` is the accelerator if there is one, else the CPU.
-            kwargs: options of transformers that have no effect here; others are refused.
+            kwargs: `revision`, `cache_dir`, `force_download`, `local_files_only` and `token` of a download, and options
+                of transformers that have no effect here; others are refused.
 
         Raises:
             OSError: if there is no such model, or it cannot be downloaded.
             ValueError: if it is damaged, or an option has an invalid value.
             TypeError: for an unknown option.
         """
+        hub = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
         _refuse_unknown("from_pretrained", kwargs)
         torch_type = _parse_dtype(dtype if dtype is not None else torch_dtype)
         device = _parse_device_map(device_map)
         name = str(pretrained_model_name_or_path)
-        hub = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-        }
         folder = Path(name) / subfolder if Path(name).is_dir() else _download(name, subfolder, hub)
         try:
             multistage = MultistageCLIP.load(folder)
@@ -211,11 +174,7 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Write stages, config and code to a folder for `from_pretrained`; the processor has its own `save_pretrained`.
-
-        Raises:
-            TypeError: for an unknown option.
-        """
+        """Write stages, config and code for `from_pretrained`; the processor has its own `save_pretrained`."""
         _refuse_unknown("save_pretrained", kwargs)
         if is_main_process:
             folder = Path(save_directory)
@@ -230,14 +189,16 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         Raises:
             ValueError: if the images do not have the size of the model's input.
         """
-        return _clip_output(self._encode_images(pixel_values))
+        features = self._encode_images(pixel_values)
+        return features if IS_BEFORE_5 else BaseModelOutputWithPooling(pooler_output=features)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         """Encode texts to unnormalized features, [texts, dim], returned as by `get_image_features`.
 
         Tokens are truncated or padded to the model's context length; tokens masked by `attention_mask` are ignored.
         """
-        return _clip_output(self._encode_texts(input_ids, attention_mask))
+        features = self._encode_texts(input_ids, attention_mask)
+        return features if IS_BEFORE_5 else BaseModelOutputWithPooling(pooler_output=features)
 
     def forward(
         self,
@@ -274,11 +235,10 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return output if as_object else output.to_tuple()
 
     def _encode_images(self, pixel_values: Tensor) -> Tensor:
-        size, expected = tuple(pixel_values.shape[-2:]), tuple(self.config.image_size)
-        if size != expected:
-            raise ValueError(
-                f"the images have {size[0]} x {size[1]} pixels; the model takes {expected[0]} x {expected[1]}"
-            )
+        size, expected = pixel_values.shape[-2:], self.config.image_size
+        if list(size) != list(expected):
+            height, width = expected
+            raise ValueError(f"the images have {size[0]} x {size[1]} pixels; the model takes {height} x {width}")
         return self.multistage.encode_image(pixel_values.to(device=self.device, dtype=self.dtype))
 
     def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -404,7 +364,3 @@ def _parse_device_map(device_map: Any) -> torch.device:
     if device in AUTOMATIC_DEVICES:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu" if device is None else device)
-
-
-def _clip_output(features: Tensor) -> Any:
-    return features if IS_BEFORE_5 else BaseModelOutputWithPooling(pooler_output=features)
