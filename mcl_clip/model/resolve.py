@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,21 +50,19 @@ def load(
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A model to evaluate that is not loaded yet.
+    """A model to evaluate that is not loaded yet."""
 
-    Attributes:
-        model: model name in the columns of CLIP_benchmark.
-        pretrained: name of the weights in the columns of CLIP_benchmark.
-        label: file name that is unique in a folder of results.
-        load: loads the model.
-        stage: number of the last stage in it.
-    """
-
-    model: str
+    model: str  # in the columns of CLIP_benchmark, like `pretrained`
     pretrained: str
-    label: str
+    label: str  # file name that is unique in a folder of results
     load: Callable[[], Loaded]
-    stage: int = 0
+    stage: int = 0  # number of the last stage in it
+
+
+def _candidate(model: str, pretrained: str, load: Callable[[], Loaded], label: str = "", stage: int = 0) -> Candidate:
+    """Create a candidate; its label is `pretrained`, or `label`, without characters that have a meaning in paths."""
+    label = re.sub(r"[^\w.-]+", "-", label or pretrained).strip("-.")
+    return Candidate(model=model, pretrained=pretrained, label=label, load=load, stage=stage)
 
 
 def find_models(name: str, *, each: bool = False) -> list[Candidate]:
@@ -87,9 +85,7 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
     if (folder / CONFIG_NAME).is_file():
         return [_multistage(folder, "multistage model", folder.resolve().name)]
     if (folder / OPEN_CLIP_CONFIG_NAME).is_file():
-        weights = folder.resolve().name
-        load = partial(load_clip, folder)
-        return [Candidate(model="open_clip model", pretrained=weights, label=_file_name(weights), load=load)]
+        return [_candidate("open_clip model", folder.resolve().name, partial(load_clip, folder))]
     if folder.is_dir():
         raise UserError(
             f"{folder} holds no model: it is not a run directory (config.json and stage-K), and has no {CONFIG_NAME} "
@@ -98,9 +94,7 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
     if name.startswith(HUB):
         return [_on_the_hub(name)]
     if name.startswith(LOCAL):
-        weights = name.removeprefix(LOCAL)
-        load = partial(create_clip, architecture=name)
-        return [Candidate(model=name, pretrained=weights, label=_file_name(weights), load=load)]
+        return [_candidate(name, name.removeprefix(LOCAL), partial(create_clip, architecture=name))]
     return [_known_to_open_clip(name)]
 
 
@@ -110,8 +104,7 @@ def _models_of_run(run: Path, each: bool) -> list[Candidate]:
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{run} has no combined model yet; finish the run, or name one of its stages as {run}/stage-0")
     run_name = run.resolve().name
-    combined = _multistage(folder, _architecture_of(run), f"{run_name}/combined")
-    return [*stages, replace(combined, label=_file_name(run_name))]
+    return [*stages, _multistage(folder, _architecture_of(run), f"{run_name}/combined", label=run_name)]
 
 
 def _stage_of_run(run: Path, stage: int) -> Candidate:
@@ -119,14 +112,8 @@ def _stage_of_run(run: Path, stage: int) -> Candidate:
     if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
         trained = sorted(path.parts[-4] for path in run.glob(f"stage-*/train/model/{OPEN_CLIP_CONFIG_NAME}"))
         raise UserError(f"{run} has no trained stage-{stage} yet; it has {', '.join(trained) or 'none'}")
-    run_name = run.resolve().name
-    return Candidate(
-        model=_architecture_of(run),
-        pretrained=f"{run_name}/stage-{stage}",
-        label=f"{_file_name(run_name)}-stage-{stage}",
-        load=partial(load_clip, folder),
-        stage=stage,
-    )
+    weights = f"{run.resolve().name}/stage-{stage}"
+    return _candidate(_architecture_of(run), weights, partial(load_clip, folder), stage=stage)
 
 
 def _architecture_of(run: Path) -> str:
@@ -134,23 +121,12 @@ def _architecture_of(run: Path) -> str:
     return architecture
 
 
-def _file_name(name: str) -> str:
-    """Replace the characters that have a meaning in paths."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
-
-
-def _multistage(folder: Path, model: str, pretrained: str) -> Candidate:
+def _multistage(folder: Path, model: str, pretrained: str, *, label: str = "") -> Candidate:
     try:
         num_stages = len(read_config(folder)["stages"])
     except ValueError as error:
         raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
-    return Candidate(
-        model=model,
-        pretrained=pretrained,
-        label=_file_name(pretrained),
-        load=partial(_load_multistage, folder),
-        stage=num_stages - 1,
-    )
+    return _candidate(model, pretrained, partial(_load_multistage, folder), label=label, stage=num_stages - 1)
 
 
 def _load_multistage(folder: Path) -> MultistageCLIP:
@@ -176,21 +152,20 @@ def _known_to_open_clip(name: str) -> Candidate:
             f"local-dir:FOLDER"
         )
     load = partial(create_clip, architecture=architecture, pretrained=tag)
-    return Candidate(model=architecture.replace("/", "-"), pretrained=tag, label=_file_name(name), load=load)
+    return _candidate(architecture.replace("/", "-"), tag, load, label=name)
 
 
 def _on_the_hub(name: str) -> Candidate:
     """Return the candidate for a repository of the Hub with a multistage model or a model of open_clip."""
     weights = name.removeprefix(HUB)
     repo, _, revision = weights.partition("@")
-    make = partial(Candidate, model=name, pretrained=weights, label=_file_name(weights))
     try:
         try:
             hf_hub_download(repo, CONFIG_NAME, revision=revision or None)
             files = [CONFIG_NAME, *STAGE_FILES]
         except EntryNotFoundError:  # also if the file is not in the cache and there is no network
             if not revision:  # open_clip downloads the default revision itself, but no other
-                return make(load=partial(create_clip, architecture=name))
+                return _candidate(name, weights, partial(create_clip, architecture=name))
             files = [OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME, *TOKENIZER_FILES]
         folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=files))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -199,5 +174,6 @@ def _on_the_hub(name: str) -> Candidate:
             f"{name} cannot be loaded from the Hub: {reason}; check the name and the network, and log in with "
             f"`hf auth login` if it is private"
         ) from error
-    is_multistage = CONFIG_NAME in files
-    return _multistage(folder, name, weights) if is_multistage else make(load=partial(load_clip, folder))
+    if CONFIG_NAME in files:
+        return _multistage(folder, name, weights)
+    return _candidate(name, weights, partial(load_clip, folder))
