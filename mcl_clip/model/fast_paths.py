@@ -29,8 +29,8 @@ MIN_CONVOLUTIONS = 8  # of a convolutional image tower; a vision transformer has
 class FirstTokenBlock(ResidualAttentionBlock):  # type: ignore[misc]
     """Last block of a vision transformer that pools the first token: computes the output of this token only.
 
-    The other tokens serve as keys and values of the attention. Their queries and MLP outputs, about nine tenths of the
-    block, reach no feature.
+    The other tokens serve as keys and values only: their queries and MLP outputs, about nine tenths of the block,
+    reach no feature.
     """
 
     def forward(self, q_x: Tensor, k_x: Any = None, v_x: Any = None, attn_mask: Any = None) -> Tensor:  # noqa: ARG002
@@ -72,7 +72,7 @@ def use_fast_paths(model: nn.Module) -> None:
     block (`forward_intermediates`, `output_tokens`) then return the first token only.
     """
     parts: Any = model
-    visual: Any = getattr(parts, "visual", None)
+    visual = parts.visual
     if type(visual) is VisionTransformer:
         pools_first_token = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
         for last in visual.transformer.resblocks[-1:]:
@@ -99,11 +99,8 @@ def takes_short_texts(model: Any) -> bool:
 def prepare_training(model: nn.Module, *, compiled: bool, patch_dropout: float, grad_checkpointing: bool) -> None:
     """Apply the speed and memory options of a training stage in place.
 
-    Args:
-        model: an open_clip model.
-        compiled: run each tower through `torch.compile`.
-        patch_dropout: fraction of image patches dropped in training (FLIP, arXiv 2212.00794).
-        grad_checkpointing: keep only the input of each block, and recompute the block in the backward pass.
+    `compiled` runs each tower through `torch.compile`; `patch_dropout` is the fraction of image patches dropped (FLIP,
+    arXiv 2212.00794); `grad_checkpointing` keeps only the input of each block, and recomputes it in the backward pass.
 
     Raises:
         UserError: if the image tower does not support patch dropout or gradient checkpointing.

@@ -30,29 +30,18 @@ Ids = Int64[Tensor, "local"]
 
 @dataclass(frozen=True, kw_only=True)
 class Negatives:
-    """The negatives and the weight of each row of this process.
+    """The negatives and the weight of each row of this process."""
 
-    Attributes:
-        ids: row number, group, hash of the tokens and hash of the image of each of this process's rows.
-        columns: the same for the rows of all processes.
-        own: column of the row itself.
-        mask_duplicates, chunk_rows: as given to `find_negatives`.
-        weight: 1 for rows in the loss, 0 for padding rows and rows with fewer than `min_negatives` negatives.
-        total_weight: sum of the weights over all processes, at least 1.
-        losses: loss of each row; filled when the loss is computed.
-        duplicates: number of candidate negatives of this process's rows with an equal caption or image, masked or not.
-    """
-
-    ids: Int64[Tensor, "local 4"]
-    columns: Int64[Tensor, "global 4"]
-    own: Int64[Tensor, "local"]
+    ids: Int64[Tensor, "local 4"]  # row number, group, hash of the tokens, hash of the image of this process's rows
+    columns: Int64[Tensor, "global 4"]  # the same for the rows of all processes
+    own: Int64[Tensor, "local"]  # column of the row itself
     mask_duplicates: bool
     chunk_rows: int
-    weight: Float[Tensor, "local"]
-    total_weight: Float[Tensor, ""]
+    weight: Float[Tensor, "local"]  # 0 for padding rows and rows with fewer than `min_negatives` negatives, else 1
+    total_weight: Float[Tensor, ""]  # sum over all processes, at least 1
     num_negatives: Int64[Tensor, "local"]
-    losses: Float[Tensor, "local"]
-    duplicates: Int64[Tensor, ""]
+    losses: Float[Tensor, "local"]  # filled when the loss is computed
+    duplicates: Int64[Tensor, ""]  # candidates of this process's rows with an equal caption or image, masked or not
 
     def keep(self, rows: slice) -> Bool[Tensor, "rows global"]:
         """Return the mask of the columns in the loss of `rows`: the row itself and its negatives."""
@@ -91,17 +80,10 @@ def find_negatives(
         num_negatives[chunk], num_duplicates[chunk] = negatives.sum(1), duplicates.sum(1)
     weight = ((rows >= 0) & (num_negatives >= min_negatives)).float()
     return Negatives(
-        ids=ids,
-        columns=columns,
-        own=own,
-        mask_duplicates=mask_duplicates,
-        chunk_rows=chunk_rows,
-        weight=weight,
-        total_weight=all_reduce_sum(weight.sum()).clamp(min=1),
-        num_negatives=num_negatives,
-        losses=torch.zeros_like(weight),
-        duplicates=num_duplicates.sum(),
-    )
+        ids=ids, columns=columns, own=own, mask_duplicates=mask_duplicates, chunk_rows=chunk_rows,
+        weight=weight, total_weight=all_reduce_sum(weight.sum()).clamp(min=1),
+        num_negatives=num_negatives, losses=torch.zeros_like(weight), duplicates=num_duplicates.sum(),
+    )  # fmt: skip
 
 
 def _compare(
@@ -137,14 +119,8 @@ def clip_loss(
     """Compute this process's share of InfoNCE in both directions (Radford et al., arXiv 2103.00020).
 
     l_i = (CE_i(image -> texts) + CE_i(text -> images)) / 2, over the row itself and its negatives, in float32 or more.
-
-    Args:
-        image_features: unit image features of this process's rows.
-        text_features: unit text features of this process's rows.
-        logit_scale: factor on the cosines (not its logarithm).
-        negatives: result of `find_negatives` for the same rows.
-        ifm_epsilon: if above 0, average this loss with the one of perturbed cosines (implicit feature modification,
-            Robinson et al., arXiv 2106.11230, section 4).
+    The features of this process's rows have unit length, and `logit_scale` is the factor on the cosines, not its
+    logarithm. With `ifm_epsilon`, this loss is averaged with the one of perturbed cosines, see `_with_perturbed`.
     """
     all_images, all_texts = (gather_with_grad(_at_least_float32(side)) for side in (image_features, text_features))
     first = rank() * len(image_features)
@@ -198,9 +174,8 @@ def _with_perturbed(
 ) -> list[Float[Tensor, "rows global"]]:
     """Return the cosines and, with `epsilon` above 0, the perturbed ones of implicit feature modification.
 
-    The perturbed cosine of the pair is lower by epsilon, all others are higher by epsilon, which is the effect of the
-    worst perturbation of the features by epsilon (Robinson et al., arXiv 2106.11230, section 4). It removes what the
-    loss relies on most, so that other features are learned.
+    The perturbed cosine of the pair is lower by epsilon, all others are higher, which is the effect of the worst
+    perturbation of the features by epsilon (Robinson et al., arXiv 2106.11230, section 4).
     """
     return [cosines, cosines - epsilon * _pair_signs(cosines, own)] if epsilon else [cosines]
 
