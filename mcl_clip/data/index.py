@@ -22,7 +22,7 @@ from mcl_clip.core.files import atomic_path
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.shards import Shard, check_location, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
-from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS, IndexRow, scan_shard
+from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS, scan_shard
 
 INDEX_NAME = "index.arrow"
 
@@ -43,8 +43,6 @@ _SCHEMA = pa.schema(
     [("key", pa.large_string()), *((name, pa.from_numpy_dtype(dtype)) for name, dtype in _DTYPES.items())]
 )
 _DIGEST_ROWS = 1 << 20
-
-
 _Part: TypeAlias = tuple[Shard, pa.Table]
 _File: TypeAlias = tuple[str, int, int]  # the file that an index was loaded from: path, size, modification time in ns
 
@@ -123,14 +121,10 @@ class ShardIndex:
         reuse: bool = True,
         retry: RetryPolicy | None = None,
     ) -> "ShardIndex":
-        """Index shards, in one pass over their tar headers.
+        """Index shards, in one pass over their tar headers; locations are those that `expand_shards` returns.
 
-        Args:
-            urls: Locations as `expand_shards` returns them.
-            max_workers: Threads; remote shards gain from many.
-            text_first: `txt` or `json`: the text of samples that have both; `cls` or `npy` for labels in its place.
-            reuse: Copy the rows of unchanged shards from the `index.arrow` in their folder.
-            retry: Retries and timeouts for remote shards.
+        `text_first` is `txt` or `json`, the text of samples that have both, or `cls` or `npy` for labels in its place.
+        With `reuse`, the rows of unchanged shards are copied from the `index.arrow` in their folder.
 
         Raises:
             UserError: if a shard is missing, compressed, truncated or damaged, or no sample has an image and a text.
@@ -165,10 +159,7 @@ class ShardIndex:
         URLs is readable by its owner only.
         """
         path = Path(path).absolute()
-        shards = [asdict(shard) for shard in self.shards]
-        for shard in shards:
-            if not is_remote(shard["url"]) and Path(shard["url"]).is_relative_to(path.parent):
-                shard["url"] = str(Path(shard["url"]).relative_to(path.parent))
+        shards = [asdict(shard) | {"url": shard.url.removeprefix(f"{path.parent}{os.sep}")} for shard in self.shards]
         metadata = {"version": _VERSION, "text_first": self.text_first, "shards": shards}
         table = self._table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
         with (
@@ -235,16 +226,6 @@ class ShardIndex:
             except PermissionError as error:
                 raise UserError(f"{folder} is not writable ({error}); save the index elsewhere") from error
 
-    @classmethod
-    def concatenate(cls, indexes: Sequence["ShardIndex"]) -> "ShardIndex":
-        """Concatenate the rows of several indexes; raise UserError if a shard is in two of them."""
-        counts = Counter(shard.url for index in indexes for shard in index.shards)
-        if repeated := [url for url, count in counts.items() if count > 1]:
-            raise UserError(f"shard {redacted(repeated[0])} is in more than one of the indexes; list each shard once")
-        orders = {index.text_first for index in indexes}
-        parts = [index._part(number) for index in indexes for number in range(len(index.shards))]
-        return _assemble(parts, orders.pop() if len(orders) == 1 else "mixed")
-
     def check_unchanged(self, *, max_workers: int = 16, retry: RetryPolicy | None = None) -> None:
         """Raise UserError if a shard is missing, or its size, modification time or ETag is not that in the index."""
         policy = retry or RetryPolicy()
@@ -283,7 +264,7 @@ class ShardIndex:
 
 
 def make_table(keys: Iterable[bytes], columns: Mapping[str, np.ndarray]) -> pa.Table:
-    """Create the table of an index from UTF-8 keys and a column for each field of `IndexRow` and `shard`."""
+    """Create the table of an index from UTF-8 keys and the other columns by name."""
     keys = list(keys)
     ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
     buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(keys))]
@@ -302,9 +283,8 @@ def _scan(url: str, text_first: str, retry: RetryPolicy) -> _Part:
     keys, rows, skipped = scan_shard(url, before[0], text_first=text_first, retry=retry)
     if stat(url, retry) != before:
         raise UserError(f"shard {redacted(url)} changed while it was read; wait until it is complete, then try again")
-    values = np.array(rows, np.int64).reshape(-1, len(IndexRow._fields))
-    columns = {name: values[:, number] for number, name in enumerate(IndexRow._fields)}
-    table = make_table(keys, columns | {"shard": np.zeros(len(rows), np.int32)})
+    columns = np.array([(0, *row) for row in rows], np.int64).reshape(-1, len(_DTYPES)).T
+    table = make_table(keys, dict(zip(_DTYPES, columns, strict=True)))
     return Shard(url, *before, first_row=0, rows=len(rows), skipped=dict(skipped)), table
 
 

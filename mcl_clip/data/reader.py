@@ -4,7 +4,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -24,11 +23,11 @@ _REMOTE_GAP = 256 << 10
 _MAX_SPAN = 16 << 20
 _RANGES_IN_FLIGHT = 64
 _SHARDS_IN_FLIGHT = 4
+_MAX_OPEN_FILES = 256
 _MAX_NAME = 90  # longer names are in an extended header, and what the header block holds depends on the writer
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """The undecoded members of a row; `text_format` is `txt` or `json`."""
 
     row: int
@@ -57,34 +56,21 @@ class Reader:
         remote: Literal["range", "stage"] = "range",
         cache_dir: Path | None = None,
         cache_gb: float = 50.0,
-        retries: int = 3,
-        timeout_s: float = 60.0,
-        backoff_s: float = 0.5,
-        max_open_files: int = 256,
+        retry: RetryPolicy | None = None,
     ):
-        """Create a reader.
+        """Create a reader; raise UserError for invalid settings.
 
-        Args:
-            index: The rows to read.
-            remote: `range` merges adjacent ranges and requests many at a time; `stage` fetches whole shards once.
-            cache_dir: Folder for whole shards on a local disk, required by `stage`; processes of a machine share it.
-            cache_gb: Limit of the cache in 10^9 bytes; it must hold at least one shard per reading process.
-            retries: Attempts after the first one, for failures that may be transient.
-            timeout_s: Longest wait for the next byte of a remote file.
-            backoff_s: Pause before the first retry; it doubles each time.
-            max_open_files: Local shards kept open.
-
-        Raises:
-            UserError: for invalid settings.
+        Of remote shards, `range` merges adjacent ranges and requests many at a time; `stage` fetches whole shards once,
+        into `cache_dir` on a local disk, which the processes of a machine share. `cache_gb`, in 10^9 bytes, must hold
+        at least one shard per reading process.
         """
         if remote not in ("range", "stage"):
             raise UserError(f"remote is {remote!r}; it must be 'range' or 'stage'")
         if remote == "stage" and cache_dir is None:
             raise UserError("remote='stage' stores whole shards in a folder; choose one with cache_dir")
         self.index = index
-        self.retry = RetryPolicy(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
+        self.retry = retry or RetryPolicy()
         self.cache = ShardCache(cache_dir, int(cache_gb * 1e9), self.retry) if remote == "stage" and cache_dir else None
-        self.max_open_files = max_open_files
         self._files: OrderedDict[int, int] = OrderedDict()
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
 
@@ -232,7 +218,7 @@ class Reader:
             os.close(descriptor)  # a stale handle would fail forever
             raise
         self._files[number] = descriptor
-        while len(self._files) > self.max_open_files:
+        while len(self._files) > _MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return parts
 

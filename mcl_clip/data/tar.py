@@ -70,24 +70,14 @@ class Member(NamedTuple):
     problem: str
 
 
-class IndexRow(NamedTuple):
-    """A sample: offsets are bytes in the tar; formats are indices into IMAGE_FORMATS and TEXT_FORMATS."""
-
-    image_offset: int
-    image_size: int
-    image_format: int
-    text_offset: int
-    text_size: int
-    text_format: int
-    sample_offset: int
-    sample_size: int
-
-
 class Samples(NamedTuple):
-    """The usable samples of a shard, and how many others were skipped for which reason."""
+    """The usable samples of a shard, and how many others were skipped for which reason.
+
+    A row has the columns of an index: offset, size and format of image and text, offset and size of the sample.
+    """
 
     keys: list[bytes]
-    rows: list[IndexRow]
+    rows: list[tuple[int, ...]]
     skipped: Counter[str]
 
 
@@ -289,7 +279,7 @@ def group_samples(members: Iterable[Member], *, text_first: str) -> Samples:
             image_at = (sample.members[image].offset, sample.members[image].size, IMAGE_FORMATS.index(image))
             text_at = (sample.members[text].offset, sample.members[text].size, TEXT_FORMATS.index(text))
             samples.keys.append(sample.key)
-            samples.rows.append(IndexRow(*image_at, *text_at, sample.start, sample.end - sample.start))
+            samples.rows.append((*image_at, *text_at, sample.start, sample.end - sample.start))
         seen.add(sample.key)
     return samples
 

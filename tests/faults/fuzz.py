@@ -338,7 +338,7 @@ class Shards:
 
     def _check(self, index: ShardIndex, shard: _Shard, is_damaged: bool) -> str:
         """Every sample is delivered as it was written, or counted."""
-        reader, good, bad = Reader(index, retries=0), 0, sum(index.shards[0].skipped.values())
+        reader, good, bad = Reader(index, retry=QUICK), 0, sum(index.shards[0].skipped.values())
         for raw in reader.read(np.arange(index.shards[0].rows)):
             try:
                 decode_image(raw.image)
@@ -362,7 +362,7 @@ class Shards:
         """A shard that changes between indexing and reading."""
         path = case.write("0000.tar", data)
         index = ShardIndex.build([str(path)], max_workers=1, retry=QUICK)
-        reader, rows, before = Reader(index, retries=0), np.arange(len(index)), path.stat()
+        reader, rows, before = Reader(index, retry=QUICK), np.arange(len(index)), path.stat()
         is_open = case.chance(0.5)
         if is_open:
             reader.read(rows[:1])
@@ -825,7 +825,7 @@ class Indexes:
         ):  # fmt: skip
             raise LostError("an index without a digest")
         index.check_unchanged(max_workers=1, retry=QUICK)
-        for raw in Reader(index, retries=0).read(np.arange(len(index))):
+        for raw in Reader(index, retry=QUICK).read(np.arange(len(index))):
             is_checked = len(keys[raw.row]) <= 90  # longer names do not stand in the header that the reader looks at
             if is_checked and self.read.get(keys[raw.row]) not in ((raw.image, raw.text), None):
                 raise LostError(f"{keys[raw.row]!r} is not what was written")

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.data import reader as reader_module
-from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.index import ShardIndex, _assemble
 from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.storage import RetryPolicy
 from tests.unit.data.http_ranges import serve
 from tests.unit.data.tars import FORMATS, noise, pairs, write_tar
 
-QUICK = {"retries": 2, "backoff_s": 0.0, "timeout_s": 5.0}
+QUICK = RetryPolicy(retries=2, backoff_s=0.0, timeout_s=5.0)
 ROWS_PER_SHARD, SHARDS = 7, 3
 COUNT = ROWS_PER_SHARD * SHARDS
 
@@ -46,7 +46,7 @@ def build(paths: list[Path]) -> ShardIndex:
 
 def remote_index(url: str, local: ShardIndex) -> ShardIndex:
     names = [f"{url}/{Path(shard.url).name}" for shard in local.shards]
-    return ShardIndex.build(names, retry=RetryPolicy(**QUICK))
+    return ShardIndex.build(names, retry=QUICK)
 
 
 def check(reader: Reader, rows: list[int]) -> None:
@@ -79,10 +79,11 @@ def test_row_numbers_are_checked(tmp_path):
             reader.read(np.array([0, wrong]))
 
 
-def test_few_files_stay_open(tmp_path):
+def test_few_files_stay_open(tmp_path, monkeypatch):
     index = build(write_shards(tmp_path))
     before = len(os.listdir("/proc/self/fd"))
-    reader = Reader(index, max_open_files=2)
+    monkeypatch.setattr("mcl_clip.data.reader._MAX_OPEN_FILES", 2)
+    reader = Reader(index)
     for row in np.random.default_rng(0).permutation(COUNT):
         check(reader, [int(row)])
         assert len(os.listdir("/proc/self/fd")) <= before + 2
@@ -144,7 +145,7 @@ def test_a_shard_that_was_written_anew_is_noticed(tmp_path, members):
 
 def test_a_shard_that_vanished(tmp_path):
     paths = write_shards(tmp_path)
-    reader = Reader(build(paths), backoff_s=100.0)  # not waited for
+    reader = Reader(build(paths), retry=RetryPolicy(backoff_s=100.0))  # not waited for
     paths[1].unlink()
     with pytest.raises(UserError, match=r"1\.tar does not exist; check the path or URL"):
         reader.read(np.arange(COUNT))
@@ -152,7 +153,7 @@ def test_a_shard_that_vanished(tmp_path):
 
 
 def test_local_errors_that_pass_are_waited_out(tmp_path, monkeypatch):
-    reader = Reader(build(write_shards(tmp_path)), **QUICK)
+    reader = Reader(build(write_shards(tmp_path)), retry=QUICK)
     check(reader, [0])
     pread, failures = os.pread, [2]
 
@@ -202,12 +203,12 @@ def test_remote_rows(tmp_path, rows, remote):
     local = build(write_shards(tmp_path / "shards"))
     with serve(tmp_path / "shards") as server:
         index = remote_index(server.url, local)
-        reader = Reader(index, remote=remote, cache_dir=tmp_path / "cache", **QUICK)
+        reader = Reader(index, remote=remote, cache_dir=tmp_path / "cache", retry=QUICK)
         check(reader, rows)
         check(reader, rows)
-        both = ShardIndex.concatenate([index, local])
+        both = _assemble([each._part(number) for each in (index, local) for number in range(len(each.shards))], "txt")
         rows_of_both = np.array([row + COUNT * (place % 2) for place, row in enumerate(rows)], np.int64)
-        mixed = Reader(both, remote=remote, cache_dir=tmp_path / "cache", **QUICK).read(rows_of_both)
+        mixed = Reader(both, remote=remote, cache_dir=tmp_path / "cache", retry=QUICK).read(rows_of_both)
         assert [(s.image, s.text) for s in mixed] == [(expected(r).image, expected(r).text) for r in rows]
 
 
@@ -216,7 +217,7 @@ def test_ranges_of_neighbours_are_one_request(tmp_path):
     with serve(tmp_path) as server:
         index = remote_index(server.url, local)
         server.requests.clear()
-        check(Reader(index, **QUICK), list(range(COUNT)))
+        check(Reader(index, retry=QUICK), list(range(COUNT)))
         assert sorted(path for method, path, _ in server.requests if method == "GET") == ["/0.tar", "/1.tar", "/2.tar"]
         assert all(asked for _, _, asked in server.requests)
 
@@ -226,7 +227,7 @@ def test_ranges_of_neighbours_are_one_request(tmp_path):
 def test_passing_troubles_of_the_server(tmp_path, remote, trouble):
     local = build(write_shards(tmp_path / "shards"))
     with serve(tmp_path / "shards") as server:
-        reader = Reader(remote_index(server.url, local), remote=remote, cache_dir=tmp_path / "cache", **QUICK)
+        reader = Reader(remote_index(server.url, local), remote=remote, cache_dir=tmp_path / "cache", retry=QUICK)
         for name, value in trouble.items():
             setattr(server, name, value)
         check(reader, [0, 1, 2])
@@ -238,9 +239,9 @@ def test_lasting_troubles_of_the_server(tmp_path, remote):
     local = build(paths)
     with serve(tmp_path / "shards") as server:
         names = [f"{server.url}/{path.name}?token=SECRET" for path in paths]
-        index = ShardIndex.build(names, retry=RetryPolicy(**QUICK))
+        index = ShardIndex.build(names, retry=QUICK)
         assert index.digest == local.digest
-        reader = Reader(index, remote=remote, cache_dir=tmp_path / "cache", **QUICK)
+        reader = Reader(index, remote=remote, cache_dir=tmp_path / "cache", retry=QUICK)
         server.failures = 1000
         with pytest.raises(OSError, match=r"/0\.tar failed 3 times") as caught:
             reader.read(np.array([0]))
@@ -265,8 +266,8 @@ def test_staging_needs_no_ranges(tmp_path):
         server.ignores_ranges = True
         rows = np.array([20, 1])
         with pytest.raises(UserError, match="sends whole files"):
-            Reader(index, **QUICK).read(rows)
-        staged = Reader(index, remote="stage", cache_dir=tmp_path / "cache", **QUICK)
+            Reader(index, retry=QUICK).read(rows)
+        staged = Reader(index, remote="stage", cache_dir=tmp_path / "cache", retry=QUICK)
         assert staged.read(rows) == [expected(int(row), 30_000) for row in rows]
 
 
@@ -280,7 +281,7 @@ def test_a_shard_is_fetched_once_and_kept_whole(tmp_path):
         index = remote_index(server.url, build(paths))
         server.requests.clear()
         for _ in range(2):  # another reader finds what the first one fetched
-            reader = Reader(index, remote="stage", cache_dir=tmp_path / "cache", **QUICK)
+            reader = Reader(index, remote="stage", cache_dir=tmp_path / "cache", retry=QUICK)
             check(reader, [0, 8])
             check(reader, [6, 7])
         assert len([1 for method, _, _ in server.requests if method == "GET"]) == 2
@@ -298,7 +299,7 @@ def test_equal_base_names_and_new_versions_do_not_mix(tmp_path):
 
         def read() -> list[bytes]:
             index = ShardIndex.build([f"{server.url}/one/x.tar", f"{server.url}/two/x.tar"])
-            reader = Reader(index, remote="stage", cache_dir=tmp_path / "cache", **QUICK)
+            reader = Reader(index, remote="stage", cache_dir=tmp_path / "cache", retry=QUICK)
             return [sample.image for sample in reader.read(np.array([0, 1]))]
 
         assert read() == [b"one", b"two"]
@@ -318,7 +319,7 @@ def test_the_cache_keeps_its_limit_and_drops_the_least_recently_used(tmp_path):
         os.utime(old, (1, 1))
     with serve(tmp_path / "shards") as server:
         index = remote_index(server.url, build(paths))
-        reader = Reader(index, remote="stage", cache_dir=tmp_path / "cache", cache_gb=limit / 1e9, **QUICK)
+        reader = Reader(index, remote="stage", cache_dir=tmp_path / "cache", cache_gb=limit / 1e9, retry=QUICK)
 
         def fetched(rows: list[int]) -> list[str]:
             server.requests.clear()
@@ -333,7 +334,7 @@ def test_the_cache_keeps_its_limit_and_drops_the_least_recently_used(tmp_path):
         assert fetched([2]) == []
         assert fetched([8]) == ["/1.tar"]
         assert len(fetched(list(range(COUNT)))) >= 1  # more shards than room in a single read
-        tiny = Reader(index, remote="stage", cache_dir=tmp_path / "cache", cache_gb=1000 / 1e9, **QUICK)
+        tiny = Reader(index, remote="stage", cache_dir=tmp_path / "cache", cache_gb=1000 / 1e9, retry=QUICK)
         with pytest.raises(UserError, match="above the cache limit of 1e-06 GB; raise cache_gb"):
             tiny.read(np.array([0]))
         assert foreign.exists()
@@ -354,7 +355,11 @@ def test_processes_share_a_cache(tmp_path, room):
     with serve(tmp_path / "shards") as server:
         index = remote_index(server.url, build(paths))
         reader = Reader(
-            index, remote="stage", cache_dir=tmp_path / "cache", cache_gb=room * size / 1e9, retries=2, backoff_s=0.01
+            index,
+            remote="stage",
+            cache_dir=tmp_path / "cache",
+            cache_gb=room * size / 1e9,
+            retry=RetryPolicy(retries=2, backoff_s=0.01),
         )
         server.requests.clear()
         context = multiprocessing.get_context("fork")
@@ -380,7 +385,7 @@ class Rows(Dataset):
 def test_workers_that_are_forked_after_a_read(tmp_path, remote):
     local = build(write_shards(tmp_path))
     with serve(tmp_path) as server:
-        reader = Reader(remote_index(server.url, local) if remote else local, **QUICK)
+        reader = Reader(remote_index(server.url, local) if remote else local, retry=QUICK)
         check(reader, [0, 9])  # threads, connections and files exist before the fork
         loader = DataLoader(Rows(reader), batch_size=None, num_workers=2, multiprocessing_context="fork")
         assert list(loader) == [expected(row) for row in range(COUNT)]
@@ -413,8 +418,6 @@ def test_settings_that_cannot_work(tmp_path):
     index = build(write_shards(tmp_path))
     with pytest.raises(UserError, match="choose one with cache_dir"):
         Reader(index, remote="stage")
-    with pytest.raises(UserError, match="retries and backoff_s"):
-        Reader(index, retries=-1)
 
 
 def test_a_missing_package_is_named(monkeypatch):

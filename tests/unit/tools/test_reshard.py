@@ -144,7 +144,7 @@ def test_mistakes(index, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not empty; name a new folder"):
         reshard(index, groups, tmp_path / "old", rows_per_shard=7, seed=0)
     with pytest.raises(UserError, match="reads another index"):
-        reshard(index, groups, new, rows_per_shard=7, seed=0, reader=Reader(ShardIndex.concatenate([index])))
+        reshard(index, groups, new, rows_per_shard=7, seed=0, reader=Reader(ShardIndex(index.shards, index._table)))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(UserError, match="its disk has 1e-08 GB free"):
         reshard(index, groups, new, rows_per_shard=7, seed=0)
