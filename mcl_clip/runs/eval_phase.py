@@ -32,7 +32,7 @@ from mcl_clip.results.record import COMBINED
 from mcl_clip.results.text import results_table
 from mcl_clip.runs.context import RESULTS, RunContext
 from mcl_clip.stages.combine import fit_combination
-from mcl_clip.stages.diagnose import diagnose
+from mcl_clip.stages.diagnose import Diagnosis, diagnose
 from mcl_clip.stages.shared_metric import Projection
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ def evaluate(run: RunContext, stage: int) -> None:
     on_main(partial(score_stages, run, out, models))
     logging.getLogger(RESULTS).info("after stage %d\n%s", stage, results_table(run.config.run_dir))
     settings = asdict(run.config.stages[stage].train)
-    if is_main() and (sentence := diagnosis(run.config.run_dir, stage, settings=settings, rows=len(run.index))):
-        logger.info("stage %d: %s", stage, sentence)
+    if is_main() and (found := diagnosis(run.config.run_dir, stage, settings=settings, rows=len(run.index))):
+        logger.info("stage %d: %s", stage, found.text)
 
 
-def diagnosis(run_dir: Path, stage: int, *, settings: Mapping[str, Any], rows: int) -> str:
-    """Return a sentence on feature suppression in an evaluated stage; empty for stages not trained by the plain loss.
+def diagnosis(run_dir: Path, stage: int, *, settings: Mapping[str, Any], rows: int) -> Diagnosis | None:
+    """Diagnose an evaluated stage; None for stages not trained by the plain loss.
 
     Args:
         run_dir: the run directory.
@@ -69,11 +69,11 @@ def diagnosis(run_dir: Path, stage: int, *, settings: Mapping[str, Any], rows: i
         rows: number of rows of the data.
     """
     if settings.get("loss") != "clip" or settings.get("ifm_epsilon"):
-        return ""
+        return None
     folder = run_dir / f"stage-{stage}"
     records = [record for record in read_jsonl(folder / "train" / "metrics.jsonl") if "negatives_per_row" in record]
     if not records:
-        return ""
+        return None
     last = records[-max(1, len(records) // 10) :]
     return diagnose(
         loss=float(np.mean([record["loss"] for record in last])),

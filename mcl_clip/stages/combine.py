@@ -31,13 +31,10 @@ def fit_combination(
     combine: str,
     loss: str,
 ) -> Combination:
-    """Fit the temperature with the lowest loss on held-out rows; with `best`, also choose the better combination.
+    """Fit the temperature with the lowest loss (`clip` or `siglip`) on unnormalized features of held-out rows.
 
-    Args:
-        image_features: unnormalized features of the same rows, one tensor for each stage.
-        text_features: the same for the texts.
-        combine: `concat`, `mean_cosine` or `best`.
-        loss: `clip` or `siglip`.
+    There is one tensor of features for each stage. With `best` in place of `concat` or `mean_cosine`, the better
+    combination is chosen too.
     """
     fits = {}
     for name in COMBINATIONS if combine == "best" else (combine,):

@@ -6,7 +6,6 @@ none is too small for batches.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,45 +142,31 @@ def group_labels(labels: PseudoLabels, *, min_group_size: int) -> Groups:
     """
     values, inverse, sizes = np.unique(labels.values, return_inverse=True, return_counts=True)
     units = [
-        Group(prefix=labels.prefix(int(value)), labels=(int(value),), size=int(size))
-        for value, size in zip(values, sizes, strict=True)
+        Group(prefix=labels.prefix(value), labels=(value,), size=size)
+        for value, size in zip(values.tolist(), sizes.tolist(), strict=True)
     ]
     done: list[Group] = []
-    for depth in range(len(labels.radix) - 1, -1, -1):
-        small = [unit for unit in units if unit.size < min_group_size]
-        done += [unit for unit in units if unit.size >= min_group_size]
-        units, done = _pool_small(small, done, depth, min_group_size)
+    for depth in reversed(range(len(labels.radix))):
+        pools: dict[Prefix, list[Group]] = {}
+        siblings: dict[Prefix, list[Group]] = {}
+        for unit in units:
+            if unit.size < min_group_size:
+                pools.setdefault(unit.prefix[:depth], []).append(unit)
+            else:
+                done.append(unit)
+        for group in done:
+            siblings.setdefault(group.prefix[:depth], []).append(group)
+        units, taken = [], set()
+        for prefix, members in pools.items():
+            if sum(unit.size for unit in members) < min_group_size and prefix in siblings:
+                smallest = min(siblings[prefix], key=lambda group: (group.size, group.labels))
+                taken.add(smallest.labels)
+                members.append(smallest)
+            held = tuple(sorted(label for unit in members for label in unit.labels))
+            units.append(Group(prefix=prefix, labels=held, size=sum(unit.size for unit in members)))
+        done = [group for group in done if group.labels not in taken]
     groups = sorted(done + units, key=lambda group: group.labels)
-    number_of = {label: number for number, group in enumerate(groups) for label in group.labels}
-    group_of = np.array([number_of[int(value)] for value in values], np.int64)[inverse]
-    return Groups(groups=tuple(groups), group_of=group_of)
-
-
-def _pool_small(
-    small: Sequence[Group], done: list[Group], depth: int, min_group_size: int
-) -> tuple[list[Group], list[Group]]:
-    """Pool the small groups under each prefix of `depth` clusters.
-
-    Returns the pools, whose size the next level checks, and the finished groups.
-    """
-    pools: dict[Prefix, list[Group]] = {}
-    for unit in small:
-        pools.setdefault(unit.prefix[:depth], []).append(unit)
-    siblings: dict[Prefix, list[Group]] = {}
-    for group in done:
-        siblings.setdefault(group.prefix[:depth], []).append(group)
-    up, taken = [], set()
-    for prefix, units in pools.items():
-        pool = _join(units, prefix)
-        if pool.size < min_group_size and prefix in siblings:
-            smallest = min(siblings[prefix], key=lambda group: (group.size, group.labels))
-            taken.add(smallest.labels)
-            pool = _join([pool, smallest], prefix)
-        up.append(pool)
-    return up, [group for group in done if group.labels not in taken]
-
-
-def _join(units: Iterable[Group], prefix: Prefix) -> Group:
-    units = list(units)
-    labels = tuple(sorted(label for unit in units for label in unit.labels))
-    return Group(prefix=prefix, labels=labels, size=sum(unit.size for unit in units))
+    number_of = np.empty(len(values), np.int64)
+    for number, group in enumerate(groups):
+        number_of[np.searchsorted(values, group.labels)] = number
+    return Groups(groups=tuple(groups), group_of=number_of[inverse])

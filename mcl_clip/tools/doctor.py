@@ -27,6 +27,7 @@ from mcl_clip.runs.eval_phase import diagnosis
 from mcl_clip.runs.phase import Phase
 from mcl_clip.runs.pipeline import check_held_out, check_publishing, check_stages, plan_phases
 from mcl_clip.runs.train_phase import min_group_size
+from mcl_clip.stages.diagnose import Diagnosis
 from mcl_clip.tools.doctor_data import (
     RowCounts,
     check_reading,
@@ -193,18 +194,18 @@ def diagnoses(run: Path) -> list[str]:
     """List one line per evaluated stage on whether a further stage, or more training, can help."""
     record = read_run(run)
     rows = len(record.index or ())
-    texts = [diagnose_stage(run, number, stage.train_settings, rows) for number, stage in enumerate(record.stages)]
-    return [f"stage {number}: {text}" for number, text in enumerate(texts) if text]
+    found = [diagnose_stage(run, number, stage.train_settings, rows) for number, stage in enumerate(record.stages)]
+    return [f"stage {number}: {one.text}" for number, one in enumerate(found) if one]
 
 
-def diagnose_stage(run: Path, stage: int, settings: Mapping[str, Any], rows: int) -> str:
-    """Diagnose one stage by its training settings, as in config.json; empty before it is evaluated or without `rows`.
+def diagnose_stage(run: Path, stage: int, settings: Mapping[str, Any], rows: int) -> Diagnosis | None:
+    """Diagnose one stage by its training settings, as in config.json; None before it is evaluated or without `rows`.
 
     Raises:
         UserError: if its metrics or results are damaged.
     """
     if not rows or phase_state(run / f"stage-{stage}" / "eval") != "done":
-        return ""
+        return None
     try:
         return diagnosis(run, stage, settings=settings, rows=rows)
     except UserError:
@@ -277,8 +278,8 @@ def _check_finished_stages(config: RunConfig, rows: int) -> Iterator[Finding]:
     for number, stage in enumerate(config.stages):
         path = config.run_dir / f"stage-{number}" / "train" / "metrics.jsonl"
         diagnose = partial(diagnose_stage, config.run_dir, number, asdict(stage.train), rows)
-        if text := (yield from attempt("learned", diagnose)):
-            yield check_suppression(config, number, text, rows / labels)
+        if found := (yield from attempt("learned", diagnose)):
+            yield check_suppression(config, number, found, rows / labels)
         yield from check_data_wait(number, (yield from attempt("learned", partial(read_jsonl, path))) or [])
         labels *= math.prod(clusters_per_modality(stage))
 
@@ -294,7 +295,7 @@ def check_data_wait(stage: int, records: Sequence[Mapping[str, float]]) -> Itera
         yield Finding("warning", "reading", text)
 
 
-def check_suppression(config: RunConfig, number: int, diagnosis: str, rows: float) -> Finding:
+def check_suppression(config: RunConfig, number: int, diagnosis: Diagnosis, rows: float) -> Finding:
     """Repeat the diagnosis of stage `number`, and compare the recipe with the clusters and start it suggests.
 
     `rows` is the mean number of rows per label at the start of the stage.
@@ -303,18 +304,18 @@ def check_suppression(config: RunConfig, number: int, diagnosis: str, rows: floa
     clusters, start = stage.cluster.num_clusters, following[0].start if following else None
     # Labels that divide the rows of the stage into groups of one batch of the next.
     wanted = max(2, round(rows / (following or [stage])[0].train.global_batch_size))
-    if "suppressed. " in diagnosis:
+    if diagnosis.kind == "suppressed":
         fresh = "base" if config.tower.is_pretrained else "scratch"
         is_followed = start in (None, fresh) and wanted / 2 <= clusters <= 2 * wanted
         advice = (
             f"--stages.{number}.cluster.num-clusters up to {wanted} (groups of one batch; many more clusters than "
             f"values that were learned), and --stages.{number + 1}.start {fresh}"
         )
-    elif diagnosis.startswith("still learning"):
+    elif diagnosis.kind == "learning":
         is_followed = start in (None, "previous")
         advice = f"more steps, or --stages.{number + 1}.start previous, which continues training"
     else:
-        return Finding("ok", "learned", f"stage {number}: {diagnosis}")
+        return Finding("ok", "learned", f"stage {number}: {diagnosis.text}")
     recipe = f"the recipe has {clusters} clusters" + (f" and starts from {start}" if start else "")
-    text = f"stage {number}: {diagnosis}. Recommended: {advice}; {recipe}"
+    text = f"stage {number}: {diagnosis.text}. Recommended: {advice}; {recipe}"
     return Finding("ok" if is_followed else "warning", "learned", text)

@@ -656,7 +656,7 @@ def suppression(loss, *, score=0.1, clusters=10, next_start="previous", tower=No
         tower=tower or TowerConfig(model=MODEL),
     )
     finding = doctor.check_suppression(recipe, 0, said, 16_384)
-    assert said in finding.text
+    assert said.text in finding.text
     return finding
 
 
