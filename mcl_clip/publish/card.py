@@ -7,8 +7,9 @@ card.md.jinja.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.publish.hub import MARKER, check_repo_name
-from mcl_clip.results.record import COMBINED, Result, RunRecord, StageRecord, read_run
-from mcl_clip.results.scores import (
-    agreement_table,
-    difference_table,
-    differences,
-    main_table,
-    set_name,
-    set_table,
-    shown_metrics,
-    sizes,
-    verdict_text,
-)
+from mcl_clip.results import scores
+from mcl_clip.results.record import COMBINED, Result, RunRecord, read_run
 from mcl_clip.results.text import (
     CONTROLS,
     NOT_STATED,
@@ -43,7 +34,6 @@ from mcl_clip.results.text import (
 from mcl_clip.results.training import clip_text, data_rows, machine_rows, pretrained_text, stage_rows
 
 LIBRARIES = {"multistage": "mcl_clip", "open_clip": "open_clip", "transformers": "transformers"}
-TAGS = ("clip", "mcl_clip", "multistage-contrastive-learning")
 PIPELINE = "zero-shot-image-classification"
 HUB_TASKS = {"zeroshot_retrieval": "zero-shot-retrieval", "zeroshot_classification": PIPELINE}
 TASKS = {
@@ -51,34 +41,31 @@ TASKS = {
     "zeroshot_classification": "Zero-shot classification",
     "image_text_pairs": "Images and texts that differ in a detail",
 }
-FOLDER = "FOLDER"
-TEMPLATE = "card.md.jinja"
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,  # Markdown: `safe` and `public_name` escape what comes from the run
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What only a person can know about a model.
+    """What only a person can know about a model."""
 
-    Attributes:
-        license: of the model, as the Hub calls it, such as mit or other.
-        datasets: names of the training data on the Hub.
-        description: one paragraph on the data or the purpose, in Markdown.
-    """
-
-    license: str = ""
-    datasets: tuple[str, ...] = ()
-    description: str = ""
+    license: str = ""  # of the model, as the Hub calls it, such as mit or other
+    datasets: tuple[str, ...] = ()  # names of the training data on the Hub
+    description: str = ""  # one paragraph on the data or the purpose, in Markdown
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Subject:
     """The model of a card; its `label` in the results is empty for averaged `weights`, which were not evaluated."""
 
     run: RunRecord
     form: str
-    repo: str
-    revision: str
-    name: str
     label: str
     weights: str
 
@@ -132,10 +119,17 @@ def card(
         check_repo_name(repo)
     try:
         record = read_run(run)
+        last = len(record.stages) - 1
+        if form == "multistage" or weights:
+            label = COMBINED if form == "multistage" else ""
+        elif stage is None and last > 0:
+            raise UserError(f"a card for {form} is of one stage; say which, from 0 to {last}")
+        elif not 0 <= (stage or 0) <= last:
+            raise UserError(f"there is no stage {stage}; the run has stages 0 to {last}")
+        else:
+            label = f"stage-{stage or 0}"
         name = repo.rpartition("/")[2] or run.resolve().name
-        label = _label(record, form, stage, weights)
-        subject = _Subject(run=record, form=form, repo=repo, revision=revision, name=name, label=label, weights=weights)
-        return _render(subject, about or About())
+        return _render(_Subject(record, form, label, weights), name, repo, revision, about or About())
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -145,33 +139,10 @@ def card(
         ) from error
 
 
-def _label(run: RunRecord, form: str, stage: int | None, weights: str) -> str:
-    """Return the label of a model in the results; empty for averaged weights."""
-    last = len(run.stages) - 1
-    if form not in LIBRARIES:
-        raise ValueError(f"form={form!r} is not one of {', '.join(LIBRARIES)}")
-    if form == "multistage":
-        return COMBINED
-    if weights:
-        return ""
-    if stage is None and last > 0:
-        raise UserError(f"a card for {form} is of one stage; say which, from 0 to {last}")
-    if not 0 <= (stage or 0) <= last:
-        raise UserError(f"there is no stage {stage}; the run has stages 0 to {last}")
-    return f"stage-{stage or 0}"
-
-
-def _render(subject: _Subject, about: About) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown: `safe` and `public_name` escape what comes from the run
-    )
-    run = subject.run
-    data = [[name, f"`{value}`" if name.startswith("digest") else value] for name, value in data_rows(run)]
+def _render(subject: _Subject, name: str, repo: str, revision: str, about: About) -> str:
+    """Fill in the template. Not every library can load a branch, so the examples download a `revision` first."""
+    run, loaded = subject.run, "" if revision else repo
+    data = [[title, f"`{value}`" if title.startswith("digest") else value] for title, value in data_rows(run)]
     if draws := run.config.get("data", {}).get("weights"):
         data.append(["how often each list of shards is sampled", ", ".join(f"{number:g}" for number in draws)])
     data += [
@@ -179,10 +150,16 @@ def _render(subject: _Subject, about: About) -> str:
         ["license of the data", "see the datasets" if about.datasets else NOT_STATED],
         ["license of the model", safe(about.license) or NOT_STATED],
     ]
-    text = environment.get_template(TEMPLATE).render(
-        front=_front_matter(subject, about),
+    widths = [  # of the intervals of main metrics
+        (ends[1] - ends[0], f"{100 * (ends[1] - ends[0]):.1f} points, on {scores.set_name(result)}")
+        for result in subject.results
+        if (ends := result.interval(result.main_metric))
+    ]
+    other = f"stage-{subject.stage or 0}"
+    text = TEMPLATES.get_template("card.md.jinja").render(
+        front=_front_matter(subject, name, about),
         marker=MARKER,
-        title=safe(subject.name),
+        title=safe(name),
         description=about.description.strip(),
         license=safe(about.license) or NOT_STATED,
         datasets=listed(map(public_name, about.datasets)) if about.datasets else "",
@@ -197,56 +174,73 @@ def _render(subject: _Subject, about: About) -> str:
         pretrained=pretrained_text(run.config["tower"]),
         first_stage=_first_stage(run),
         versus=_versus(subject),
-        usage=_usage(subject),
-        main_table=main_table(run, subject.labels, subject.label) if run.results else "",
-        sets=_sets(subject),
-        differences=difference_table(run, COMBINED, f"stage-{subject.stage or 0}")
-        if len(run.stages) > 1 and not subject.weights
-        else "",
-        agreement=agreement_table(run),
+        usage={
+            "form": subject.form,
+            "repo": loaded,
+            "download": f"{json.dumps(repo)}, revision={json.dumps(revision)}" if revision else "",
+            "mcl_clip": f"hf-hub:{loaded}" if loaded else "FOLDER",
+            "open_clip": f"hf-hub:{loaded}" if loaded else "local-dir:FOLDER",
+            "transformers": loaded or "FOLDER",
+            "sigmoid": run.stages[0].train_settings.get("loss") == "siglip",
+        },
+        main_table=scores.main_table(run, subject.labels, subject.label) if run.results else "",
+        sets=[
+            {
+                "name": scores.set_name(first),
+                "task": TASKS.get(first.record["task"], safe(first.record["task"])),
+                "size": scores.sizes(first),
+                "dtype": safe(first.record["dtype"]),
+                "digest": safe(first.record["data_sha256"])[:16],
+                "table": scores.set_table(of_set, subject.labels, subject.label),
+            }
+            for of_set in run.results.values()
+            for first in [next(iter(of_set.values()))]
+        ],
+        differences="" if len(run.stages) == 1 or subject.weights else scores.difference_table(run, COMBINED, other),
+        agreement=scores.agreement_table(run),
         data_table=markdown_table(data, text_columns=2),
         stage_table=markdown_table(stage_rows(run)),
         machine_table=markdown_table(machine_rows(run), text_columns=2),
         unfinished=[s for s, stage in enumerate(run.stages) if stage.state("train") != "done"],
         rivals=_rivals(subject),
-        evaluated_sets=[set_name(result) for result in subject.results],
+        evaluated_sets=[scores.set_name(result) for result in subject.results],
         other_sets=[
-            set_name(next(iter(of_set.values()))) for of_set in run.results.values() if subject.label not in of_set
+            scores.set_name(next(iter(of_set.values())))
+            for of_set in run.results.values()
+            if subject.label not in of_set
         ],
         seed=run.config.get("seed", 0),
-        widest=_widest_interval(subject),
+        widest=max(widths, key=itemgetter(0))[1] if widths else "",
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
 
 
-def _front_matter(subject: _Subject, about: About) -> str:
+def _front_matter(subject: _Subject, name: str, about: About) -> str:
+    """Return the metadata of the card as YAML, with every metric that was measured."""
     kind, _, base = str(subject.run.config["tower"].get("architecture", "")).partition(":")
-    data = ModelCardData(
-        model_name=subject.name,
+    results = [
+        EvalResult(
+            task_type=HUB_TASKS.get(result.record["task"], result.record["task"].replace("_", "-")),
+            dataset_type=re.sub(r"[^\w.-]+", "-", result.record["key"]),
+            dataset_name=result.dataset,
+            metric_type=metric,
+            metric_name=metric_title(metric),
+            metric_value=value,
+        )
+        for result in subject.results
+        for metric in scores.shown_metrics([result])
+        if (value := result.value(metric)) is not None
+    ]
+    return ModelCardData(
+        model_name=name,
         library_name=LIBRARIES[subject.form],
         pipeline_tag=PIPELINE,
-        tags=list(TAGS),
+        tags=["clip", "mcl_clip", "multistage-contrastive-learning"],
         license=about.license or None,
         datasets=list(about.datasets) or None,
         base_model=base if kind == "hf-hub" else None,
-        eval_results=[*_eval_results(subject)] or None,
-    )
-    return data.to_yaml()
-
-
-def _eval_results(subject: _Subject) -> Iterator[EvalResult]:
-    for result in subject.results:
-        task, key = result.record["task"], result.record["key"]
-        for metric in shown_metrics([result]):
-            if (value := result.value(metric)) is not None:
-                yield EvalResult(
-                    task_type=HUB_TASKS.get(task, task.replace("_", "-")),
-                    dataset_type=re.sub(r"[^\w.-]+", "-", key),
-                    dataset_name=result.dataset,
-                    metric_type=metric,
-                    metric_name=metric_title(metric),
-                    metric_value=value,
-                )
+        eval_results=results or None,
+    ).to_yaml()
 
 
 def _model(subject: _Subject) -> str:
@@ -255,37 +249,29 @@ def _model(subject: _Subject) -> str:
     stage = run.stages[s] if s is not None else next((stage for stage in run.stages if stage.model_cfg), None)
     if stage is None or not stage.model_cfg:
         return ""
-    architecture = str(run.config["tower"].get("architecture", ""))
     of_all = run.stages if subject.is_all_stages else [stage]
-    dimensions = " + ".join(str(int(each.model_cfg.get("embed_dim", 0))) for each in of_all)
+    architecture = str(run.config["tower"].get("architecture", ""))
     pixels = stage.model_cfg.get("vision_cfg", {}).get("image_size", 224)
     tokens = stage.model_cfg.get("text_cfg", {}).get("context_length", 77)
+    dimensions = " + ".join(str(int(each.model_cfg.get("embed_dim", 0))) for each in of_all)
     parts = [
         "" if ":" in architecture else safe(architecture),
         f"images of {safe(pixels)} px and texts of up to {safe(tokens)} tokens, {dimensions} dimensions",
         clip_text(stage.model_cfg),
-        _parameters(subject, of_all),
     ]
+    weights = [each.weights for each in of_all if each.weights]
+    if len(weights) == len(of_all):
+        image, text = sum(each.image for each in weights), sum(each.text for each in weights)
+        suffix = " over all stages" if subject.is_all_stages else ""
+        if subject.is_all_stages and run.shares_text_tower:
+            text, suffix = weights[0].text, ", with one text tower for all stages"
+        parts.append(f"{format_parameters(image)} + {format_parameters(text)} parameters{suffix}")
     if s is not None and stage.weights:
         parts.append(f"logit scale {stage.weights.logit_scale:.1f}")
     elif subject.label == COMBINED and "logit_scale" in run.combination:
         scale, rows = math.exp(run.combination["logit_scale"]), run.combination["held_out_rows"]
         parts.append(f"logit scale {scale:.1f}, fitted on {rows:,} held-out pairs")
     return "; ".join(filter(None, parts))
-
-
-def _parameters(subject: _Subject, stages: Sequence[StageRecord]) -> str:
-    weights = [stage.weights for stage in stages if stage.weights]
-    if len(weights) < len(stages):
-        return ""
-    image, text = sum(each.image for each in weights), sum(each.text for each in weights)
-    if not subject.is_all_stages:
-        suffix = ""
-    elif subject.run.shares_text_tower:
-        text, suffix = weights[0].text, ", with one text tower for all stages"
-    else:
-        suffix = " over all stages"
-    return f"{format_parameters(image)} + {format_parameters(text)} parameters{suffix}"
 
 
 def _first_stage(run: RunRecord) -> str:
@@ -303,47 +289,15 @@ def _versus(subject: _Subject) -> Mapping[str, str]:
     run, nothing = subject.run, {"verdict": "", "better_stages": ""}
     if len(run.stages) == 1 or not subject.label:
         return nothing
-    found = differences(run, subject.label, "stage-0" if subject.is_all_stages else COMBINED)
+    found = scores.differences(run, subject.label, "stage-0" if subject.is_all_stages else COMBINED)
     if not found:
         return nothing
     better = []
     for label in run.labels[1:-1] if subject.is_all_stages else ():
-        against = differences(run, COMBINED, label)
+        against = scores.differences(run, COMBINED, label)
         names = [difference.name for difference in against if difference.is_main and difference.verdict == "worse"]
         better += [f"{label_title(label)} on {listed(names)}"] if names else []
-    return {"verdict": verdict_text(found), "better_stages": "; ".join(better)}
-
-
-def _usage(subject: _Subject) -> dict[str, Any]:
-    """Return the names in the code examples; not every library can load a branch, so a branch is downloaded first."""
-    repo = "" if subject.revision else subject.repo
-    return {
-        "form": subject.form,
-        "repo": repo,
-        "download": f"{json.dumps(subject.repo)}, revision={json.dumps(subject.revision)}" if subject.revision else "",
-        "mcl_clip": f"hf-hub:{repo}" if repo else FOLDER,
-        "open_clip": f"hf-hub:{repo}" if repo else f"local-dir:{FOLDER}",
-        "transformers": repo or FOLDER,
-        "sigmoid": subject.run.stages[0].train_settings.get("loss") == "siglip",
-    }
-
-
-def _sets(subject: _Subject) -> list[dict[str, str]]:
-    """Return the name, task, size and table of each set of the run."""
-    sets = []
-    for of_set in subject.run.results.values():
-        first = next(iter(of_set.values()))
-        sets.append(
-            {
-                "name": set_name(first),
-                "task": TASKS.get(first.record["task"], safe(first.record["task"])),
-                "size": sizes(first),
-                "dtype": safe(first.record["dtype"]),
-                "digest": safe(first.record["data_sha256"])[:16],
-                "table": set_table(of_set, subject.labels, subject.label),
-            }
-        )
-    return sets
+    return {"verdict": scores.verdict_text(found), "better_stages": "; ".join(better)}
 
 
 def _rivals(subject: _Subject) -> list[dict[str, Any]]:
@@ -353,7 +307,7 @@ def _rivals(subject: _Subject) -> list[dict[str, Any]]:
         others = [COMBINED]
     rivals = []
     for label in others:
-        found = differences(subject.run, subject.label, label)
+        found = scores.differences(subject.run, subject.label, label)
         worse: dict[str, list[str]] = {}
         for lost in found:
             if lost.verdict == "worse":
@@ -366,16 +320,3 @@ def _rivals(subject: _Subject) -> list[dict[str, Any]]:
         ]
         rivals.append({"label": label_title(label), "is_compared": bool(found), "worse": worse, "unclear": unclear})
     return rivals
-
-
-def _widest_interval(subject: _Subject) -> str:
-    """Return the width of the widest interval of a main metric and its set; empty where there are no intervals."""
-    widths = [
-        (ends[1] - ends[0], set_name(result))
-        for result in subject.results
-        if (ends := result.interval(result.main_metric))
-    ]
-    if not widths:
-        return ""
-    width, name = max(widths, key=lambda pair: pair[0])
-    return f"{100 * width:.1f} points, on {name}"
