@@ -28,21 +28,17 @@ from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG followed by further images
 MAX_KEY_LENGTH = 80  # a tar name holds 100 characters, extension included
-
-_CLEAN_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
+CLEAN_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
 
 Members = dict[str, str | bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`.
-
-    `image` is a JPEG, PNG or WebP file, stored as it is; empty if it is missing, which counts as a bad image.
-    """
+    """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`."""
 
     key: str
-    image: bytes
+    image: bytes  # a JPEG, PNG or WebP file, stored as it is; empty if it is missing, which counts as a bad image
     captions: Sequence[str]
     attributes: Mapping[str, Any] | None = None
 
@@ -95,7 +91,7 @@ def clean_key(name: str) -> str:
 
     If a character had to be replaced, or the name is too long, a hash of the name is appended.
     """
-    if _CLEAN_KEY.fullmatch(name):
+    if CLEAN_KEY.fullmatch(name):
         return name
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=6).hexdigest()
     return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[: MAX_KEY_LENGTH - 13]}-{digest}"
@@ -127,25 +123,18 @@ def write_pairs(
     total: int | None = None,
     max_bad_fraction: float = 0.01,
 ) -> ShardIndex:
-    """Write `out`/000000.tar and so on with an index beside them, and return the index.
+    """Write `out`/000000.tar and so on in the order of the samples, with an index beside them; return the index.
 
-    Samples without a usable image or caption are left out; a line at the end reports how many.
-
-    Args:
-        samples: In the order in which they are stored; keys as `clean_key` returns them, each once.
-        out: A folder that is empty or does not exist.
-        samples_per_shard: A shard also ends at 3 GB.
-        total: Number of samples, for the progress bar and to stop early.
-        max_bad_fraction: Largest share of the samples whose image may be missing or unreadable.
+    Samples without a usable image or caption are left out; a line at the end reports how many. A shard also ends at
+    3 GB. `total`, the number of samples, is for the progress bar and to stop early at too many bad images.
 
     Raises:
-        UserError: for an invalid or repeated key, too many bad images, or if no sample is left.
+        UserError: for an invalid or repeated key, more than `max_bad_fraction` of the images missing or unreadable, or
+            if no sample is left.
     """
     checks = _Checks(out, total, max_bad_fraction)
     with new_folder(out) as folder:
-        _write_shards(
-            filter(None, map(checks.members_of, checks.follow(samples))), folder, "%06d.tar", samples_per_shard
-        )
+        _write_shards(filter(None, map(checks.members_of, checks.follow(samples))), folder, "%06d", samples_per_shard)
         checks.finish()
         index = ShardIndex.build(expand_shards(folder))
         if len(index) != checks.images:
@@ -177,12 +166,8 @@ def write_retrieval_set(
                 yield {**members, "__key__": f"s{len(keys):07d}"}
                 keys.append(pair.key)
 
-    with new_folder(out) as folder:
-        _write_test_shards(numbered(), folder, samples_per_shard)
-        checks.finish()
-        _write_lines(folder / "dataset_type.txt", ["retrieval"])
-        _write_lines(folder / "keys.txt", keys)
-    return SetSize(checks.images, checks.captions)
+    files = {"dataset_type.txt": ["retrieval"], "keys.txt": keys}
+    return _write_test_set(numbered(), checks, samples_per_shard, files)
 
 
 def write_classification_set(
@@ -202,7 +187,16 @@ def write_classification_set(
     Raises:
         UserError: for a label without a class, a template without `{c}`, and as `write_pairs`.
     """
-    _check_names(classnames, templates)
+    for name in (*classnames, *templates):
+        if clean_captions([name]) != [name]:
+            raise UserError(f"the class name or template {name!r} is empty, padded or longer than a line; correct it")
+    if len(set(classnames)) < len(classnames):
+        raise UserError(f"class names must differ; got {', '.join(classnames)}")
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(f"the template {template!r} has no {{c}} for the class name; write 'a photo of a {{c}}'")
+    if not classnames or not templates:
+        raise UserError("a classification set needs at least one class name and one template")
     checks = _Checks(out, total)
 
     def numbered() -> Iterator[Members]:
@@ -213,12 +207,8 @@ def write_classification_set(
                 yield {extension: sample.image, "cls": str(sample.label).encode(), "__key__": f"s{checks.images:07d}"}
                 checks.images += 1
 
-    with new_folder(out) as folder:
-        _write_test_shards(numbered(), folder, samples_per_shard)
-        checks.finish()
-        _write_lines(folder / "classnames.txt", classnames)
-        _write_lines(folder / "zeroshot_classification_templates.txt", templates)
-    return SetSize(checks.images, 0)
+    files = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
+    return _write_test_set(numbered(), checks, samples_per_shard, files)
 
 
 @dataclass
@@ -259,7 +249,7 @@ class _Checks:
 
     def extension_of(self, key: str, image: bytes) -> str:
         """Check key and image of a sample; return the extension for the image, or an empty string if it is bad."""
-        if not _CLEAN_KEY.fullmatch(key):
+        if not CLEAN_KEY.fullmatch(key):
             raise UserError(
                 f"the key {key!r} is not 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-'; use clean_key(name)"
             )
@@ -296,6 +286,10 @@ class _Checks:
             )
 
 
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
+
+
 def _write_shards(samples: Iterable[Members], folder: Path, pattern: str, samples_per_shard: int) -> int:
     """Write tar files with fixed dates and owners, and return their number."""
     if samples_per_shard < 1:
@@ -309,7 +303,7 @@ def _write_shards(samples: Iterable[Members], folder: Path, pattern: str, sample
     settings: dict[str, Any] = {"mtime": 0, "user": "", "group": "", "mode": 0o444, "encoder": False, "verbose": 0}
     settings |= {"maxcount": samples_per_shard, "opener": opener, "post": lambda _: files[-1].close()}
     try:
-        with wds.ShardWriter(pattern, **settings) as writer:
+        with wds.ShardWriter(f"{pattern}.tar", **settings) as writer:
             for sample in samples:
                 writer.write(sample)
     finally:
@@ -318,28 +312,14 @@ def _write_shards(samples: Iterable[Members], folder: Path, pattern: str, sample
     return len(files)
 
 
-def _write_test_shards(samples: Iterable[Members], folder: Path, samples_per_shard: int) -> None:
-    (folder / "test").mkdir()
-    shards = _write_shards(samples, folder / "test", "%d.tar", samples_per_shard)
-    _write_lines(folder / "test" / "nshards.txt", [str(shards)])
-
-
-def _check_names(classnames: Sequence[str], templates: Sequence[str]) -> None:
-    for name in (*classnames, *templates):
-        if clean_captions([name]) != [name]:
-            raise UserError(f"the class name or template {name!r} is empty, padded or longer than a line; correct it")
-    if len(set(classnames)) < len(classnames):
-        raise UserError(f"class names must differ; got {', '.join(classnames)}")
-    for template in templates:
-        if "{c}" not in template:
-            raise UserError(f"the template {template!r} has no {{c}} for the class name; write 'a photo of a {{c}}'")
-    if not classnames or not templates:
-        raise UserError("a classification set needs at least one class name and one template")
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _format_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
+def _write_test_set(
+    samples: Iterable[Members], checks: _Checks, samples_per_shard: int, files: Mapping[str, Sequence[str]]
+) -> SetSize:
+    """Write a set of CLIP_benchmark: shards in test/, and lines of text in `files`, read once all samples are there."""
+    with new_folder(checks.out) as folder:
+        (folder / "test").mkdir()
+        shards = _write_shards(samples, folder / "test", "%d", samples_per_shard)
+        checks.finish()
+        for name, lines in {**files, "test/nshards.txt": [str(shards)]}.items():
+            (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return SetSize(checks.images, checks.captions)
