@@ -1,6 +1,5 @@
 """Export a run as a folder that others can load, verified by loading it back before it is kept."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from mcl_clip.core.distributed import random_words
 from mcl_clip.core.errors import UserError
-from mcl_clip.core.files import atomic_dir, read_jsonl, read_run_config
+from mcl_clip.core.files import append_jsonl, atomic_dir, read_jsonl, read_run_config
 from mcl_clip.model.clip import HUB, LOCAL, ClipBundle, create_clip, load_clip
 from mcl_clip.model.multistage import MultistageCLIP, normalized
 from mcl_clip.model.open_clip_io import write_open_clip_folder
@@ -62,10 +61,8 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "", revis
     """Export a run to `folder` atomically, replacing an earlier export, and verify it with each supported library.
 
     The run must be finished, or have trained the stage to export. The examples in the model card name `repo`, a
-    repository on the Hub, and the branch `revision` there.
-
-    Returns:
-        The largest difference of unit features between the model and the one loaded back, by library.
+    repository on the Hub, and the branch `revision` there. Returns the largest difference of unit features between
+    the model and the one loaded back, by library.
 
     Raises:
         UserError: if the options do not fit the run, `folder` holds something else, or the features differ.
@@ -79,10 +76,12 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "", revis
             differences = _write_multistage(run, temporary, export)
         else:
             differences = _write_single(_single_model(run, stages, export), temporary, export)
-        if records := _results(run, len(stages), export):
-            path = temporary / "eval" / "results.jsonl"
-            path.parent.mkdir()
-            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        if not export.average and export.wise_ft is None:  # the run evaluated no such models
+            folders = [*(run / f"stage-{s}" / "eval" for s in range(len(stages))), run / "combined"]
+            for record in (record for folder in folders for record in read_jsonl(folder / "results.jsonl")):
+                if export.is_multistage or record.get("label") == f"stage-{export.stage}":
+                    (temporary / "eval").mkdir(exist_ok=True)
+                    append_jsonl(temporary / "eval" / "results.jsonl", {**record, "outcomes": None})  # not exported
         text = card(
             run,
             form=export.form,
@@ -153,15 +152,13 @@ def _write_multistage(run: Path, folder: Path, export: Export) -> dict[str, floa
         raise TypeError(f"the combined model of {run} is a {type(model).__name__}")
     model.save(folder, compact=export.compact)
     write_transformers_files(folder, model)
-    expected = _features(model, model.image_transform, model.tokenizer)
+    inputs, loaded = (model.image_transform, model.tokenizer), MultistageCLIP.load(folder)
+    expected = _features(model, *inputs)
     stage_differences = [
-        _difference(
-            _open_clip_features(folder / f"stage_{s}"), _features(stage, model.image_transform, model.tokenizer)
-        )
+        _difference(_open_clip_features(folder / f"stage_{s}"), _features(stage, *inputs))
         for s, stage in enumerate(model.stages)
         if s == 0 or not export.compact  # plain open_clip does not load the other stages of a compact export
     ]
-    loaded = MultistageCLIP.load(folder)
     return {
         "mcl_clip": _difference(_features(loaded, loaded.image_transform, loaded.tokenizer), expected),
         "open_clip": max(stage_differences),
@@ -172,6 +169,7 @@ def _write_multistage(run: Path, folder: Path, export: Export) -> dict[str, floa
 def _write_single(clip: ClipBundle, folder: Path, export: Export) -> dict[str, float]:
     from mcl_clip.publish.hf_clip import transformers_features, write_clip_model  # imports for a second
 
+    inputs = clip.image_transform, clip.tokenizer
     if export.as_transformers:
         write_clip_model(folder, clip)
         size = clip.preprocess_cfg["size"]
@@ -182,12 +180,11 @@ def _write_single(clip: ClipBundle, folder: Path, export: Export) -> dict[str, f
         }
         return {
             library: _difference(
-                transformers_features(folder, batch, CHECK_TEXTS),
-                _features(clip.model, clip.image_transform, clip.tokenizer, batch),
+                transformers_features(folder, batch, CHECK_TEXTS), _features(clip.model, *inputs, batch)
             )
             for library, batch in images.items()
         }
-    expected = _features(clip.model, clip.image_transform, clip.tokenizer)
+    expected = _features(clip.model, *inputs)
     write_open_clip_folder(
         folder, clip.model, model_cfg=clip.model_cfg, preprocess_cfg=clip.preprocess_cfg, tokenizer=clip.tokenizer
     )
@@ -268,17 +265,6 @@ def _weights_text(stages: Sequence[object], export: Export) -> str:
     base = f"the weights of {Path(export.base).name}" if export.base else "the weights that the run started from"
     tuned = mean or f"those of stage {export.stage}"
     return f"{1 - export.wise_ft:g} of {base} and {export.wise_ft:g} of {tuned} (WiSE-FT)"
-
-
-def _results(run: Path, num_stages: int, export: Export) -> list[dict[str, object]]:
-    """Collect the records of the exported model and, for a multistage one, of its stages."""
-    if export.average or export.wise_ft is not None:
-        return []  # the run evaluated no such model
-    folders = [*(run / f"stage-{s}" / "eval" for s in range(num_stages)), run / "combined"]
-    records = [record for folder in folders for record in read_jsonl(folder / "results.jsonl")]
-    label = None if export.stage is None else f"stage-{export.stage}"
-    # The files of outcomes are not exported.
-    return [{**record, "outcomes": None} for record in records if label in (None, record.get("label"))]
 
 
 def _open_clip_features(folder: Path) -> Features:

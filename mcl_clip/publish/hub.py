@@ -27,7 +27,6 @@ from mcl_clip.core.errors import UserError
 MARKER = "<!-- written by mcl_clip: remove this line to keep your own edits -->"
 README = "README.md"
 MAIN = "main"
-MODEL_CONFIGS = {"mcl_clip_config.json", "open_clip_config.json"}
 NEW_REPOSITORY_FILES = {".gitattributes", ".gitignore", README, "LICENSE"}  # what the website creates
 _TOKENIZER = (
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -166,15 +165,10 @@ def upload(
 
 def _open_repository(api: HfApi, repo: str, revision: str, private: bool) -> ModelInfo:
     """Return the state of `revision`; create repository and branch if needed, after all checks have passed."""
-
-    def find(revision: str | None) -> ModelInfo | None:
-        try:
-            return api.model_info(repo, revision=revision)
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            return None
-
-    repository = find(None)
-    branch = find(revision) if repository and revision != MAIN else repository
+    repository = branch = None
+    with suppress(RepositoryNotFoundError, RevisionNotFoundError):
+        repository = api.model_info(repo)
+        branch = api.model_info(repo, revision=revision) if revision != MAIN else repository
     if repository:
         _check_content(api, repo, branch or repository)
         if private and not repository.private:
@@ -195,7 +189,7 @@ def _check_content(api: HfApi, repo: str, info: ModelInfo) -> None:
     """Raise a UserError if a repository has files, but no CLIP model of ours, of open_clip or of transformers."""
     files = _files_of(info)
     others = sorted(files - NEW_REPOSITORY_FILES)
-    if not others or files & MODEL_CONFIGS:
+    if not others or files & {"mcl_clip_config.json", "open_clip_config.json"}:
         return
     if "config.json" in files:
         with suppress(ValueError):
@@ -255,11 +249,10 @@ def _explain(api: HfApi, repo: str, token: str, error: Exception) -> str | None:
     chain: list[BaseException] = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    libraries = [type(cause).__module__.partition(".")[0] for cause in chain]
-    for cause, library in zip(chain, libraries, strict=True):
+    for cause in chain:
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(cause, PermissionError) and library == "hf_xet":  # the Xet store has errors of its own
-            status = 403
+        if isinstance(cause, PermissionError) and type(cause).__module__.startswith("hf_xet"):
+            status = 403  # the Xet store has errors of its own
         if status is None:
             continue
         if status == 400 and README in str(error):
@@ -271,9 +264,9 @@ def _explain(api: HfApi, repo: str, token: str, error: Exception) -> str | None:
             remedy = REMEDIES.get(status, default).format(owner=repo.split("/")[0], endpoint=api.endpoint)
         answer = one_line(getattr(cause, "server_message", None) or "")
         return f"{repo}: {remedy}" + (f" (the Hub says: {answer})" if answer else "")
-    for cause, library in zip(chain, libraries, strict=True):
+    for cause in chain:
         is_network_error = isinstance(cause, ConnectionError | TimeoutError | LocalEntryNotFoundError)
-        if is_network_error or library in HTTP_LIBRARIES:
+        if is_network_error or type(cause).__module__.partition(".")[0] in HTTP_LIBRARIES:
             reason = one_line(QUERY_STRINGS.sub("", str(cause)) or type(cause).__name__)
             return f"{repo}: the connection to {api.endpoint} failed ({reason}); {RESUME}"
     return None
