@@ -187,16 +187,7 @@ def write_classification_set(
     Raises:
         UserError: for a label without a class, a template without `{c}`, and as `write_pairs`.
     """
-    for name in (*classnames, *templates):
-        if clean_captions([name]) != [name]:
-            raise UserError(f"the class name or template {name!r} is empty, padded or longer than a line; correct it")
-    if len(set(classnames)) < len(classnames):
-        raise UserError(f"class names must differ; got {', '.join(classnames)}")
-    for template in templates:
-        if "{c}" not in template:
-            raise UserError(f"the template {template!r} has no {{c}} for the class name; write 'a photo of a {{c}}'")
-    if not classnames or not templates:
-        raise UserError("a classification set needs at least one class name and one template")
+    _check_names(classnames, templates)
     checks = _Checks(out, total)
 
     def numbered() -> Iterator[Members]:
@@ -209,6 +200,19 @@ def write_classification_set(
 
     files = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
     return _write_test_set(numbered(), checks, samples_per_shard, files)
+
+
+def _check_names(classnames: Sequence[str], templates: Sequence[str]) -> None:
+    for name in (*classnames, *templates):
+        if clean_captions([name]) != [name]:
+            raise UserError(f"the class name or template {name!r} is empty, padded or longer than a line; correct it")
+    if len(set(classnames)) < len(classnames):
+        raise UserError(f"class names must differ; got {', '.join(classnames)}")
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(f"the template {template!r} has no {{c}} for the class name; write 'a photo of a {{c}}'")
+    if not classnames or not templates:
+        raise UserError("a classification set needs at least one class name and one template")
 
 
 @dataclass
