@@ -15,13 +15,12 @@ from typing import Annotated, Any, Literal
 import datasets
 import fsspec
 import tyro
+from from_table import as_captions, split_names, write_splits
 
 from mcl_clip.core.errors import UserError, run_program
-from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
+from mcl_clip.data.writing import Pair, refuse_non_empty
 
 Builder = Literal["auto", "disk", "imagefolder", "parquet", "json"]
-
-_MARKS_OF_DISK = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
 
 
 def open_split(source: str, builder: Builder, config: str | None, split: str) -> Any:
@@ -31,7 +30,9 @@ def open_split(source: str, builder: Builder, config: str | None, split: str) ->
         UserError: if there is no such data set or split.
     """
     folder = Path(source)
-    if builder == "auto" and any((folder / mark).exists() for mark in _MARKS_OF_DISK):
+    if builder == "auto" and any(
+        (folder / name).exists() for name in ("dataset_dict.json", "state.json")
+    ):  # of save_to_disk
         builder = "disk"
     if builder != "auto" and not folder.is_dir():
         raise UserError(f"--builder {builder} needs a local folder; {source} is none")
@@ -65,13 +66,8 @@ def read_pairs(dataset: Any, *, image_column: str, caption_column: str, root: Pa
     dataset = dataset.select_columns([image_column, caption_column])
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     for number, row in enumerate(dataset):
-        captions = row[caption_column] if isinstance(row[caption_column], list) else [row[caption_column]]
-        if not all(isinstance(caption, str | None) for caption in captions):
-            raise UserError(
-                f"row {number} has {captions!r} in {caption_column!r}; a caption must be text or a list of texts"
-            )
-        image = image_bytes(row[image_column], root)
-        yield Pair(key=f"{number:08d}", image=image, captions=[caption or "" for caption in captions])
+        captions = as_captions(row[caption_column], number, caption_column)
+        yield Pair(key=f"{number:08d}", image=image_bytes(row[image_column], root), captions=captions)
 
 
 def image_bytes(value: dict[str, Any] | None, root: Path) -> bytes:
@@ -121,31 +117,26 @@ def make_from_hf(
         UserError: for unknown data sets, splits or columns, too many bad images, or a folder that is not empty.
     """
     refuse_non_empty(out)
-    wanted = list(dict.fromkeys(name.strip() for name in [split, *retrieval_splits.split(",")] if name.strip()))
-    if not wanted:
-        raise UserError("--split is empty and there are no --retrieval-splits; name at least one split")
+    wanted = split_names(split, retrieval_splits)
     if max_samples is not None and max_samples < 1:
         raise UserError(f"--max-samples is {max_samples}; it must be at least 1")
     opened = {name: open_split(source, builder, config, name) for name in wanted}
-    reports = []
-    with new_folder(out) as folder:
-        for name, dataset in opened.items():
-            pairs = read_pairs(
-                dataset, image_column=image_column, caption_column=caption_column, root=Path(source).absolute()
-            )
-            options: dict[str, Any] = {
-                "samples_per_shard": samples_per_shard,
-                "total": _row_count(dataset, name, max_samples),
-                "max_bad_fraction": max_bad_fraction,
-            }
-            place = folder / clean_key(name)
-            if name == split:
-                index = write_pairs(islice(pairs, max_samples), place, **options)
-                reports.append(f"{place.name}/ {len(index)} pairs in {len(index.shards)} shards")
-            else:
-                size = write_retrieval_set(islice(pairs, max_samples), place, **options)
-                reports.append(f"{place.name}/ {size.images} images with {size.captions} captions (retrieval)")
-    print(f"{out}: {', '.join(reports)}")
+    pairs = {
+        name: read_pairs(
+            dataset, image_column=image_column, caption_column=caption_column, root=Path(source).absolute()
+        )
+        for name, dataset in opened.items()
+    }
+    write_splits(
+        {
+            name: (islice(pairs[name], max_samples), _row_count(dataset, name, max_samples))
+            for name, dataset in opened.items()
+        },
+        out,
+        train=split,
+        samples_per_shard=samples_per_shard,
+        max_bad_fraction=max_bad_fraction,
+    )
 
 
 def _row_count(dataset: Any, split: str, max_samples: int | None) -> int | None:

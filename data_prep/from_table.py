@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -30,11 +30,10 @@ from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty,
 
 Row = dict[str, Any]
 Splits = dict[str, dict[str, list[str]]]  # split -> image -> captions
+READ_AHEAD = 64
 
-_READ_AHEAD = 64
 
-
-def read_rows(table: Path, columns: Iterable[str]) -> Iterator[Row]:
+def read_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a table, in order, with at least `columns`.
 
     A TSV has no quotes: a quotation mark in it is part of the text.
@@ -45,7 +44,7 @@ def read_rows(table: Path, columns: Iterable[str]) -> Iterator[Row]:
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
     if table.suffix.lower() not in readers:
         raise UserError(f"{table} does not end in one of {', '.join(readers)}; convert it to one of them")
-    yield from readers[table.suffix.lower()](table, list(columns))
+    yield from readers[table.suffix.lower()](table, columns)
 
 
 def group_rows(rows: Iterable[Row], *, image_column: str, caption_column: str, split_column: str | None) -> Splits:
@@ -59,8 +58,19 @@ def group_rows(rows: Iterable[Row], *, image_column: str, caption_column: str, s
         if not isinstance(image, str) or not image:
             raise UserError(f"row {number} has {image!r} in column {image_column!r}; it must be the path of an image")
         group = splits.setdefault(str(row[split_column]) if split_column else "all", {}).setdefault(image, [])
-        group.extend(_captions(captions, number, caption_column))
+        group.extend(as_captions(captions, number, caption_column))
     return splits
+
+
+def as_captions(value: Any, number: int, column: str) -> list[str]:
+    """Return the captions of a row: a string or a list of strings, either of which may be null."""
+    captions = value if isinstance(value, list) else [value]
+    for caption in captions:
+        if not isinstance(caption, str | None):
+            raise UserError(
+                f"row {number} has {caption!r} in column {column!r}; a caption must be text or a list of texts"
+            )
+    return [caption or "" for caption in captions]
 
 
 def shrink(data: bytes, max_side_px: int) -> bytes:
@@ -126,34 +136,66 @@ def make_from_table(
     columns = [image_column, caption_column, *([split_column] if split_column else [])]
     rows = read_rows(table, columns)
     splits = group_rows(rows, image_column=image_column, caption_column=caption_column, split_column=split_column)
-    retrieval = [name.strip() for name in retrieval_splits.split(",") if name.strip()]
+    wanted = split_names(split, retrieval_splits)
     if split_column is None:
-        if retrieval:
+        if wanted != [split]:
             raise UserError(
                 f"--retrieval-splits {retrieval_splits} needs --split-column; without it there is one split"
             )
         splits = {split: splits["all"]} if splits else {}
-    wanted = _wanted_splits(splits, split, retrieval)
+    for name in wanted:
+        if name not in splits:
+            raise UserError(f"there is no split {name!r} in the table; its splits are {', '.join(splits) or 'none'}")
+    owners = Counter(image for name in wanted for image in splits[name])
+    if shared := [image for image, count in owners.items() if count > 1]:
+        print(f"warning: {len(shared)} images are in more than one of the splits {', '.join(wanted)}, e.g. {shared[0]}")
     root = images_root if images_root is not None else table.parent
+    write_splits(
+        {name: (_read_pairs(splits[name], root, max_side_px, threads), len(splits[name])) for name in wanted},
+        out,
+        train=split,
+        samples_per_shard=samples_per_shard,
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+def split_names(split: str, retrieval_splits: str) -> list[str]:
+    """Return the names of the training split and the retrieval splits.
+
+    Raises:
+        UserError: if there is none, or a split is both.
+    """
+    retrieval = [name.strip() for name in retrieval_splits.split(",") if name.strip()]
+    if split and split in retrieval:
+        raise UserError(
+            f"the split {split!r} is both --split and in --retrieval-splits; train and test on different rows"
+        )
+    if not split and not retrieval:
+        raise UserError("--split is empty and there are no --retrieval-splits; name at least one split")
+    return list(dict.fromkeys(filter(None, [split, *retrieval])))
+
+
+def write_splits(
+    splits: Mapping[str, tuple[Iterator[Pair], int | None]], out: Path, *, train: str, **options: Any
+) -> None:
+    """Write the split `train` as training shards and the others as retrieval sets; print their sizes.
+
+    Each split is its samples and their number, if known; `options` are those of `write_pairs`.
+    """
     reports = []
     with new_folder(out) as folder:
-        for name in wanted:
-            pairs = _read_pairs(splits[name], root, max_side_px, threads)
-            options: dict[str, Any] = {
-                "samples_per_shard": samples_per_shard,
-                "total": len(splits[name]),
-                "max_bad_fraction": max_bad_fraction,
-            }
-            if name == split:
-                index = write_pairs(pairs, folder / name, **options)
-                reports.append(f"{name}/ {len(index)} pairs in {len(index.shards)} shards")
+        for name, (pairs, total) in splits.items():
+            path = folder / clean_key(name)
+            if name == train:
+                index = write_pairs(pairs, path, total=total, **options)
+                reports.append(f"{path.name}/ {len(index)} pairs in {len(index.shards)} shards")
             else:
-                size = write_retrieval_set(pairs, folder / name, **options)
-                reports.append(f"{name}/ {size.images} images with {size.captions} captions (retrieval)")
+                size = write_retrieval_set(pairs, path, total=total, **options)
+                reports.append(f"{path.name}/ {size.images} images with {size.captions} captions (retrieval)")
     print(f"{out}: {', '.join(reports)}")
 
 
-def _csv_rows(table: Path, columns: list[str]) -> Iterator[Row]:
+def _csv_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
     dialect: dict[str, Any] = {"strict": True}
     if table.suffix.lower() == ".tsv":
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -175,7 +217,7 @@ def _csv_rows(table: Path, columns: list[str]) -> Iterator[Row]:
         raise UserError(f"{table} is not a UTF-8 table with a header ({error}); save it as one") from error
 
 
-def _json_rows(table: Path, columns: list[str]) -> Iterator[Row]:
+def _json_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
     with table.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -190,7 +232,7 @@ def _json_rows(table: Path, columns: list[str]) -> Iterator[Row]:
             yield row
 
 
-def _parquet_rows(table: Path, columns: list[str]) -> Iterator[Row]:
+def _parquet_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(table)
         _check_columns(table, columns, file.schema_arrow.names)
@@ -200,41 +242,10 @@ def _parquet_rows(table: Path, columns: list[str]) -> Iterator[Row]:
         raise UserError(f"{table} is not a whole Parquet file ({error}); make it anew") from error
 
 
-def _check_columns(table: Path, columns: list[str], there: list[str], place: str = "") -> None:
+def _check_columns(table: Path, columns: Sequence[str], there: Sequence[str], place: str = "") -> None:
     for column in columns:
         if column not in there:
             raise UserError(f"{table}{place} has no column {column!r}; its columns are {', '.join(there)}")
-
-
-def _captions(value: Any, number: int, column: str) -> list[str]:
-    captions = value if isinstance(value, list) else [value]
-    for caption in captions:
-        if not isinstance(caption, str | None):
-            raise UserError(
-                f"row {number} has {caption!r} in column {column!r}; a caption must be text or a list of texts"
-            )
-    return [caption or "" for caption in captions]
-
-
-def _wanted_splits(splits: Splits, split: str, retrieval: list[str]) -> list[str]:
-    wanted = list(dict.fromkeys([*([split] if split else []), *retrieval]))
-    if split and split in retrieval:
-        raise UserError(
-            f"the split {split!r} is both --split and in --retrieval-splits; train and test on different rows"
-        )
-    if not wanted:
-        raise UserError("--split is empty and there are no --retrieval-splits; name at least one split")
-    for name in wanted:
-        if name not in splits:
-            raise UserError(f"there is no split {name!r} in the table; its splits are {', '.join(splits) or 'none'}")
-        if clean_key(name) != name:
-            raise UserError(
-                f"the split {name!r} cannot be the name of a folder; rename it to letters, digits, '_' and '-'"
-            )
-    owners = Counter(image for name in wanted for image in splits[name])
-    if shared := [image for image, count in owners.items() if count > 1]:
-        print(f"warning: {len(shared)} images are in more than one of the splits {', '.join(wanted)}, e.g. {shared[0]}")
-    return wanted
 
 
 def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int | None, threads: int) -> Iterator[Pair]:
@@ -247,17 +258,12 @@ def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int 
 
     items, used = iter(captions_of.items()), set[str]()
     with ThreadPoolExecutor(threads) as pool:
-        while chunk := list(islice(items, _READ_AHEAD)):
+        while chunk := list(islice(items, READ_AHEAD)):
             for name, data, captions in pool.map(read, chunk):
-                key = _key_of(name, used)
+                key = clean_key(os.path.splitext(name)[0])
+                key = key if key not in used else clean_key(name)
                 used.add(key)
                 yield Pair(key=key, image=data, captions=captions)
-
-
-def _key_of(name: str, used: set[str]) -> str:
-    """Return the path without its suffix if that key is still free, else the whole path."""
-    key = clean_key(os.path.splitext(name)[0])
-    return key if key not in used else clean_key(name)
 
 
 if __name__ == "__main__":
