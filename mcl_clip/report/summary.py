@@ -1,11 +1,12 @@
 """Summarize a run: its state, what each stage has learned in sentences and as heat maps, and its main results."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mcl_clip.report.thumbnails import Thumbnails
 from mcl_clip.report.view import RunView, Section, as_markup
-from mcl_clip.results.record import COMBINED, PHASES, Result, RunRecord
+from mcl_clip.results.record import COMBINED, PHASES, Result, RunRecord, StageRecord
 from mcl_clip.results.scores import LINEAR_PROBE, agreement_text, compare, headline_metrics, verdict
 from mcl_clip.results.text import (
     CONTROLS,
@@ -21,6 +22,16 @@ from mcl_clip.results.training import machine_rows, stage_rows
 
 HIGH_SKILL, LOW_SKILL = 0.8, 0.3  # 0 is chance, 1 is all right
 MAX_NAMES = 4  # sets that a sentence lists
+STAGE_CHANGES = {
+    "better": "It encodes {} better than {}.",
+    "lost": "It no longer encodes {}: what the pairs of a group share cannot lower its loss.",
+    "worse": "It encodes {} less well than {}.",
+}
+COMBINED_CHANGES = {
+    "better": "They are better than the best single stage on {}.",
+    "worse": "They are worse than the best single stage on {}.",
+    "": "There is no clear difference from the best single stage on {}.",
+}
 HEAT_MAPS = {
     LINEAR_PROBE: ("Linear probe", "what the image features encode, whatever words would find it"),
     "acc1": ("Zero-shot", "what the class names find"),
@@ -35,15 +46,18 @@ def section(view: RunView, thumbnails: Thumbnails) -> Section:  # noqa: ARG001
     data = ""
     if index is not None:
         size = format_bytes(sum(shard.size for shard in index.shards))
-        data = f" on {len(index):,} pairs ({len(index.shards)} shards, {size})"
-    lead = f"{count} stage{'s' * (count > 1)}{data}, {_progress(run)}."
+        data = f" on {len(index):,} pairs ({len(index.shards):,} shard{'s' * (len(index.shards) != 1)}, {size})"
+    unfinished = [f"at {stage.folder.name}/{phase}" for stage in run.stages if (phase := _next_phase(stage))]
+    progress = "finished" if run.is_finished else f"not finished: {[*unfinished, 'the stages are not combined yet'][0]}"
+    lead = f"{count} stage{'s' * (count > 1)}{data}, {progress}."
     if seconds is not None:
         lead += f" Training took {format_duration(seconds)}{'' if run.is_finished else ' so far'}."
     content = {
         "lead": lead,
         "control": f"This run is a control: {control}." if control else "",
         "stages": [
-            {"number": s, "state": _stage_state(run, s), "sentences": stage_sentences(run, s)} for s in range(count)
+            {"number": s, "state": _stage_state(stage), "sentences": stage_sentences(run, s)}
+            for s, stage in enumerate(run.stages)
         ],
         "combined": combined_sentences(run),
         "results": _results(run),
@@ -53,24 +67,16 @@ def section(view: RunView, thumbnails: Thumbnails) -> Section:  # noqa: ARG001
     return Section(name="summary", title="Summary", content=content)
 
 
-def _progress(run: RunRecord) -> str:
-    if run.is_finished:
-        return "finished"
-    for stage in run.stages:
-        for phase in PHASES:
-            if stage.state(phase) != "done":
-                return f"not finished: at {stage.folder.name}/{phase}"
-    return "not finished: the stages are not combined yet"
-
-
-def _stage_state(run: RunRecord, s: int) -> str:
+def _next_phase(stage: StageRecord) -> str:
     """Return the first phase of a stage that is not done; empty for a finished stage."""
-    stage = run.stages[s]
-    phase = next((phase for phase in PHASES if stage.state(phase) != "done"), None)
-    if phase is None:
-        return ""
+    return next((phase for phase in PHASES if stage.state(phase) != "done"), "")
+
+
+def _stage_state(stage: StageRecord) -> str:
+    """Say how far a stage is; empty for a finished stage."""
+    phase = _next_phase(stage)
     if phase != "train":
-        return f"trained; next phase: {phase}"
+        return f"trained; next phase: {phase}" if phase else ""
     total = stage.train_settings.get("steps", 0)
     return f"in training: step {stage.steps[-1]['step']:,} of {total:,}" if stage.steps else "not started"
 
@@ -91,11 +97,14 @@ def stage_sentences(run: RunRecord, stage: int) -> list[str]:
     """Say what a stage has learned, by its results and its clusters; empty before it is evaluated."""
     label, before = f"stage-{stage}", f"stage-{stage - 1}"
     results = [of_set[label] for of_set in run.results.values() if label in of_set]
+    with_classes = [result for result in results if skill(result, _class_metric(result)) is not None]
     if stage == 0:
-        sentences = [*_skill_sentences(results)]
+        sentences = _skill_sentences(with_classes)
     else:
-        both = [(of_set[label], of_set[before]) for of_set in run.results.values() if {label, before} <= of_set.keys()]
-        sentences = [*_change_sentences(both, stage - 1)]
+        pairs = [(r, of_set[before]) for r in with_classes if before in (of_set := run.results[r.record["key"]])]
+        sentences = _change_sentences(pairs, f"stage {stage - 1}", STAGE_CHANGES)
+        if pairs and not sentences:
+            sentences = [f"There is no clear difference from stage {stage - 1} in what it encodes."]
     for result in results:
         if result.main_metric == "mean_recall@1":
             at_10 = [result.value(f"{side}_retrieval_recall@10") for side in ("image", "text")]
@@ -110,58 +119,39 @@ def stage_sentences(run: RunRecord, stage: int) -> list[str]:
     return sentences
 
 
-def _skill_sentences(results: Sequence[Result]) -> Iterator[str]:
+def combined_sentences(run: RunRecord) -> list[str]:
+    """Compare all stages together with the best single one; empty before they are evaluated."""
+    pairs = []
+    for of_set in run.results.values():
+        stages = [result for label, result in of_set.items() if label != COMBINED]
+        if (combined := of_set.get(COMBINED)) and len(stages) > 1:
+            metric = _class_metric(combined)
+            pairs.append((combined, max(stages, key=lambda result: result.value(metric) or 0.0)))
+    return _change_sentences(pairs, "best stage", COMBINED_CHANGES)
+
+
+def _skill_sentences(results: Sequence[Result]) -> list[str]:
     """Say how well a first stage encodes the classes of each set."""
     grades: dict[str, list[str]] = {"encodes": [], "partly encodes": [], "hardly encodes": []}
     for result in results:
         metric = _class_metric(result)
-        level = skill(result, metric)
-        if level is not None:
-            grade = "encodes" if level >= HIGH_SKILL else "hardly encodes" if level <= LOW_SKILL else "partly encodes"
-            grades[grade].append(f"{result.dataset} ({_percent(result, metric)})")
-    if clauses := [f"{grade} {_listed(names)}" for grade, names in grades.items() if names]:
-        yield f"It {', '.join(clauses)}."
+        level = skill(result, metric) or 0.0
+        grade = "encodes" if level >= HIGH_SKILL else "hardly encodes" if level <= LOW_SKILL else "partly encodes"
+        grades[grade].append(f"{result.dataset} ({_percent(result, metric)})")
+    clauses = [f"{grade} {_listed(names)}" for grade, names in grades.items() if names]
+    return [f"It {', '.join(clauses)}."] if clauses else []
 
 
-def _change_sentences(results: Sequence[tuple[Result, Result]], earlier: int) -> Iterator[str]:
-    """Say what a later stage encodes better or worse than the one before, where the difference is clear."""
-    names: dict[str, list[str]] = {"better": [], "lost": [], "worse": [], "": []}
-    for result, old in results:
+def _change_sentences(pairs: Iterable[tuple[Result, Result]], other: str, sentences: Mapping[str, str]) -> list[str]:
+    """Say on which sets a model is better or worse than `other`, where the difference is clear."""
+    names = defaultdict(list)
+    for result, old in pairs:
         metric = _class_metric(result)
-        now, then = skill(result, metric), skill(old, metric)
-        if now is not None:
-            change = verdict(compare(result, old, metric))
-            if change == "worse" and then is not None and now <= LOW_SKILL < HIGH_SKILL / 2 <= then:
-                change = "lost"
-            values = f"{_percent(result, metric)}, stage {earlier}: {_percent(old, metric)}"
-            names[change].append(f"{result.dataset} ({values})")
-    if names["better"]:
-        yield f"It encodes {_listed(names['better'])} better than stage {earlier}."
-    if names["lost"]:
-        yield f"It no longer encodes {_listed(names['lost'])}: what the pairs of a group share cannot lower its loss."
-    if names["worse"]:
-        yield f"It encodes {_listed(names['worse'])} less well than stage {earlier}."
-    if names[""] and not (names["better"] or names["lost"] or names["worse"]):
-        yield f"There is no clear difference from stage {earlier} in what it encodes."
-
-
-def combined_sentences(run: RunRecord) -> list[str]:
-    """Compare all stages together with the best single one; empty before they are evaluated."""
-    names: dict[str, list[str]] = {"better": [], "worse": [], "": []}
-    for of_set in run.results.values():
-        stages = [result for label, result in of_set.items() if label != COMBINED]
-        if COMBINED in of_set and len(stages) > 1:
-            combined = of_set[COMBINED]
-            metric = _class_metric(combined)
-            best = max(stages, key=lambda result: result.value(metric) or 0.0)
-            values = f"{_percent(combined, metric)}, best stage: {_percent(best, metric)}"
-            names[verdict(compare(combined, best, metric))].append(f"{combined.dataset} ({values})")
-    sentences = {
-        "better": "They are better than the best single stage on {}.",
-        "worse": "They are worse than the best single stage on {}.",
-        "": "There is no clear difference from the best single stage on {}.",
-    }
-    return [sentences[change].format(_listed(of_change)) for change, of_change in names.items() if of_change]
+        change, now, then = verdict(compare(result, old, metric)), skill(result, metric), skill(old, metric)
+        has_lost = now is not None and then is not None and now <= LOW_SKILL < HIGH_SKILL / 2 <= then
+        change = "lost" if change == "worse" and has_lost and "lost" in sentences else change
+        names[change].append(f"{result.dataset} ({_percent(result, metric)}, {other}: {_percent(old, metric)})")
+    return [sentence.format(_listed(names[change]), other) for change, sentence in sentences.items() if change in names]
 
 
 def skill(result: Result, metric: str) -> float | None:

@@ -42,11 +42,7 @@ class Thumbnails:
     """Images that sections request, the most important first, and their small copies once these are encoded."""
 
     def __init__(self, loaders: Mapping[str, ImageLoader]) -> None:
-        """Start without images.
-
-        Args:
-            loaders: load images by number, by source: `TRAINING` or the name of an evaluation set.
-        """
+        """Start without images; `loaders` load them by number, for `TRAINING` and evaluation sets by name."""
         self._loaders = loaders
         self._requested: dict[tuple[str, int], None] = {}
         self._uris: dict[tuple[str, int], str] = {}
@@ -109,27 +105,18 @@ def training_images(reader: Reader) -> ImageLoader:
 
 def task_images(task: Task) -> ImageLoader | None:
     """Return a loader of the images of an evaluation set; None for a task that does not expose them."""
-    source = image_source(task)
+    data = getattr(task, "data", None)
+    sources = [getattr(data, name, None) for name in ("source", "reader", "images")]
+    source = next((source for source in sources if isinstance(source, Reader | ImageSource)), None)
     if source is None:
         return None
+    images = (ReaderImages(source) if isinstance(source, Reader) else source).images
 
     def load(numbers: Sequence[int]) -> Iterator[Image.Image | None]:
         for number in numbers:
             try:
-                yield from source.images(np.array([number]))
+                yield from images(np.array([number]))
             except UserError:
                 yield None
 
     return load
-
-
-def image_source(task: Task) -> ImageSource | None:
-    """Return the images of an evaluation set; None for a task that does not expose them."""
-    data = getattr(task, "data", None)
-    for name in ("source", "reader", "images"):
-        source = getattr(data, name, None)
-        if isinstance(source, Reader):
-            return ReaderImages(source)
-        if isinstance(source, ImageSource):
-            return source
-    return None
