@@ -117,21 +117,16 @@ def data_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # no
         return None
     captions = [texts for texts in view.sample.captions if texts]
     words = [len(text.split()) for texts in captions for text in texts]
-    sides = _image_sides(view)
     plots = [
         _histogram(words, "words per caption", "captions"),
         _histogram([len(texts) for texts in captions], "captions per image", "images"),
-        _histogram(sides, "shorter side of the image, pixels", "images"),
-        *(_group_plot(s, stage.groups) for s, stage in enumerate(view.run.stages)),
+        _histogram(_image_sides(view), "shorter side of the image, pixels", "images"),
     ]
-    content = {
-        "rows": as_markup(data_rows(view.run)),
-        "losses": _losses(view),
-        "plots": [plot for plot in plots if plot],
-        "caption_pairs": len(view.sample.rows) if captions else 0,
-        "measured_images": len(sides),
-    }
-    return Section(name="data", title="Data", content=content)
+    for s, stage in enumerate(view.run.stages):
+        sizes = [group["size"] for group in stage.groups.get("groups", ())]
+        plots.append(_histogram(sizes, f"pairs per group, stage {s}", "groups", SERIES[s % len(SERIES)]))
+    rows, shown = as_markup(data_rows(view.run)), [plot for plot in plots if plot]
+    return Section(name="data", title="Data", content={"rows": rows, "losses": _losses(view), "plots": shown})
 
 
 def _losses(view: RunView) -> list[list[str]]:
@@ -140,15 +135,9 @@ def _losses(view: RunView) -> list[list[str]]:
     for s, stage in enumerate(view.run.stages):
         if stage.steps or stage.groups:
             reasons = dict(Counter(stage.bad_rows.values()).most_common())
-            rows.append(
-                [
-                    f"stage {s}",
-                    count_text(reasons) or "none",
-                    f"{stage.groups.get('rows_relaxed', 0):,} pairs",
-                    f"{stage.total('rows_without_weight'):,}",
-                    f"{stage.total('duplicates'):,}",
-                ]
-            )
+            merged = f"{stage.groups.get('rows_relaxed', 0):,} pairs"
+            totals = (f"{stage.total(counter):,}" for counter in ("rows_without_weight", "duplicates"))
+            rows.append([f"stage {s}", count_text(reasons) or "none", merged, *totals])
     return rows if len(rows) > 1 else []
 
 
@@ -167,30 +156,19 @@ def _image_sides(view: RunView) -> list[int]:
     return sides
 
 
-def _histogram(values: Sequence[int], title: str, unit: str) -> dict[str, Any] | None:
+def _histogram(values: Sequence[int], title: str, unit: str, color: str = SERIES[0]) -> dict[str, Any] | None:
     """Plot a histogram up to the 99th percentile; None where all values are equal."""
     if not values or min(values) == max(values):
         return None
     numbers = np.array(values)
     first, last = int(numbers.min()), int(np.quantile(numbers, 0.99)) + 1
-    edges = np.arange(first, last + 2) - 0.5 if last - first < 40 else np.linspace(first, last, 41)
+    edges = (
+        np.arange(first, last + 2) - 0.5 if last - first < 40 else np.linspace(first, last, min(40, len(values)) + 1)
+    )
     with new_figure() as (figure, axes):
-        axes.hist(np.minimum(numbers, last), bins=edges.tolist(), color=SERIES[0])
+        axes.hist(np.minimum(numbers, last), bins=edges.tolist(), color=color)
         axes.set_title(title)
         axes.set_ylabel(unit)
         low, median, high = (int(np.quantile(numbers, share)) for share in (0.05, 0.5, 0.95))
-        caption = f"median {median}; 90 % are between {low} and {high}."
-        return {"figure": svg(figure, f"Histogram of {title}: {caption}"), "caption": caption.capitalize()}
-
-
-def _group_plot(s: int, groups: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Plot the sizes of the groups of a stage; None for a single group."""
-    sizes = np.array([group["size"] for group in groups.get("groups", ())])
-    if len(sizes) < 2:
-        return None
-    with new_figure() as (figure, axes):
-        axes.hist(sizes, bins=min(40, len(sizes)), color=SERIES[s % len(SERIES)])
-        axes.set_title(f"pairs per group, stage {s}")
-        axes.set_ylabel("groups")
-        caption = f"{len(sizes):,} groups of {sizes.min():,} to {sizes.max():,} pairs."
-        return {"figure": svg(figure, f"Histogram of groups by size, stage {s}: {caption}"), "caption": caption}
+        caption = f"{len(values):,} {unit}: median {median:,}; 90 % are between {low:,} and {high:,}."
+        return {"figure": svg(figure, f"Histogram of {title}: {caption}"), "caption": caption}

@@ -1,8 +1,9 @@
 """What the report reads besides the record of a run: a bounded sample of training pairs, features, evaluation sets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,12 @@ class Section:
 
     name: str
     title: str
-    content: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Training pairs that represent all of them.
-
-    Attributes:
-        rows: their row numbers, ascending.
-        captions: the captions of each; empty where they could not be read.
-        total: number of all pairs.
-    """
+    """Ascending rows of training pairs that represent all `total` of them, with the captions that could be read."""
 
     rows: Int64[np.ndarray, "sample"]
     captions: tuple[tuple[str, ...], ...]
@@ -68,9 +63,9 @@ class RunView:
         self.folder = folder
         self.run: RunRecord = read_run(folder)
         self.missing: list[str] = []  # sentences on what could not be opened
-        self._features: dict[tuple[int, str], Float32[np.ndarray, "sample dim"]] = {}
-        self._assignments: dict[tuple[int, str], Integer[np.ndarray, rows]] = {}
-        self._set_features: dict[tuple[int, str], Mapping[str, Tensor]] = {}
+        # Caches of this view: a cache of the class would keep each view of a long run in memory.
+        self.features, self.assignments = cache(self._read_features), cache(self._read_assignments)
+        self.set_features = cache(self._read_set_features)
 
     @property
     def name(self) -> str:
@@ -116,33 +111,27 @@ class RunView:
             return Sample(rows=np.zeros(0, np.int64), captions=(), total=0)
         shard_rows = [shard.rows for shard in self.run.index.shards]
         rows = sample_rows(shard_rows, REMOTE_ROWS if self._is_remote else SAMPLE_ROWS)
-        captions: list[tuple[str, ...]] = []
-        if self.reader is None:
-            captions = [()] * len(rows)
-        else:
+        captions: list[tuple[str, ...]] = [()] * len(rows)
+        if self.reader is not None:
             key = self.run.config.get("data", {}).get("caption_key", "caption")
-            for text, form in self.reader.read_texts(rows):
-                try:
-                    captions.append(tuple(decode_captions(text, form, json_key=key)))
-                except BadSampleError:
-                    captions.append(())
+            for number, (text, form) in enumerate(self.reader.read_texts(rows)):
+                with suppress(BadSampleError):
+                    captions[number] = tuple(decode_captions(text, form, json_key=key))
         return Sample(rows=rows, captions=tuple(captions), total=len(self.run.index))
 
-    def features(self, stage: int, side: str) -> Float32[np.ndarray, "sample dim"]:
+    def _read_features(self, stage: int, side: str) -> Float32[np.ndarray, "sample dim"]:
         """Return unnormalized features of the sample under a stage; zeros for bad samples.
 
         Raises:
             UserError: if a file of them is missing or damaged.
         """
-        if (stage, side) not in self._features:
-            parts = []
-            for number, shard in enumerate(self.run.index.shards if self.run.index else ()):
-                low, high = np.searchsorted(self.sample.rows, [shard.first_row, shard.first_row + shard.rows])
-                if low < high:
-                    path = self.folder / f"stage-{stage}" / "embed" / part_name(number)
-                    parts.append(_read_rows(path, side, self.sample.rows[low:high] - shard.first_row))
-            self._features[stage, side] = np.concatenate(parts)
-        return self._features[stage, side]
+        parts = []
+        for number, shard in enumerate(self.run.index.shards if self.run.index else ()):
+            low, high = np.searchsorted(self.sample.rows, [shard.first_row, shard.first_row + shard.rows])
+            if low < high:
+                path = self.run.stages[stage].folder / "embed" / part_name(number)
+                parts.append(_read_rows(path, side, self.sample.rows[low:high] - shard.first_row))
+        return np.concatenate(parts)
 
     def combined(self, side: str) -> Float32[np.ndarray, "sample dims"]:
         """Return unit features of the sample under all embedded stages together."""
@@ -158,15 +147,13 @@ class RunView:
     def _assignments_path(self, stage: int, side: str) -> Path:
         return self.run.stages[stage].folder / "cluster" / f"assignments-{side}.npy"
 
-    def assignments(self, stage: int, side: str) -> Integer[np.ndarray, "rows"]:
+    def _read_assignments(self, stage: int, side: str) -> Integer[np.ndarray, "rows"]:
         """Return the cluster of each row of the data."""
-        if (stage, side) not in self._assignments:
-            self._assignments[stage, side] = load_numbers(self._assignments_path(stage, side), self.sample.total)
-        return self._assignments[stage, side]
+        return load_numbers(self._assignments_path(stage, side), self.sample.total)
 
     def centroid_similarity(self, stage: int, side: str) -> Float32[np.ndarray, "sample"]:
         """Return the cosine of each row of the sample with its centroid, in the metric of the clustering."""
-        stored = load_tensors(self.folder / f"stage-{stage}" / "cluster" / "centroids.safetensors", side)
+        stored = load_tensors(self.run.stages[stage].folder / "cluster" / "centroids.safetensors", side)
         features = self.features(stage, side)
         if f"{side}.matrix" in stored:
             projection = Projection(mean=stored[f"{side}.mean"].numpy(), matrix=stored[f"{side}.matrix"].numpy())
@@ -189,12 +176,10 @@ class RunView:
                 self.missing.append(f"The evaluation set {name} cannot be shown: {error}.")
         return tasks
 
-    def set_features(self, stage: int, name: str) -> Mapping[str, Tensor]:
+    def _read_set_features(self, stage: int, name: str) -> Mapping[str, Tensor]:
         """Return unnormalized `image` and `text` features of an evaluation set; empty if it was not evaluated."""
-        if (stage, name) not in self._set_features:
-            path = self.folder / f"stage-{stage}" / "eval" / f"features-{name}.safetensors"
-            self._set_features[stage, name] = load_tensors(path, *SIDES) if path.exists() else {}
-        return self._set_features[stage, name]
+        path = self.run.stages[stage].folder / "eval" / f"features-{name}.safetensors"
+        return load_tensors(path, *SIDES) if path.exists() else {}
 
     def combined_set_features(self, name: str, stages: Sequence[int]) -> dict[str, Tensor]:
         """Return unit features of an evaluation set under some stages together, as the run combines them."""
