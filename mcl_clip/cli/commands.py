@@ -1,10 +1,11 @@
 """Commands of `mcl-clip`, one function each. `mcl_clip.__main__` lists them without importing this module."""
 
+import inspect
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,16 +14,15 @@ import torch
 import tyro
 
 from mcl_clip.cli.recipe import (
+    all_processes,
     create_accelerator,
     find_recipes,
-    load_experiment,
     load_recipe,
     lost_lines,
-    output_from_main,
     parse,
     split_arguments,
 )
-from mcl_clip.config import check_range
+from mcl_clip.config import ExperimentConfig, RunConfig, check_range
 from mcl_clip.core.distributed import is_main, world_size
 from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import DONE, append_jsonl, atomic_path, read_run_config, write_json
@@ -44,12 +44,6 @@ from mcl_clip.tools.experiment import plan_experiment, run_arms, table
 from mcl_clip.tools.launch import launch, read_placement, resolve_placement
 from mcl_clip.tools.profile import hints, profile_recipe, profile_text
 from mcl_clip.tools.reshard import reshard
-
-PROFILE_OPTIONS = ("--stage", "--steps", "--warmup", "--out")
-PLACEMENT_OPTIONS = (
-    *("--num-processes", "--config-file", "--num-machines", "--machine-rank"),
-    *("--main-process-ip", "--main-process-port"),
-)
 
 
 def index(shards: tuple[str, ...], /) -> None:
@@ -157,10 +151,8 @@ def reshard_run(run: Path, out: Path, /, *, stage: int, rows_per_shard: int = 10
     if not all(type(number) is int for number in (config.get("seed"), *sizes)):
         raise UserError(f"{run / 'config.json'} has no seed or no group sizes; run the recipe again to write it")
     source = ShardIndex.load(run / "index" / "index.arrow")
-    grouping = group_labels(
-        read_labels(labels, len(source)),
-        min_group_size=sizes[0] or default_min_group_size(sizes[1]),
-    )
+    smallest = sizes[0] or default_min_group_size(sizes[1])
+    grouping = group_labels(read_labels(labels, len(source)), min_group_size=smallest)
     written = reshard(source, grouping.group_of, out, rows_per_shard=rows_per_shard, seed=config["seed"])
     print(f"{len(written.shards)} shards, {len(written)} rows in {len(grouping.groups)} groups, in {out}")
 
@@ -200,23 +192,13 @@ def evaluate_model(
     """
     check_range("batch-size", batch_size, 1)
     check_range("workers", workers, 0)
-    accelerator = create_accelerator()
-    with output_from_main():
+    with all_processes() as accelerator:
         folder = evaluate(
-            model,
-            data=data,
-            tasks=tasks,
-            out=out,
-            each=each,
-            device=_device(device) if device else accelerator.device,
-            batch_size=batch_size,
-            num_workers=workers,
-            precision=precision,
-            combine=combine,
-        )
+            model, data=data, tasks=tasks, out=out, each=each, batch_size=batch_size, num_workers=workers,
+            device=_device(device) if device else accelerator.device, precision=precision, combine=combine,
+        )  # fmt: skip
         if is_main():
             print(f"{results_table(folder)}\nin {folder}")
-    accelerator.end_training()
 
 
 def _device(name: str) -> torch.device:
@@ -285,7 +267,7 @@ def experiment(
     """
     check_range("jobs", jobs, 1)
     check_range("resamples", resamples, 100)
-    config, settings = load_experiment(recipe)
+    config, settings = load_recipe(recipe, "RECIPE", RunConfig), load_recipe(recipe, "EXPERIMENT", ExperimentConfig)
     plan = plan_experiment(recipe, config, settings, out=out, seeds=seeds, arms=arms, arguments=shlex.split(arguments))
     if not arms and "no-groups" not in plan.arms:
         print("no-groups is skipped: training stages from scratch without groups equals the ensemble")
@@ -322,21 +304,21 @@ def launch_recipe(
         main_process_ip: address of machine 0.
         main_process_port: TCP port of machine 0; by default 29500, or a free one on a single machine.
     """
-    given = {
-        "num_processes": num_processes,
-        "num_machines": num_machines,
-        "machine_rank": machine_rank,
-        "main_process_ip": main_process_ip,
-        "main_process_port": main_process_port,
-    }
+    names = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
+    values = (num_processes, num_machines, machine_rank, main_process_ip, main_process_port)
     settings = read_placement(config_file) if config_file else {}
-    settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {name: value for name, value in zip(names, values, strict=True) if value is not None}
     placement = resolve_placement(settings, gpus=torch.cuda.device_count())
-    arguments = split_arguments(sys.argv[1:], PLACEMENT_OPTIONS)[1]
-    config = parse(load_recipe(recipe), arguments)
+    config, arguments = _resolve(recipe)
     check_stages(config, processes=placement.num_processes)
     command = [sys.executable, str(recipe), *arguments]
     sys.exit(launch(command, placement, planned_codes={0, 130, config.machine.preempt_exit_code}))
+
+
+def _resolve(recipe: Path) -> tuple[RunConfig, list[str]]:
+    """Return a recipe with its arguments in the command line, and these."""
+    _, arguments = split(sys.argv[1:])
+    return parse(load_recipe(recipe, "RECIPE", RunConfig), arguments), arguments
 
 
 def doctor(recipe: Path, /, *, processes: int = 0) -> None:
@@ -348,10 +330,10 @@ def doctor(recipe: Path, /, *, processes: int = 0) -> None:
 
     Args:
         recipe: a file with RECIPE; its own arguments follow it.
-        processes: training processes, given before the recipe; 0 for one per GPU of this machine, or one.
+        processes: training processes; 0 for one per GPU of this machine, or one.
     """
     check_range("processes", processes, 0)
-    config = parse(load_recipe(recipe), split_arguments(sys.argv[1:])[1])
+    config, _ = _resolve(recipe)
     levels = []
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for finding in examine(config, processes=processes, make_accelerator=create_accelerator):
@@ -382,15 +364,13 @@ def profile(
     """
     check_range("steps", steps, 1)
     check_range("warmup", warmup, 1)
-    config = parse(load_recipe(recipe), split_arguments(sys.argv[1:], PROFILE_OPTIONS)[1])
-    accelerator = create_accelerator()
-    with output_from_main():
+    config, _ = _resolve(recipe)
+    with all_processes() as accelerator:
         found, setup = profile_recipe(config, accelerator, stage=stage, steps=steps, warmup_steps=warmup)
         if is_main():
             print(profile_text(found, setup))
             if out:
                 write_json(out, {"stage": setup.stage, **found.record(), "hints": hints(found, setup)})
-    accelerator.end_training()
 
 
 def export(run: Path, folder: Path, /, *, what: Annotated[Export, tyro.conf.OmitArgPrefixes] = EVERYTHING) -> None:
@@ -471,11 +451,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "index": index,
     "reshard": reshard_run,
 }
-RECIPE_COMMANDS = {  # commands that pass arguments to a recipe, with their options that may follow it
-    "launch": PLACEMENT_OPTIONS,
-    "doctor": (),
-    "profile": PROFILE_OPTIONS,
-}
+RECIPE_COMMANDS = ("launch", "doctor", "profile")  # they pass arguments to a recipe
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments of a command of `RECIPE_COMMANDS`, and those of the recipe that may stand between them."""
+    parameters = inspect.signature(COMMANDS[arguments[0]]).parameters
+    return split_arguments(arguments, [f"--{name.replace('_', '-')}" for name in parameters])
 
 
 def command() -> None:
@@ -487,7 +469,7 @@ def command() -> None:
             sys.argv.remove("--quiet")
         arguments = sys.argv[1:]
         if arguments and arguments[0] in RECIPE_COMMANDS:
-            arguments, _ = split_arguments(arguments, RECIPE_COMMANDS[arguments[0]])
+            arguments, _ = split(arguments)
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mcl-clip", args=arguments)
 
     run_program(run)

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from mcl_clip.config import ExperimentConfig, RunConfig
+from mcl_clip.config import RunConfig
 from mcl_clip.core.distributed import is_main
 from mcl_clip.core.errors import PlannedStop, UserError, run_program
 from mcl_clip.core.progress import be_quiet, is_quiet
@@ -26,6 +26,7 @@ from mcl_clip.runs.pipeline import run_pipeline
 from mcl_clip.train.interrupt import Interrupt, wait_for_the_cause
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+T = TypeVar("T")
 
 
 def main(recipe: RunConfig) -> None:
@@ -36,26 +37,25 @@ def main(recipe: RunConfig) -> None:
 
     def run() -> None:
         config = parse(recipe, sys.argv[1:])
-        with Interrupt(config.machine.preempt_exit_code).listening() as interrupt:
-            accelerator = create_accelerator()
-            with output_from_main():
-                run_pipeline(config, accelerator, interrupt)
-                if is_main():
-                    print("\n".join(lost_lines(config.run_dir)))
-            accelerator.end_training()
+        with Interrupt(config.machine.preempt_exit_code).listening() as interrupt, all_processes() as accelerator:
+            run_pipeline(config, accelerator, interrupt)
+            if is_main():
+                print("\n".join(lost_lines(config.run_dir)))
 
     run_program(run)
 
 
 @contextmanager
-def output_from_main() -> Iterator[None]:
-    """Log, and report errors that all processes share, from the main process only."""
+def all_processes() -> Iterator[Accelerator]:
+    """Create an Accelerator and end it; log, and report errors that all processes share, on the main process only."""
+    accelerator = create_accelerator()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     level = logging.WARNING if is_quiet() else logging.INFO
     logging.getLogger("mcl_clip").setLevel(level if is_main() else logging.ERROR)
     logging.getLogger(RESULTS).setLevel(logging.INFO if is_main() else logging.ERROR)
     try:
-        yield
+        yield accelerator
+        accelerator.end_training()
     except UserError as error:
         if error.everywhere and not is_main():
             sys.exit(2)
@@ -138,48 +138,24 @@ def find_recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.py"))}
 
 
-def load_recipe(path: Path) -> RunConfig:
-    """Return RECIPE of a recipe file.
+def load_recipe(path: Path, name: Literal["RECIPE", "EXPERIMENT"], kind: type[T]) -> T:
+    """Return the `kind` called `name` of a recipe file.
 
     Raises:
-        UserError: if there is no such file, or no RECIPE in it.
+        UserError: if there is no such file, or nothing of this name in it.
     """
-    config = _run_file(path).get("RECIPE")
-    if not isinstance(config, RunConfig):
-        raise UserError(f"{path} has no RECIPE = RunConfig(...)")
+    if not path.is_file():
+        raise UserError(f"there is no recipe {path}; give the path of a Python file with RECIPE")
+    config = runpy.run_path(str(path)).get(name)
+    if not isinstance(config, kind):
+        raise UserError(f"{path} has no {name} = {kind.__name__}(...)")
     return config
 
 
-def load_experiment(path: Path) -> tuple[RunConfig, ExperimentConfig]:
-    """Return RECIPE and EXPERIMENT of a recipe file.
-
-    Raises:
-        UserError: if there is no such file, or one of the two is missing.
-    """
-    names = _run_file(path)
-    config, settings = names.get("RECIPE"), names.get("EXPERIMENT")
-    if not isinstance(config, RunConfig) or not isinstance(settings, ExperimentConfig):
-        raise UserError(
-            f"{path} has no RECIPE = RunConfig(...) with EXPERIMENT = ExperimentConfig(...), which defines the table"
-        )
-    return config, settings
-
-
-def _run_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"there is no recipe {path}; give the path of a Python file with RECIPE")
-    return runpy.run_path(str(path))
-
-
 def split_arguments(arguments: Sequence[str], options: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Split the arguments of a command that passes some of them to a recipe.
+    """Return the arguments of a command, up to the recipe (the first Python file), and those of the recipe.
 
-    Args:
-        arguments: command, options, recipe (the first Python file) and further arguments.
-        options: options of the command that may also follow the recipe.
-
-    Returns:
-        The arguments of the command, up to the recipe, and those of the recipe.
+    `options` are those of the command that may also follow the recipe.
     """
     end = next((i for i, argument in enumerate(arguments, 1) if argument.endswith(".py")), len(arguments))
     own, following = list(arguments[:end]), list(arguments[end:])

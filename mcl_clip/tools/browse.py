@@ -57,7 +57,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-FILES = {"/page.js": "text/javascript", "/page.css": "text/css"}
+FILES = {"/page.js": "text/javascript; charset=utf-8", "/page.css": "text/css; charset=utf-8"}
+FOREIGN = "only requests from this page are answered"
 _FOLDER = Path(__file__).parent / "browse_page"
 
 logger = logging.getLogger(__name__)
@@ -65,17 +66,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """Images to search.
+    """Images to search."""
 
-    Attributes:
-        stages: numbers of the stages with features of these images.
-        images: un-normalized features by model: of each stage, then of their combination if there are several.
-        words: caption or class of each image.
-    """
-
-    stages: Sequence[int]
-    images: Mapping[str, Float32[Tensor, "images _dim"]]
-    words: Sequence[str]
+    stages: Sequence[int]  # those with features of these images
+    images: Mapping[str, Float32[Tensor, "images _dim"]]  # un-normalized, of each stage and of all if there are several
+    words: Sequence[str]  # caption or class of each image
 
 
 class Search:
@@ -128,27 +123,23 @@ class Search:
             by_model["all stages"] = combine_features(images, view.combine)
         return Gallery(stages=stages, images=by_model, words=words)
 
-    def by_text(self, name: str, text: str) -> list[dict[str, Any]]:
-        """Find the images closest to a text, for each stage."""
-        return self._nearest(name, [self._encode(s, text=text) for s in self.gallery(name).stages])
-
-    def by_upload(self, name: str, data: bytes) -> list[dict[str, Any]]:
-        """Find the images closest to an encoded image, for each stage.
+    def find(self, name: str, query: str | bytes | int) -> list[dict[str, Any]]:
+        """Find the images closest to a text, to an encoded image, or to one of the gallery by its row, for each stage.
 
         Raises:
-            UserError: if it cannot be decoded.
+            UserError: if an image cannot be decoded, or there is no such row.
         """
+        gallery = self.gallery(name)
+        if isinstance(query, int):
+            self._check(name, query)
+            return self._nearest(gallery, [gallery.images[f"stage {s}"][query] for s in gallery.stages])
+        if isinstance(query, str):
+            return self._nearest(gallery, [self._encode(s, text=query) for s in gallery.stages])
         try:
-            image = decode_image(data)
+            image = decode_image(query)
         except BadSampleError as error:
             raise UserError(f"the file is not a readable JPEG, PNG or WebP image ({error.reason})") from error
-        return self._nearest(name, [self._encode(s, image=image) for s in self.gallery(name).stages])
-
-    def by_row(self, name: str, row: int) -> list[dict[str, Any]]:
-        """Find the images closest to one of the gallery, for each stage."""
-        self._check(name, row)
-        gallery = self.gallery(name)
-        return self._nearest(name, [gallery.images[f"stage {s}"][row] for s in gallery.stages])
+        return self._nearest(gallery, [self._encode(s, image=image) for s in gallery.stages])
 
     @lru_cache(maxsize=2_000)  # noqa: B019
     def thumbnail(self, name: str, row: int) -> bytes:
@@ -172,9 +163,9 @@ class Search:
         if not 0 <= row < (size := len(self.gallery(name).words)):
             raise UserError(f"there is no image {row}; {self.title(name)} has {size}")
 
-    def _nearest(self, name: str, queries: list[Float32[Tensor, " _dim"]]) -> list[dict[str, Any]]:
+    def _nearest(self, gallery: Gallery, queries: list[Float32[Tensor, " _dim"]]) -> list[dict[str, Any]]:
         """Rank the images by cosine similarity to a query of each stage, and to the combination of several stages."""
-        gallery, found = self.gallery(name), []
+        found = []
         if len(queries) > 1:
             queries = [*queries, combine_features(queries, self.view.combine)]
         for (model, images), query in zip(gallery.images.items(), queries, strict=True):
@@ -202,22 +193,15 @@ class Search:
         return clips
 
 
-def serve(
-    run: Path, *, port: int = 7860, gallery: str = "", open_browser: bool = False, device: torch.device | None = None
-) -> None:
-    """Serve the page until Ctrl-C.
+def serve(run: Path, *, port: int, gallery: str, open_browser: bool, device: torch.device) -> None:
+    """Serve the page until Ctrl-C, on `port` of 127.0.0.1 (0 for a free one), with `gallery` shown first.
 
-    Args:
-        run: the run directory.
-        port: TCP port on 127.0.0.1; 0 for a free one.
-        gallery: evaluation set to show first, or `train`.
-        open_browser: open the page in the browser of this machine.
-        device: device that encodes queries; the CPU by default.
+    `device` encodes the queries.
 
     Raises:
         UserError: if there is nothing to search, no such gallery, or the port is in use.
     """
-    search = Search(RunView(run), device or torch.device("cpu"))
+    search = Search(RunView(run), device)
     wanted = TRAINING if gallery == "train" else gallery
     if gallery and wanted not in search.names:
         known = ", ".join(name or "train" for name in search.names)
@@ -271,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer a search by an uploaded image."""
         length = self.headers.get("Content-Length", "")
         if not self._is_from_here():
-            self._refuse(HTTPStatus.FORBIDDEN, "only requests from this page are answered")
+            self._refuse(HTTPStatus.FORBIDDEN, FOREIGN)
         elif not length.isdigit() or int(length) > MAX_UPLOAD:
             self.close_connection = True
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an image may have at most {MAX_UPLOAD >> 20} MiB")
@@ -280,11 +264,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes | None) -> None:
         url = urlsplit(self.path)
-        query = {name: values[-1] for name, values in parse_qs(url.query, max_num_fields=8).items()}
         if not self._is_from_here():
-            self._refuse(HTTPStatus.FORBIDDEN, "only requests from this page are answered")
+            self._refuse(HTTPStatus.FORBIDDEN, FOREIGN)
             return
         try:
+            query = {name: values[-1] for name, values in parse_qs(url.query, max_num_fields=8).items()}
             if url.path == "/search":
                 self._send(HTTPStatus.OK, "application/json", json.dumps({"found": self._find(query, body)}).encode())
             elif body is not None:
@@ -295,13 +279,11 @@ class _Handler(BaseHTTPRequestHandler):
             elif url.path == "/":
                 environment = Environment(loader=FileSystemLoader(_FOLDER), undefined=StrictUndefined, autoescape=True)
                 titles, view = [self._search.title(name) for name in self._search.names], self._search.view
-                page = environment.get_template("page.html.jinja").render(
-                    name=view.name, galleries=titles, missing=view.missing
-                )
+                template = environment.get_template("page.html.jinja")
+                page = template.render(name=view.name, galleries=titles, missing=view.missing)
                 self._send(HTTPStatus.OK, "text/html; charset=utf-8", page.encode())
             elif url.path in FILES:
-                content_type = f"{FILES[url.path]}; charset=utf-8"
-                self._send(HTTPStatus.OK, content_type, (_FOLDER / url.path.removeprefix("/")).read_bytes())
+                self._send(HTTPStatus.OK, FILES[url.path], (_FOLDER / url.path.removeprefix("/")).read_bytes())
             else:
                 self._refuse(HTTPStatus.NOT_FOUND, "there is nothing at this address")
         except UserError as error:
@@ -311,17 +293,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _find(self, query: Mapping[str, str], body: bytes | None) -> list[dict[str, Any]]:
         """Search a gallery by an uploaded image, an image of the gallery, or a text."""
-        name, text = self._gallery(query), query.get("text", "")
+        name, text = self._gallery(query), query.get("text", "").strip()
+        wanted = body if body is not None else _number(query["row"]) if "row" in query else text
+        if wanted == "":
+            raise UserError("type what to look for")
+        if len(text) > MAX_TEXT:
+            raise UserError(f"a text of {len(text)} characters is too long; at most {MAX_TEXT} are accepted")
         with self._search.lock:
-            if body is not None:
-                return self._search.by_upload(name, body)
-            if "row" in query:
-                return self._search.by_row(name, _number(query["row"]))
-            if not text.strip():
-                raise UserError("type what to look for")
-            if len(text) > MAX_TEXT:
-                raise UserError(f"a text of {len(text)} characters is too long; at most {MAX_TEXT} are accepted")
-            return self._search.by_text(name, text.strip())
+            return self._search.find(name, wanted)
 
     def _gallery(self, query: Mapping[str, str]) -> str:
         number, names = _number(query.get("gallery", "0")), self._search.names

@@ -21,7 +21,7 @@ from mcl_clip.data.row_order import Source
 from mcl_clip.eval.task import Task
 from mcl_clip.report.page import REPORT
 from mcl_clip.results.record import PHASES, phase_state, read_run
-from mcl_clip.runs.context import RunContext
+from mcl_clip.runs.context import RunContext, with_behavior
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import diagnosis
 from mcl_clip.runs.phase import Phase
@@ -77,6 +77,7 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
     yield from check_versions(find_versions())
     yield from attempt("recipe", partial(check_stages, config, processes=processes))
     rows = yield from inspect_shards(config.data.train, config.run_dir / "index" / "index.arrow")
+    config = (yield from attempt("run", partial(with_behavior, config))) or config
     config = with_control(config, rows=rows.total if rows else 0)
     cfg = yield from attempt("tower", partial(find_model_cfg, config.tower))
     sizes = yield from attempt("tower", partial(measure_stages, config.stages, cfg))

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import huggingface_hub
 import numpy as np
@@ -275,8 +274,9 @@ def check_weights(tower: TowerConfig) -> Iterator[Finding]:
             safe = HUB_WEIGHTS[0] if name in ("", HUB_WEIGHTS[1]) else f"{Path(name).stem}.safetensors"
             yield _check_hub(repository, (safe, name or HUB_WEIGHTS[1]), what)
         else:
-            cached = Path("~/.cache/clip").expanduser() / os.path.basename(cfg["url"])
-            yield Finding("ok", "weights", str(cached)) if cached.is_file() else _check_url(cfg["url"], what)
+            cached, url = Path("~/.cache/clip").expanduser() / os.path.basename(cfg["url"]), cfg["url"]
+            has_it = cached.is_file()
+            yield Finding("ok", "weights", str(cached)) if has_it else _check_download([url], what, redacted(url))
 
 
 def check_tokenizer(text_cfg: Mapping[str, Any]) -> Iterator[Finding]:
@@ -288,30 +288,21 @@ def check_tokenizer(text_cfg: Mapping[str, Any]) -> Iterator[Finding]:
 def _check_hub(repository: str, names: Sequence[str], what: str) -> Finding:
     if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
         return Finding("ok", "weights", f"{what}: in the cache of the Hub")
+    return _check_download([huggingface_hub.hf_hub_url(repository, name) for name in names], what, "the Hub")
+
+
+def _check_download(urls: Sequence[str], what: str, source: str) -> Finding:
+    """Request the headers of the first of some URLs that answers."""
     reason = ""
-    for name in names:
+    for url in urls:
         try:
-            url = huggingface_hub.hf_hub_url(repository, name)
-            size = huggingface_hub.get_hf_file_metadata(url, timeout=REMOTE.timeout_s).size or 0
-            return Finding("ok", "weights", f"{what}: to be downloaded from the Hub, {format_bytes(size)}")
+            token = None if source == "the Hub" else False  # nobody else gets it
+            size = huggingface_hub.get_hf_file_metadata(url, token=token, timeout=REMOTE.timeout_s).size or 0
+            return Finding("ok", "weights", f"{what}: to be downloaded from {source}, {format_bytes(size)}")
         except Exception as error:  # the type depends on the HTTP library of the installed version
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return _unavailable(what, f"the Hub ({reason})")
-
-
-def _check_url(url: str, what: str) -> Finding:
-    try:
-        with urlopen(Request(url, method="HEAD"), timeout=REMOTE.timeout_s) as answer:
-            size = int(answer.headers.get("Content-Length") or 0)
-    except (OSError, ValueError) as error:
-        return _unavailable(what, f"{redacted(url)} ({error})")
-    return Finding("ok", "weights", f"{what}: to be downloaded, {format_bytes(size)}")
-
-
-def _unavailable(what: str, source: str) -> Finding:
-    return Finding(
-        "FAIL",
-        "weights",
-        f"{what} are not on this machine and cannot be downloaded from {source}; download them where there is a "
-        f"network, and give the file as --tower.pretrained or the folder as --tower.architecture local-dir:FOLDER",
+    text = (
+        f"{what} are not on this machine and cannot be downloaded from {source} ({reason}); download them where there "
+        f"is a network, and give the file as --tower.pretrained or the folder as --tower.architecture local-dir:FOLDER"
     )
+    return Finding("FAIL", "weights", text)

@@ -43,25 +43,15 @@ Values = Mapping[str, Mapping[str, Float[np.ndarray, "_seeds _items"]]]
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentPlan:
-    """Runs and table of an experiment.
-
-    Attributes:
-        recipe: file of the recipe.
-        out: folder of the runs.
-        seeds: training seeds.
-        arms: arm -> arguments of the recipe, besides run directory and seed.
-        figures: columns of the table: name -> SET:METRIC terms, whose mean is shown.
-        low: the arm at the lower end of the gap.
-        high: the arm at the upper end of the gap; None to leave out the share of the gap.
-    """
+    """Runs and table of an experiment."""
 
     recipe: Path
-    out: Path
+    out: Path  # folder of the runs
     seeds: Sequence[int]
-    arms: Mapping[str, Sequence[str]]
-    figures: Mapping[str, Sequence[str]]
-    low: str = "single"
-    high: str | None = None
+    arms: Mapping[str, Sequence[str]]  # arguments of the recipe by arm, besides run directory and seed
+    figures: Mapping[str, Sequence[str]]  # columns of the table: SET:METRIC terms, whose mean is shown, by name
+    low: str = "single"  # the arms at both ends of the gap
+    high: str | None = None  # None to leave out the share of the gap
 
     def folder(self, seed: int, arm: str) -> Path:
         """Return the run directory of an arm."""
@@ -78,16 +68,9 @@ def plan_experiment(
     arms: Sequence[str] = (),
     arguments: Sequence[str] = (),
 ) -> ExperimentPlan:
-    """Plan an experiment; by default of all arms, without `no-groups` where it equals `ensemble`.
+    """Plan an experiment with the RECIPE `config` and the EXPERIMENT `settings` of a file `recipe`.
 
-    Args:
-        recipe: file of the recipe.
-        config: its RECIPE.
-        settings: its EXPERIMENT.
-        out: folder of the runs.
-        seeds: training seeds.
-        arms: arms to run; all by default.
-        arguments: arguments of the recipe for every arm.
+    By default it has all arms, without `no-groups` where it equals `ensemble`.
 
     Raises:
         UserError: for repeated seeds, an unknown arm, or a recipe that publishes its runs.

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,23 +64,15 @@ GOOD_LOSS_CHUNK_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Time of the measured steps of a stage, as the mean over steps and processes.
+    """Time of the measured steps of a stage, as the mean over steps and processes."""
 
-    Attributes:
-        seconds: of a step, by part.
-        rows: decoded rows of a step over all processes.
-        late_share: share of the steps that waited for data.
-        loader_rows_per_s: rows that one loader process reads and decodes per second while nothing trains.
-        peak_bytes: largest peak of a process: allocated on its GPU in the measured steps, or resident so far.
-    """
-
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # of a step, by part
     steps: int
     processes: int
-    rows: float
-    late_share: float
-    loader_rows_per_s: float
-    peak_bytes: int
+    rows: float  # decoded, of a step over all processes
+    late_share: float  # of the steps, those that waited for data
+    loader_rows_per_s: float  # that one loader process reads and decodes while nothing trains
+    peak_bytes: int  # largest of a process: allocated on its GPU in the measured steps, or resident so far
 
     @property
     def step_s(self) -> float:
@@ -196,22 +188,18 @@ def temporary_run_dir(run_dir: Path) -> Iterator[Path]:
 
     Errors that name the folder name the run directory instead.
     """
-    with ExitStack() as stack:
-
-        def make() -> str:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mcl-clip-profile-"))
-            if (index := run_dir / "index" / "index.arrow").exists():
-                (Path(folder) / "index").mkdir()
-                shutil.copyfile(index, Path(folder) / "index" / "index.arrow")
-            return folder
-
-        folder = on_main(make)
-        try:
-            yield Path(folder)
-            barrier()  # before the main process removes it
-        except UserError as error:
-            error.args = (str(error).replace(folder, str(run_dir)),)
-            raise
+    folder = on_main(partial(tempfile.mkdtemp, prefix="mcl-clip-profile-"))
+    try:
+        if (run_dir / "index" / "index.arrow").exists():
+            on_main(partial(shutil.copytree, run_dir / "index", Path(folder) / "index"))
+        yield Path(folder)
+        barrier()  # before the main process removes it
+    except UserError as error:
+        error.args = (str(error).replace(folder, str(run_dir)),)
+        raise
+    finally:
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _trial_config(config: RunConfig, stage: int, *, min_steps: int, rows: int) -> RunConfig:
@@ -282,15 +270,8 @@ def profile_training(
 ) -> Profile:
     """Train `warmup_steps` and then `steps` to measure, and return where their time went. A collective call.
 
-    Args:
-        fit: trains a stage by `train_stage`, given `loader`, `spans` and `max_steps`.
-        make_loader: creates the loader of the stage; keyword arguments replace its options.
-        image_tower: the module whose forward passes count for the image tower.
-        device: where the model trains.
-        steps: number of measured steps.
-        warmup_steps: number of steps before.
-        ready_batches: batches that the workers keep ready.
-        show_progress: whether the main process shows a bar.
+    `fit` trains a stage by `train_stage`, given `loader`, `spans` and `max_steps`. `make_loader` creates the loader of
+    the stage, with options that replace its own. `ready_batches` are those that its workers keep ready.
     """
     spans, total = Spans(device), warmup_steps + steps
     outside_graphs = cast(Callable[[Callable[..., None]], Callable[..., None]], torch.compiler.disable)

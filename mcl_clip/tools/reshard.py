@@ -32,16 +32,9 @@ def reshard(
 ) -> ShardIndex:
     """Write shards to `out` with the samples of `index` group after group, shuffled within each; return their index.
 
-    All members of a sample are copied byte by byte. The folder also gets `index.arrow`, and `row_map.npy` with the old
-    row of each new row. Where keys repeat, shards are smaller, because a key may occur only once in a shard.
-
-    Args:
-        index: the samples to copy.
-        groups: the group of each row.
-        out: an empty or new folder; it appears when everything is written.
-        rows_per_shard: largest number of samples in a shard.
-        seed: seed of the shuffle.
-        reader: how to read remote shards; by default a `Reader` with its defaults.
+    All members of a sample are copied byte by byte. The folder, which appears when everything is written, also gets
+    `index.arrow`, and `row_map.npy` with the old row of each new row. A shard has at most `rows_per_shard` samples, and
+    fewer where keys repeat, because a key may occur only once in a shard.
 
     Raises:
         UserError: if the folder is not empty, the disk is too small, or an argument is invalid.

@@ -77,7 +77,7 @@ def test_the_order_is_that_of_the_evaluation(search):
     for stage in (0, 1):
         outcomes = search.view.run.results["retrieval/retrieval"][f"stage-{stage}"].outcomes["image_retrieval"]
         for number in range(0, len(task.data.texts), 7):
-            found = search.by_text("retrieval", task.data.texts[number])[stage]["pictures"]
+            found = search.find("retrieval", task.data.texts[number])[stage]["pictures"]
             rows = [picture["row"] for picture in found]
             own, rank = int(task.data.image_of_text[number]), int(outcomes[number])
             assert rows.index(own) == rank if own in rows else rank >= len(rows)
@@ -189,18 +189,19 @@ def test_it_listens_on_this_machine_alone(search):
 
 
 def test_a_port_that_is_taken_and_a_gallery_that_is_not_there(search, finished):
+    options = {"gallery": "", "open_browser": False, "device": torch.device("cpu")}
     with make_server(search, 0) as server:
         port = server.server_address[1]
         with pytest.raises(UserError, match=rf"port {port} of 127.0.0.1 cannot be used .* give --port another"):
-            serve(finished, port=port)
+            serve(finished, port=port, **options)
     with pytest.raises(UserError, match="--gallery nothing cannot be searched; there are retrieval, colours, train"):
-        serve(finished, gallery="nothing")
+        serve(finished, port=0, **options | {"gallery": "nothing"})
 
 
 def test_a_run_that_goes_on_shows_what_it_has(copy):
     for folder in ("combined", "stage-1"):
         shutil.rmtree(copy / folder)
-    found = Search(RunView(copy), torch.device("cpu")).by_text("retrieval", "a red square")
+    found = Search(RunView(copy), torch.device("cpu")).find("retrieval", "a red square")
     assert [part["model"] for part in found] == ["stage 0"]
     shutil.rmtree(copy / "stage-0")
     with pytest.raises(UserError, match="has nothing to search yet"):

@@ -133,12 +133,12 @@ def parse_command(arguments: list[str]) -> None:
     if name in ("completion", "--version", "--help") or arguments[1:] == ["--help"]:
         assert name in (*entry.names(), "--version", "--help"), name
         return
-    options = commands.RECIPE_COMMANDS.get(name)
-    own, of_recipe = (arguments, []) if options is None else cli.split_arguments(arguments, options)
+    takes_recipe = name in commands.RECIPE_COMMANDS
+    own, of_recipe = commands.split(arguments) if takes_recipe else (arguments, [])
     recorders = {known: recorder(function) for known, function in commands.COMMANDS.items()}
     own = [argument for argument in own if argument != "--quiet"]
     tyro.extras.subcommand_cli_from_dict(recorders, prog="mcl-clip", args=own)
-    if options is not None:
+    if takes_recipe:
         parse_recipe(next(argument for argument in own if argument.endswith(".py")), of_recipe)
 
 

@@ -510,7 +510,7 @@ def hub(monkeypatch):
     """A Hub with nothing in the cache and some files on the server; tests fill both."""
     state = SimpleNamespace(cached=set(), served={}, asked=[])
 
-    def metadata(url, timeout):
+    def metadata(url, token, timeout):
         state.asked.append(url)
         if url not in state.served:
             raise ConnectionError("no route")
