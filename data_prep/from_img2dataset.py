@@ -9,7 +9,7 @@ outcomes, and names shards whose number of samples differs from the number of do
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ from mcl_clip.core.files import read_json
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards, is_remote
 
-_MOST_ERRORS = 10
+Statistics = tuple[int, int, Mapping[str, int], Mapping[str, int]]  # of a shard: tried, succeeded, failed, errors
 
 
 @dataclass
@@ -41,14 +41,6 @@ class Downloads:
     short: list[str] = field(default_factory=list)  # shards that hold another number of samples
 
 
-@dataclass(frozen=True)
-class _Statistics:
-    tried: int
-    succeeded: int
-    failed: Mapping[str, int]
-    errors: Mapping[str, int]
-
-
 def read_downloads(index: ShardIndex) -> Downloads:
     """Read the statistics beside the local shards of an index.
 
@@ -57,17 +49,21 @@ def read_downloads(index: ShardIndex) -> Downloads:
     """
     total = Downloads()
     for shard in tqdm(index.shards, desc="reading statistics", unit="shard", disable=None):
-        statistics = None if is_remote(shard.url) else _statistics_of(Path(shard.url))
-        if statistics is None:
+        stem = Path(shard.url.removesuffix(".tar"))
+        as_json, as_parquet = stem.with_name(f"{stem.name}_stats.json"), stem.with_name(f"{stem.name}.parquet")
+        if is_remote(shard.url) or not (as_json.exists() or as_parquet.exists()):
             continue
+        if (found := _from_json(as_json) if as_json.exists() else _from_parquet(as_parquet)) is None:
+            continue
+        tried, succeeded, failed, errors = found
         total.shards += 1
-        total.tried += statistics.tried
-        total.succeeded += statistics.succeeded
-        total.failed.update(statistics.failed)
-        total.errors.update(statistics.errors)
+        total.tried += tried
+        total.succeeded += succeeded
+        total.failed.update(failed)
+        total.errors.update(errors)
         samples = shard.rows + sum(shard.skipped.values())
-        if samples != statistics.succeeded:
-            total.short.append(f"{Path(shard.url).name} ({samples} of {statistics.succeeded})")
+        if samples != succeeded:
+            total.short.append(f"{Path(shard.url).name} ({samples} of {succeeded})")
     return total
 
 
@@ -106,14 +102,8 @@ def index_img2dataset(
         ("index", "index.arrow beside the shards" if is_local else "not written: all shards are remote"),
         *_download_lines(read_downloads(index)),
     ]
-    print(format_table(lines))
-
-
-def format_table(lines: Iterable[tuple[str, str]]) -> str:
-    """Align two columns."""
-    rows = list(lines)
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    width = max(len(name) for name, _ in lines)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
 
 
 def _download_lines(total: Downloads) -> list[tuple[str, str]]:
@@ -125,10 +115,9 @@ def _download_lines(total: Downloads) -> list[tuple[str, str]]:
         ("downloaded", _part(total.succeeded, total.tried)),
         *((name, _part(number, total.tried)) for name, number in total.failed.items() if number),
     ]
-    lines += [(f"error: {message[:60]}", f"{number:,}") for message, number in total.errors.most_common(_MOST_ERRORS)]
+    lines += [(f"error: {message[:60]}", f"{number:,}") for message, number in total.errors.most_common(10)]
     if total.short:
-        more = ", ..." if len(total.short) > 3 else ""
-        listed = f"{', '.join(total.short[:3])}{more}"
+        listed = ", ".join([*total.short[:3], *["..."] * (len(total.short) > 3)])
         lines.append(("shards with another number of samples than downloads", f"{len(total.short)}: {listed}"))
     return lines
 
@@ -137,25 +126,17 @@ def _part(number: int, of: int) -> str:
     return f"{number:,} ({100 * number / max(of, 1):.1f} %)"
 
 
-def _statistics_of(shard: Path) -> _Statistics | None:
-    stem = shard.name.removesuffix(".tar")
-    as_json, as_parquet = shard.with_name(f"{stem}_stats.json"), shard.with_name(f"{stem}.parquet")
-    if as_json.exists():
-        return _from_json(as_json)
-    return _from_parquet(as_parquet) if as_parquet.exists() else None
-
-
-def _from_json(path: Path) -> _Statistics:
+def _from_json(path: Path) -> Statistics:
     record = read_json(path)
     try:
         failed = {name: int(record[name]) for name in ("failed_to_download", "failed_to_resize")}
         errors = {text: int(number) for text, number in record.get("status_dict", {}).items() if text != "success"}
-        return _Statistics(int(record["count"]), int(record["successes"]), failed, errors)
+        return int(record["count"]), int(record["successes"]), failed, errors
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not hold statistics of img2dataset ({error!r}); delete or restore it") from error
 
 
-def _from_parquet(path: Path) -> _Statistics | None:
+def _from_parquet(path: Path) -> Statistics | None:
     try:
         names = pq.read_schema(path).names
         if "status" not in names:
@@ -166,7 +147,7 @@ def _from_parquet(path: Path) -> _Statistics | None:
     status = _value_counts(table["status"])
     succeeded = status.pop("success", 0)
     errors = _value_counts(table["error_message"].drop_null()) if "error_message" in names else {}
-    return _Statistics(table.num_rows, succeeded, status, errors)
+    return table.num_rows, succeeded, status, errors
 
 
 def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:

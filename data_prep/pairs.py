@@ -16,6 +16,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,10 +39,7 @@ MMVP_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images", "images
 MMVP_PAIRS_A_PATTERN = 15
 MMVP_PROMPT = "a photo of "
 SUGARCREPE_TASKS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
-ARO_MIN_GROUP_SIZE = {
-    "relation": 1,
-    "attribution": 25,
-}  # as the authors average: rarer pairs of attributes are left out
+ARO_MIN_GROUP_SIZE = {"relation": 1, "attribution": 25}  # as the authors average: rarer pairs are left out
 WHATSUP_OPPOSITES = {
     "left": "left-right", "right": "left-right", "on": "on-under", "under": "on-under",
     "in-front": "front-behind", "behind": "front-behind",
@@ -76,7 +74,11 @@ def mmvp(root: Root, out: Out) -> None:
         raise UserError(
             f"{root / 'Questions.csv'} does not hold pairs of questions (1, 2), (3, 4) ...; restore the file"
         )
-    items = list(_mmvp_items(rows, images, _pictures_by_stem(images)))
+    pictures = defaultdict(list)
+    for path in sorted(images.rglob("*")):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+            pictures[path.stem].append(path)
+    items = list(_mmvp_items(rows, images, pictures))
     expected = [name for name in MMVP_PATTERNS for _ in range(MMVP_PAIRS_A_PATTERN)]
     if len(items) != len(expected):
         print(f"warning: {len(items)} pairs; the published set has {len(expected)}")
@@ -116,14 +118,6 @@ def _mmvp_items(
             "texts": [MMVP_PROMPT + one for one in (statement, other_statement)],
             "match": [[0, 0], [1, 1]],
         }
-
-
-def _pictures_by_stem(folder: Path) -> dict[str, list[Path]]:
-    found = defaultdict(list)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            found[path.stem].append(path)
-    return found
 
 
 def _mmvp_image(images: Path, pictures: Mapping[str, Sequence[Path]], number: int, kind: str) -> str:
@@ -180,30 +174,26 @@ def winoground(root: Root, out: Out) -> None:
     settings: dict[str, Any] = {"name": "winoground", "rule": "winoground", "source": "Winoground"}
     for folder in (root, root / "data"):
         if tables := sorted(folder.glob("test-*.parquet")):
-            with new_folder(out) as made:
-                (made / "images").mkdir()
-                items = [_winoground_item(row, made / "images", str(path)) for path, row in _parquet_rows(tables)]
-                data = _write_set(made, items, images=made / "images", stored_images="images", **settings)
-            _report(out, data)
+            _write(out, partial(_winoground_items, _parquet_rows(tables)), images=None, **settings)
             return
         if (folder / "examples.jsonl").is_file():
-            rows = json_lines(folder / "examples.jsonl")
-            items = [_winoground_item(row, folder / "images", where) for row, where in rows]
+            items = _winoground_items(json_lines(folder / "examples.jsonl"), folder / "images")
             _write(out, items, images=folder / "images", **settings)
             return
     raise UserError(f"{root} has neither test-*.parquet nor examples.jsonl, in it or in 'data'; name the folder of one")
 
 
-def _winoground_item(row: Any, images: Path, where: str) -> Item:
+def _winoground_items(rows: Iterable[tuple[Any, str]], images: Path) -> Iterator[Item]:
     names = ("id", "image_0", "image_1", "caption_0", "caption_1", "collapsed_tag")
-    number, *pictures, caption, other, tag = _fields(row, names, where, kinds=(int, str, dict))
-    return {
-        "id": str(number),
-        "group": tag,
-        "images": [_winoground_image(value, images, f"ex_{number}_img_{k}") for k, value in enumerate(pictures)],
-        "texts": [caption, other],
-        "match": [[0, 0], [1, 1]],
-    }
+    for row, where in rows:
+        number, *pictures, caption, other, tag = _fields(row, names, where, kinds=(int, str, dict))
+        yield {
+            "id": str(number),
+            "group": tag,
+            "images": [_winoground_image(value, images, f"ex_{number}_img_{k}") for k, value in enumerate(pictures)],
+            "texts": [caption, other],
+            "match": [[0, 0], [1, 1]],
+        }
 
 
 def _winoground_image(value: Any, images: Path, name: str) -> str:
@@ -218,14 +208,14 @@ def _winoground_image(value: Any, images: Path, name: str) -> str:
     return value if Path(value).suffix else f"{value}.png"
 
 
-def _parquet_rows(tables: Sequence[Path]) -> Iterator[tuple[Path, Item]]:
+def _parquet_rows(tables: Sequence[Path]) -> Iterator[tuple[Item, str]]:
     for table in tables:
         try:
             file = pq.ParquetFile(table)
             with tqdm(total=file.metadata.num_rows, desc=f"reading {table.name}", unit="row", disable=None) as bar:
                 for batch in file.iter_batches(batch_size=16):
                     for row in batch.to_pylist():
-                        yield table, row
+                        yield row, str(table)
                         bar.update()
         except pa.ArrowInvalid as error:
             raise UserError(f"{table} is not a whole Parquet file ({error}); download it again") from error
@@ -336,52 +326,44 @@ def _choice(key: str, group: str, image: str, captions: Sequence[str]) -> Item:
     return {"id": key, "group": group, "images": [image], "texts": list(captions), "match": [[0, 0]]}
 
 
-def _write(out: Path, items: Sequence[Item], **settings: Any) -> None:
-    with new_folder(out) as folder:
-        data = _write_set(folder, items, **settings)
-    _report(out, data)
-
-
-def _write_set(
-    folder: Path,
-    items: Sequence[Item],
+def _write(
+    out: Path,
+    items: Callable[[Path], Iterable[Item]] | Iterable[Item],
     *,
     name: str,
     rule: str,
-    images: Path,
+    images: Path | None,
     source: str,
     average: str = "items",
     min_group_size: int = 1,
-    stored_images: str | None = None,
-) -> PairSet:
-    """Write the two files, and read them back as an evaluation would."""
-    if not images.is_dir():
+) -> None:
+    """Write the two files, read them back as an evaluation would, and print their sizes.
+
+    Without a folder of `images`, `items` is a function that writes the images to the folder that it is given.
+    """
+    if images is not None and not images.is_dir():
         raise UserError(f"{images} is not a folder; name the one that holds the pictures")
-    names = dict.fromkeys(one["path"] if isinstance(one, dict) else one for item in items for one in item["images"])
-    missing = [
-        one
-        for one in tqdm(names, desc="looking for pictures", unit="file", disable=None)
-        if not (images / one).is_file()
-    ]
-    if missing:
-        raise UserError(f"{len(missing)} of {len(names)} pictures are not in {images}, the first is {missing[0]}")
-    settings = {
-        "format": FORMAT,
-        "name": name,
-        "rule": rule,
-        "images": stored_images or str(images.resolve()),
-        "source": source,
-        "average": average,
-        "min_group_size": min_group_size,
-    }
-    write_json(folder / "pairs.json", settings)
-    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        for item in items:
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
-    return PairSet.open(folder)
-
-
-def _report(out: Path, data: PairSet) -> None:
+    with new_folder(out) as folder:
+        root = images or folder / "images"
+        root.mkdir(exist_ok=True)
+        rows = list(items(root) if callable(items) else items)
+        names = dict.fromkeys(one["path"] if isinstance(one, dict) else one for row in rows for one in row["images"])
+        looked_for = tqdm(names, desc="looking for pictures", unit="file", disable=None)
+        if missing := [one for one in looked_for if not (root / one).is_file()]:
+            raise UserError(f"{len(missing)} of {len(names)} pictures are not in {root}, the first is {missing[0]}")
+        settings = {
+            "format": FORMAT,
+            "name": name,
+            "rule": rule,
+            "images": str(images.resolve()) if images else "images",
+            "source": source,
+            "average": average,
+            "min_group_size": min_group_size,
+        }
+        write_json(folder / "pairs.json", settings)
+        with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        data = PairSet.open(folder)
     groups = ", ".join(f"{name} {count}" for name, count in list(data.group_sizes.items())[:10])
     more = f" and {len(data.group_sizes) - 10} more" if len(data.group_sizes) > 10 else ""
     print(f"{out}: {len(data.items)} items, {len(data.images)} images, {len(data.texts)} texts ({groups}{more})")

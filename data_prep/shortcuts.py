@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from from_table import group_rows, read_rows
 from PIL import Image
-from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render
+from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render, with_article
 
 from mcl_clip.core.distributed import permutation, random_words
 from mcl_clip.core.errors import UserError, run_program
@@ -223,8 +223,7 @@ class _Objects:
 
 def _description(words: str, code: Sequence[int]) -> str:
     """Describe an object, such as 'a striped star', after the colors of its code if it has one."""
-    named = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-    return f"code {_colours(code)}, {named}" if code else named
+    return f"code {_colours(code)}, {with_article(words)}" if code else with_article(words)
 
 
 def _colours(code: Iterable[int]) -> str:
@@ -283,7 +282,9 @@ def make_classes(
     with new_folder(out) as folder:
         for variant in VARIANTS:
             pairs = painter["train"].pairs(
-                ((path.read_bytes(), [_photo_of(classes[label])]) for path, label in train), len(train), variant
+                ((path.read_bytes(), [f"a photo of {with_article(classes[label])}"]) for path, label in train),
+                len(train),
+                variant,
             )
             write_pairs(pairs, folder / variant / "train", samples_per_shard=samples_per_shard, total=len(train))
             for name, (labels, classnames, templates) in sets.items():
@@ -409,19 +410,16 @@ def _class_folders(folder: Path, most: int, seed: int) -> tuple[list[tuple[Path,
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; the pictures lie in train/CLASS/ and test/CLASS/")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    found = [(path, label) for label, name in enumerate(classes) for path in _pictures(folder / name)]
+    found = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).iterdir())
+        if path.suffix[1:].lower() in IMAGE_FORMATS
+    ]
     if not found:
         raise UserError(f"{folder} has no pictures in folders of classes")
     order = permutation(len(found), "shortcut pictures", seed, folder.name)[:most]
     return [found[number] for number in order], classes
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix[1:].lower() in IMAGE_FORMATS)
-
-
-def _photo_of(name: str) -> str:
-    return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _digits_name(code: Iterable[int]) -> str:

@@ -38,27 +38,16 @@ SHAPES = ("triangle", "square", "plus", "circle", "tee", "rhombus", "pentagon", 
 TEXTURES = ("solid", "stripes", "grid", "hexgrid", "dots", "noise", "triangles", "zigzags", "rain", "pluses")
 COLOURS = ("red", "green", "blue", "yellow", "pink", "cyan", "purple", "ocean", "orange", "white")
 RGB = np.array(
-    [
-        (228, 26, 28),
-        (30, 150, 40),
-        (35, 60, 225),
-        (250, 225, 30),
-        (255, 130, 190),
-        (40, 225, 235),
-        (140, 35, 190),
-        (0, 115, 135),
-        (250, 130, 15),
-        (255, 255, 255),
-    ],
+    [(228, 26, 28), (30, 150, 40), (35, 60, 225), (250, 225, 30), (255, 130, 190), (40, 225, 235), (140, 35, 190),
+     (0, 115, 135), (250, 130, 15), (255, 255, 255)],
     np.float32,
-)
+)  # fmt: skip
 BACKGROUND = 128
 DARK = 0.2  # brightness of the dark parts of a texture
 BOX = 128 / 224  # side of the box a shape is drawn in, as a part of the picture
 PERIOD = 0.16  # of a texture, as a part of the picture
 MAX_ANGLE = 45  # degrees
 SIZES_PX = (32, 512)
-
 _ANGLES = 2 * MAX_ANGLE + 1
 
 
@@ -83,7 +72,7 @@ def render(shape: int, colour: int, texture: int, *, size_px: int, name: Sequenc
 @lru_cache(maxsize=len(SHAPES) * _ANGLES)
 def _shape_mask(shape: int, angle: int, size_px: int) -> np.ndarray:
     """Return the coverage of each pixel by a rotated shape, uint8, cropped to the shape."""
-    fine = _supersampling(size_px)
+    fine = max(2, 256 // size_px)  # supersampling
     side = math.ceil(math.sqrt(2) * BOX * size_px) + 2
     canvas = Image.new("L", (side * fine, side * fine))
     turn = _turn(angle) * BOX * size_px * fine
@@ -98,17 +87,13 @@ def _shape_mask(shape: int, angle: int, size_px: int) -> np.ndarray:
 @lru_cache(maxsize=len(TEXTURES) * _ANGLES)
 def _texture_tile(texture: int, angle: int, size_px: int) -> np.ndarray:
     """Return the brightness of a rotated texture, uint8 [side, side], large enough for any shape at any phase."""
-    fine = _supersampling(size_px)
+    fine = max(2, 256 // size_px)  # supersampling
     side = math.ceil((math.sqrt(2) * BOX + 2 * PERIOD) * size_px) + 2
     grid = (np.arange(side * fine, dtype=np.float32) + 0.5) / (fine * PERIOD * size_px)
     (a, b), (c, d) = _turn(angle).astype(np.float32)
     across, down = grid[None, :], grid[:, None]
     bright = PATTERNS[TEXTURES[texture]](a * across + b * down, c * across + d * down)
     return np.asarray(Image.fromarray(np.where(bright, 255, round(255 * DARK)).astype(np.uint8)).reduce(fine))
-
-
-def _supersampling(size_px: int) -> int:
-    return max(2, 256 // size_px)
 
 
 def _turn(angle: int) -> np.ndarray:
@@ -234,9 +219,6 @@ _TEMPLATES = {
 }  # articles fit every class name
 
 
-_MAX_FITS = 2000
-
-
 class Correlation(NamedTuple):
     """`second` is the partner of `first` with this probability; `partner[value of first]` is a value of `second`."""
 
@@ -270,13 +252,17 @@ def parse_correlations(texts: Sequence[str], seed: int) -> list[Correlation]:
     for text in texts:
         first, _, rest = text.partition(":")
         second, _, number = rest.partition("=")
-        if not {first, second} <= set(ATTRIBUTES) or first == second or not _is_probability(number, 0.1):
+        try:
+            probability = float(number)
+        except ValueError:
+            probability = math.nan
+        if not {first, second} <= set(ATTRIBUTES) or first == second or not 0.1 <= probability <= 1:
             raise UserError(
                 f"--correlate {text!r} is not of the form shape:texture=0.7, with two of {', '.join(ATTRIBUTES)} "
                 f"and a probability from 0.1 (independent) to 1"
             )
         partner = tuple(permutation(10, "trifeature partners", seed, *sorted((first, second))).tolist())
-        correlations.append(Correlation(first, second, float(number), partner))
+        correlations.append(Correlation(first, second, probability, partner))
     pairs = {frozenset((one.first, one.second)) for one in correlations}
     if len(pairs) < len(correlations) or len(pairs) > 2:
         raise UserError(f"--correlate {' '.join(texts)}: at most two different pairs of attributes can be correlated")
@@ -313,7 +299,7 @@ def training_weights(is_held_out: np.ndarray, correlations: Sequence[Correlation
         groups.append(10 * first + second)
         targets.append(np.where(is_partner, one.probability, (1 - one.probability) / 9).ravel() / 10)
     weights = np.where(is_held_out, 0.0, 1e-3)
-    for _ in range(_MAX_FITS):
+    for _ in range(2000):
         worst = 0.0
         for group, target in zip(groups, targets, strict=True):
             now = np.bincount(group, weights, minlength=len(target))
@@ -340,7 +326,12 @@ def caption_of(combination: Sequence[int], named: Sequence[str], opening: str, w
     phrase = (
         f"{noun} that is {' and '.join(adjectives)}" if wording >= 2 and adjectives else " ".join([*adjectives, noun])
     )
-    return f"{opening}{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+    return opening + with_article(phrase)
+
+
+def with_article(noun: str) -> str:
+    """Put `a` or `an` before a noun."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def make_trifeature(
@@ -386,7 +377,12 @@ def make_trifeature(
     is_held_out = choose_held_out(held_out_combinations, seed)
     correlations = parse_correlations(correlate, seed)
     train = training_combinations(pairs_train, is_held_out, correlations, seed)
-    pool = _evaluation_pool(is_held_out, evaluate_on)
+    pool = COMBINATIONS[is_held_out] if evaluate_on == "held-out" else COMBINATIONS
+    if any(len(np.unique(column)) < 10 for column in pool.T):
+        raise UserError(
+            f"--evaluate-on held-out: the {len(pool)} held-out combinations do not have every shape, colour and "
+            f"texture; use --held-out-combinations 0.1 or more, or --evaluate-on all"
+        )
     painter = _Painter(size_px, image_format, seed)
     with new_folder(out) as folder:
         pairs = painter.training_pairs(COMBINATIONS[train], probabilities)
@@ -402,16 +398,6 @@ def make_trifeature(
         }
         write_json(folder / "metadata.json", metadata)
     print(f"{out}: " + ", ".join(f"{name} {number}" for name, number in counts.items()))
-
-
-def _evaluation_pool(is_held_out: np.ndarray, evaluate_on: str) -> np.ndarray:
-    pool: np.ndarray = COMBINATIONS[is_held_out] if evaluate_on == "held-out" else COMBINATIONS
-    if any(len(np.unique(column)) < 10 for column in pool.T):
-        raise UserError(
-            f"--evaluate-on held-out: the {len(pool)} held-out combinations do not have every shape, colour and "
-            f"texture; use --held-out-combinations 0.1 or more, or --evaluate-on all"
-        )
-    return pool
 
 
 def _write_evaluation(
@@ -482,28 +468,16 @@ def _values(combination: Sequence[int]) -> dict[str, str]:
     return {name: VALUES[name][value] for name, value in zip(ATTRIBUTES, combination, strict=True)}
 
 
-def _is_partner(combinations: np.ndarray, one: Correlation) -> np.ndarray:
-    first, second = combinations[:, ATTRIBUTES.index(one.first)], combinations[:, ATTRIBUTES.index(one.second)]
-    is_partner: np.ndarray = np.array(one.partner)[first] == second
-    return is_partner
-
-
 def _described(one: Correlation, combinations: np.ndarray) -> dict[str, Any]:
     names, partners = VALUES[one.first], VALUES[one.second]
+    first, second = combinations[:, ATTRIBUTES.index(one.first)], combinations[:, ATTRIBUTES.index(one.second)]
     return {
         "of": one.first,
         "with": one.second,
         "probability": one.probability,
-        "measured": round(float(_is_partner(combinations, one).mean()), 4),
+        "measured": round(float((np.array(one.partner)[first] == second).mean()), 4),
         "partners": {name: partners[value] for name, value in zip(names, one.partner, strict=True)},
     }
-
-
-def _is_probability(text: str, low: float) -> bool:
-    try:
-        return low <= float(text) <= 1
-    except ValueError:
-        return False
 
 
 def _check_numbers(options: Mapping[str, Any], probabilities: Mapping[str, float]) -> None:

@@ -147,7 +147,7 @@ def test_partners_are_matched_at_random_one_to_one(tri):
 def test_two_correlations_hold_together(tri):
     both = tri.parse_correlations(["shape:texture=0.8", "shape:colour=0.6"], 0)
     rows = tri.COMBINATIONS[tri.training_combinations(20_000, tri.choose_held_out(0, 0), both, 0)]
-    assert [tri._is_partner(rows, one).mean() for one in both] == pytest.approx([0.8, 0.6], abs=0.01)
+    assert [tri._described(one, rows)["measured"] for one in both] == pytest.approx([0.8, 0.6], abs=0.01)
 
 
 @pytest.mark.parametrize(
