@@ -19,6 +19,7 @@ from torch import Tensor
 from mcl_clip.core.errors import UserError
 
 Name = str | int
+SAMPLE_BLOCK = 1 << 17  # random words that are drawn at a time
 T = TypeVar("T")
 
 
@@ -73,6 +74,20 @@ def random_words_between(start: int, stop: int, *name: Name) -> np.ndarray:
 def permutation(size: int, *name: Name) -> np.ndarray:
     """Return a permutation of 0..size-1 from the random stream `name`, shape [size], int64."""
     return np.argsort(random_words(size, *name), kind="stable")
+
+
+def sample_of_permutation(size: int, count: int, *name: Name) -> np.ndarray:
+    """Return `np.sort(permutation(size, *name)[:count])`, in memory that depends on `count` alone."""
+    words, rows, step = np.empty(0, np.uint64), np.empty(0, np.int64), max(count, SAMPLE_BLOCK)
+    for start in range(0, size if count else 0, step):
+        drawn = random_words_between(start, min(start + step, size), *name)
+        is_full = len(words) == count  # then `words` ascend, and of equal words the first row is kept
+        near = np.flatnonzero(drawn < words[-1]) if is_full else np.arange(len(drawn))
+        words, rows = np.concatenate([words, drawn[near]]), np.concatenate([rows, start + near])
+        lowest = np.argsort(words, kind="stable")[:count]
+        words, rows = words[lowest], rows[lowest]
+    rows.sort()
+    return rows
 
 
 def torch_generator(*name: Name) -> torch.Generator:

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from mcl_clip.config import RunConfig
-from mcl_clip.core.distributed import check_same, on_main, permutation
+from mcl_clip.core.distributed import check_same, on_main, sample_of_permutation
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, STARTED, read_json
 from mcl_clip.data.features import EmbeddingTable
@@ -62,7 +62,7 @@ class RunContext:
     def held_out(self) -> Int64[np.ndarray, "held_out"]:
         """Rows that are never trained on, in ascending order."""
         count = min(self.config.data.holdout_rows, len(self.index) // 20)
-        return np.sort(permutation(len(self.index), self.config.seed, "held out")[:count])
+        return sample_of_permutation(len(self.index), count, self.config.seed, "held out")
 
     def clip(self, stage: int) -> ClipBundle:
         """Load the trained model of a stage to the device of this process."""

@@ -23,8 +23,8 @@ from mcl_clip.core.distributed import (
     gather_objects,
     is_main,
     on_main,
-    permutation,
     rank,
+    sample_of_permutation,
     torch_generator,
     world_size,
 )
@@ -214,7 +214,7 @@ def _fit_sample(
     rows: ReadRows, num_rows: int, num_clusters: int, name: tuple[Name, ...], num_starts: int, sample_size: int
 ) -> Float32[Tensor, "clusters dim"]:
     """Return the best of several k-means++ starts, each followed by Lloyd steps, on a fixed sample."""
-    chosen = np.sort(permutation(num_rows, *name, "sample")[:sample_size])
+    chosen = sample_of_permutation(num_rows, sample_size, *name, "sample")
     pieces = [
         rows(start, stop)[chosen[(chosen >= start) & (chosen < stop)] - start] for start, stop in all_chunks(num_rows)
     ]
