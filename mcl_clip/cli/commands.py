@@ -436,21 +436,10 @@ def _export_text(folder: Path, differences: Mapping[str, float]) -> str:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "init": init,
-    "launch": launch_recipe,
-    "doctor": doctor,
-    "profile": profile,
-    "experiment": experiment,
-    "status": status,
-    "report": report,
-    "browse": browse,
-    "eval": evaluate_model,
-    "compare": compare,
-    "export": export,
-    "push": push,
-    "index": index,
-    "reshard": reshard_run,
-}
+    "init": init, "launch": launch_recipe, "doctor": doctor, "profile": profile, "experiment": experiment,
+    "status": status, "report": report, "browse": browse, "eval": evaluate_model, "compare": compare,
+    "export": export, "push": push, "index": index, "reshard": reshard_run,
+}  # fmt: skip
 RECIPE_COMMANDS = ("launch", "doctor", "profile")  # they pass arguments to a recipe
 
 
