@@ -50,7 +50,6 @@ RESNET_GROUPS = (
     *((f"layer{n}",) for n in (1, 2, 3, 4)),
     ("attnpool",),
 )
-WEIGHT_NAMES = (OPEN_CLIP_WEIGHTS_NAME, "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 TEMPERATURE_NAMES = ("logit_scale", "logit_bias")
 
 
@@ -96,7 +95,6 @@ class ClipBundle:
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
     tokenizer: Callable[..., Int[Tensor, "texts context"]]
-    is_pretrained: bool
 
     @property
     def context_length(self) -> int:
@@ -160,9 +158,8 @@ def create_clip(
             label = name or "this model_cfg"
             model = _create_model(f"{LOCAL}{folder}", preprocess, seed=seed, label=label, load_weights=False)
     if weights:
-        load_weights(model, str(weights))
-    tokenizer_name = cfg["text_cfg"].get("hf_tokenizer_name")
-    return _make_bundle(model, cfg, partial(make_tokenizer, cfg), tokenizer_name, is_pretrained=bool(pretrained))
+        load_weights(model, weights)
+    return _make_bundle(model, cfg, partial(make_tokenizer, cfg), cfg["text_cfg"].get("hf_tokenizer_name"))
 
 
 def _find_model_cfg(name: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,13 +200,11 @@ def _find_weights(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> P
         )
     config_path = path.with_name(OPEN_CLIP_CONFIG_NAME)
     if config_path.is_file():
-        config = read_json(config_path)
         try:
-            quick_gelu = bool(config.get("model_cfg", {}).get("quick_gelu"))
+            quick_gelu = bool(read_json(config_path).get("model_cfg", {}).get("quick_gelu"))
         except AttributeError as error:
-            raise UserError(
-                f"{config_path} is not an open_clip config; restore it, or move the weights to another folder"
-            ) from error
+            message = f"{config_path} is not an open_clip config; restore it, or move the weights to another folder"
+            raise UserError(message) from error
         if quick_gelu != bool(model_cfg.get("quick_gelu")):
             raise UserError(
                 f"{path} was trained with quick_gelu={quick_gelu}, {name or 'model_cfg'} has "
@@ -240,8 +235,7 @@ def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str,
     cfg["quick_gelu"] = bool(cfg.get("quick_gelu"))
     if "size" in preprocess:
         cfg["vision_cfg"]["image_size"] = preprocess["size"]
-    tokenizer = partial(open_clip.get_tokenizer, architecture)
-    return _make_bundle(model, cfg, tokenizer, f"of {architecture}", is_pretrained=True)
+    return _make_bundle(model, cfg, partial(open_clip.get_tokenizer, architecture), f"of {architecture}")
 
 
 def _create_model(
@@ -265,13 +259,11 @@ def _create_model(
 def _make_bundle(
     model: nn.Module,
     cfg: dict[str, Any],
-    make_tokenizer: Callable[[], Callable[..., Tensor]],
+    load_tokenizer: Callable[[], Callable[..., Tensor]],
     tokenizer_name: str | None,
-    *,
-    is_pretrained: bool,
 ) -> ClipBundle:
     try:
-        tokenizer = make_tokenizer()
+        tokenizer = load_tokenizer()
     except Exception as error:  # damaged files raise errors of many types
         raise UserError(f"the tokenizer {tokenizer_name} cannot be loaded: {one_line(error)}") from error
     preprocess_cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
@@ -279,9 +271,7 @@ def _make_bundle(
     if isinstance(size, list) and size[0] == size[1]:  # open_clip gives a number or a pair, as the image tower does
         preprocess_cfg["size"] = size[0]
     use_fast_paths(model)
-    return ClipBundle(
-        model=model, model_cfg=cfg, preprocess_cfg=preprocess_cfg, tokenizer=tokenizer, is_pretrained=is_pretrained
-    )
+    return ClipBundle(model=model, model_cfg=cfg, preprocess_cfg=preprocess_cfg, tokenizer=tokenizer)
 
 
 def save_clip(clip: ClipBundle, folder: Path) -> None:
@@ -301,22 +291,14 @@ def load_clip(folder: Path) -> ClipBundle:
     return create_clip(architecture=f"{LOCAL}{folder}")
 
 
-def load_weights(model: nn.Module, source: str) -> None:
-    """Load all weights of `model` from a weights file, a training checkpoint, or a folder with one.
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load all weights of `model` from a weights file or a training checkpoint.
 
     Only tensors and plain values are unpickled; files that hold anything else are refused.
 
     Raises:
-        UserError: if there is no such file, it is unsafe, or its weights do not fit the model.
+        UserError: if the file is unsafe, or its weights do not fit the model.
     """
-    path = Path(source)
-    if path.is_dir():
-        candidates = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
-        if not candidates:
-            raise UserError(f"{path} holds no weights under any of the names {', '.join(WEIGHT_NAMES)}")
-        path = candidates[0]
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
     if path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(f"{path} is not one of {', '.join(WEIGHT_SUFFIXES)}; convert it with open_clip first")
     try:
@@ -352,9 +334,8 @@ def lock(
         try:
             expression = re.compile(pattern)
         except re.error as error:
-            raise UserError(
-                f"the pattern {pattern!r} of parameters to lock is not a regular expression: {error}"
-            ) from error
+            message = f"the pattern {pattern!r} of parameters to lock is not a regular expression: {error}"
+            raise UserError(message) from error
         matching = [name for name in named if expression.search(name)]
         if not matching:
             first, *_, last = named

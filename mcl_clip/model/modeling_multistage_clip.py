@@ -127,17 +127,11 @@ class MultistageCLIPModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         device_map: Any = None,
         **kwargs: Any,
     ) -> "MultistageCLIPModel":
-        """Load a model from a folder or the Hub, in eval mode.
+        """Load a model from a folder or the Hub, in eval mode, and in float32 unless `dtype` is given.
 
-        Args:
-            pretrained_model_name_or_path: a folder, or the name of a repository on the Hub.
-            config: overrides `combine` of the stored model; all other values must agree with the weights.
-            subfolder: path of the model in the folder or repository.
-            dtype: floating-point dtype, float32 by default; `torch_dtype` is its older name.
-            torch_dtype: see `dtype`.
-            device_map: one device for the whole model; `auto` is the accelerator if there is one, else the CPU.
-            kwargs: `revision`, `cache_dir`, `force_download`, `local_files_only` and `token` of a download, and options
-                of transformers that have no effect here; others are refused.
+        `config` may override `combine` of the stored model; all other values must agree with the weights. `device_map`
+        names one device for the whole model; `auto` is the accelerator if there is one, else the CPU. `revision`,
+        `cache_dir`, `force_download`, `local_files_only` and `token` are those of huggingface_hub.
 
         Raises:
             OSError: if there is no such model, or it cannot be downloaded.

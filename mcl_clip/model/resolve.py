@@ -77,7 +77,14 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
     """
     folder = Path(name)
     if (folder / "config.json").is_file() and any(folder.glob("stage-*")):
-        return _models_of_run(folder, each)
+        combined, num_stages = folder / "combined" / "model", len(read_run_config(folder)["stages"])
+        stages = [_stage_of_run(folder, stage) for stage in range(num_stages)] if each else []
+        if not (combined / CONFIG_NAME).is_file():
+            raise UserError(
+                f"{folder} has no combined model yet; finish the run, or name one of its stages as {folder}/stage-0"
+            )
+        run_name = folder.resolve().name
+        return [*stages, _multistage(combined, _architecture_of(folder), f"{run_name}/combined", label=run_name)]
     if each:
         raise UserError(f"--each measures all stages of a run, and {name} is not a run directory; leave it out")
     if SINGLE_STAGE.fullmatch(folder.name) and (folder.parent / "config.json").is_file():
@@ -96,15 +103,6 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
     if name.startswith(LOCAL):
         return [_candidate(name, name.removeprefix(LOCAL), partial(create_clip, architecture=name))]
     return [_known_to_open_clip(name)]
-
-
-def _models_of_run(run: Path, each: bool) -> list[Candidate]:
-    folder, num_stages = run / "combined" / "model", len(read_run_config(run)["stages"])
-    stages = [_stage_of_run(run, stage) for stage in range(num_stages)] if each else []
-    if not (folder / CONFIG_NAME).is_file():
-        raise UserError(f"{run} has no combined model yet; finish the run, or name one of its stages as {run}/stage-0")
-    run_name = run.resolve().name
-    return [*stages, _multistage(folder, _architecture_of(run), f"{run_name}/combined", label=run_name)]
 
 
 def _stage_of_run(run: Path, stage: int) -> Candidate:

@@ -171,7 +171,7 @@ def test_more_that_a_clip_model_cannot_express_is_refused(tmp_path):
         embed_dim=16, multimodal_cfg={"width": 16, "heads": 2, "layers": 1, "context_length": 8},
         text_cfg=make_cfg()["text_cfg"], vision_cfg={**make_cfg()["vision_cfg"], "attn_pooler_heads": 2},
     )  # fmt: skip
-    clip = ClipBundle(model=coca, model_cfg=make_cfg(), preprocess_cfg={"size": 32}, tokenizer=len, is_pretrained=False)
+    clip = ClipBundle(model=coca, model_cfg=make_cfg(), preprocess_cfg={"size": 32}, tokenizer=len)
     with pytest.raises(UserError, match="the model has a CoCa"):
         write_clip_model(tmp_path, clip)
     assert not list(tmp_path.iterdir())
