@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mcl_clip.core.errors import UserError, run_program
-from mcl_clip.eval.embed import ReaderImages
 from mcl_clip.eval.retrieval import RetrievalSet
 from mcl_clip.model.multistage import VECTOR, MultistageCLIP
 from mcl_clip.model.resolve import find_models
@@ -64,7 +63,7 @@ def compare(model: str, data: Path, /, *, combine: str = "concat") -> None:
 @torch.inference_mode()
 def _embed(model: MultistageCLIP, data: RetrievalSet, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Embed a set: unit features and joined vectors of images, unit features of texts, by all stages and by one."""
-    images, texts = ReaderImages(data.reader), data.texts
+    images, texts = data.source, data.texts
     rows = [np.arange(start, min(start + BATCH, len(images))) for start in range(0, len(images), BATCH)]
     parts: list[list[Tensor]] = [[], [], [], []]
     for batch in tqdm(rows, desc="images", disable=None):

@@ -42,7 +42,7 @@ def floor(train: str, test: Path, /) -> None:
     weights = word_weights(captions)
     target = torch.stack([bag_of_words(" ".join(texts), weights) for texts in captions])
     found = RetrievalSet.open(test)
-    images, _ = read_pairs(found.reader)
+    images, _ = read_pairs(found.source.reader)
     texts = torch.stack([bag_of_words(text, weights) for text in found.texts])
     held_out = len(pixels) // 10
     penalty = min(PENALTIES, key=lambda value: -_recall(pixels[held_out:], target[held_out:], pixels[:held_out],

@@ -366,7 +366,7 @@ def _write(
         data = PairSet.open(folder)
     groups = ", ".join(f"{name} {count}" for name, count in list(data.group_sizes.items())[:10])
     more = f" and {len(data.group_sizes) - 10} more" if len(data.group_sizes) > 10 else ""
-    print(f"{out}: {len(data.items)} items, {len(data.images)} images, {len(data.texts)} texts ({groups}{more})")
+    print(f"{out}: {len(data.items)} items, {len(data.source)} images, {len(data.texts)} texts ({groups}{more})")
 
 
 def _need(path: Path) -> None:

@@ -5,7 +5,9 @@ Every function works without a process group, as a world of one process.
 
 import hashlib
 import os
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -41,6 +43,12 @@ def is_main() -> bool:
 def count_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # kilobytes elsewhere
 
 
 def barrier() -> None:

@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.reader import Reader
-from mcl_clip.eval.embed import ImageSource, check_finite, embed_set, find_shards, read_samples
+from mcl_clip.eval.embed import check_finite, open_shards
 from mcl_clip.eval.probes import FOLDS, knn_predictions, linear_predictions
-from mcl_clip.eval.task import Task
+from mcl_clip.eval.task import ImageSource, Task
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -38,14 +36,14 @@ class ClassificationSet:
     `images_digest` identifies the images.
     """
 
-    source: Reader | ImageSource
+    source: ImageSource
     labels: Int64[np.ndarray, "images"] | Bool[np.ndarray, "images classes"]
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
     images_digest: str
 
     @classmethod
-    def open(cls, root: Path, *, split: str = "test", is_multilabel: bool = False) -> "ClassificationSet":
+    def open(cls, root: Path, *, is_multilabel: bool = False) -> "ClassificationSet":
         """Open a set with classnames.txt, zeroshot_classification_templates.txt and tar files of images with labels.
 
         The label of an image is a `.cls` member with the class index or, in a multi-label set, a `.npy` member with a 0
@@ -55,40 +53,37 @@ class ClassificationSet:
             UserError: if the layout is another, a label is invalid, or no image of a multi-label set has any class.
         """
         classnames, templates = read_lines(root / CLASSNAMES), read_templates(root)
-        shards = [str(path) for path in find_shards(root, split)]
-        index = ShardIndex.build(shards, text_first="npy" if is_multilabel else "cls")
-        if skipped := index.skipped_by_reason():
-            raise UserError(f"{root} has samples that cannot be used: {skipped}; write the set again")
-        reader = Reader(index)
-        labels: np.ndarray
-        if is_multilabel:
-            rows = [
-                _parse_multilabel(sample.text, index.key(sample.row), root, len(classnames))
-                for sample in read_samples(reader)
-            ]
-            labels = np.stack(rows)
-            if not labels.any():
-                raise UserError(f"none of the {len(labels)} images in {root} has any of the {len(classnames)} classes")
-        else:
-            classes = [_parse_label(sample.text, root, len(classnames)) for sample in read_samples(reader)]
-            labels = np.array(classes, np.int64)
-        return cls(reader, labels, classnames, templates, index.digest)
+        member, parse = ("npy", _parse_multilabel) if is_multilabel else ("cls", _parse_label)
+        source = open_shards(root, text_first=member)
+        index = source.reader.index
+        labels = np.array(
+            [parse(s.text, f"{index.key(s.row)}.{member} in {root}", len(classnames)) for s in source.samples()]
+        )
+        if is_multilabel and not labels.any():
+            raise UserError(f"none of the {len(labels)} images in {root} has any of the {len(classnames)} classes")
+        return cls(source, labels, classnames, templates, index.digest)
 
     @property
-    def prompts(self) -> list[str]:
-        """All prompts of the first class, then of the second, and so on."""
+    def texts(self) -> list[str]:
+        """The prompts of the first class, then of the second, and so on."""
         return [template.replace("{c}", name) for name in self.classnames for template in self.templates]
 
     @property
     def sha256(self) -> str:
         """Digest of images, labels and prompts."""
         digest = hashlib.sha256(self.images_digest.encode() + self.labels.tobytes())
-        digest.update("\n".join(self.prompts).encode())
+        digest.update("\n".join(self.texts).encode())
         return digest.hexdigest()
 
-    def counts(self) -> dict[str, int]:
-        """Return the sizes that a record holds."""
-        return {"n_images": len(self.labels), "n_texts": len(self.prompts), "n_classes": len(self.classnames)}
+    def describe(self, kind: str, name: str) -> dict[str, Any]:
+        """Describe the set for the record of a task of this kind."""
+        return {
+            "key": f"{kind}/{name.removeprefix(f'{kind}/')}",
+            "task": "zeroshot_classification",
+            "n_images": len(self.labels),
+            "n_texts": len(self.texts),
+            "n_classes": len(self.classnames),
+        }
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
@@ -113,14 +108,16 @@ def read_templates(root: Path) -> tuple[str, ...]:
     return templates
 
 
-def _parse_label(data: bytes, root: Path, num_classes: int) -> int:
+def _parse_label(data: bytes, where: str, num_classes: int) -> np.int64:
     text = data.decode("ascii", "replace").strip()
     if not text.isdigit() or int(text) >= num_classes:
-        raise UserError(f"{root} has the label {text!r}; labels are numbers below {num_classes}, the number of classes")
-    return int(text)
+        raise UserError(
+            f"{where} has the label {text!r}; labels are numbers below {num_classes}, the number of classes"
+        )
+    return np.int64(text)
 
 
-def _parse_multilabel(data: bytes, key: str, root: Path, num_classes: int) -> Bool[np.ndarray, "classes"]:
+def _parse_multilabel(data: bytes, where: str, num_classes: int) -> Bool[np.ndarray, "classes"]:
     try:
         if not data.startswith(NPY_MAGIC):  # np.load would also unpack .npz archives
             raise ValueError("not an array")
@@ -128,10 +125,10 @@ def _parse_multilabel(data: bytes, key: str, root: Path, num_classes: int) -> Bo
         if values.dtype.kind not in "biuf":
             raise ValueError(f"of {values.dtype}, not of numbers")
     except (ValueError, EOFError, OSError, MemoryError) as error:
-        raise UserError(f"{key}.npy in {root} is not a plain numpy array ({error}); write the set again") from error
+        raise UserError(f"{where} is not a plain numpy array ({error}); write the set again") from error
     if values.shape != (num_classes,) or not np.isin(values, (0, 1)).all():
         raise UserError(
-            f"{key}.npy in {root} has the shape {values.shape} and values from {values.min(initial=0)} to "
+            f"{where} has the shape {values.shape} and values from {values.min(initial=0)} to "
             f"{values.max(initial=0)}; it must hold a 0 or a 1 for each of the {num_classes} classes"
         )
     multi_hot: np.ndarray = values.astype(bool)
@@ -148,8 +145,7 @@ def class_scores(
     Raises:
         UserError: if features are not finite.
     """
-    for side, features in (("image", image_features), ("text", text_features)):
-        check_finite(features, side)
+    check_finite(image_features, text_features)
     prompts = text_features.view(num_classes, -1, text_features.shape[1])
     weights = torch.cat(
         [F.normalize(F.normalize(part.double(), dim=-1).mean(1)) for part in torch.split(prompts, AVERAGED_CLASSES)]
@@ -170,15 +166,6 @@ class ClassificationTask:
     data: ClassificationSet
     probe_width: int = 0
     main_metric = "acc1"
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the evaluated data."""
-        return self.data.sha256
-
-    def embed(self, model: Any, **options: Any) -> dict[str, Tensor]:
-        """Compute the features of all images and prompts; see `embed_set`."""
-        return embed_set(model, self.data.source, self.data.prompts, **options)
 
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "prompts dim"]
@@ -210,8 +197,7 @@ class ClassificationTask:
 
     def describe(self) -> dict[str, Any]:
         """Describe the set for the record."""
-        key = f"classification/{self.name.removeprefix('classification/')}"
-        return {"key": key, "task": "zeroshot_classification", **self.data.counts()}
+        return self.data.describe("classification", self.name)
 
 
 def probe_at_stage_width(task: Task, stage_dims: Sequence[int]) -> Task:
@@ -232,15 +218,6 @@ class MultilabelTask:
     data: ClassificationSet
     main_metric = "mean_average_precision"
 
-    @property
-    def sha256(self) -> str:
-        """Digest of the evaluated data."""
-        return self.data.sha256
-
-    def embed(self, model: Any, **options: Any) -> dict[str, Tensor]:
-        """Compute the features of all images and prompts; see `embed_set`."""
-        return embed_set(model, self.data.source, self.data.prompts, **options)
-
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "prompts dim"]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -255,8 +232,7 @@ class MultilabelTask:
 
     def describe(self) -> dict[str, Any]:
         """Describe the set for the record."""
-        key = f"multilabel/{self.name.removeprefix('multilabel/')}"
-        return {"key": key, "task": "zeroshot_classification", **self.data.counts()}
+        return self.data.describe("multilabel", self.name)
 
 
 def average_precision(scores: Float[np.ndarray, "images"], is_positive: Bool[np.ndarray, "images"]) -> float:

@@ -1,11 +1,11 @@
 """Image and text features of evaluation sets, embedded by all processes together, each sample exactly once."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,28 +18,16 @@ from mcl_clip.core import distributed
 from mcl_clip.core.errors import UserError, explain_os_error
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import RawSample, Reader
-from mcl_clip.model.clip import encode_texts
+from mcl_clip.eval.task import EvaluationSet, ImageSource
+from mcl_clip.model.clip import autocast, encode_texts
 
 MAX_BOX_PIXELS = 50_000_000
 READ_ROWS = 256
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
-
-
-@runtime_checkable
-class ImageSource(Protocol):
-    """Images addressed by row. It must be picklable, because loader workers read from copies of it."""
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    def images(self, rows: Int[np.ndarray, " batch"]) -> Iterator[Image.Image]:
-        """Yield the images of `rows` as RGB, in the given order.
-
-        Raises:
-            UserError: if an image cannot be decoded.
-        """
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,18 @@ class ReaderImages:
             try:
                 yield decode_image(sample.image)
             except BadSampleError as error:
-                raise bad_sample(self.reader, sample.row, error) from error
+                raise self.explain(sample.row, error) from error
+
+    def samples(self) -> Iterator[RawSample]:
+        """Yield all samples in row order."""
+        for start in range(0, len(self), READ_ROWS):
+            yield from self.reader.read(np.arange(start, min(start + READ_ROWS, len(self))))
+
+    def explain(self, row: int, error: BadSampleError) -> UserError:
+        """Return the error for a sample that cannot be decoded; evaluation skips none, so scores stay comparable."""
+        index = self.reader.index
+        shard = index.shards[int(index.shard_of[row])].url
+        return UserError(f"sample {index.key(row)} in {shard} cannot be decoded ({error.reason}); write the set again")
 
 
 @dataclass(frozen=True)
@@ -97,20 +96,31 @@ class FileImages:
             yield image.crop((left, top, left + width, top + height)) if box else image
 
 
-def find_shards(root: Path, split: str) -> list[Path]:
-    """List the tar files in `root/split` (CLIP_benchmark's layout, with nshards.txt), or else in `root` itself.
+def open_shards(root: Path, **options: Any) -> ReaderImages:
+    """Open the tar files in `root/test` (CLIP_benchmark's layout, with nshards.txt), or else in `root` itself.
 
     Raises:
-        UserError: if `root` has neither layout, or a tar file is missing.
+        UserError: if `root` has neither layout, a tar file is missing, or a sample is incomplete.
     """
-    folder = root / split
+    index = ShardIndex.build([str(path) for path in _find_shards(root)], **options)
+    if incomplete := {reason: count for reason, count in index.skipped_by_reason().items() if count}:
+        counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(incomplete.items()))
+        raise UserError(
+            f"{root} has samples that cannot be used ({counts}); a score on the rest would not be comparable, so "
+            f"write the set again"
+        )
+    return ReaderImages(Reader(index))
+
+
+def _find_shards(root: Path) -> list[Path]:
+    folder = root / "test"
     if not folder.is_dir():
         # Natural order: 2.tar comes before 10.tar.
         shards = sorted(
             root.glob("*.tar"), key=lambda p: [(int(n or 0), t) for t, n in re.findall(r"(\D*)(\d*)", p.name)]
         )
         if not shards:
-            raise UserError(f"{root} is not an evaluation set: it has neither a folder {split!r} nor tar files")
+            raise UserError(f"{root} is not an evaluation set: it has neither a folder 'test' nor tar files")
         return shards
     counter = folder / "nshards.txt"
     if not counter.is_file():
@@ -126,118 +136,75 @@ def find_shards(root: Path, split: str) -> list[Path]:
     return shards
 
 
-def read_samples(reader: Reader) -> Iterator[RawSample]:
-    """Yield all samples of a reader in row order."""
-    size = len(reader.index)
-    for start in range(0, size, READ_ROWS):
-        yield from reader.read(np.arange(start, min(start + READ_ROWS, size)))
+def check_finite(image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]) -> None:
+    """Raise a UserError if any row of the features has an infinite or NaN value."""
+    for side, features in (("image", image_features), ("text", text_features)):
+        largest = torch.linalg.vector_norm(features, torch.inf, dim=1)  # a reduction: allocates no copy of the features
+        if broken := int((~torch.isfinite(largest)).sum()):
+            raise UserError(f"{broken} of {len(features)} {side} features are not finite; the model has diverged")
 
 
-def bad_sample(reader: Reader, row: int, error: BadSampleError) -> UserError:
-    """Return the error for a sample that cannot be decoded; evaluation skips no samples, so scores stay comparable."""
-    index = reader.index
-    shard = index.shards[int(index.shard_of[row])].url
-    return UserError(f"sample {index.key(row)} in {shard} cannot be decoded ({error.reason}); write the set again")
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A model with all that is needed to embed a set with it.
 
-
-def check_finite(features: Float[Tensor, "rows dim"], side: str) -> None:
-    """Raise a UserError if any row of the `image` or `text` features has an infinite or NaN value."""
-    largest = torch.linalg.vector_norm(features, torch.inf, dim=1)  # a reduction: allocates no copy of the features
-    if broken := int((~torch.isfinite(largest)).sum()):
-        raise UserError(f"{broken} of {len(features)} {side} features are not finite; the model has diverged")
-
-
-def embed_set(
-    model: Any,
-    source: Reader | ImageSource,
-    texts: Sequence[str],
-    *,
-    image_transform: Any,
-    tokenizer: Any,
-    num_workers: int,
-    **options: Any,
-) -> dict[str, Tensor]:
-    """Compute the `image` and `text` features of a set; see `embed_images` and `embed_texts` for the options."""
-    images = embed_images(model, source, image_transform=image_transform, num_workers=num_workers, **options)
-    return {"image": images, "text": embed_texts(model, texts, tokenizer=tokenizer, **options)}
-
-
-def embed_images(
-    model: Any,
-    source: Reader | ImageSource,
-    *,
-    image_transform: Callable[[Any], Tensor],
-    device: torch.device | str,
-    batch_size: int,
-    num_workers: int,
-) -> Float[Tensor, "images dim"]:
-    """Compute un-normalized float32 features of all images, on the CPU and identical on all processes.
-
-    The batches do not depend on the number of processes, so neither do the features.
-
-    Args:
-        model: any object with `encode_image`; a module is in eval mode meanwhile.
-        source: the images, or a reader of samples with images.
-        image_transform: maps a PIL image to a float tensor.
-        device: the device of the model.
-        batch_size: images per forward pass and process.
-        num_workers: loader worker processes; 0 loads in the main process.
-
-    Raises:
-        UserError: on all processes, if an image cannot be decoded on any of them.
-        RuntimeError: if the processes together did not embed each image exactly once.
+    The model is any object with `encode_image` and `encode_text`. `batch_size` counts images, and texts, per forward
+    pass and process; `num_workers` loader worker processes, 0 for none.
     """
-    source = ReaderImages(source) if isinstance(source, Reader) else source
-    device, size = torch.device(device), len(source)
-    batches = _batches_of_rank(size, batch_size)
-    loader = DataLoader(
-        _ImageBatches(source, image_transform),
-        batch_size=None,
-        sampler=batches,
-        num_workers=min(num_workers, len(batches)),
-        pin_memory=device.type == "cuda",
-        generator=distributed.torch_generator("evaluation"),
-    )
-    parts, failure = [], ""
-    with _eval_mode(model), torch.no_grad(), _progress_bar(batches, "images") as bar:
+
+    model: Any
+    image_transform: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    device: torch.device
+    batch_size: int = 64
+    num_workers: int = 0
+    precision: str = "fp32"
+
+    def embed(self, data: EvaluationSet) -> dict[str, Tensor]:
+        """Compute the un-normalized float32 `image` and `text` features, on the CPU and identical on all processes.
+
+        The batches do not depend on the number of processes, so neither do the features.
+
+        Raises:
+            UserError: on all processes, if an image cannot be decoded on any of them.
+            RuntimeError: if the processes together did not embed each image and text exactly once.
+        """
+        source, texts, model, device = data.source, data.texts, self.model, self.device
+        image_rows, text_rows = (_batches_of_rank(len(part), self.batch_size) for part in (source, texts))
+        loader = DataLoader(
+            _ImageBatches(source, self.image_transform),
+            batch_size=None,
+            sampler=image_rows,
+            num_workers=min(self.num_workers, len(image_rows)),
+            pin_memory=device.type == "cuda",
+            generator=distributed.torch_generator("evaluation"),
+        )
         dtype = next(model.parameters()).dtype if isinstance(model, nn.Module) else torch.float32
-        for pixels in loader:
+
+        def encode_images(pixels: Tensor | UserError) -> Tensor:
             if isinstance(pixels, UserError):
-                failure = str(pixels)
-                break
-            parts.append(model.encode_image(pixels.to(device, dtype, non_blocking=True)).float())
-            bar.update(len(pixels))
-    raise_on_all_processes(failure)
-    return _gather_rows(parts, batches, size, "images", device)
+                raise pixels
+            features: Tensor = model.encode_image(pixels.to(device, dtype, non_blocking=True))
+            return features
+
+        def encode_rows(rows: np.ndarray) -> Tensor:
+            return encode_texts(model, self.tokenizer([texts[row] for row in rows]), device)
+
+        with autocast(self.precision, device), _eval_mode(model), torch.no_grad():
+            images = _gather_rows(map(encode_images, loader), image_rows, device)
+            return {"image": images, "text": _gather_rows(map(encode_rows, text_rows), text_rows, device)}
 
 
-def embed_texts(
-    model: Any,
-    texts: Sequence[str],
-    *,
-    tokenizer: Callable[[list[str]], Tensor],
-    device: torch.device | str,
-    batch_size: int,
-) -> Float[Tensor, "texts dim"]:
-    """Compute un-normalized float32 features of texts, on the CPU and identical on all processes.
-
-    See `embed_images`.
-    """
-    device = torch.device(device)
-    batches = _batches_of_rank(len(texts), batch_size)
-    parts = []
-    with _eval_mode(model), torch.no_grad(), _progress_bar(batches, "texts") as bar:
-        for batch in batches:
-            tokens = tokenizer([texts[row] for row in batch])
-            parts.append(encode_texts(model, tokens, device).float())
-            bar.update(len(batch))
-    return _gather_rows(parts, batches, len(texts), "texts", device)
-
-
-def raise_on_all_processes(failure: str) -> None:
-    """Raise the same UserError on every process if any of them passes a message; called by all with "" for none."""
+def on_all_processes(make: Callable[[], T]) -> T:
+    """Return `make()`, called on every process; raise on all of them a UserError that any of them raises."""
+    failure, result = "", []
+    try:
+        result.append(make())
+    except UserError as error:
+        failure = str(error)
     if failures := [message for message in distributed.gather_objects(failure) if message]:
         raise UserError(failures[0]).on_every_process()
+    return result[0]
 
 
 class _ImageBatches(Dataset[Tensor | UserError]):
@@ -268,10 +235,6 @@ def _batches_of_rank(
     return batches[len(batches) * rank // world_size : len(batches) * (rank + 1) // world_size]
 
 
-def _progress_bar(batches: Sequence[np.ndarray], unit: str) -> Any:
-    return Progress(total=sum(map(len, batches)), desc=unit, unit=unit[:-1], show=distributed.is_main())
-
-
 @contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
     """Put all modules in eval mode, and restore the mode of each of them afterwards."""
@@ -286,29 +249,33 @@ def _eval_mode(model: Any) -> Iterator[None]:
 
 
 def _gather_rows(
-    parts: list[Tensor], batches: list[np.ndarray], size: int, unit: str, device: torch.device
-) -> Float[Tensor, "size dim"]:
-    """Gather the features of all processes on the CPU, in row order.
+    features: Iterable[Tensor], batches: Sequence[np.ndarray], device: torch.device
+) -> Float[Tensor, "rows dim"]:
+    """Compute the features of this process's batches, and concatenate those of all processes on the CPU.
 
     Raises:
-        RuntimeError: if a row is missing or occurs twice.
+        UserError: on all processes, if a batch raises one on any of them.
+        RuntimeError: if a process has features for more or fewer rows than are in its batches.
     """
-    local_rows = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *batches]))
-    shapes = distributed.gather_objects((len(local_rows), parts[0].shape[1] if parts else 0))
-    # Collectives need equal shapes: all processes pad to the longest, with row -1. One without batches knows no dim.
-    longest, dim = max(count for count, _ in shapes), max(dim for _, dim in shapes)
+    count = sum(map(len, batches))
+
+    def compute() -> list[Tensor]:
+        parts = []
+        with Progress(total=count, desc="embed", unit="sample", show=distributed.is_main()) as bar:
+            for part in features:
+                parts.append(part.float())
+                bar.update(len(part))
+        return parts
+
+    parts = on_all_processes(compute)
+    shapes = distributed.gather_objects((count, parts[0].shape[1] if parts else 0))
+    # Collectives need equal shapes: all processes pad to the longest. One without batches knows no dim.
+    longest, dim = (max(sizes) for sizes in zip(*shapes, strict=True))
     padded = torch.zeros(longest, dim, device=device)
-    padded_rows = torch.full((longest,), -1, device=device)
+    if (embedded := sum(map(len, parts))) != count:
+        raise RuntimeError(f"{embedded} of {count} images or texts were embedded")
     if parts:
-        padded[: len(local_rows)] = torch.cat(parts)
-        padded_rows[: len(local_rows)] = local_rows.to(device)
-    features, rows = distributed.gather(padded).cpu(), distributed.gather(padded_rows).cpu()
-    is_row = rows >= 0
-    counts = torch.bincount(rows[is_row], minlength=size)
-    if len(counts) != size or not bool((counts == 1).all()):
-        raise RuntimeError(
-            f"{int((counts == 0).sum())} of {size} {unit} were not embedded, {int((counts > 1).sum())} more than once"
-        )
-    ordered = torch.empty(size, dim)
-    ordered[rows[is_row]] = features[is_row]
-    return ordered
+        padded[:count] = torch.cat(parts)
+    gathered = distributed.gather(padded).cpu().view(len(shapes), longest, dim)
+    # Processes have contiguous shares of the rows, see `_batches_of_rank`.
+    return torch.cat([share[:rows] for share, (rows, _) in zip(gathered, shapes, strict=True)])

@@ -42,7 +42,7 @@ from torch.nn import functional as F
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_json
-from mcl_clip.eval.embed import Box, FileImages, check_finite, embed_set
+from mcl_clip.eval.embed import Box, FileImages, check_finite
 
 FORMAT = 1
 RULES = ("pair_t2i", "winoground", "text_choice")
@@ -70,7 +70,7 @@ class PairSet:
     name: str
     rule: str
     items: tuple[PairItem, ...]
-    images: FileImages
+    source: FileImages
     image_sizes: tuple[int, ...]  # bytes of the files
     texts: tuple[str, ...]
     average: str = "items"
@@ -106,7 +106,7 @@ class PairSet:
             name=settings["name"],
             rule=settings["rule"],
             items=items,
-            images=FileImages(paths, tuple(box for _, box in image_rows)),
+            source=FileImages(paths, tuple(box for _, box in image_rows)),
             image_sizes=tuple(sizes[path] for path in paths),
             texts=tuple(text_rows),
             average=settings["average"],
@@ -128,7 +128,7 @@ class PairSet:
     def sha256(self) -> str:
         """Digest of rule, items, boxes, texts and the sizes of the image files, wherever these are."""
         items = [[item.id, item.group, item.images, item.texts, dict(item.together)] for item in self.items]
-        content = [self.rule, self.average, self.min_group_size, items, self.images.boxes, self.image_sizes, self.texts]
+        content = [self.rule, self.average, self.min_group_size, items, self.source.boxes, self.image_sizes, self.texts]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -245,15 +245,6 @@ class PairTask:
     data: PairSet
     main_metric = "accuracy"
 
-    @property
-    def sha256(self) -> str:
-        """Digest of the evaluated data."""
-        return self.data.sha256
-
-    def embed(self, model: Any, **options: Any) -> dict[str, Tensor]:
-        """Compute the features of every image (cropped to its box) and every text, each once; see `embed_set`."""
-        return embed_set(model, self.data.images, self.data.texts, **options)
-
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -270,13 +261,10 @@ class PairTask:
             UserError: if features are not finite, or their number is not that of the set's images and texts.
         """
         data, items = self.data, self.data.items
-        for side, features, count in (
-            ("image", image_features, len(data.images)),
-            ("text", text_features, len(data.texts)),
-        ):
-            if len(features) != count:
-                raise UserError(f"{len(features)} {side} features for a set with {count} of them; embed it again")
-            check_finite(features, side)
+        for side, features, expected in (("image", image_features, data.source), ("text", text_features, data.texts)):
+            if len(features) != len(expected):
+                raise UserError(f"{len(features)} {side} features for a set with {len(expected)}; embed it again")
+        check_finite(image_features, text_features)
         correct, outcomes = _apply_rule(_item_scores(image_features, text_features, items), data)
         groups = np.array([item.group for item in items])
         members_of = {group: groups == group for group in data.group_sizes}
@@ -310,7 +298,7 @@ class PairTask:
             "key": f"pairs/{self.name}",
             "task": "image_text_pairs",
             "rule": self.data.rule,
-            "n_images": len(self.data.images),
+            "n_images": len(self.data.source),
             "n_texts": len(self.data.texts),
             "n_pairs": len(self.data.items),
             "groups": self.data.group_sizes,
@@ -363,7 +351,7 @@ def _dependent_units(data: PairSet) -> Int32[np.ndarray, "items"]:
         return row
 
     for row, item in enumerate(data.items):
-        for shared in (*(data.images.paths[image] for image in item.images), *item.together.items()):
+        for shared in (*(data.source.paths[image] for image in item.images), *item.together.items()):
             one, other = root(row), root(first.setdefault(shared, row))
             parent[max(one, other)] = min(one, other)
     roots = np.array([root(row) for row in range(len(parent))])

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.decode import BadSampleError, decode_captions
-from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.reader import Reader
-from mcl_clip.eval.embed import bad_sample, check_finite, embed_set, find_shards, read_samples
+from mcl_clip.eval.embed import ReaderImages, check_finite, open_shards
 
 IMAGE_BLOCK = 4096  # images scored at once, against TEXT_CHUNK texts
 TEXT_CHUNK = 256
@@ -31,33 +29,30 @@ class RetrievalSet:
     `captions[i]` are the captions of the image in row i; `texts` are all of them, image by image.
     """
 
-    reader: Reader
+    source: ReaderImages
     captions: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def open(cls, root: Path, *, split: str = "test") -> "RetrievalSet":
+    def open(cls, root: Path) -> "RetrievalSet":
         """Open `root/test/0.tar, 1.tar ...` with `root/test/nshards.txt`, or the tar files in `root` itself.
 
         Raises:
             UserError: if `root` has neither layout, a sample is incomplete or broken, or there are no captions.
         """
-        index = ShardIndex.build([str(path) for path in find_shards(Path(root), split)])
-        if incomplete := {reason: count for reason, count in index.skipped_by_reason().items() if count}:
-            counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(incomplete.items()))
-            raise UserError(
-                f"{root} has samples that cannot be used ({counts}); a score on the rest would not be comparable, so "
-                f"write the set again"
-            )
-        reader = Reader(index)
-        captions = tuple(_read_captions(reader))
+        source = open_shards(root)
+        captions: list[tuple[str, ...]] = []
+        for sample in source.samples():
+            try:
+                captions.append(tuple(decode_captions(sample.text, sample.text_format)))
+            except BadSampleError as error:
+                if error.reason != "empty_caption":  # an image without captions stays in the gallery
+                    raise source.explain(sample.row, error) from error
+                captions.append(())
         if not any(captions):
-            raise UserError(f"the {len(index)} samples in {root} have no captions; a retrieval set has a .txt a sample")
-        return cls(reader, captions)
-
-    @property
-    def keys(self) -> list[str]:
-        """The key of each image."""
-        return [self.reader.index.key(row) for row in range(len(self.captions))]
+            raise UserError(
+                f"the {len(source)} samples in {root} have no captions; a retrieval set has a .txt a sample"
+            )
+        return cls(source, tuple(captions))
 
     @property
     def texts(self) -> list[str]:
@@ -72,20 +67,11 @@ class RetrievalSet:
     @property
     def sha256(self) -> str:
         """Digest of keys, member sizes and captions in order."""
-        digest = hashlib.sha256(self.reader.index.digest.encode())
-        for key, captions in zip(self.keys, self.captions, strict=True):
-            digest.update("\0".join((key, *captions)).encode() + b"\n\0")
+        index = self.source.reader.index
+        digest = hashlib.sha256(index.digest.encode())
+        for row, captions in enumerate(self.captions):
+            digest.update("\0".join((index.key(row), *captions)).encode() + b"\n\0")
         return digest.hexdigest()
-
-
-def _read_captions(reader: Reader) -> Iterator[tuple[str, ...]]:
-    for sample in read_samples(reader):
-        try:
-            yield tuple(decode_captions(sample.text, sample.text_format))
-        except BadSampleError as error:
-            if error.reason != "empty_caption":  # an image without captions stays in the gallery
-                raise bad_sample(reader, sample.row, error) from error
-            yield ()
 
 
 @dataclass(frozen=True)
@@ -95,15 +81,6 @@ class RetrievalTask:
     name: str
     data: RetrievalSet
     main_metric = "mean_recall@1"
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the evaluated data."""
-        return self.data.sha256
-
-    def embed(self, model: Any, **options: Any) -> dict[str, Tensor]:
-        """Compute the features of all images and captions; see `embed_set`."""
-        return embed_set(model, self.data.reader, self.data.texts, **options)
 
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
@@ -156,8 +133,7 @@ def recall_metrics(
     Raises:
         UserError: if features are not finite, or the sizes do not match.
     """
-    for side, features in (("image", image_features), ("text", text_features)):
-        check_finite(features, side)
+    check_finite(image_features, text_features)
     num_images, num_texts = len(image_features), len(text_features)
     if num_texts != len(image_of_text) or not num_texts or not num_images:
         raise UserError(f"{num_images} images, {num_texts} texts and {len(image_of_text)} pairs do not fit together")

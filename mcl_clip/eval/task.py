@@ -4,13 +4,16 @@ Embedding and scoring are separate steps, so stored features of several stages c
 another forward pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from mcl_clip.core.errors import UserError
@@ -21,6 +24,40 @@ SCHEMA = 1
 RESULTS = "results.jsonl"
 PACKAGES = {"mcl_clip": "mcl_clip", "open_clip": "open_clip_torch", "torch": "torch"}
 RESAMPLES = 2000
+FIELD_TYPES: Mapping[str, Any] = {  # of a record, as far as readers use them
+    **dict.fromkeys(("key", "task", "pretrained"), str),
+    **dict.fromkeys(("n_images", "n_texts"), int),
+    **dict.fromkeys(("main_metric", "outcomes", "label"), str | None),
+    "stage": int | None,
+}
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Images addressed by row. It must be picklable, because loader workers read from copies of it."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def images(self, rows: Int[np.ndarray, " batch"]) -> Iterator[Image.Image]:
+        """Yield the images of `rows` as RGB, in the given order; raise UserError for one that cannot be decoded."""
+
+
+@runtime_checkable
+class EvaluationSet(Protocol):
+    """What a task embeds."""
+
+    @property
+    def source(self) -> ImageSource:
+        """The images."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The captions or prompts."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all that is evaluated: metrics are comparable only if it is equal."""
 
 
 @runtime_checkable
@@ -36,13 +73,8 @@ class Task(Protocol):
         """Name of the metric to report where only one is shown."""
 
     @property
-    def sha256(self) -> str:
-        """Digest of the evaluated data: metrics are comparable only if it is equal."""
-
-    def embed(
-        self, model: Any, *, image_transform: Any, tokenizer: Any, num_workers: int, **options: Any
-    ) -> dict[str, Tensor]:
-        """Compute un-normalized `image` and `text` features of the set, identical on all processes."""
+    def data(self) -> EvaluationSet:
+        """The set."""
 
     def score(
         self, image_features: Float[Tensor, "images dim"], text_features: Float[Tensor, "texts dim"]
@@ -68,28 +100,23 @@ def result_record(
     combine: str | None,
     dtype: str,
     seconds: float,
-    outcomes: Mapping[str, np.ndarray] | None = None,
-    outcomes_file: str | None = None,
-    label: str | None = None,
-    language: str = "en",
+    outcomes: Mapping[str, np.ndarray],
+    outcomes_file: str,
 ) -> dict[str, Any]:
     """Build the JSON record of one result: CLIP_benchmark's fields, and what is needed to compare two results.
 
     Args:
         task: the evaluated task.
-        metrics: metrics by name.
+        metrics: metrics by name; those with per-query `outcomes` (see `Task.score`) get 95 % intervals.
         model: name of the architecture.
-        pretrained: name of the weights.
+        pretrained: name of the weights; its last part labels the model among others in the same folder.
         stage: index of the last stage used.
         combine: how stages are combined; None for a single stage.
         dtype: precision of the encoders, such as `fp32`.
         seconds: wall time of the evaluation.
-        outcomes: per-query outcomes, see `Task.score`; metrics that have them get 95 % intervals.
+        outcomes: outcomes by name.
         outcomes_file: name of the .npz file beside the record that holds the outcomes.
-        label: identifies the model among others in the same folder; by default the last part of `pretrained`.
-        language: language of the texts.
     """
-    outcomes = outcomes or {}
     intervals = {
         name: list(bootstrap_interval(outcomes[name], outcomes.get(f"unit:{name}"), resamples=RESAMPLES))
         for name in metrics
@@ -101,15 +128,15 @@ def result_record(
         "dataset": task.name,
         "model": model,
         "pretrained": pretrained,
-        "label": label or pretrained.rsplit("/", 1)[-1],
-        "language": language,
+        "label": pretrained.rsplit("/", 1)[-1],
+        "language": "en",
         "stage": stage,
         "combine": combine,
         "main_metric": task.main_metric,
         "metrics": {**metrics, "main_metric": metrics[task.main_metric]},
         "ci95": intervals,
         "outcomes": outcomes_file,
-        "data_sha256": task.sha256,
+        "data_sha256": task.data.sha256,
         "dtype": dtype,
         "versions": {name: version(package) for name, package in PACKAGES.items()},
         "seconds": round(seconds, 3),
@@ -134,19 +161,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 def _is_result(record: Mapping[str, Any]) -> bool:
     """Check the types of all fields that readers use, so that a damaged file is an error here and not in a report."""
-    names = all(isinstance(record.get(name), str) for name in ("key", "task", "pretrained"))
-    counts = all(type(record.get(name)) is int for name in ("n_images", "n_texts"))
-    optional = all(isinstance(record.get(name), str | None) for name in ("main_metric", "outcomes"))
-    stage_and_label = isinstance(record.get("stage"), int | None) and isinstance(record.get("label", ""), str)
     metrics, intervals = record.get("metrics"), record.get("ci95", {})
-    if not (names and counts and optional and stage_and_label):
+    if not all(isinstance(record.get(name), types) for name, types in FIELD_TYPES.items()):
         return False
     if not (isinstance(metrics, dict) and isinstance(intervals, dict)):
         return False
     if not all(isinstance(bounds, list) and len(bounds) == 2 for bounds in intervals.values()):
         return False
-    numbers = [*metrics.values(), *(bound for bounds in intervals.values() for bound in bounds)]
-    return all(type(number) in (int, float, type(None)) for number in numbers)
+    numbers = [record["n_images"], record["n_texts"], *metrics.values(), *chain(*intervals.values())]
+    return all(type(number) in (int, float, NoneType) for number in numbers)
 
 
 def label_of(record: Mapping[str, Any]) -> str:

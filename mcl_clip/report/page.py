@@ -47,7 +47,7 @@ def write_report(run_dir: Path, *, images: bool = True, max_mb: float = 10.0, ou
     loaders = {}
     if images:
         loaders = {TRAINING: training_images(view.reader)} if view.reader is not None else {}
-        loaders |= {name: load for name, task in view.tasks.items() if (load := task_images(task)) is not None}
+        loaders |= {name: task_images(task) for name, task in view.tasks.items()}
     thumbnails = Thumbnails(loaders)
     # Sections request their images here; rendering without them gives the size that is left for images.
     sections = [section for make in SECTIONS if (section := make(view, thumbnails)) is not None]

@@ -11,7 +11,6 @@ from PIL import Image
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.reader import Reader
-from mcl_clip.eval.embed import ImageSource, ReaderImages
 from mcl_clip.eval.task import Task
 
 SIDES_PX = (160, 112, 80, 56)  # of the longer side; the first is sharp on high-density screens
@@ -103,19 +102,13 @@ def training_images(reader: Reader) -> ImageLoader:
     return load
 
 
-def task_images(task: Task) -> ImageLoader | None:
-    """Return a loader of the images of an evaluation set; None for a task that does not expose them."""
-    data = getattr(task, "data", None)
-    sources = [getattr(data, name, None) for name in ("source", "reader", "images")]
-    source = next((source for source in sources if isinstance(source, Reader | ImageSource)), None)
-    if source is None:
-        return None
-    images = (ReaderImages(source) if isinstance(source, Reader) else source).images
+def task_images(task: Task) -> ImageLoader:
+    """Return a loader of the images of an evaluation set."""
 
     def load(numbers: Sequence[int]) -> Iterator[Image.Image | None]:
         for number in numbers:
             try:
-                yield from images(np.array([number]))
+                yield from task.data.source.images(np.array([number]))
             except UserError:
                 yield None
 

@@ -25,6 +25,7 @@ from mcl_clip.data.row_order import Source
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.eval.classification import ClassificationSet, ClassificationTask
 from mcl_clip.eval.datasets import open_set
+from mcl_clip.eval.embed import Encoder
 from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.eval.task import Task
 from mcl_clip.model.clip import ClipBundle, load_clip
@@ -100,14 +101,15 @@ class RunContext:
 
     def embed_task(self, task: Task, model: nn.Module, clip: ClipBundle) -> dict[str, Tensor]:
         """Embed an evaluation set with `model`, using the preprocessing and tokenizer of `clip`."""
-        return task.embed(
-            model,
+        encoder = Encoder(
+            model=model,
             image_transform=clip.image_transform,
             tokenizer=clip.tokenizer,
             device=self.accelerator.device,
             batch_size=self.config.eval.batch_size,
             num_workers=self.config.machine.workers,
         )
+        return encoder.embed(task.data)
 
 
 def with_behavior(config: RunConfig) -> RunConfig:

@@ -151,7 +151,7 @@ def plan_phases(run: RunContext) -> list[Phase]:
     data = {name: getattr(config.data, name) for name in ("caption_key", "max_pixels")} | {"index": run.index.digest}
     if config.behavior != "0.6":  # earlier versions did not record it
         data["behavior"] = config.behavior
-    sets = {name: task.sha256 for name, task in run.tasks.items()}
+    sets = {name: task.data.sha256 for name, task in run.tasks.items()}
     phases: list[Phase] = []
     trained, embedded, clustered, labeled, evaluated = (list[Phase]() for _ in range(5))
     for s, stage in enumerate(config.stages):

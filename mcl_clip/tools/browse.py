@@ -83,8 +83,7 @@ class Search:
             UserError: if nothing of the run can be searched yet.
         """
         self.view, self._device, self.lock = view, device, threading.Lock()
-        loaders = {name: task_images(task) for name, task in view.tasks.items() if view.set_features(0, name)}
-        self._loaders = {name: load for name, load in loaders.items() if load is not None}
+        self._loaders = {name: task_images(task) for name, task in view.tasks.items() if view.set_features(0, name)}
         self.names = sorted(self._loaders, key=lambda name: not isinstance(view.tasks[name], RetrievalTask))
         if view.stages_with("embed") and view.reader is not None:
             self._loaders[TRAINING] = training_images(view.reader)

@@ -5,9 +5,7 @@ host waits at each border of a span for the work that it has launched. Spans exc
 the step.
 """
 
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from mcl_clip.config import EvalConfig, RunConfig, TrainConfig
-from mcl_clip.core.distributed import barrier, count_cores, gather_objects, is_main, on_main
+from mcl_clip.core.distributed import barrier, count_cores, gather_objects, is_main, on_main, peak_memory
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE
 from mcl_clip.core.progress import Progress
@@ -283,11 +281,7 @@ def profile_training(
     measured = step_parts(spans.history, reads_text_features=loader.reads_text_features)
     if len(measured) != steps:
         raise RuntimeError(f"the training ended after {len(measured)} of {steps} measured steps")
-    if device.type == "cuda":
-        peak_bytes = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak_bytes = peak if sys.platform == "darwin" else peak << 10  # kilobytes elsewhere
+    peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     rows_per_s = _loader_rows_per_s(make_loader(num_workers=0, device=torch.device("cpu")), loader.next_step)
     seconds = {part: sum(step[part] for step in measured) / steps for part in PARTS}
     late = [step["data"] > LATE_BATCH_SHARE * sum(step.values()) for step in measured]

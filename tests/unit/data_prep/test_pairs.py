@@ -17,7 +17,7 @@ def pairs(load_program):
 def score(folder, wrong=()):
     """Metrics of made features with which all items are right but those of these ids."""
     data = PairSet.open(folder)
-    images = torch.eye(len(data.images))
+    images = torch.eye(len(data.source))
     texts = torch.zeros(len(data.texts), len(images))
     for item in data.items:
         for number, text in enumerate(item.texts):
@@ -53,10 +53,10 @@ def test_mmvp_in_all_layouts(pairs, tmp_path, picture, capsys, folder):
     pairs.mmvp(tmp_path / "mmvp", tmp_path / "out")
     assert "warning" not in capsys.readouterr().out
     data = PairSet.open(tmp_path / "out")
-    assert (data.rule, data.average, len(data.items), len(data.images)) == ("pair_t2i", "groups", 135, 270)
+    assert (data.rule, data.average, len(data.items), len(data.source)) == ("pair_t2i", "groups", 135, 270)
     assert list(data.group_sizes.values()) == [15] * 9
     assert data.texts[:2] == ("a photo of a thing, numbered 1", "a photo of a thing, numbered 2")
-    assert [path.stem for path in data.images.paths] == [str(number) for number in range(1, 271)]
+    assert [path.stem for path in data.source.paths] == [str(number) for number in range(1, 271)]
     metrics = score(tmp_path / "out", wrong=("1-2", "3-4", "31-32", "269-270"))
     assert metrics["accuracy"] == pytest.approx((13 / 15 + 14 / 15 + 14 / 15 + 6) / 9)
     assert metrics["accuracy/Orientation and Direction"] == pytest.approx(13 / 15)
@@ -146,7 +146,7 @@ def test_sugarcrepe(pairs, tmp_path, coco, capsys):
     pairs.sugarcrepe(tmp_path / "data", tmp_path / "out", images=coco)
     assert "warning" not in capsys.readouterr().out
     data = PairSet.open(tmp_path / "out")
-    assert (data.rule, len(data.items), len(data.images), len(data.texts)) == ("text_choice", 28, 4, 56)
+    assert (data.rule, len(data.items), len(data.source), len(data.texts)) == ("text_choice", 28, 4, 56)
     assert data.group_sizes == dict.fromkeys(pairs.SUGARCREPE_TASKS, 4)
     assert [item.id for item in data.items[:4]] == ["add_att/0", "add_att/1", "add_att/5", "add_att/9"]
     assert data.texts[:2] == ("add_att 0 as it is", "add_att 0 as it is not")
@@ -227,8 +227,8 @@ def test_winoground_as_parquet(pairs, tmp_path, picture):
     pairs.winoground(tmp_path / "winoground", tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "moved")  # its pictures go with it
     data = PairSet.open(tmp_path / "moved")
-    assert [path.name for path in data.images.paths[2:4]] == ["ex_1_img_0.png", "ex_1_img_1.jpg"]
-    assert data.images.paths[3].read_bytes() == picture(11, kind="JPEG")
+    assert [path.name for path in data.source.paths[2:4]] == ["ex_1_img_0.png", "ex_1_img_1.jpg"]
+    assert data.source.paths[3].read_bytes() == picture(11, kind="JPEG")
     assert score(tmp_path / "moved", wrong=("0",))["accuracy"] == 0.8
 
 
@@ -282,7 +282,7 @@ def test_aro_relations_are_cut_and_averaged_by_relation(pairs, tmp_path, picture
     pairs.aro(tmp_path / "aro", tmp_path / "out", part="relation")
     data = PairSet.open(tmp_path / "out")
     assert (data.average, data.min_group_size, data.group_sizes) == ("groups", 1, {"on": 4, "behind": 1, "next to": 2})
-    assert data.images.boxes[2] == (2, 3, 12, 12)
+    assert data.source.boxes[2] == (2, 3, 12, 12)
     assert data.texts[:2] == ("the first on the second, 0", "the second on the first, 0")
     metrics = score(tmp_path / "out", wrong=("0", "5"))
     assert metrics["accuracy"] == pytest.approx((0.75 + 1 + 0.5) / 3)
@@ -393,7 +393,7 @@ def test_whatsup_of_coco_and_visual_genome(pairs, tmp_path, coco, picture):
     pairs.whatsup(tmp_path / "coco_qa_two_obj.json", tmp_path / "out", images=coco)
     data = PairSet.open(tmp_path / "out")
     assert [item.group for item in data.items] == ["left", "right", "front", "top"]
-    assert [path.name for path in data.images.paths] == ["000000000002.jpg", "000000000003.jpg", "2345.jpg"]
+    assert [path.name for path in data.source.paths] == ["000000000002.jpg", "000000000003.jpg", "2345.jpg"]
     assert not any(item.together for item in data.items)
 
 

@@ -3,13 +3,14 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from mcl_clip.data.writing import LabelledImage, Pair, write_classification_set, write_retrieval_set
-from mcl_clip.eval.evaluate import Encoder
+from mcl_clip.eval.embed import Encoder, FileImages
 from mcl_clip.model.clip import ClipBundle, create_clip, save_clip
 from mcl_clip.model.multistage import MultistageCLIP
 from tests.unit.data.tars import write_tar
@@ -115,6 +116,11 @@ def make_multistage(stages: int = 2, combine: str = "concat") -> MultistageCLIP:
         preprocess_cfg=towers[0].preprocess_cfg,
         model_cfgs=[tower.model_cfg for tower in towers],
     )
+
+
+def set_of(source=None) -> SimpleNamespace:
+    """Return what an encoder and a record need of an evaluation set."""
+    return SimpleNamespace(source=source or FileImages(()), texts=(), sha256="0123456789abcdef" * 4)
 
 
 def encoder_of(model, **options) -> Encoder:

@@ -1,5 +1,4 @@
 import io
-from unittest.mock import create_autospec
 
 import numpy as np
 import open_clip
@@ -10,10 +9,10 @@ from sklearn.metrics import balanced_accuracy_score
 from torch.nn import functional as F
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.data.reader import Reader
 from mcl_clip.data.writing import LabelledImage, write_classification_set
 from mcl_clip.eval.classification import ClassificationSet, ClassificationTask
-from mcl_clip.eval.evaluate import Encoder, run_task
+from mcl_clip.eval.embed import Encoder, FileImages
+from mcl_clip.eval.evaluate import run_task
 from mcl_clip.eval.task import Task, result_record
 from tests.unit.data.tars import picture, write_tar
 from tests.unit.eval.sets import CLASSES, Constant, Noise, encoder_of, make_tower, noise_png, write_classification
@@ -44,9 +43,9 @@ def root(tmp_path):
 
 def task_of(labels, *, classes, templates=2, **options):
     """Return a task with labels but without images."""
-    reader = create_autospec(Reader, instance=True)
+    source = FileImages(())
     names = tuple(f"class {number}" for number in range(classes))
-    data = ClassificationSet(reader, np.asarray(labels, np.int64), names, ("{c}",) * templates, "digest")
+    data = ClassificationSet(source, np.asarray(labels, np.int64), names, ("{c}",) * templates, "digest")
     return ClassificationTask("set", data, **options)
 
 
@@ -226,16 +225,16 @@ class Seeing:
 
 def test_a_set_is_read_embedded_and_scored(root):
     task = ClassificationTask("colours", ClassificationSet.open(root))
-    assert task.data.prompts == [t.replace("{c}", name) for name in COLOURS for t in TEMPLATES]
+    assert task.data.texts == [t.replace("{c}", name) for name in COLOURS for t in TEMPLATES]
     assert task.data.labels.tolist() == [number % 3 for number in range(30)]
-    raw = task.embed(
-        Seeing(),
+    encoder = Encoder(
+        model=Seeing(),
         image_transform=lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255,
         tokenizer=lambda texts: torch.tensor([[next(n for n, c in enumerate(COLOURS) if c in text)] for text in texts]),
-        num_workers=0,
-        device="cpu",
+        device=torch.device("cpu"),
         batch_size=7,
     )
+    raw = encoder.embed(task.data)
     assert (raw["image"].shape, raw["text"].shape) == ((30, 3), (6, 3))
     metrics, _ = task.score(raw["image"], raw["text"])
     assert metrics == {"acc1": 1, "mean_per_class_recall": 1, "linear_acc1": 1, "knn_acc1": 1}
@@ -245,19 +244,28 @@ def test_the_record_says_what_was_measured(root):
     task = ClassificationTask("colours", ClassificationSet.open(root))
     assert isinstance(task, Task)
     record = result_record(
-        task, {"acc1": 0.5}, model="ViT", pretrained="run/stage-0", stage=0, combine=None, dtype="fp32", seconds=1.0
+        task,
+        {"acc1": 0.5},
+        model="ViT",
+        pretrained="run/stage-0",
+        stage=0,
+        combine=None,
+        dtype="fp32",
+        seconds=1.0,
+        outcomes={},
+        outcomes_file="outcomes.npz",
     )
     assert record["key"] == "classification/colours"
     assert (record["n_images"], record["n_texts"], record["n_classes"]) == (30, 6, 3)
     assert record["metrics"]["main_metric"] == 0.5
-    assert record["data_sha256"] == task.sha256
+    assert record["data_sha256"] == task.data.sha256
 
 
 def test_the_digest_tells_prompts_and_labels_apart(root):
-    digest = ClassificationTask("colours", ClassificationSet.open(root)).sha256
-    assert ClassificationTask("other", ClassificationSet.open(root)).sha256 == digest
+    digest = ClassificationTask("colours", ClassificationSet.open(root)).data.sha256
+    assert ClassificationTask("other", ClassificationSet.open(root)).data.sha256 == digest
     (root / "zeroshot_classification_templates.txt").write_text("a {c} thing\nanything {c}\n")
-    assert ClassificationTask("colours", ClassificationSet.open(root)).sha256 != digest
+    assert ClassificationTask("colours", ClassificationSet.open(root)).data.sha256 != digest
 
 
 @pytest.mark.parametrize(
@@ -288,7 +296,9 @@ def test_a_folder_that_is_no_set(tmp_path):
 
 def test_samples_without_a_label_are_refused(root, tmp_path):
     write_tar(root / "test/2.tar", [("a.png", picture(kind="PNG")), ("a.cls", b"x"), ("b.png", picture(kind="PNG"))])
-    with pytest.raises(UserError, match=r"has samples that cannot be used: \{.*\}; write the set again"):
+    with pytest.raises(
+        UserError, match=r"has samples that cannot be used \(1 x missing_text\); .* write the set again"
+    ):
         ClassificationSet.open(root)
     write_tar(root / "test/2.tar", [("a.png", picture(kind="PNG")), ("a.cls", b"x")])
     with pytest.raises(UserError, match="has the label 'x'; labels are numbers below 3"):

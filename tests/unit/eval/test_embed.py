@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.eval.embed import FileImages, embed_images
+from mcl_clip.eval.embed import Encoder, FileImages
+from tests.unit.eval.sets import set_of
 
 
 class MeanColour:
@@ -22,9 +23,16 @@ def transform(image):
     return torch.from_numpy(np.array(image.resize((4, 4), Image.Resampling.BOX))).permute(2, 0, 1).float()
 
 
-def embed(source, **options):
-    arguments = {"image_transform": transform, "device": "cpu", "batch_size": 3, "num_workers": 0, **options}
-    return embed_images(MeanColour(), source, **arguments)
+def embed(source, num_workers=0):
+    encoder = Encoder(
+        model=MeanColour(),
+        image_transform=transform,
+        tokenizer=list,
+        device=torch.device("cpu"),
+        batch_size=3,
+        num_workers=num_workers,
+    )
+    return encoder.embed(set_of(source))["image"]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_folders_are_classes(root):
     assert data.classnames == ("Bee", "owl", "red fox")  # in sorted order, as torchvision's ImageFolder
     assert data.labels.tolist() == [0] * 4 + [1] * 2 + [2] * 3
     assert data.templates == tuple(template("{c}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES)
-    assert data.prompts[:2] == ["itap of a Bee.", "a bad photo of the Bee."]
+    assert data.texts[:2] == ["itap of a Bee.", "a bad photo of the Bee."]
     for path, image in zip(data.source.paths, data.source.images(np.arange(9)), strict=True):
         assert np.array_equal(image, Image.open(path))
 
@@ -66,7 +66,7 @@ def test_names_and_templates_of_their_own(root):
     (root / "zeroshot_classification_templates.txt").write_text("look, a {c}\n")
     data = open_image_folder(root)
     assert data.classnames == ("honey bee", "barn owl", "fox")
-    assert data.prompts == ["look, a honey bee", "look, a barn owl", "look, a fox"]
+    assert data.texts == ["look, a honey bee", "look, a barn owl", "look, a fox"]
 
 
 def test_what_is_no_image_is_no_image(root):
@@ -83,13 +83,13 @@ def test_what_is_no_image_is_no_image(root):
 
 
 def test_the_digest_is_over_names_and_sizes(root, tmp_path):
-    digest = ClassificationTask("animals", open_image_folder(root)).sha256
+    digest = ClassificationTask("animals", open_image_folder(root)).data.sha256
     elsewhere = write_image_folder(tmp_path / "elsewhere", FOLDERS)
-    assert ClassificationTask("other", open_image_folder(elsewhere)).sha256 == digest
+    assert ClassificationTask("other", open_image_folder(elsewhere)).data.sha256 == digest
     (elsewhere / "owl/0.png").rename(elsewhere / "owl/7.png")
-    assert ClassificationTask("other", open_image_folder(elsewhere)).sha256 != digest
+    assert ClassificationTask("other", open_image_folder(elsewhere)).data.sha256 != digest
     (root / "owl/0.png").write_bytes(noise_png(100, 9))
-    assert ClassificationTask("animals", open_image_folder(root)).sha256 != digest
+    assert ClassificationTask("animals", open_image_folder(root)).data.sha256 != digest
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_the_ids_of_imagenet_get_its_names(imagenet):
     data = open_image_folder(imagenet)
     assert data.classnames == tuple(open_clip.IMAGENET_CLASSNAMES)
     assert len(data.templates) == 80
-    assert data.prompts[0] == "a bad photo of a tench."
+    assert data.texts[0] == "a bad photo of a tench."
     names = ImageNetInfo("imagenet-1k")
     for folder, name in (("n01440764", "tench"), ("n02364673", "guinea pig"), ("n15075141", "toilet paper")):
         label = data.labels[[path.parent.name for path in data.source.paths].index(folder)]

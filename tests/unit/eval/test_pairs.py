@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.eval.embed import FileImages
+from mcl_clip.eval.embed import Encoder, FileImages
 from mcl_clip.eval.pairs import PairItem, PairSet, PairTask
 from mcl_clip.eval.task import Task, result_record
 
@@ -46,7 +46,7 @@ def task_of(items, rule, **options):
 def random_features(data, dim=256, seed=0, signal=0.0):
     """Independent features; with a signal, texts lean towards the image of their number in the item."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(len(data.images), dim, generator=generator)
+    images = torch.randn(len(data.source), dim, generator=generator)
     texts = torch.randn(len(data.texts), dim, generator=generator)
     for item in data.items:
         for image, text in zip(item.images, item.texts, strict=False):
@@ -201,7 +201,7 @@ def test_the_length_of_features_does_not_matter():
 
 def right_and_wrong(task, right):
     """Return features with which exactly these items are correct; each image belongs to one item."""
-    images = torch.eye(len(task.data.images))
+    images = torch.eye(len(task.data.source))
     texts = torch.zeros(len(task.data.texts), len(images))
     for item, is_right in zip(task.data.items, right, strict=True):
         for number, text in enumerate(item.texts):
@@ -308,7 +308,7 @@ def test_features_that_are_not_finite_are_refused(value, side):
 def test_features_of_another_set_are_refused():
     task = task_of(pairs_of_two(10), "pair_t2i")
     images, texts = random_features(task.data)
-    with pytest.raises(UserError, match="19 image features for a set with 20 of them"):
+    with pytest.raises(UserError, match="19 image features for a set with 20;"):
         task.score(images[1:], texts)
 
 
@@ -371,12 +371,14 @@ class Seeing:
 
 
 def embed(task, **options):
-    return task.embed(
-        Seeing(),
+    encoder = Encoder(
+        model=Seeing(),
         image_transform=lambda image: torch.from_numpy(np.array(image.resize((2, 2)))).permute(2, 0, 1) / 255,
         tokenizer=lambda texts: torch.tensor([[next(n for n, c in enumerate(COLOURS) if c in text)] for text in texts]),
-        **{"num_workers": 0, "device": "cpu", "batch_size": 3, **options},
+        device=torch.device("cpu"),
+        **{"batch_size": 3, **options},
     )
+    return encoder.embed(task.data)
 
 
 def test_a_set_is_read_embedded_and_scored(root):
@@ -385,7 +387,7 @@ def test_a_set_is_read_embedded_and_scored(root):
     assert [item.images for item in data.items] == [(0, 1), (0, 2), (0, 3)]
     assert [item.texts for item in data.items] == [(0, 1), (0, 2), (0, 2)]  # each in the order of its images
     assert data.items[2].together == {"set": "x"}
-    assert data.images.boxes == (None, None, None, (4, 1, 4, 3))
+    assert data.source.boxes == (None, None, None, (4, 1, 4, 3))
     raw = embed(PairTask("colours", data))
     assert (raw["image"].shape, raw["text"].shape) == ((4, 3), (3, 3))
     metrics, _ = PairTask("colours", data).score(raw["image"], raw["text"])
@@ -409,7 +411,16 @@ def test_the_record_says_what_was_measured(root):
     task = PairTask("colours", PairSet.open(root))
     assert isinstance(task, Task)
     record = result_record(
-        task, {"accuracy": 0.5}, model="ViT", pretrained="run/stage-0", stage=0, combine=None, dtype="fp32", seconds=1.0
+        task,
+        {"accuracy": 0.5},
+        model="ViT",
+        pretrained="run/stage-0",
+        stage=0,
+        combine=None,
+        dtype="fp32",
+        seconds=1.0,
+        outcomes={},
+        outcomes_file="outcomes.npz",
     )
     assert (record["key"], record["task"], record["rule"]) == ("pairs/colours", "image_text_pairs", "pair_t2i")
     assert (record["n_images"], record["n_texts"], record["n_pairs"]) == (4, 3, 3)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.eval import retrieval
-from mcl_clip.eval.embed import _batches_of_rank, _gather_rows
+from mcl_clip.eval.embed import Encoder, _batches_of_rank, _gather_rows
 from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask, recall_metrics
 from mcl_clip.eval.task import result_record
 
@@ -332,11 +332,15 @@ def write_set(folder, shards=2, captions=CAPTIONS, counter=True):
         (folder / "nshards.txt").write_text(str(shards))
 
 
+def keys_of(data):
+    return [data.source.reader.index.key(row) for row in range(len(data.captions))]
+
+
 @pytest.mark.parametrize("shards", [1, 2, 11])
 def test_set_is_read_in_the_order_of_the_shards(shards, tmp_path):
     write_set(tmp_path / "test", shards)
     found = RetrievalSet.open(tmp_path)
-    assert found.keys == [f"s{row:07d}" for row in range(len(CAPTIONS))]
+    assert keys_of(found) == [f"s{row:07d}" for row in range(len(CAPTIONS))]
     assert [len(captions) for captions in found.captions] == CAPTIONS
     assert found.texts[:6] == ["0.0", "0.1", "0.2", "0.3", "0.4", "1.0"]
     assert found.image_of_text.tolist() == [row for row, count in enumerate(CAPTIONS) for _ in range(count)]
@@ -346,7 +350,7 @@ def test_set_may_be_a_folder_of_tar_files(tmp_path):
     write_set(tmp_path / "test", 11)
     write_set(tmp_path / "flat", 11, counter=False)
     nested, flat = RetrievalSet.open(tmp_path), RetrievalSet.open(tmp_path / "flat")
-    assert (flat.keys, flat.texts, flat.sha256) == (nested.keys, nested.texts, nested.sha256)
+    assert (keys_of(flat), flat.texts, flat.sha256) == (keys_of(nested), nested.texts, nested.sha256)
 
 
 def test_digest_tells_captions_apart(tmp_path):
@@ -408,9 +412,10 @@ def tokenizer(texts):
 
 
 def embed(root, model, **options):
-    arguments = {"batch_size": 4, "num_workers": 0, "device": "cpu", **options}
-    task = RetrievalTask("set", RetrievalSet.open(root))
-    return task.embed(model, image_transform=transform, tokenizer=tokenizer, **arguments)
+    arguments = {"batch_size": 4, "device": torch.device("cpu"), **options}
+    return Encoder(model=model, image_transform=transform, tokenizer=tokenizer, **arguments).embed(
+        RetrievalSet.open(root)
+    )
 
 
 def test_features_are_those_of_each_sample(tmp_path):
@@ -425,7 +430,7 @@ def test_features_are_those_of_each_sample(tmp_path):
     assert features["text"].tolist() == [list(map(float, text)) for text in texts]
     data = RetrievalSet.open(tmp_path)
     assert data.image_of_text.tolist() == [row for row, _, _ in texts]
-    assert data.keys[3] == "s0000003"
+    assert keys_of(data)[3] == "s0000003"
     assert (features["image"].dtype, features["text"].dtype) == (torch.float32, torch.float32)
     assert (model.training, model.frozen.training) == (True, False)
 
@@ -481,23 +486,13 @@ def test_processes_share_the_same_batches(size, world_size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def in_order(features, rows, size, unit):
-    """Gather features of a process that embedded these rows; -1 pads processes with fewer rows."""
-    return _gather_rows([features], [np.array(rows)], size, unit, torch.device("cpu"))
-
-
 def test_each_sample_must_be_there_once():
-    features = torch.arange(8.0).view(4, 2)
-    ordered = in_order(features, [2, -1, 0, 1], 3, "images")
-    assert ordered.tolist() == [[4, 5], [6, 7], [0, 1]]
-    with pytest.raises(RuntimeError, match="1 of 3 images were not embedded, 1 more than once"):
-        in_order(features, [2, -1, 0, 0], 3, "images")
-    with pytest.raises(RuntimeError, match="0 of 3 images were not embedded, 1 more than once"):
-        in_order(features, [2, 1, 0, 1], 3, "images")
-    with pytest.raises(RuntimeError, match="1 of 3 images were not embedded, 0 more than once"):
-        in_order(features[:2], [2, 0], 3, "images")
-    with pytest.raises(RuntimeError, match="0 of 3 images were not embedded, 0 more than once"):
-        in_order(features, [0, 1, 2, 3], 3, "images")
+    parts, batches = list(torch.arange(8.0).view(4, 2).split(3)), [np.arange(3), np.arange(3, 4)]
+    gathered = _gather_rows(parts, batches, torch.device("cpu"))
+    assert torch.equal(gathered, torch.cat(parts))
+    for other in (parts[:1], parts * 2, []):
+        with pytest.raises(RuntimeError, match=f"{sum(map(len, other))} of 4 images or texts were embedded"):
+            _gather_rows(other, batches, torch.device("cpu"))
 
 
 def _embed_as(rank, world_size, port, root):
@@ -538,6 +533,8 @@ def test_record_is_json_and_says_what_was_measured(tmp_path):
         combine=None,
         dtype="fp32",
         seconds=1.23456,
+        outcomes={},
+        outcomes_file="outcomes.npz",
     )
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     clip_benchmark = {"dataset", "model", "pretrained", "task", "metrics", "language"}

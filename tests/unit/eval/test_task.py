@@ -7,6 +7,7 @@ from mcl_clip.core.stats import bootstrap_interval
 from mcl_clip.eval.task import result_record
 from mcl_clip.results.record import load_results
 from mcl_clip.results.text import results_table
+from tests.unit.eval.sets import set_of
 
 RECALLS = {
     f"{side}_{name}": value
@@ -93,10 +94,7 @@ def test_a_new_task_shows_its_metrics_as_they_are_called(tmp_path):
 
 
 class SomeTask:
-    name, main_metric, sha256 = "set", "acc1", "0" * 64
-
-    def embed(self, model, **options):
-        raise NotImplementedError
+    name, main_metric, data = "set", "acc1", set_of()
 
     def score(self, image_features, text_features):
         raise NotImplementedError
@@ -106,6 +104,7 @@ class SomeTask:
 
 
 def make_record(metrics, **options):
+    options = {"outcomes": {}, "outcomes_file": "outcomes-x.npz", **options}
     return result_record(SomeTask(), metrics, model="m", pretrained="r/stage-0", stage=0, combine=None, dtype="fp32",
                          seconds=1.0, **options)  # fmt: skip
 
@@ -114,7 +113,7 @@ def test_metrics_with_outcomes_get_intervals():
     right = np.arange(100) % 3 == 0
     units = np.arange(100, dtype=np.int32) // 10 % 4
     outcomes = {"acc1": right, "recall": right.astype(np.float32), "unit:recall": units, "ranks": np.zeros(100)}
-    made = make_record({"acc1": 0.34, "recall": 0.34, "nmi": 0.5}, outcomes=outcomes, outcomes_file="outcomes-x.npz")
+    made = make_record({"acc1": 0.34, "recall": 0.34, "nmi": 0.5}, outcomes=outcomes)
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert list(made["ci95"]) == ["acc1", "recall"]
     assert made["ci95"]["acc1"] == list(bootstrap_interval(right, resamples=2000))
@@ -127,11 +126,12 @@ def test_metrics_with_outcomes_get_intervals():
 
 def test_a_record_without_outcomes():
     made = make_record({"acc1": 0.5})
-    assert (made["ci95"], made["outcomes"], made["label"]) == ({}, None, "stage-0")
+    assert (made["ci95"], made["label"]) == ({}, "stage-0")
 
 
 def test_models_of_one_folder_may_have_labels(tmp_path):
-    write(tmp_path, *(make_record({"acc1": 0.5}, label=label) for label in ("stage-0-bf16", None)))
+    made = make_record({"acc1": 0.5})
+    write(tmp_path, {**made, "label": "stage-0-bf16"}, made)
     assert [line.split()[0] for line in results_table(tmp_path).splitlines()[2:]] == ["stage-0-bf16", "stage-0"]
 
 

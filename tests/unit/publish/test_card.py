@@ -23,6 +23,7 @@ from mcl_clip.publish.card import About, card
 from mcl_clip.publish.hub import MARKER
 from mcl_clip.results.text import public_name, safe
 from tests.unit.data.tars import pairs, write_tar
+from tests.unit.eval.sets import set_of
 
 ROWS, HELD_OUT = 60, 3
 LABELS = ("stage-0", "stage-1", "combined")
@@ -42,10 +43,7 @@ class FakeTask:
     kind: str
     main_metric: str
     sizes: dict
-    sha256: str = "0123456789abcdef" * 4
-
-    def embed(self, model, **options):
-        raise NotImplementedError
+    data = set_of()
 
     def score(self, image_features, text_features):
         raise NotImplementedError

@@ -47,7 +47,7 @@ def planned(config):
             accelerator=Mock(Accelerator),
             index=Index(),
             sources=(Source(rows=500, weight=1.0),),
-            tasks={"photos": Mock(Task, sha256="4567")},
+            tasks={"photos": Mock(Task, data=Mock(sha256="4567"))},
         )
     )
 

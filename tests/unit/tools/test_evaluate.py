@@ -12,7 +12,8 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_jsonl
 from mcl_clip.eval import evaluate as module
 from mcl_clip.eval.datasets import discover
-from mcl_clip.eval.evaluate import Encoder, evaluate, run_task
+from mcl_clip.eval.embed import Encoder
+from mcl_clip.eval.evaluate import evaluate, run_task
 from mcl_clip.model.clip import load_clip
 from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.resolve import find_models
@@ -101,7 +102,7 @@ def test_records_and_outcomes(here):
         record = found[name]
         expected = run_task(task, encoder)[0]
         assert record["metrics"] == {**expected, "main_metric": expected[task.main_metric]}
-        assert record["data_sha256"] == task.sha256
+        assert record["data_sha256"] == task.data.sha256
         assert {"key", "model", "pretrained", "task", "language", "versions", "seconds", "n_images"} <= record.keys()
         assert (record["dtype"], record["combine"], record["label"]) == ("fp32", None, "tower")
         assert len(record["model_sha256"]) == 64
@@ -186,7 +187,7 @@ def test_bf16_runs_the_towers_in_bfloat16(here):
     make = partial(Encoder, model=tower.model, image_transform=tower.image_transform, tokenizer=tower.tokenizer,
                    device=CPU)  # fmt: skip
     (task,) = discover(here / "sets", ("birds",)).values()
-    fine, coarse = (make(precision=precision).embed(task)["image"] for precision in ("fp32", "bf16"))
+    fine, coarse = (make(precision=precision).embed(task.data)["image"] for precision in ("fp32", "bf16"))
     assert coarse.dtype == torch.float32
     assert not torch.equal(fine, coarse)
     assert torch.equal(coarse, coarse.bfloat16().float())
