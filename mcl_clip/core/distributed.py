@@ -167,22 +167,18 @@ def on_main(make: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return make()
-    outcome: list[Any] = [None, None]
-    failure: Exception | None = None
+    outcome: list[Any] = [None, None]  # the result, and the failure
+    own: Exception | None = None
     if is_main():
         try:
             outcome[0] = make()
+        except UserError as error:
+            own = outcome[1] = error.on_every_process()
         except Exception as error:
-            failure = error.on_every_process() if isinstance(error, UserError) else error
-            outcome[1] = (isinstance(error, UserError), f"{error}")
+            own, outcome[1] = error, RuntimeError(f"the main process failed: {error}")
     dist.broadcast_object_list(outcome)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        is_user_error, message = outcome[1]
-        if is_user_error:
-            raise UserError(message).on_every_process()
-        raise RuntimeError(f"the main process failed: {message}")
+    if own is not None or outcome[1] is not None:
+        raise own or outcome[1]
     return outcome[0]  # type: ignore[no-any-return]
 
 

@@ -50,13 +50,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Compute the percentile bootstrap interval of the mean (Efron 1979, Annals of Statistics 7).
 
-    Args:
-        values: outcome of each query, as a number or a boolean.
-        units: unit of each query, such as its image. Whole units are resampled, so queries of one unit may be
-            dependent; the mean is still over queries.
-        seed: of the resampling.
-        resamples: number of bootstrap samples. With 25,000 queries, 1,000 take a tenth of a second.
-        level: share of the resampled means inside the interval.
+    Whole `units`, such as images, are resampled, so queries of one unit may be dependent; the mean is still over
+    queries. `level` is the share of the resampled means inside the interval.
 
     Raises:
         ValueError: if there are no values, or the numbers of units and values differ.
@@ -81,9 +76,7 @@ def compare_paired(
     """Compare two models on the same queries by a paired bootstrap interval of their difference.
 
     If outcomes are 0 or 1, discordant queries are counted and tested (McNemar 1947, Psychometrika 12). The test assumes
-    independent queries, so it is omitted if several belong to one unit.
-
-    Options are those of `bootstrap_interval`.
+    independent queries, so it is omitted if several belong to one unit. Options are those of `bootstrap_interval`.
 
     Raises:
         ValueError: if the lengths differ or are 0.
@@ -148,9 +141,6 @@ def crossed_bootstrap(
         statistic: the quantities of interest from the means. It is called once, on arrays: `means[arm][metric]` has
             shape [1 + resamples], the mean over the original data, then the mean of each resample. It must
             compute element-wise, and returns arrays of this shape by name.
-        seed: see `bootstrap_interval`.
-        resamples: see `bootstrap_interval`.
-        level: see `bootstrap_interval`.
 
     Returns:
         each quantity with its interval. Resamples in which it is not finite, as a ratio to zero, are left out of its
@@ -159,7 +149,13 @@ def crossed_bootstrap(
     Raises:
         ValueError: if arms differ in metrics, seeds or items.
     """
-    shapes = _shapes(values)
+    arms = {arm: {metric: array.shape for metric, array in of_arm.items()} for arm, of_arm in values.items()}
+    shapes = next(iter(arms.values()), {})
+    for arm, other in arms.items():
+        if other != shapes:
+            raise ValueError(f"arm {arm!r} has outcomes of shape {other}, and {next(iter(arms))!r} of shape {shapes}")
+    if not shapes or any(0 in shape for shape in shapes.values()) or len({seeds for seeds, _ in shapes.values()}) != 1:
+        raise ValueError(f"outcomes of shape {shapes} do not have the same number of seeds, or are empty")
     num_seeds = next(iter(shapes.values()))[0]
     # The first row is the original sample, in which each occurs once.
     seed_counts = np.concatenate([np.ones((1, num_seeds)), *_counts(num_seeds, resamples, seed, "seeds")])
@@ -177,18 +173,6 @@ def crossed_bootstrap(
         name: Estimate(float(value[0]), *_percentiles(value[1:][np.isfinite(value[1:])], level))
         for name, value in quantities.items()
     }
-
-
-def _shapes(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, tuple[int, int]]:
-    """Return the numbers of seeds and items of each metric, checked to be equal in all arms."""
-    arms = {arm: {metric: array.shape for metric, array in of_arm.items()} for arm, of_arm in values.items()}
-    shapes = next(iter(arms.values()), {})
-    for arm, other in arms.items():
-        if other != shapes:
-            raise ValueError(f"arm {arm!r} has outcomes of shape {other}, and {next(iter(arms))!r} of shape {shapes}")
-    if not shapes or any(0 in shape for shape in shapes.values()) or len({seeds for seeds, _ in shapes.values()}) != 1:
-        raise ValueError(f"outcomes of shape {shapes} do not have the same number of seeds, or are empty")
-    return shapes
 
 
 def _counts(size: int, resamples: int, seed: int, name: str) -> Iterator[Float64[np.ndarray, "chunk size"]]:
@@ -216,14 +200,13 @@ def _percentiles(draws: Float[np.ndarray, "draws"], level: float) -> tuple[float
 
 def normalized_mutual_information(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> float:
     """Compute the mutual information of two labelings over the mean of their entropies: 0 unrelated, 1 equal."""
+
+    def entropy(counts: np.ndarray) -> float:
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
     _, first = np.unique(a, return_inverse=True)
     _, second = np.unique(b, return_inverse=True)
     joint = np.bincount(first * (second.max() + 1) + second).astype(np.float64)
-    entropies = [_entropy(np.bincount(labels)) for labels in (first, second)]
-    mutual = sum(entropies) - _entropy(joint)
-    return float(2 * mutual / sum(entropies)) if sum(entropies) > 0 else 1.0
-
-
-def _entropy(counts: np.ndarray) -> float:
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    entropies = entropy(np.bincount(first)) + entropy(np.bincount(second))
+    return float(2 * (entropies - entropy(joint)) / entropies) if entropies > 0 else 1.0

@@ -18,7 +18,7 @@ from mcl_clip.core.files import DONE, STARTED, canonical_json, fingerprint, read
 
 logger = logging.getLogger(__name__)
 
-TRANSIENT_FOLDERS = {"checkpoints", "texts"}  # not outputs: a finished phase no longer needs them
+NOT_OUTPUTS = {DONE, STARTED, "checkpoints", "texts"}  # a finished phase no longer needs the last two
 LOCK_WRITE_S = 10.0  # an incomplete lock file older than this belongs to a process that died while writing it
 HEARTBEAT_S = 30.0
 SILENT_S = 600.0  # a job on another host without a heartbeat for this long is considered dead
@@ -70,8 +70,7 @@ class Phase:
     def state(self) -> str:
         """Return `done`, `stale`, `partial` or `missing`."""
         if not (self.folder / DONE).exists():
-            has_files = self.folder.exists() and any(self.folder.iterdir())
-            return "partial" if has_files else "missing"
+            return "partial" if self.folder.exists() and any(self.folder.iterdir()) else "missing"
         if self._has_grown(DONE):
             return "partial"
         return "stale" if self.difference() else "done"
@@ -118,11 +117,10 @@ class Phase:
         """Write the marker of a finished phase. No other process may still be writing to its folder."""
         for temporary in self.folder.rglob(".*.tmp-*"):  # of processes that were killed while writing
             temporary.unlink()
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path.name not in (DONE, STARTED))
         outputs = {
             str(path.relative_to(self.folder)): path.stat().st_size
-            for path in files
-            if not TRANSIENT_FOLDERS.intersection(path.relative_to(self.folder).parts)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and not NOT_OUTPUTS.intersection(path.relative_to(self.folder).parts)
         }
         record = {"fingerprint": self.fingerprint, "made_from": self._made_from, "outputs": outputs}
         write_json(self.folder / DONE, {**record, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
@@ -188,18 +186,25 @@ def lock(run_dir: Path) -> Iterator[None]:
     released = threading.Event()
 
     def is_ours() -> bool:  # a job that was suspended for long may have lost the lock
-        try:
+        with suppress(OSError):  # the file system may be unavailable for a moment
             return path.read_text(errors="replace") == token
-        except OSError:
-            return False
+        return False
 
     def send_heartbeats() -> None:
         while not released.wait(HEARTBEAT_S):
             if is_ours():
-                with suppress(OSError):  # the file system may be unavailable for a moment
+                with suppress(OSError):
                     os.utime(path)
 
-    _acquire(path, token)
+    for _ in range(3):
+        try:
+            with path.open("x") as file:
+                file.write(token)
+            break
+        except FileExistsError:
+            _remove_if_dead(path)
+    else:
+        raise UserError(f"other jobs keep taking {path}; give each job its own --run-dir")
     threading.Thread(target=send_heartbeats, daemon=True).start()
     try:
         yield
@@ -209,27 +214,19 @@ def lock(run_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _acquire(path: Path, token: str) -> None:
-    for _ in range(3):
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            _remove_if_dead(path)
-            continue
-        with os.fdopen(handle, "w") as file:
-            file.write(token)
-        return
-    raise UserError(f"other jobs keep taking {path}; give each job its own --run-dir")
-
-
 def _remove_if_dead(path: Path) -> None:
     try:
         age_s = time.time() - path.stat().st_mtime
         text = path.read_text(errors="replace")
     except FileNotFoundError:
         return
-    owner = _parse_owner(text)
-    if owner is None:
+    try:
+        owner = json.loads(text)
+        types = {"host": str, "pid": int, "process": str}
+        is_complete = isinstance(owner, dict) and all(type(owner.get(name)) is kind for name, kind in types.items())
+    except (ValueError, RecursionError):
+        is_complete = False
+    if not is_complete:
         if age_s < LOCK_WRITE_S:  # its owner may be between creating the file and writing to it
             raise UserError(f"another job is just starting in {path.parent}; give this job another --run-dir")
         path.unlink(missing_ok=True)
@@ -247,17 +244,6 @@ def _remove_if_dead(path: Path) -> None:
             f"another --run-dir (if you are sure that process is dead, delete {path})"
         )
     path.unlink(missing_ok=True)
-
-
-def _parse_owner(text: str) -> dict[str, Any] | None:
-    """Return the process named in a lock file; None if the file is incomplete."""
-    try:
-        owner = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    types = {"host": str, "pid": int, "process": str}
-    is_complete = isinstance(owner, dict) and all(type(owner.get(name)) is kind for name, kind in types.items())
-    return owner if is_complete else None
 
 
 def _start_time(pid: int) -> str:

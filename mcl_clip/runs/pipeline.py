@@ -62,21 +62,19 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
         config = on_main(partial(with_behavior, config))
         index, sources = load_index(config)
         config = with_control(config, rows=len(index))  # the steps of equal compute depend on the number of rows
-        tasks = open_tasks(config)
-        trackers = Trackers(
-            config.machine.trackers if is_main() else (),
-            run_dir=config.run_dir,
-            project=config.machine.tracker_project,
-            config=redacted(asdict(config)),
-        )
         run = RunContext(
             config=config,
             accelerator=accelerator,
             index=index,
             sources=sources,
-            tasks=tasks,
+            tasks=open_tasks(config),
             interrupt=interrupt or Interrupt(),
-            trackers=trackers,
+            trackers=Trackers(
+                config.machine.trackers if is_main() else (),
+                run_dir=config.run_dir,
+                project=config.machine.tracker_project,
+                config=redacted(asdict(config)),
+            ),
         )
         check_held_out(run)
         phases = plan_phases(run)
@@ -152,25 +150,28 @@ def plan_phases(run: RunContext) -> list[Phase]:
     if config.behavior != "0.6":  # earlier versions did not record it
         data["behavior"] = config.behavior
     sets = {name: task.data.sha256 for name, task in run.tasks.items()}
+
+    def stage_phase(s: int, name: str, work: Callable[[RunContext, int], None], **options: Any) -> Phase:
+        phases.append(Phase(name=f"stage-{s}/{name}", folder=run.folder(s, name), run=partial(work, run, s), **options))
+        return phases[-1]
+
     phases: list[Phase] = []
     trained, embedded, clustered, labeled, evaluated = (list[Phase]() for _ in range(5))
     for s, stage in enumerate(config.stages):
         start = start_stage(config, s)
-        train_inputs = [*([] if start is None else [trained[start]]), *labeled[-1:]]
-        train_settings = _train_settings(run, s, data)
+        train_inputs = (*([] if start is None else [trained[start]]), *labeled[-1:])
         embed_settings = {**data, "batch_size": config.eval.batch_size, "precision": stage.train.precision}
         cluster_settings = {**asdict(stage.cluster), "seed": config.seed}
-        label_on_main = partial(on_main, partial(label, run, s))
-
-        plan = partial(_stage_phase, run, s)
-        trained.append(plan("train", partial(train, run, s), train_settings, train_inputs))
-        embedded.append(plan("embed", partial(embed, run, s), embed_settings, trained[-1:]))
-        clustered.append(plan("cluster", partial(cluster, run, s), cluster_settings, embedded[-1:]))
-        labeled.append(plan("labels", label_on_main, {}, [clustered[-1], *labeled[-1:]]))
+        trained.append(stage_phase(s, "train", train, settings=_train_settings(run, s, data), inputs=train_inputs))
+        embedded.append(stage_phase(s, "embed", embed, settings=embed_settings, inputs=(trained[-1],)))
+        clustered.append(stage_phase(s, "cluster", cluster, settings=cluster_settings, inputs=(embedded[-1],)))
+        label_inputs = (clustered[-1], *labeled[-1:])
+        labeled.append(
+            stage_phase(s, "labels", lambda *of: on_main(partial(label, *of)), settings={}, inputs=label_inputs)
+        )
         # The evaluation of combined stages reads the stored features of all earlier evaluations.
-        eval_inputs = [*trained, *clustered, *evaluated]
-        evaluated.append(plan("eval", partial(evaluate, run, s), {"sets": sets}, eval_inputs, grows=True))
-        phases += [trained[-1], embedded[-1], clustered[-1], labeled[-1], evaluated[-1]]
+        eval_inputs = (*trained, *clustered, *evaluated)
+        evaluated.append(stage_phase(s, "eval", evaluate, settings={"sets": sets}, inputs=eval_inputs, grows=True))
     combined = Phase(
         name=COMBINED,
         folder=config.run_dir / COMBINED,
@@ -181,33 +182,18 @@ def plan_phases(run: RunContext) -> list[Phase]:
     )
     phases.append(combined)
     if config.publish.repo:
-        published = Phase(
-            name="publish",
-            folder=config.run_dir / "publish",
-            settings=asdict(config.publish),
-            run=partial(on_main, partial(publish, run)),
-            inputs=(combined,),
-            grows=True,
-            keeps_nothing=True,
+        phases.append(
+            Phase(
+                name="publish",
+                folder=config.run_dir / "publish",
+                settings=asdict(config.publish),
+                run=partial(on_main, partial(publish, run)),
+                inputs=(combined,),
+                grows=True,
+                keeps_nothing=True,
+            )
         )
-        phases.append(published)
     return phases
-
-
-def _stage_phase(
-    run: RunContext,
-    stage: int,
-    name: str,
-    work: Callable[[], None],
-    settings: dict[str, Any],
-    inputs: Sequence[Phase],
-    *,
-    grows: bool = False,
-) -> Phase:
-    folder = run.folder(stage, name)
-    return Phase(
-        name=f"stage-{stage}/{name}", folder=folder, settings=settings, run=work, inputs=tuple(inputs), grows=grows
-    )
 
 
 def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, Any]:

@@ -73,21 +73,13 @@ def train_stage(
     With `config.average_decay` above 0 the model ends up with the moving average of its weights.
 
     Args:
-        accelerator: wraps model and optimizer; its device holds the model.
-        model: image and text tower, with the output of open_clip's models.
-        loader: the batches of the stage.
         groups: the group of each row of the data, shape (rows,); -1 for held-out rows.
         preprocess_cfg: `mean` and `std` of the pixels.
-        config: loss, schedule and batch of the stage.
-        machine: intervals of records and checkpoints.
         optimizer: with `lr_scale` in each parameter group.
         out: folder of metrics.jsonl, bad_samples.jsonl and checkpoints.
         seed: name of the random seed of the stage.
-        max_bad_fraction: share of samples that may fail to decode.
         evaluate: returns metrics of the model, logged every `evaluate_steps` steps inside the stage; 0 is never.
-        evaluate_steps: see `evaluate`.
         track: called with each record and its step.
-        interrupt: requests to stop.
         spans: timer of the parts of a step; by default one that never waits for the device.
         max_steps: stop after so many steps, without a checkpoint; by default the stage is trained to its end.
 
@@ -192,16 +184,8 @@ def forward_backward(
 ) -> dict[str, Tensor]:
     """Run towers, masked contrastive loss and backward pass on a batch; gradients add up in the parameters.
 
-    Args:
-        model: the towers, wrapped in DistributedDataParallel or not.
-        batch: this process's part of a global batch.
-        groups: the group of each row of the data, shape (rows,); rows of other groups are no negatives.
-        preprocess_cfg: `mean` and `std` of the pixels.
-        config: loss, masking, precision and chunk sizes.
-        device: where the model is.
-        seed: name of the dropout seed of this step and process.
-        backward: runs the backward pass of the loss.
-        spans: timer of `device`, `forward`, `loss` and `backward`.
+    `groups` has the group of each row of the data, shape (rows,): rows of other groups are no negatives. `seed` names
+    the dropout seed of this step and process.
 
     Returns:
         This process's share of the loss and its counts, named as in `COUNTS`, and values of each row, as in `ROWS`.
@@ -229,14 +213,10 @@ def forward_backward(
     def loss_of(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         with spans("loss"):
             negatives = find_negatives(
-                rows=batch.rows,
-                groups=batch_groups,
-                text_ids=batch.text_ids,
-                image_ids=batch.image_ids,
-                min_negatives=config.min_negatives,
-                mask_duplicates=config.mask_duplicates,
+                rows=batch.rows, groups=batch_groups, text_ids=batch.text_ids, image_ids=batch.image_ids,
+                min_negatives=config.min_negatives, mask_duplicates=config.mask_duplicates,
                 chunk_rows=config.loss_chunk_rows,
-            )
+            )  # fmt: skip
             images, texts = at_batch_positions(out["image_features"]), at_batch_positions(out["text_features"])
             scale, epsilon = out["logit_scale"], config.ifm_epsilon
             if config.loss == "siglip":

@@ -24,7 +24,6 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_json, write_json
 
 FOLDER = "trackers"
-STATE = "state.json"
 Values = Mapping[str, float]
 Tables = Mapping[str, Sequence[Sequence[str]]]
 Images = Mapping[str, UInt8[np.ndarray, "height width 3"]]
@@ -58,17 +57,13 @@ class Trackers:
         project: str = "mcl_clip",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Store the settings; `start` opens the trackers.
+        """Store the settings, with a `config` without secrets; `start` opens the trackers.
 
-        Args:
-            names: of `tensorboard`, `wandb`, `trackio`, `mlflow`.
-            run_dir: the run directory; local files of trackers go to its folder `trackers`.
-            project: project or experiment name of the trackers.
-            config: the resolved recipe, without secrets.
+        Local files of trackers go to the folder `trackers` of the run directory.
         """
         self._names, self._run_dir, self._project = tuple(names), run_dir or Path(), project
         self._config = dict(_flat(config or {}))
-        self._state_path = self._run_dir / FOLDER / STATE
+        self._state_path = self._run_dir / FOLDER / "state.json"
         self._state: dict[str, Any] = {}
         self._open: dict[str, GeneralTracker] = {}
 
@@ -103,14 +98,9 @@ class Trackers:
             write_json(self._state_path, self._state)
 
     def log_stage(self, values: Values, *, step: int, tables: Tables, images: Images, page: Path | None = None) -> None:
-        """Log final metrics, tables and images of a stage.
+        """Log final metrics, tables (header first) and images of a stage, and the HTML report where files are stored.
 
-        Args:
-            values: metrics of the evaluation.
-            step: training step, counted over all stages.
-            tables: rows by table name, header first.
-            images: images by name.
-            page: the HTML report, for trackers that store files.
+        `step` is counted over all stages.
         """
         self._each(lambda tracker: SHOW[tracker.name](tracker, _finite(values), step, tables, images, page))
 
@@ -154,9 +144,7 @@ def _create(name: str, run_dir: Path, project: str, state: Mapping[str, Any]) ->
     return MLflowTracker(project, logging_dir=location, run_id=state.get("mlflow"), run_name=run_name)
 
 
-def _to_tensorboard(
-    tracker: GeneralTracker, values: Values, step: int, tables: Tables, images: Images, _: Path | None
-) -> None:
+def _to_tensorboard(tracker: Any, values: Values, step: int, tables: Tables, images: Images, _: Path | None) -> None:
     tracker.log(values, step=step)
     for title, (header, *rows) in tables.items():
         lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
@@ -167,9 +155,7 @@ def _to_tensorboard(
     tracker.writer.flush()
 
 
-def _to_wandb(
-    tracker: GeneralTracker, values: Values, step: int, tables: Tables, images: Images, page: Path | None
-) -> None:
+def _to_wandb(tracker: Any, values: Values, step: int, tables: Tables, images: Images, page: Path | None) -> None:
     import wandb
 
     shown = {title: wandb.Table(columns=list(rows[0]), data=list(rows[1:])) for title, rows in tables.items()}
@@ -178,9 +164,7 @@ def _to_wandb(
     tracker.log({**values, **shown}, step=step)
 
 
-def _to_trackio(
-    tracker: GeneralTracker, values: Values, step: int, tables: Tables, images: Images, _: Path | None
-) -> None:
+def _to_trackio(tracker: Any, values: Values, step: int, tables: Tables, images: Images, _: Path | None) -> None:
     import pandas
     import trackio
 
@@ -190,9 +174,7 @@ def _to_trackio(
     tracker.log({**values, **shown}, step=step)
 
 
-def _to_mlflow(
-    tracker: GeneralTracker, values: Values, step: int, tables: Tables, images: Images, page: Path | None
-) -> None:
+def _to_mlflow(tracker: Any, values: Values, step: int, tables: Tables, images: Images, page: Path | None) -> None:
     import mlflow
 
     def file_name(title: str) -> str:

@@ -52,7 +52,7 @@ def outcome(kind: str) -> tuple[str, str, bool]:
 def test_what_the_main_process_makes_or_fails_at_reaches_all(pool):
     assert pool.run(outcome, 2, "fine") == [("", "made by 0", False)] * 2
     message = "the seed was 1 and is now 2"
-    assert pool.run(outcome, 2, "user") == [("StaleArtifactError", message, True), ("UserError", message, True)]
+    assert pool.run(outcome, 2, "user") == [("StaleArtifactError", message, True)] * 2
     first, second = pool.run(outcome, 2, "other")
     assert first == ("KeyError", "'lost'", False)
     assert second == ("RuntimeError", "the main process failed: 'lost'", False)
