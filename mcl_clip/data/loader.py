@@ -125,15 +125,9 @@ class TrainingLoader:
             )
         self.plan = plan
         self._dataset = _PairBatches(
-            reader=reader,
-            transform=transform,
-            tokenizer=tokenizer,
-            short_texts=short_texts,
-            max_pixels=max_pixels,
-            json_key=json_key,
-            texts=texts,
-            name=(plan.seed, plan.stage),
-        )
+            reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,
+            json_key=json_key, texts=texts, name=(plan.seed, plan.stage),
+        )  # fmt: skip
         self._local_rows = plan.global_batch_size // world_size()
         self._parts = -(-self._local_rows // PART_ROWS)
         self._device, self._num_workers, self._prefetch_parts = device, num_workers, prefetch_batches * self._parts
@@ -205,13 +199,9 @@ def captioned_batches(
         UserError: if a shard cannot be read.
     """
     dataset = _CaptionedBatches(
-        reader=reader,
-        transform=transform,
-        tokenizer=tokenizer,
-        short_texts=short_texts,
-        max_pixels=max_pixels,
+        reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,
         json_key=json_key,
-    )
+    )  # fmt: skip
     yield from _load(dataset, batches, num_workers, prefetch_batches, device)
 
 

@@ -19,12 +19,7 @@ DEFAULT_IFM_EPSILON = 0.1
 
 
 def with_control(config: RunConfig, *, rows: int) -> RunConfig:
-    """Return the recipe of the control that `config` asks for: other stages of the same total compute.
-
-    Args:
-        config: the recipe.
-        rows: number of rows of the data.
-    """
+    """Return the recipe of the control that `config` asks for: other stages of equal compute on `rows` rows."""
     stages = config.stages
     trained = [stage.train for stage in stages if stage.train.steps]
     if config.control == "none" or not trained:
@@ -53,22 +48,14 @@ def with_control(config: RunConfig, *, rows: int) -> RunConfig:
 def equal_compute_steps(stages: Sequence[tuple[int, int]], *, rows: int, global_batch_size: int) -> int:
     """Return the steps of a single stage that cost as much as several stages, each of which embeds all rows at its end.
 
-    Args:
-        stages: steps and global batch size of each stage.
-        rows: number of rows that each stage embeds.
-        global_batch_size: batch size of the single stage.
+    `stages` has the steps and the global batch size of each of them.
     """
     images = sum(steps * batch for steps, batch in stages) + len(stages) * rows * FORWARD_SHARE
     return round(images / global_batch_size)
 
 
 def shuffled_groups(groups: Int64[np.ndarray, "rows"], *, name: tuple[Name, ...]) -> Int64[np.ndarray, "rows"]:
-    """Return groups of the same sizes with randomly assigned rows; held-out rows (group -1) stay held out.
-
-    Args:
-        groups: group of each row.
-        name: name of the random permutation.
-    """
+    """Return groups of the same sizes with rows assigned by the random permutation `name`; group -1 stays held out."""
     trained = np.flatnonzero(groups >= 0)
     shuffled = groups.copy()
     shuffled[trained] = groups[trained[permutation(len(trained), *name)]]

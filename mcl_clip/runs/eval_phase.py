@@ -62,11 +62,7 @@ def evaluate(run: RunContext, stage: int) -> None:
 def diagnosis(run_dir: Path, stage: int, *, settings: Mapping[str, Any], rows: int) -> Diagnosis | None:
     """Diagnose an evaluated stage; None for stages not trained by the plain loss.
 
-    Args:
-        run_dir: the run directory.
-        stage: the stage.
-        settings: its training settings, as in config.json.
-        rows: number of rows of the data.
+    `settings` are those of its training, as in config.json; `rows` is the number of rows of the data.
     """
     if settings.get("loss") != "clip" or settings.get("ifm_epsilon"):
         return None
@@ -137,10 +133,7 @@ def publish(run: RunContext) -> None:
 def score_stages(run: RunContext, out: Path, models: Iterable[tuple[str, Sequence[int], str | None]]) -> None:
     """Score stages and combinations of stages from their stored features; write results.jsonl and the outcomes.
 
-    Args:
-        run: the run.
-        out: folder of the files; results.jsonl is replaced.
-        models: label, stages, and how these are combined (None for a single stage).
+    `models` are label, stages, and how these are combined (None for a single stage).
     """
     records = []
     for label, stages, combination in models:

@@ -68,18 +68,14 @@ def prepare_stage(
     config = run.config.stages[stage].train
     _prepare_bias(clip.model, config.loss)
     lock_parameters(
-        clip.model,
-        text=config.lock.text,
-        image_unlocked_groups=config.lock.image_unlocked_groups,
+        clip.model, text=config.lock.text, image_unlocked_groups=config.lock.image_unlocked_groups,
         patterns=config.lock.patterns,
-    )
+    )  # fmt: skip
     logger.info("stage %d: %s", stage, trainable_summary(clip.model))
     prepare_training(
-        clip.model,
-        compiled=config.compiled,
-        patch_dropout=config.patch_dropout,
+        clip.model, compiled=config.compiled, patch_dropout=config.patch_dropout,
         grad_checkpointing=config.grad_checkpointing,
-    )
+    )  # fmt: skip
     clip.model = _synchronize_batch_norm(clip.model.to(run.accelerator.device), stage, config.grad_cache_rows)
     plan, groups, reader = _batch_plan(run, stage)
     make_loader = partial(
@@ -224,12 +220,8 @@ def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Int64[np.ndarra
         )
     statistics = plan.statistics(min_negatives=settings.min_negatives)  # collective if the plan is on disk
     if is_main():
-        record = {
-            **grouping.record(),
-            "assignment": settings.groups,
-            "held_out_rows": len(run.held_out),
-            "epoch_0": asdict(statistics),
-        }
+        record = {**grouping.record(), "assignment": settings.groups, "held_out_rows": len(run.held_out)}
+        record["epoch_0"] = asdict(statistics)
         write_json(run.folder(stage, "train") / "groups.json", record)
         logger.info(
             "stage %d: %d groups (smallest %d, median %g rows; %d rows in merged groups); %d batches per epoch, %.0f "

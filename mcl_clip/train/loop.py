@@ -30,7 +30,6 @@ from mcl_clip.train.optim import ExponentialAverage, lr_at, set_lr
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 COUNTS = ("loss", "rows", "weight", "negatives", "duplicates")
-ROWS = ("row_groups", "row_losses", "row_weights")
 
 
 class TrainingDivergedError(UserError):
@@ -135,7 +134,6 @@ def train_stage(
                 if average is not None:
                     average.update(raw, state.step)
             meter.add(counts)
-            meter.add_rows(*(counts[name] for name in ROWS))
             bad.add(batch.bad)
             stopping = interrupt.asked(device)
 
@@ -188,7 +186,7 @@ def forward_backward(
     the dropout seed of this step and process.
 
     Returns:
-        This process's share of the loss and its counts, named as in `COUNTS`, and values of each row, as in `ROWS`.
+        This process's share of the loss and its counts, named as in `COUNTS`, and values of each row for a `Meter`.
     """
     spans = spans or Spans()
     with spans("device"):
@@ -276,8 +274,7 @@ def _record(
     model: nn.Module, meter: Meter, spans: Spans, state: TrainState, lr: float, grad_norm: Tensor, plan: BatchPlan
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the metrics and the seconds by span since the last record. The only wait for the device in the loop."""
-    spread = meter.take_spread()
-    sums, steps, seconds = meter.take()
+    sums, spread, steps, seconds = meter.take()
     by_span = spans.take()
     state.seconds += seconds
     record = {

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -96,42 +95,34 @@ class Meter:
         self._names = tuple(names)
         self._groups = torch.zeros(2, num_groups, dtype=torch.float64, device=device)  # weighted losses, and weights
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
-        self._steps = 0
-        self._started = time.perf_counter()
+        self._steps, self._started = 0, time.perf_counter()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add this process's values of one step."""
+        """Add this process's values of one step, and its `row_losses` by `row_groups` with `row_weights`."""
         self._sums += torch.stack([values[name].detach().double() for name in self._names])
         self._steps += 1
+        weights = values["row_weights"].double()
+        groups = values["row_groups"].clamp(min=0)  # rows without a group have weight 0
+        self._groups.index_add_(1, groups, torch.stack([values["row_losses"].double() * weights, weights]))
 
-    def add_rows(self, groups: Tensor, losses: Tensor, weights: Tensor) -> None:
-        """Add the losses of this process's rows of one step."""
-        weights = weights.double()
-        for sums, values in zip(self._groups, (losses.double() * weights, weights), strict=True):
-            sums.index_add_(0, groups.clamp(min=0), values)  # rows without a group have weight 0
+    def take(self) -> tuple[dict[str, float], dict[str, float], int, float]:
+        """Return the values since the last call, and start again at 0. A collective call.
 
-    def take_spread(self) -> dict[str, float]:
-        """Return quantiles over groups of the mean loss of a group since the last call; empty for a single group.
-
-        Groups without a row do not count. A collective call.
+        Returns:
+            Sums over processes and steps; quantiles over groups of the mean loss of a group, without groups that have
+            no row, and empty for a single group; the number of steps; and the seconds.
         """
-        if self._groups.shape[1] < 2:
-            return {}
-        losses, rows = all_reduce_sum(self._groups.clone())
-        self._groups.zero_()
-        means = (losses / rows)[rows > 0].cpu().numpy()
-        return {name: float(np.quantile(means, share)) for name, share in QUANTILES.items()} if len(means) else {}
-
-    def take(self) -> tuple[dict[str, float], int, float]:
-        """Return sums over processes and steps, the number of steps, and the seconds since the last call; then reset.
-
-        A collective call.
-        """
-        sums: Float64[Tensor, names] = all_reduce_sum(self._sums.clone())
+        sums = all_reduce_sum(self._sums.clone()).tolist()
+        spread = {}
+        if self._groups.shape[1] > 1:
+            losses, rows = all_reduce_sum(self._groups.clone())
+            means = (losses / rows)[rows > 0].cpu().numpy()
+            spread = {name: float(np.quantile(means, q)) for name, q in QUANTILES.items()} if len(means) else {}
         seconds, steps = time.perf_counter() - self._started, self._steps
         self._sums.zero_()
+        self._groups.zero_()
         self._steps, self._started = 0, time.perf_counter()
-        return dict(zip(self._names, sums.tolist(), strict=True)), steps, seconds
+        return dict(zip(self._names, sums, strict=True)), spread, steps, seconds
 
 
 class StepLog:

@@ -13,7 +13,7 @@ from mcl_clip.config import TrainConfig
 from mcl_clip.core.distributed import all_reduce_sum, rank, world_size
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
 from mcl_clip.data.loader import PairBatch
-from mcl_clip.train.loop import ROWS, clamp_logit_scale_, forward_backward
+from mcl_clip.train.loop import clamp_logit_scale_, forward_backward
 from mcl_clip.train.metrics import Meter
 
 BATCH, CHECKED_GRADIENTS = 8, 20
@@ -203,8 +203,8 @@ def spreads(chunk_rows: int) -> list[dict[str, float]]:
     meter, found = Meter((), CPU, num_groups=4), []
     for step in range(20):
         counts = add_gradients(model, data, step, loss_chunk_rows=chunk_rows)
-        meter.add_rows(*(counts[name] for name in ROWS))
-        found += [meter.take_spread()] if step % 10 == 9 else []
+        meter.add(counts)
+        found += [meter.take()[1]] if step % 10 == 9 else []
     return found
 
 

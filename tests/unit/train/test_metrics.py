@@ -21,14 +21,20 @@ def test_a_rewound_log_goes_on_after_its_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def rows(groups=(0,), losses=(1.0,), weights=(1.0,)) -> dict[str, torch.Tensor]:
+    return dict(
+        zip(("row_groups", "row_losses", "row_weights"), map(torch.tensor, (groups, losses, weights)), strict=True)
+    )
+
+
 def test_a_meter_sums_until_it_is_read():
     meter = Meter(("loss", "rows"), torch.device("cpu"))
     for step in range(3):
-        meter.add({"loss": torch.tensor(0.5, requires_grad=True) * step, "rows": torch.tensor(7)})
-    sums, steps, seconds = meter.take()
-    assert (sums, steps) == ({"loss": 1.5, "rows": 21.0}, 3)
+        meter.add({"loss": torch.tensor(0.5, requires_grad=True) * step, "rows": torch.tensor(7), **rows()})
+    sums, spread, steps, seconds = meter.take()
+    assert (sums, spread, steps) == ({"loss": 1.5, "rows": 21.0}, {}, 3)
     assert seconds > 0
-    assert meter.take()[:2] == ({"loss": 0.0, "rows": 0.0}, 0)
+    assert meter.take()[:3] == ({"loss": 0.0, "rows": 0.0}, {}, 0)
 
 
 def bad(*rows: int, shard: str = "a.tar", reason: str = "broken_image") -> list[tuple[int, str, str]]:
@@ -92,7 +98,7 @@ def found_by_processes(path) -> tuple[int, float]:
     samples.add(bad(rank(), 100))
     samples.flush(1, 10)
     meter = Meter(("rows",), torch.device("cpu"))
-    meter.add({"rows": torch.tensor(rank() + 1)})
+    meter.add({"rows": torch.tensor(rank() + 1), **rows()})
     return samples.count, meter.take()[0]["rows"]
 
 
@@ -103,17 +109,10 @@ def test_processes_share_counts(tmp_path, pool):
 
 def test_the_spread_of_the_loss_is_over_groups():
     meter = Meter((), torch.device("cpu"), num_groups=4)
-    groups = torch.tensor([0, 0, 1, 2, -1, 2])
-    losses = torch.tensor([1.0, 3.0, 5.0, 7.0, 99.0, 99.0])
-    meter.add_rows(groups, losses, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]))
-    assert meter.take_spread() == pytest.approx({"p10": 2.6, "p50": 5.0, "p90": 6.6})  # of the means 2, 5 and 7
-    assert meter.take_spread() == {}  # nothing since then
-
-
-def test_a_single_group_has_no_spread():
-    meter = Meter((), torch.device("cpu"))
-    meter.add_rows(torch.tensor([0, -1]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
-    assert meter.take_spread() == {}
+    losses, weights = (1.0, 3.0, 5.0, 7.0, 99.0, 99.0), (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+    meter.add(rows((0, 0, 1, 2, -1, 2), losses, weights))
+    assert meter.take()[1] == pytest.approx({"p10": 2.6, "p50": 5.0, "p90": 6.6})  # of the means 2, 5 and 7
+    assert meter.take()[1] == {}  # nothing since then
 
 
 class Clock(Spans):
