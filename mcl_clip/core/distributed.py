@@ -183,11 +183,7 @@ def on_main(make: Callable[[], T]) -> T:
 
 
 def check_same(value: str, what: str) -> None:
-    """Check that a value is equal on all processes.
-
-    Raises:
-        UserError: on every process, naming `what` and the processes that differ from the main process.
-    """
+    """Raise UserError on all processes if a value is not equal on them; name `what`, and the processes that differ."""
     values = gather_objects(value)
     different = [number for number, other in enumerate(values) if other != values[0]]
     if different:

@@ -84,11 +84,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: if the file is not JSON.
-    """
+    """Read a JSON file; raise UserError if the file is not JSON."""
     try:
         return _parse(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8 and overlong integers
@@ -114,12 +110,9 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a JSON Lines file; an empty list if there is no file.
+    """Read the records of a JSON Lines file, if there is one; raise UserError if a line is not a JSON object.
 
     A last line without a newline was being written when its process ended, and is ignored.
-
-    Raises:
-        UserError: if a line is not a JSON object.
     """
     if not path.exists():
         return []
@@ -139,11 +132,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """Read the resolved recipe of a run from its config.json.
-
-    Raises:
-        UserError: if the folder is not a run directory, or the file is not a recipe.
-    """
+    """Read the resolved recipe of a run; raise UserError if the folder is not a run directory with a valid one."""
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f"{run_dir} is not a run directory: it has no config.json")

@@ -133,11 +133,7 @@ class TrainingLoader:
         self._device, self._num_workers, self._prefetch_parts = device, num_workers, prefetch_batches * self._parts
 
     def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
-        """Yield the batches of steps `start_step` to `stop_step - 1`.
-
-        Raises:
-            UserError: if the plans of the processes differ, or a shard cannot be read.
-        """
+        """Yield the batches of `start_step` to `stop_step - 1`; raise UserError if plans differ or reading fails."""
         requests = self._requests(start_step, stop_step)
         batches = _load(self._dataset, requests, self._num_workers, self._prefetch_parts, self._device)
         while parts := tuple(itertools.islice(batches, self._parts)):
@@ -191,12 +187,10 @@ def captioned_batches(
     max_pixels: int = MAX_PIXELS,
     json_key: str = "caption",
 ) -> Iterator[CaptionedBatch]:
-    """Yield one `CaptionedBatch` for each array of rows, in order; see `TrainingLoader` for the arguments.
+    """Yield one `CaptionedBatch` for each array of rows, in order; raise UserError if a shard cannot be read.
 
-    Without a `transform` images are not decoded and have no pixels; without a `tokenizer` texts have no tokens.
-
-    Raises:
-        UserError: if a shard cannot be read.
+    See `TrainingLoader` for the arguments. Without a `transform` images are not decoded and have no pixels; without a
+    `tokenizer` texts have no tokens.
     """
     dataset = _CaptionedBatches(
         reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,

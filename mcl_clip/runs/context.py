@@ -164,11 +164,7 @@ def _update_index(path: Path, urls: list[str]) -> None:
 
 
 def open_tasks(config: RunConfig) -> dict[str, Task]:
-    """Open the evaluation sets of a recipe, by name; a folder without a name is called like its last part.
-
-    Raises:
-        UserError: if a set is not in its layout, or two have the same name.
-    """
+    """Open evaluation sets by name (default: the folder's); raise UserError if two share one or a layout is wrong."""
     kinds: tuple[tuple[Sequence[str], Callable[[Path, str], Task]], ...] = (
         (config.eval.retrieval, lambda folder, name: RetrievalTask(name, RetrievalSet.open(folder))),
         (config.eval.classification, lambda folder, name: ClassificationTask(name, ClassificationSet.open(folder))),

@@ -87,8 +87,7 @@ def diagnosis(run_dir: Path, stage: int, *, settings: Mapping[str, Any], rows: i
 def combine(run: RunContext) -> None:
     """Fit the temperature of the multistage model on held-out rows, save and score it. Runs on the main process only.
 
-    Raises:
-        UserError: if fewer than two held-out rows could be decoded.
+    Raise UserError if fewer than two held-out rows could be decoded.
     """
     config, out = run.config, run.config.run_dir / COMBINED
     stages = range(len(config.stages))

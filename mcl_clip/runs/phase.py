@@ -93,22 +93,14 @@ class Phase:
         return "its settings changed"
 
     def check(self) -> bool:
-        """Return whether the phase is done.
-
-        Raises:
-            StaleArtifactError: if it was done with other settings or inputs; names what changed.
-        """
+        """Return whether the phase is done; raise StaleArtifactError if it was done with other settings or inputs."""
         if not (self.folder / DONE).exists() or self._has_grown(DONE):
             return False
         self._refuse_if_different(DONE)
         return True
 
     def begin(self) -> None:
-        """Record the settings and inputs of the phase, before it writes anything.
-
-        Raises:
-            StaleArtifactError: if it was begun with other settings or inputs, so that its files cannot be reused.
-        """
+        """Record settings and inputs before any work; raise StaleArtifactError if the phase was begun with others."""
         if (self.folder / STARTED).exists() and not self.keeps_nothing and not self._has_grown(STARTED):
             self._refuse_if_different(STARTED)
         write_json(self.folder / STARTED, {"fingerprint": self.fingerprint, "made_from": self._made_from})
@@ -172,13 +164,10 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Create the run directory and hold it for this job.
+    """Create the run directory and hold it for this job; raise UserError if a living job holds it.
 
     The lock of a dead process on this host is taken over. Processes on other hosts cannot be observed, so a job updates
     the modification time of its lock every 30 s, and a lock is taken over after 10 minutes without an update.
-
-    Raises:
-        UserError: if a living job holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "lock"

@@ -235,11 +235,7 @@ def _tower_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
-    """Refuse starts and batch sizes that are impossible with `processes` processes (by default, the current number).
-
-    Raises:
-        UserError: naming the stage and the way out.
-    """
+    """Raise UserError for starts and batch sizes that are impossible with `processes` processes; by default, all."""
     processes = processes or world_size()
     for s, stage in enumerate(config.stages):
         if stage.start == "scratch" and config.tower.is_pretrained:
@@ -255,11 +251,7 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
 
 
 def check_held_out(run: RunContext) -> None:
-    """Refuse data with too few rows to fit the temperature of the combination, before training starts.
-
-    Raises:
-        UserError: naming the number of rows that are needed.
-    """
+    """Raise UserError if the data has too few rows to fit the temperature of the combination."""
     if len(run.held_out) < 2:
         raise UserError(
             f"--data.holdout-rows {run.config.data.holdout_rows} gives {len(run.held_out)} held-out rows of "
@@ -269,12 +261,7 @@ def check_held_out(run: RunContext) -> None:
 
 
 def check_publishing(config: RunConfig) -> None:
-    """Refuse a repository that cannot be written to, as far as this is known before training starts.
-
-    Raises:
-        UserError: if the name of the repository is invalid, a pull request is requested against a branch, or the model
-            is not yet published and this machine has no token.
-    """
+    """Raise UserError for a repository that cannot be written to, as far as this is known before training."""
     if config.publish.repo:
         check_repo_name(config.publish.repo)
         check_target(config.publish.revision, config.publish.create_pr)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +50,7 @@ class Placement:
 
 
 def read_placement(config_file: Path) -> dict[str, Any]:
-    """Read the fields of a `Placement` that an Accelerate configuration sets.
-
-    Raises:
-        UserError: if the file is not a configuration, or asks for something that this launcher does not support.
-    """
+    """Read the fields of a `Placement` from an Accelerate configuration; raise UserError for what is not supported."""
     from accelerate.commands.config.config_args import load_config_from_file  # takes a second to import
 
     try:
@@ -83,11 +78,7 @@ def read_placement(config_file: Path) -> dict[str, Any]:
 
 
 def resolve_placement(settings: Mapping[str, Any], *, gpus: int) -> Placement:
-    """Fill in the defaults of a placement on a machine with `gpus` GPUs, and check it.
-
-    Raises:
-        UserError: if the processes do not fit the machines or the GPUs.
-    """
+    """Fill in the defaults of a placement on a machine with `gpus` GPUs; raise UserError if processes do not fit it."""
     placement = Placement(**settings)
     machines = placement.num_machines
     if placement.gpu_ids != "all":
@@ -151,9 +142,15 @@ def _start(command: Sequence[str], placement: Placement) -> Iterator[Process]:
     Their signals are blocked at first, because a program that is still loading has nothing to save;
     `Interrupt` unblocks them.
     """
-    die_with_parent = None
-    if sys.platform == "linux":
-        die_with_parent = partial(_die_with_parent, ctypes.CDLL(None, use_errno=True).prctl, os.getpid())
+    parent = os.getpid()
+    prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+
+    def die_with_parent() -> None:
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # the parent died before the call
+            os._exit(1)
+
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         for number in range(placement.local_processes):
@@ -162,16 +159,10 @@ def _start(command: Sequence[str], placement: Placement) -> Iterator[Process]:
                 env=_environment(placement, number),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509  # a single system call
+                preexec_fn=die_with_parent,  # noqa: PLW1509  # two system calls
             )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
-
-
-def _die_with_parent(prctl: Any, parent: int) -> None:
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the call
-        os._exit(1)
 
 
 def _environment(placement: Placement, number: int) -> dict[str, str]:

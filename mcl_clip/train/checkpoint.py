@@ -66,8 +66,7 @@ def load_newest(
 ) -> TrainState:
     """Restore model, optimizer and average in place from the newest checkpoint; return a new state if there is none.
 
-    Raises:
-        UserError: if the checkpoint does not fit the model.
+    Raise UserError if the checkpoint does not fit the model.
     """
     complete = checkpoints(folder)
     if not complete:

@@ -132,11 +132,7 @@ class StepLog:
         self.path = path
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records after `step` and return the others.
-
-        Raises:
-            UserError: if a record has no step.
-        """
+        """Drop the records after `step` and return the others; raise UserError if a record has no step."""
         records = read_jsonl(self.path)
         if not all(type(record.get("step")) is int for record in records):
             raise UserError(f"{self.path} has a record without a step; restore the file or delete it")
@@ -155,7 +151,7 @@ class StepLog:
 
 
 class BadSamples:
-    """Rows that could not be decoded and became fillers; stops the run when there are too many."""
+    """Resume the file at `path` from a step, for a data set of `rows` rows; raise UserError for a malformed record."""
 
     def __init__(self, path: Path, *, max_fraction: float, rows: int, step: int = 0) -> None:
         """Resume the file at `path` from a step, for a data set of `rows` rows; `max_fraction` is from 0 to 1.
@@ -185,8 +181,7 @@ class BadSamples:
     def flush(self, step: int, rows_seen: int) -> None:
         """Write the new bad rows of all processes. A collective call.
 
-        Raises:
-            UserError: if more than `max_fraction` of the rows seen (at least of 10,000) are bad.
+        Raise UserError if more than `max_fraction` of the rows seen (at least of 10,000) are bad.
         """
         pending = [bad for process in gather_objects(self._pending) for bad in process]
         self._pending = []

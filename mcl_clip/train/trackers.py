@@ -33,11 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that trackers are installed.
-
-    Raises:
-        UserError: naming the package to install.
-    """
+    """Check that trackers are installed; raise UserError that names the package to install."""
     for name in names:
         if find_spec(name) is None:
             raise UserError(
