@@ -30,7 +30,7 @@ def rows(groups=(0,), losses=(1.0,), weights=(1.0,)) -> dict[str, torch.Tensor]:
 def test_a_meter_sums_until_it_is_read():
     meter = Meter(("loss", "rows"), torch.device("cpu"))
     for step in range(3):
-        meter.add({"loss": torch.tensor(0.5, requires_grad=True) * step, "rows": torch.tensor(7), **rows()})
+        meter.add({"loss": torch.tensor(0.5, requires_grad=True) * step, "rows": torch.tensor(7)} | rows())
     sums, spread, steps, seconds = meter.take()
     assert (sums, spread, steps) == ({"loss": 1.5, "rows": 21.0}, {}, 3)
     assert seconds > 0
@@ -98,7 +98,7 @@ def found_by_processes(path) -> tuple[int, float]:
     samples.add(bad(rank(), 100))
     samples.flush(1, 10)
     meter = Meter(("rows",), torch.device("cpu"))
-    meter.add({"rows": torch.tensor(rank() + 1), **rows()})
+    meter.add({"rows": torch.tensor(rank() + 1)} | rows())
     return samples.count, meter.take()[0]["rows"]
 
 
@@ -108,9 +108,9 @@ def test_processes_share_counts(tmp_path, pool):
 
 
 def test_the_spread_of_the_loss_is_over_groups():
-    meter = Meter((), torch.device("cpu"), num_groups=4)
+    meter = Meter(("row_sum",), torch.device("cpu"), num_groups=4)
     losses, weights = (1.0, 3.0, 5.0, 7.0, 99.0, 99.0), (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
-    meter.add(rows((0, 0, 1, 2, -1, 2), losses, weights))
+    meter.add({"row_sum": torch.tensor(6)} | rows((0, 0, 1, 2, -1, 2), losses, weights))
     assert meter.take()[1] == pytest.approx({"p10": 2.6, "p50": 5.0, "p90": 6.6})  # of the means 2, 5 and 7
     assert meter.take()[1] == {}  # nothing since then
 
