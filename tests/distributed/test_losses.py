@@ -200,7 +200,7 @@ def test_training_equals_the_full_batch_reference(pool, size, loss, mask, min_ne
 def spreads(chunk_rows: int) -> list[dict[str, float]]:
     """The loss by group at two records of ten steps."""
     data, (model, _) = Data(), make("clip", torch.float64)
-    meter, found = Meter((), CPU, num_groups=4), []
+    meter, found = Meter(("loss",), CPU, num_groups=4), []
     for step in range(20):
         counts = add_gradients(model, data, step, loss_chunk_rows=chunk_rows)
         meter.add(counts)
