@@ -264,6 +264,8 @@ class MachineConfig:
     """Loader processes of each training process."""
     prefetch_batches: int = 4
     """Batches that each loader process keeps ready."""
+    loader_timeout_s: float = 1800.0
+    """Longest wait for a batch, in seconds, after which the job ends."""
     threads: int = 0
     """CPU threads of each training process; 0 is the default of torch."""
     log_steps: int = 10
@@ -303,8 +305,9 @@ class MachineConfig:
             )
         check_range("machine.preempt-exit-code", self.preempt_exit_code, 0, 255)
         _check_least(
-            "machine", self, workers=0, prefetch_batches=1, threads=0, log_steps=1, save_steps=0, keep_checkpoints=1
-        )
+            "machine", self, workers=0, prefetch_batches=1, loader_timeout_s=1, threads=0, log_steps=1, save_steps=0,
+            keep_checkpoints=1,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

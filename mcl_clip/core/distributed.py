@@ -1,4 +1,4 @@
-"""Process group, collectives, signals of child processes, and named random streams.
+"""Process group, collectives and named random streams.
 
 Every function works without a process group, as a world of one process.
 """
@@ -6,9 +6,7 @@ Every function works without a process group, as a world of one process.
 import hashlib
 import os
 import resource
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -191,22 +189,3 @@ def check_same(value: str, what: str) -> None:
             f"{what} differs between process 0 ({values[0]}) and processes {different}; all processes must see "
             f"the same shards, recipe and package versions"
         ).on_every_process()
-
-
-def leave_signals_to_parent() -> None:
-    """Ignore, in a child process, Ctrl-C and the signals that a scheduler sends to every process of a job.
-
-    The parent handles them. SIGTERM ends the child only if the parent sent it.
-    """
-
-    def end_with_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # a signal handler does not know the sender
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_with_parent, daemon=True).start()

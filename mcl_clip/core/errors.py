@@ -6,6 +6,11 @@ import re
 import sys
 from collections.abc import Callable
 
+LOST_WORKER = (
+    "a loader process ended unexpectedly; if it printed no error above, memory has run out: use fewer "
+    "--machine.workers, or smaller batches"
+)
+
 
 class UserError(ValueError):
     """A mistake in the input or the environment: printed as one sentence without a traceback, exit code 2.
@@ -68,9 +73,12 @@ def run_program(main: Callable[[], object]) -> None:
     except Exception as error:
         # Libraries written in Rust raise errors of their own class and give the system's code only in the text.
         match = re.search(r"\(os error (\d+)\)", str(error))
-        if match is None:
+        if match is not None:
+            number = int(match[1])
+            message, code = f"error: {explain_os_error(OSError(number, os.strerror(number)))}", 2
+        elif str(error).startswith("DataLoader worker (pid"):  # raised wherever the program is when a worker dies
+            message, code = f"error: {LOST_WORKER}", 2
+        else:
             raise
-        number = int(match[1])
-        message, code = f"error: {explain_os_error(OSError(number, os.strerror(number)))}", 2
     sys.stderr.write(" ".join(message.splitlines()) + "\n")
     sys.exit(code)

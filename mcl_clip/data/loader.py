@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,19 +17,20 @@ import torch
 from jaxtyping import Float32, Int, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
-from mcl_clip.core.distributed import Name, check_same, leave_signals_to_parent, random_words, rank, world_size
-from mcl_clip.core.errors import UserError, explain_os_error
+from mcl_clip.core.distributed import Name, check_same, random_words, rank, world_size
+from mcl_clip.core.errors import UserError
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
 from mcl_clip.data.decode import MAX_PIXELS, BadSampleError, EvaluationTransform, TrainTransform, decode_captions
 from mcl_clip.data.features import TextFeatures
 from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.shards import redacted
+from mcl_clip.data.workers import load_batches
 
 Tokenizer = Callable[[list[str]], Tensor]
 Batch = TypeVar("Batch", bound="_Batch")
 CPU = torch.device("cpu")
+LOADER_TIMEOUT_S = 1800.0  # longer than all retries of a read together
 PART_ROWS = 256  # of a local batch; larger ones are decoded in parts by several workers
 LENGTH_MULTIPLE = 8  # of trimmed texts: few distinct lengths, for which kernels are chosen or compiled
 
@@ -46,6 +48,15 @@ class _Batch:
     def pin_memory(self: Batch) -> Batch:
         """Copy the batch to page-locked memory (called by the DataLoader)."""
         return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def share_memory_(self: Batch) -> Batch:
+        """Move the batch to memory that other processes read (called in loader processes)."""
+        return self._map_tensors(lambda tensor: tensor.share_memory_())  # type: ignore[no-untyped-call]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
 
     def to(self: Batch, device: torch.device) -> Batch:
         """Copy the batch to a device."""
@@ -108,15 +119,16 @@ class TrainingLoader:
         num_workers: int = 0,
         prefetch_batches: int = 4,
         device: torch.device = CPU,
+        timeout_s: float = LOADER_TIMEOUT_S,
         max_pixels: int = MAX_PIXELS,
         json_key: str = "caption",
     ) -> None:
         """Prepare a loader; raise UserError if the global batch is not divisible by the number of processes.
 
         `short_texts` trims the padding after the longest caption of a batch; features `texts` replace tokens. Each of
-        `num_workers` keeps `prefetch_batches` ready; 0 decodes in this process. Images are copied to `device`; the rest
-        of a batch stays on the CPU, page-locked if that is a GPU. Images over `max_pixels` are bad samples; `json_key`
-        is the key of the captions in a .json member.
+        `num_workers` keeps `prefetch_batches` ready and must deliver one within `timeout_s`; 0 decodes in this process.
+        Images are copied to `device`; the rest of a batch stays on the CPU, page-locked if that is a GPU. Images over
+        `max_pixels` are bad samples; `json_key` is the key of the captions in a .json member.
         """
         if plan.global_batch_size % world_size():
             raise UserError(
@@ -124,18 +136,21 @@ class TrainingLoader:
                 f"use a multiple of {world_size()}"
             )
         self.plan = plan
-        self._dataset = _PairBatches(
+        maker = _PairBatches(
             reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,
             json_key=json_key, texts=texts, name=(plan.seed, plan.stage),
         )  # fmt: skip
         self._local_rows = plan.global_batch_size // world_size()
         self._parts = -(-self._local_rows // PART_ROWS)
-        self._device, self._num_workers, self._prefetch_parts = device, num_workers, prefetch_batches * self._parts
+        self._device = device
+        self._load = partial(
+            load_batches, maker.make_batch, describe=maker.describe, num_workers=num_workers,
+            prefetch_batches=prefetch_batches * self._parts, pin_memory=device.type == "cuda", timeout_s=timeout_s,
+        )  # fmt: skip
 
     def steps(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
         """Yield the batches of `start_step` to `stop_step - 1`; raise UserError if plans differ or reading fails."""
-        requests = self._requests(start_step, stop_step)
-        batches = _load(self._dataset, requests, self._num_workers, self._prefetch_parts, self._device)
+        batches = self._load(self._requests(start_step, stop_step))
         while parts := tuple(itertools.islice(batches, self._parts)):
             yield _join_parts(parts, self._device)
 
@@ -184,6 +199,7 @@ def captioned_batches(
     num_workers: int = 0,
     prefetch_batches: int = 4,
     device: torch.device = CPU,
+    timeout_s: float = LOADER_TIMEOUT_S,
     max_pixels: int = MAX_PIXELS,
     json_key: str = "caption",
 ) -> Iterator[CaptionedBatch]:
@@ -192,16 +208,19 @@ def captioned_batches(
     See `TrainingLoader` for the arguments. Without a `transform` images are not decoded and have no pixels; without a
     `tokenizer` texts have no tokens.
     """
-    dataset = _CaptionedBatches(
+    maker = _CaptionedBatches(
         reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,
         json_key=json_key,
     )  # fmt: skip
-    yield from _load(dataset, batches, num_workers, prefetch_batches, device)
+    yield from load_batches(
+        maker.make_batch, batches, describe=maker.describe, num_workers=num_workers, prefetch_batches=prefetch_batches,
+        pin_memory=device.type == "cuda", timeout_s=timeout_s,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class _BatchDataset(Dataset[Any]):
-    """Makes batches in a worker, from the rows that a sampler requests."""
+class _BatchMaker:
+    """Makes batches in a loader process."""
 
     reader: Reader
     transform: EvaluationTransform | TrainTransform | None
@@ -210,17 +229,14 @@ class _BatchDataset(Dataset[Any]):
     max_pixels: int
     json_key: str
 
-    def __getitem__(self, request: Any) -> Any:
-        """Make a batch, or return a UserError, which a DataLoader would bury in a traceback if it were raised."""
-        try:
-            return self.make_batch(request)
-        except UserError as error:
-            return error
-        except OSError as error:
-            return UserError(f"{explain_os_error(error)}; run the same command again once the storage responds")
-
-    def make_batch(self, request: Any) -> Any:
-        raise NotImplementedError
+    def describe(self, request: Any) -> str:
+        """Name the rows of a request and the shards they are in."""
+        rows = np.asarray(request[-1] if isinstance(request, tuple) else request)
+        index, rows = self.reader.index, rows[rows != FILLER]
+        shards = np.unique(index.shard_of[rows])
+        urls = ", ".join(redacted(index.shards[number].url) for number in shards[:3].tolist())
+        more = f" and {len(shards) - 3} more shards" if len(shards) > 3 else ""
+        return f"rows {rows.min(initial=len(index))} to {rows.max(initial=0)} of {urls}{more}"
 
     def decode(
         self, rows: Int[np.ndarray, "rows"], *name: Name
@@ -241,7 +257,7 @@ class _BatchDataset(Dataset[Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PairBatches(_BatchDataset):
+class _PairBatches(_BatchMaker):
     """Makes parts of local batches; `name` and the row name every random draw."""
 
     transform: TrainTransform
@@ -291,7 +307,7 @@ class _PairBatches(_BatchDataset):
         )
 
 
-class _CaptionedBatches(_BatchDataset):
+class _CaptionedBatches(_BatchMaker):
     """Makes batches with all captions of their rows."""
 
     def make_batch(self, request: Int[np.ndarray, "_rows"]) -> CaptionedBatch:
@@ -337,22 +353,3 @@ def content_ids(tokens: Int[Tensor, "texts length"]) -> Int64[Tensor, "texts"]:
 def content_id(data: bytes) -> int:
     """Compute a 64-bit signed hash; equal bytes have equal ids."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def _load(
-    dataset: _BatchDataset, requests: Iterable[Any], num_workers: int, prefetch_batches: int, device: torch.device
-) -> Iterator[Any]:
-    """Yield the batch of each request, and raise the errors that workers returned."""
-    # A DataLoader draws a seed, which no worker uses, from a generator of its own, to leave the global one alone.
-    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
-    if num_workers:
-        options |= {"prefetch_factor": max(1, prefetch_batches), "worker_init_fn": _start_worker}
-    for batch in DataLoader(dataset, batch_size=None, sampler=requests, pin_memory=device.type == "cuda", **options):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-def _start_worker(worker: int) -> None:  # noqa: ARG001
-    torch.set_num_threads(1)
-    leave_signals_to_parent()

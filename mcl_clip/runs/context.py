@@ -94,6 +94,7 @@ class RunContext:
             "short_texts": takes_short_texts(clip.model),
             "num_workers": machine.workers,
             "prefetch_batches": machine.prefetch_batches,
+            "timeout_s": machine.loader_timeout_s,
             "device": self.accelerator.device,
             "max_pixels": data.max_pixels,
             "json_key": data.caption_key,
