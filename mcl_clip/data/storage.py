@@ -9,7 +9,7 @@ import os
 import re
 import stat as file_type
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 from jaxtyping import Integer
+from numpy.typing import DTypeLike
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mcl_clip.core.errors import UserError
+from mcl_clip.core.files import atomic_path
 from mcl_clip.data.shards import Shard, is_remote, redacted
 
 _CACHED_NAME = re.compile(r"[0-9a-f]{32}\.(shard|fetching)")
@@ -298,8 +300,20 @@ class ShardCache:
             yield
 
 
+def save_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:
+    """Write consecutive blocks of an array to a .npy file, atomically.
+
+    Not through a memory map: on a full disk that ends in a bus error.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype).data)
+
+
 def load_numbers(path: Path, rows: int) -> Integer[np.ndarray, "rows"]:
-    """Load a .npy file with one integer for each of `rows` rows; raise UserError if it is anything else."""
+    """Map a .npy file with one integer for each of `rows` rows; raise UserError if it is anything else."""
     try:
         with path.open("rb") as file:
             if not file.read(len(_NPY_MAGIC)) == _NPY_MAGIC:  # a pickle or an archive
@@ -307,7 +321,7 @@ def load_numbers(path: Path, rows: int) -> Integer[np.ndarray, "rows"]:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # allocates nothing for what a header promises
         if mapped.dtype.kind not in "iu" or mapped.shape != (rows,):
             raise ValueError(f"its dtype is {mapped.dtype} and its shape {mapped.shape}")
-        numbers: np.ndarray = np.array(mapped)
+        numbers: np.ndarray = np.asarray(mapped)
     except Exception as error:  # damaged headers fail in many ways
         raise UserError(
             f"{path} does not hold one integer for each of {rows} rows ({error}); restore it, or delete its folder "

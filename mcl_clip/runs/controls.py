@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int
 
 from mcl_clip.config import RunConfig
 from mcl_clip.core.distributed import Name, permutation
@@ -54,7 +54,7 @@ def equal_compute_steps(stages: Sequence[tuple[int, int]], *, rows: int, global_
     return round(images / global_batch_size)
 
 
-def shuffled_groups(groups: Int64[np.ndarray, "rows"], *, name: tuple[Name, ...]) -> Int64[np.ndarray, "rows"]:
+def shuffled_groups(groups: Int[np.ndarray, "rows"], *, name: tuple[Name, ...]) -> Int[np.ndarray, "rows"]:
     """Return groups of the same sizes with rows assigned by the random permutation `name`; group -1 stays held out."""
     trained = np.flatnonzero(groups >= 0)
     shuffled = groups.copy()

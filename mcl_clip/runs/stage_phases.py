@@ -13,12 +13,13 @@ from mcl_clip.core.files import atomic_path, write_json
 from mcl_clip.data.decode import evaluation_transform
 from mcl_clip.data.features import SIDES, EmbeddingTable
 from mcl_clip.data.loader import captioned_batches
-from mcl_clip.data.storage import load_numbers, load_tensors
+from mcl_clip.data.storage import load_numbers, load_tensors, save_array
 from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import have_same_text_tower
 from mcl_clip.runs.context import RunContext
 from mcl_clip.stages.embed import embed_shards, read_losses
-from mcl_clip.stages.kmeans import Clustering, ReadRows, spherical_kmeans
+from mcl_clip.stages.kmeans import Clustering, ReadRows, all_chunks, spherical_kmeans
+from mcl_clip.stages.pseudo_labels import PseudoLabels
 from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
 from mcl_clip.train.metrics import BadSamples
 
@@ -117,13 +118,22 @@ def cluster(run: RunContext, stage: int) -> None:
 
 def label(run: RunContext, stage: int) -> None:
     """Refine the pseudo-labels of the earlier stages by the clusters of this one. Runs on the main process only."""
-    labels, clusters, out = run.labels(stage), run.folder(stage, "cluster"), run.folder(stage, "labels")
+    before, clusters, out = run.labels(stage), run.folder(stage, "cluster"), run.folder(stage, "labels")
+    sides = []
     for path in sorted(clusters.glob("assignments-*.npy")):
         side = path.stem.removeprefix("assignments-")
-        num_clusters = len(load_tensors(clusters / "centroids.safetensors", side)[side])
-        labels = labels.refine(load_numbers(path, len(run.index)).astype(np.int64), num_clusters)
-    with atomic_path(out / "labels.npy") as path, path.open("wb") as file:
-        np.save(file, labels.values)
+        centroids = load_tensors(clusters / "centroids.safetensors", side)[side]
+        sides.append((load_numbers(path, len(run.index)), len(centroids)))
+
+    def refined(start: int, stop: int) -> PseudoLabels:
+        labels = PseudoLabels(values=before.values[start:stop], radix=before.radix)
+        for assignments, num_clusters in sides:
+            labels = labels.refine(assignments[start:stop].astype(np.int64), num_clusters)
+        return labels
+
+    blocks = (refined(start, stop).values for start, stop in all_chunks(len(run.index)))
+    save_array(out / "labels.npy", np.int64, (len(run.index),), blocks)
+    labels = PseudoLabels(values=load_numbers(out / "labels.npy", len(run.index)), radix=refined(0, 0).radix)
     summary = labels.summary()
     write_json(out / "labels.json", summary)
     sizes = (summary[name] for name in ("labels", "smallest", "median", "largest"))

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from jaxtyping import Int64
+from jaxtyping import Integer
 from torch import nn
 
 from mcl_clip.config import RunConfig, StageConfig
-from mcl_clip.core.distributed import barrier, is_main, seed_of, world_size
+from mcl_clip.core.distributed import barrier, is_main, on_main, seed_of, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import write_json
 from mcl_clip.data.batch_plan import BatchPlan
@@ -24,9 +24,8 @@ from mcl_clip.data.features import SIDES, TextFeatures
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.loader import TrainingLoader, captioned_batches
 from mcl_clip.data.reader import Reader
-from mcl_clip.data.row_order import Source
 from mcl_clip.data.shards import expand_shards
-from mcl_clip.data.storage import load_numbers
+from mcl_clip.data.storage import load_numbers, save_array
 from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip, synchronize_batch_norm, trainable_summary
 from mcl_clip.model.clip import lock as lock_parameters
 from mcl_clip.model.fast_paths import prepare_training
@@ -56,11 +55,12 @@ def train(run: RunContext, stage: int) -> None:
     if is_main():
         save_clip(clip, out / "model")
         shutil.rmtree(out / TEXTS, ignore_errors=True)
+        _groups_path(run, stage).unlink(missing_ok=True)
 
 
 def prepare_stage(
     run: RunContext, stage: int, clip: ClipBundle
-) -> tuple[Callable[..., TrainingLoader], Int64[np.ndarray, "rows"]]:
+) -> tuple[Callable[..., TrainingLoader], Integer[np.ndarray, "rows"]]:
     """Set up the model for training, in place; return a factory of loaders and the group of each row.
 
     Keyword arguments of the factory replace options of the loader. A collective call.
@@ -94,7 +94,7 @@ def fit_stage(
     stage: int,
     clip: ClipBundle,
     loader: BatchSource,
-    groups: Int64[np.ndarray, "rows"],
+    groups: Integer[np.ndarray, "rows"],
     *,
     spans: Spans | None = None,
     max_steps: int | None = None,
@@ -189,18 +189,14 @@ def _synchronize_batch_norm(model: nn.Module, stage: int, grad_cache_rows: int) 
     return synchronize_batch_norm(model)
 
 
-def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Int64[np.ndarray, "rows"], Reader]:
+def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Integer[np.ndarray, "rows"], Reader]:
     """Return the batches of a stage, the group of each row (-1 for held-out rows), and a reader of the rows."""
     config, settings = run.config, run.config.stages[stage].train
-    labels = no_labels(len(run.index)) if settings.groups == "none" else run.labels(stage)
-    grouping = group_labels(labels, min_group_size=min_group_size(config.stages[stage]))
-    groups = grouping.group_of.copy()
-    groups[run.held_out] = -1
-    if settings.groups == "random":
-        groups = shuffled_groups(groups, name=(config.seed, stage, "random groups"))
-    index, sources = run.index, run.sources
+    index, row_map, sources = run.index, None, run.sources
     if settings.resharded:
-        index, groups, sources = open_resharded(run, Path(settings.resharded), groups)
+        (index, row_map), sources = open_resharded(run, Path(settings.resharded)), ()
+    record = on_main(partial(_write_groups, run, stage, row_map))
+    groups = load_numbers(_groups_path(run, stage), len(index))  # one copy in memory for all processes of a node
     plan = BatchPlan(
         shard_of=index.shard_of,
         groups=groups,
@@ -220,9 +216,7 @@ def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Int64[np.ndarra
         )
     statistics = plan.statistics(min_negatives=settings.min_negatives)  # collective if the plan is on disk
     if is_main():
-        record = {**grouping.record(), "assignment": settings.groups, "held_out_rows": len(run.held_out)}
-        record["epoch_0"] = asdict(statistics)
-        write_json(run.folder(stage, "train") / "groups.json", record)
+        write_json(run.folder(stage, "train") / "groups.json", {**record, "epoch_0": asdict(statistics)})
         logger.info(
             "stage %d: %d groups (smallest %d, median %g rows; %d rows in merged groups); %d batches per epoch, %.0f "
             "%% of rows in batches of a single group, %.0f negatives per row",
@@ -232,10 +226,26 @@ def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Int64[np.ndarra
     return plan, groups, run.reader(index)
 
 
-def open_resharded(
-    run: RunContext, folder: Path, groups: Int64[np.ndarray, "rows"]
-) -> tuple[ShardIndex, Int64[np.ndarray, "rows"], tuple[Source, ...]]:
-    """Return the index of resharded shards, the groups in the order of its rows, and no sources.
+def _groups_path(run: RunContext, stage: int) -> Path:
+    """Return the file of the group of each row, which exists while the stage trains."""
+    return run.config.run_dir / "index" / f"groups-stage-{stage}.npy"
+
+
+def _write_groups(run: RunContext, stage: int, row_map: Integer[np.ndarray, "rows"] | None) -> dict[str, Any]:
+    """Write the group of each row, in the order of `row_map`, and return the content of groups.json without epoch_0."""
+    settings = run.config.stages[stage].train
+    labels = no_labels(len(run.index)) if settings.groups == "none" else run.labels(stage)
+    grouping = group_labels(labels, min_group_size=min_group_size(run.config.stages[stage]))
+    groups = grouping.group_of
+    groups[run.held_out] = -1
+    if settings.groups == "random":
+        groups = shuffled_groups(groups, name=(run.config.seed, stage, "random groups"))
+    save_array(_groups_path(run, stage), np.int32, groups.shape, [groups if row_map is None else groups[row_map]])
+    return {**grouping.record(), "assignment": settings.groups, "held_out_rows": len(run.held_out)}
+
+
+def open_resharded(run: RunContext, folder: Path) -> tuple[ShardIndex, Integer[np.ndarray, "rows"]]:
+    """Return the index of resharded shards, and the row in this run of each of its rows.
 
     Raises:
         UserError: if the shards do not hold the samples of this run, or lists of shards have weights.
@@ -248,7 +258,7 @@ def open_resharded(
         raise UserError(f"{folder} has {len(index)} rows and this run {len(run.index)}; reshard from this run again")
     if not all(np.array_equal(getattr(index, name), getattr(run.index, name)[row_map]) for name in IDENTITY_COLUMNS):
         raise UserError(f"{folder} holds other samples than this run; reshard from this run again")
-    return index, groups[row_map], ()
+    return index, row_map
 
 
 def _cached_texts(run: RunContext, stage: int, clip: ClipBundle, index: ShardIndex) -> TextFeatures | None:

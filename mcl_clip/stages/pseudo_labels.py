@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_json
 from mcl_clip.data.storage import load_numbers
 
+BLOCK_ROWS = 1 << 20  # rows whose labels are counted at a time
+MAX_TABLE = 1 << 22  # possible labels that are counted in a table; more are sorted
 Prefix = tuple[int, ...]
 
 
@@ -53,9 +55,22 @@ class PseudoLabels:
         """Return the cluster of each stage that a label encodes."""
         return tuple(int(cluster) for cluster in np.unravel_index(label, self.radix))
 
+    def count(self) -> tuple[Int64[np.ndarray, "labels"], Int64[np.ndarray, "labels"]]:
+        """Return the distinct labels in rising order, and the number of rows of each."""
+        blocks = (self.values[start : start + BLOCK_ROWS] for start in range(0, len(self.values), BLOCK_ROWS))
+        if (possible := math.prod(self.radix)) <= MAX_TABLE:
+            sizes = sum((np.bincount(block, minlength=possible) for block in blocks), np.zeros(possible, np.int64))
+            return np.flatnonzero(sizes), sizes[sizes > 0]
+        labels, sizes = np.empty(0, np.int64), np.empty(0, np.int64)
+        for block in blocks:
+            found, counts = np.unique(block, return_counts=True)
+            labels, position = np.unique(np.concatenate([labels, found]), return_inverse=True)
+            sizes = np.bincount(position, np.concatenate([sizes, counts])).astype(np.int64)  # exact below 2^53
+        return labels, sizes
+
     def summary(self) -> dict[str, Any]:
         """Summarize the number and the sizes of the labels, for `labels.json`."""
-        _, sizes = np.unique(self.values, return_counts=True)
+        _, sizes = self.count()
         powers, counts = np.unique(np.floor(np.log2(sizes)).astype(int), return_counts=True)
         return {
             "radix": list(self.radix),
@@ -69,7 +84,7 @@ class PseudoLabels:
 
 def no_labels(num_rows: int) -> PseudoLabels:
     """Return the labels before stage 0, equal for all rows."""
-    return PseudoLabels(values=np.zeros(num_rows, np.int64), radix=())
+    return PseudoLabels(values=np.broadcast_to(np.int64(0), num_rows), radix=())
 
 
 def read_labels(folder: Path, num_rows: int) -> PseudoLabels:
@@ -88,7 +103,7 @@ def read_labels(folder: Path, num_rows: int) -> PseudoLabels:
             f"{folder / 'labels.npy'} holds labels from {values.min()} to {values.max()}, with {radix} clusters; "
             f"delete {folder} and run the recipe again"
         )
-    return PseudoLabels(values=values.astype(np.int64), radix=tuple(radix))
+    return PseudoLabels(values=values.astype(np.int64, copy=False), radix=tuple(radix))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +120,7 @@ class Groups:
     """The groups of a stage and the group of every row."""
 
     groups: tuple[Group, ...]
-    group_of: Int64[np.ndarray, "rows"]
+    group_of: Int32[np.ndarray, "rows"]
 
     def record(self) -> dict[str, Any]:
         """Return the content of `groups.json`."""
@@ -140,7 +155,7 @@ def group_labels(labels: PseudoLabels, *, min_group_size: int) -> Groups:
     its smallest large sibling, or moves up to the next shorter prefix if it has none. Groups are numbered by their
     first label.
     """
-    values, inverse, sizes = np.unique(labels.values, return_inverse=True, return_counts=True)
+    values, sizes = labels.count()
     units = [
         Group(prefix=labels.prefix(value), labels=(value,), size=size)
         for value, size in zip(values.tolist(), sizes.tolist(), strict=True)
@@ -166,7 +181,15 @@ def group_labels(labels: PseudoLabels, *, min_group_size: int) -> Groups:
             units.append(Group(prefix=prefix, labels=held, size=sum(unit.size for unit in members)))
         done = [group for group in done if group.labels not in taken]
     groups = sorted(done + units, key=lambda group: group.labels)
-    number_of = np.empty(len(values), np.int64)
+    is_table = math.prod(labels.radix) <= MAX_TABLE  # a look-up is much faster than a search
+
+    def entry(of: Int64[np.ndarray, "some"]) -> Int64[np.ndarray, "some"]:
+        return of if is_table else np.searchsorted(values, of)
+
+    number_of = np.zeros(math.prod(labels.radix) if is_table else len(values), np.int32)
     for number, group in enumerate(groups):
-        number_of[np.searchsorted(values, group.labels)] = number
-    return Groups(groups=tuple(groups), group_of=number_of[inverse])
+        number_of[entry(np.array(group.labels))] = number
+    group_of = np.empty(len(labels.values), np.int32)
+    for start in range(0, len(group_of), BLOCK_ROWS):
+        group_of[start : start + BLOCK_ROWS] = number_of[entry(labels.values[start : start + BLOCK_ROWS])]
+    return Groups(groups=tuple(groups), group_of=group_of)

@@ -1,7 +1,11 @@
+import hashlib
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from mcl_clip.core.errors import UserError
+from mcl_clip.stages import pseudo_labels
 from mcl_clip.stages.pseudo_labels import PseudoLabels, default_min_group_size, group_labels, no_labels
 
 RADICES = [(3,), (5, 2), (2, 7, 3), (1, 4), (4, 4, 4, 4)]
@@ -115,6 +119,38 @@ def test_before_stage_0_there_is_one_group():
     found = group_labels(no_labels(7), min_group_size=32)
     assert found.group_of.tolist() == [0] * 7
     assert found.record()["rows_relaxed"] == 0
+
+
+@pytest.mark.parametrize("block", [1, 7, 400])
+@pytest.mark.parametrize("table", [255, 256])
+def test_labels_are_counted_and_grouped_in_blocks(monkeypatch, block, table):
+    labels, _ = drawn((4, 4, 4, 4), 400)
+    whole = group_labels(labels, min_group_size=20)
+    monkeypatch.setattr(pseudo_labels, "BLOCK_ROWS", block)
+    monkeypatch.setattr(pseudo_labels, "MAX_TABLE", table)
+    for found, expected in zip(labels.count(), np.unique(labels.values, return_counts=True), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    found = group_labels(labels, min_group_size=20)
+    assert found.groups == whole.groups
+    np.testing.assert_array_equal(found.group_of, whole.group_of)
+    # as in version 0.6, which sorted all labels at once
+    digest = hashlib.blake2b(found.group_of.astype("<i8").tobytes(), digest_size=8).hexdigest()
+    assert digest == "168363f752abd481"
+
+
+@pytest.mark.parametrize("table", [1, 100])
+def test_groups_take_four_bytes_a_row_and_a_block(monkeypatch, table):
+    monkeypatch.setattr(pseudo_labels, "BLOCK_ROWS", 10_000)
+    monkeypatch.setattr(pseudo_labels, "MAX_TABLE", table)
+    labels, _ = drawn((7, 9), 300_000)
+    tracemalloc.start()
+    try:
+        group_of = group_labels(labels, min_group_size=20).group_of
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert group_of.dtype == np.int32
+    assert peak < 4 * 300_000 + 100 * 10_000
 
 
 def test_default_min_group_size():
