@@ -103,14 +103,10 @@ def card(
     """Return the README.md of a model of `run`, finished or not.
 
     Args:
-        run: the run directory.
         form: what the folder holds: `multistage` (all stages), `open_clip` or `transformers` (a single model).
         repo: ORG/NAME on the Hub; without it the examples load from a folder.
         revision: branch there, if it is not the main one.
-        stage: number of a single stage; not needed if there is only one.
-        weights: how averaged or interpolated weights were made, such as "the mean of the weights of stages 0 and 1";
-            there are no results for these.
-        about: what the run does not know.
+        weights: how averaged or interpolated weights, for which there are no results, were made.
 
     Raises:
         UserError: if `run` is not a run directory, a file is damaged, or there is no such stage.

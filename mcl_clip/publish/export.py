@@ -22,7 +22,6 @@ from mcl_clip.model.resolve import find_models
 from mcl_clip.publish.card import About, card
 from mcl_clip.publish.hub import MAIN, MARKER, is_export_file
 
-MULTISTAGE, OPEN_CLIP, TRANSFORMERS = "multistage", "open_clip", "transformers"
 TRANSFORMERS_RESIZED = "transformers, resizing images itself"
 MAX_DIFFERENCE = 1e-5  # of unit features
 MAX_DIFFERENCE_RESIZED = 1e-2  # pixels that transformers resizes by itself differ by a few steps of 255
@@ -51,7 +50,7 @@ class Export:
     @property
     def form(self) -> str:
         """The library that the folder is made for."""
-        return MULTISTAGE if self.is_multistage else TRANSFORMERS if self.as_transformers else OPEN_CLIP
+        return "multistage" if self.is_multistage else "transformers" if self.as_transformers else "open_clip"
 
 
 EVERYTHING = Export()

@@ -93,7 +93,17 @@ def write_transformers_files(folder: Path, model: MultistageCLIP) -> None:
             backend.normalizer = normalizers.Sequence([*CLEANING[clean], *own])
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # other classes rebuild their normalizer on loading
         _save_tokenizer(hf_tokenizer, folder, model.context_length, **settings)
-    _check_tokenizer(folder, model)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)  # the code was just written here
+    inputs = tokenizer(list(CHECK_TEXTS), padding=True, return_tensors="pt", verbose=False)
+    tokens = fit_tokens(inputs["input_ids"], inputs["attention_mask"], model.context_length, model.tokenizer)
+    for text, actual, expected in zip(CHECK_TEXTS, tokens, model.tokenizer(list(CHECK_TEXTS)), strict=True):
+        if not torch.equal(actual, expected):
+            names = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
+            described = ", ".join(f"{name}={text_cfg[name]!r}" for name in names if text_cfg.get(name)) or "CLIP's"
+            raise UserError(
+                f"transformers would tokenize {text!r:.60} differently from the model's tokenizer ({described}); "
+                f"export single stages for open_clip, with --stage K"
+            )
 
 
 def write_clip_tokenizer(folder: Path, context_length: int) -> None:
@@ -119,21 +129,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path, context_length: int, **setting
     config = {name: value for name, value in read_json(path).items() if name not in local}
     inputs = ["input_ids", "attention_mask"]
     write_json(path, {**config, "model_max_length": context_length, "model_input_names": inputs, **settings})
-
-
-def _check_tokenizer(folder: Path, model: MultistageCLIP) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)  # the code was just written here
-    inputs = tokenizer(list(CHECK_TEXTS), padding=True, return_tensors="pt", verbose=False)
-    tokens = fit_tokens(inputs["input_ids"], inputs["attention_mask"], model.context_length, model.tokenizer)
-    for text, actual, expected in zip(CHECK_TEXTS, tokens, model.tokenizer(list(CHECK_TEXTS)), strict=True):
-        if not torch.equal(actual, expected):
-            text_cfg = model.model_cfgs[0]["text_cfg"]
-            names = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
-            described = ", ".join(f"{name}={text_cfg[name]!r}" for name in names if text_cfg.get(name)) or "CLIP's"
-            raise UserError(
-                f"transformers would tokenize {text!r:.60} differently from the model's tokenizer ({described}); "
-                f"export single stages for open_clip, with --stage K"
-            )
 
 
 def _size_mean_std(preprocess: Mapping[str, Any]) -> dict[str, Any]:
