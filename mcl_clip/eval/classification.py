@@ -131,8 +131,7 @@ def _parse_multilabel(data: bytes, where: str, num_classes: int) -> Bool[np.ndar
             f"{where} has the shape {values.shape} and values from {values.min(initial=0)} to "
             f"{values.max(initial=0)}; it must hold a 0 or a 1 for each of the {num_classes} classes"
         )
-    multi_hot: np.ndarray = values.astype(bool)
-    return multi_hot
+    return np.asarray(values, bool)
 
 
 def class_scores(

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -151,19 +152,18 @@ def open_image_folder(root: Path) -> ClassificationSet:
     if len(folders) < 2:
         raise UserError(f"{root} holds {len(folders)} folders with images; a classification set has one for each class")
     paths_of_class = [sorted(_image_files(folder)) for folder in folders]
-    paths = [path for class_paths in paths_of_class for path in class_paths]
+    paths = list(chain(*paths_of_class))
     # Left out, such images would make scores incomparable.
     if wrong := [path for path in paths if path.name.rpartition(".")[2].lower() in UNSUPPORTED_FORMATS]:
         raise UserError(f"{wrong[0]} is not one of {', '.join(IMAGE_FORMATS)}; convert it, or remove it")
-    labels = np.repeat(np.arange(len(folders)), [len(class_paths) for class_paths in paths_of_class])
+    labels = np.repeat(np.arange(len(folders)), list(map(len, paths_of_class)))
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{path.parent.name}/{path.name}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
     classnames, default_templates = _classnames_and_templates(root, [folder.name for folder in folders])
-    if (root / TEMPLATES).is_file():
-        templates = read_templates(root)
-    else:
-        templates = tuple(template("{c}") for template in default_templates)
+    templates = (
+        read_templates(root) if (root / TEMPLATES).is_file() else tuple(make("{c}") for make in default_templates)
+    )
     return ClassificationSet(FileImages(tuple(paths)), labels, classnames, templates, digest.hexdigest())
 
 
@@ -185,11 +185,7 @@ def _image_files(folder: Path) -> Iterator[Path]:
 def _classnames_and_templates(
     root: Path, folder_names: list[str]
 ) -> tuple[tuple[str, ...], Sequence[Callable[[str], str]]]:
-    """Return the class names of an image folder, and the templates to use if it has none of its own.
-
-    Raises:
-        UserError: if classnames.txt has another number of names, or the folders are WordNet ids without names.
-    """
+    """Return the class names of an image folder, and the templates to use if it has none of its own."""
     simple: Sequence[Callable[[str], str]] = open_clip.SIMPLE_IMAGENET_TEMPLATES
     if (root / CLASSNAMES).is_file():
         classnames = read_lines(root / CLASSNAMES)

@@ -147,7 +147,7 @@ def _evaluate_task(task: Task, encoder: Encoder, out: Path, candidate: Candidate
         # The record comes after its outcomes, and replaces an earlier one with the same outcomes file.
         others = [other for other in read_jsonl(out / RESULTS) if other.get("outcomes") != outcomes_file]
         with atomic_path(out / RESULTS) as path:
-            for line in (*others, {**record, **key, "peak_memory_mb": peak_memory() // 10**6}):
+            for line in (*others, record | key | {"peak_memory_mb": peak_memory() // 10**6}):
                 append_jsonl(path, line)
 
     on_main(write)

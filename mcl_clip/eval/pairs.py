@@ -67,7 +67,6 @@ class PairItem:
 class PairSet:
     """Items over images and texts, each stored once in the order of first use."""
 
-    name: str
     rule: str
     items: tuple[PairItem, ...]
     source: FileImages
@@ -103,7 +102,6 @@ class PairSet:
                 f"in pairs.json (now {folder}), or restore them"
             )
         pair_set = cls(
-            name=settings["name"],
             rule=settings["rule"],
             items=items,
             source=FileImages(paths, tuple(box for _, box in image_rows)),
@@ -319,8 +317,7 @@ def _item_scores(
         part = slice(start, start + CHUNK)
         image, text = F.normalize(images[image_rows[part]].double()), F.normalize(texts[text_rows[part]].double())
         scores[part] = (image * text).sum(dim=1)
-    array: np.ndarray = scores.numpy()
-    return array
+    return np.asarray(scores)
 
 
 def _apply_rule(
@@ -355,5 +352,4 @@ def _dependent_units(data: PairSet) -> Int32[np.ndarray, "items"]:
             one, other = root(row), root(first.setdefault(shared, row))
             parent[max(one, other)] = min(one, other)
     roots = np.array([root(row) for row in range(len(parent))])
-    numbers: np.ndarray = np.unique(roots, return_inverse=True)[1].astype(np.int32)
-    return numbers
+    return np.asarray(np.unique(roots, return_inverse=True)[1], np.int32)

@@ -23,22 +23,15 @@ def linear_predictions(
     num_classes: int,
     *,
     width: int | None = None,
-    folds: int = FOLDS,
 ) -> Bool[Tensor, "images"]:
     """Tell for each image whether a linear probe, a ridge regression to one-hot labels, classifies it correctly.
 
-    The penalty is a thousandth of the mean eigenvalue of the covariance.
-
-    Args:
-        features: float64 features.
-        labels: class indices.
-        num_classes: number of classes.
-        width: project wider features to this many leading principal directions first; None for no projection.
-        folds: number of folds, at most the number of images.
+    The penalty is a thousandth of the mean eigenvalue of the covariance. Features are float64; those wider than `width`
+    are projected to that many leading principal directions first.
     """
-    fold = _assign_folds(len(features), folds)
+    fold = _assign_folds(len(features))
     correct = torch.zeros(len(features), dtype=torch.bool)
-    for number in range(folds):
+    for number in range(FOLDS):
         train = fold != number
         x = features if width is None else project(features, width, fitted_on=train)
         scores = _ridge_scores(x[train], labels[train], x[~train], num_classes)
@@ -86,23 +79,15 @@ def knn_predictions(
     num_classes: int,
     *,
     neighbours: int = NEIGHBOURS,
-    folds: int = FOLDS,
     chunk: int = CHUNK,
 ) -> Bool[Tensor, "images"]:
     """Tell for each image whether a weighted k-NN probe by cosine classifies it correctly.
 
-    As in Wu et al. 2018 (arXiv 1805.01978) and DINO, each neighbor votes for its class with weight
-    exp(cosine / 0.07). Ties count as errors.
-
-    Args:
-        features: features of any norm.
-        labels: class indices.
-        num_classes: number of classes.
-        neighbours: number of neighbors that vote; fewer if the other folds have fewer images.
-        folds: number of folds; the neighbors of an image come from the other folds.
-        chunk: queries per step; uses `chunk` x images x 5 bytes, and does not change the result.
+    As in Wu et al. 2018 (arXiv 1805.01978) and DINO, each neighbor, from another fold, votes for its class with weight
+    exp(cosine / 0.07). Ties count as errors. Fewer than `neighbours` vote if the other folds have fewer images. The
+    queries of a step, `chunk`, do not change the result; they use `chunk` x images x 5 bytes.
     """
-    unit, fold = F.normalize(features).float(), _assign_folds(len(features), folds)
+    unit, fold = F.normalize(features).float(), _assign_folds(len(features))
     count = min(neighbours, len(fold) - int(torch.bincount(fold).max()))
     correct = []
     for start in range(0, len(unit), chunk):
@@ -116,5 +101,5 @@ def knn_predictions(
     return torch.cat(correct)
 
 
-def _assign_folds(size: int, folds: int) -> Int64[Tensor, "size"]:
-    return torch.from_numpy(permutation(size, "folds", size)) % folds
+def _assign_folds(size: int) -> Int64[Tensor, "size"]:
+    return torch.from_numpy(permutation(size, "folds", size)) % FOLDS

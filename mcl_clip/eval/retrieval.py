@@ -116,8 +116,6 @@ def recall_metrics(
     errors, and so does an image without captions. Median ranks start at 1.
 
     Args:
-        image_features: features of any norm.
-        text_features: features of any norm.
         image_of_text: image row of each caption.
         ks: the k of the recalls.
         chunk: captions scored at once, against at most 4096 images; does not change the result. Uses about

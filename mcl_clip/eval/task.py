@@ -106,22 +106,13 @@ def result_record(
     """Build the JSON record of one result: CLIP_benchmark's fields, and what is needed to compare two results.
 
     Args:
-        task: the evaluated task.
-        metrics: metrics by name; those with per-query `outcomes` (see `Task.score`) get 95 % intervals.
-        model: name of the architecture.
         pretrained: name of the weights; its last part labels the model among others in the same folder.
         stage: index of the last stage used.
         combine: how stages are combined; None for a single stage.
         dtype: precision of the encoders, such as `fp32`.
-        seconds: wall time of the evaluation.
-        outcomes: outcomes by name.
+        outcomes: see `Task.score`; metrics that have them get 95 % intervals.
         outcomes_file: name of the .npz file beside the record that holds the outcomes.
     """
-    intervals = {
-        name: list(bootstrap_interval(outcomes[name], outcomes.get(f"unit:{name}"), resamples=RESAMPLES))
-        for name in metrics
-        if name in outcomes
-    }
     return {
         "schema": SCHEMA,
         **task.describe(),
@@ -134,7 +125,11 @@ def result_record(
         "combine": combine,
         "main_metric": task.main_metric,
         "metrics": {**metrics, "main_metric": metrics[task.main_metric]},
-        "ci95": intervals,
+        "ci95": {
+            name: list(bootstrap_interval(outcomes[name], outcomes.get(f"unit:{name}"), resamples=RESAMPLES))
+            for name in metrics
+            if name in outcomes
+        },
         "outcomes": outcomes_file,
         "data_sha256": task.data.sha256,
         "dtype": dtype,
@@ -174,5 +169,4 @@ def _is_result(record: Mapping[str, Any]) -> bool:
 
 def label_of(record: Mapping[str, Any]) -> str:
     """Return the label of the model that a record is about; records of older versions have none."""
-    label: str = record.get("label") or record["pretrained"].rsplit("/", 1)[-1]
-    return label
+    return str(record.get("label") or record["pretrained"].rsplit("/", 1)[-1])

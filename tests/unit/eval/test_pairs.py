@@ -24,7 +24,7 @@ def made_set(items, rule, *, paths=None, num_texts=None, **options):
     num_texts = 1 + max(row for item in items for row in item.texts)
     paths = tuple(Path(f"{row}.jpg") for row in range(num_images)) if paths is None else paths
     texts = tuple(f"text {row}" for row in range(num_texts))
-    return PairSet("made", rule, tuple(items), FileImages(paths), (1,) * num_images, texts, **options)
+    return PairSet(rule, tuple(items), FileImages(paths), (1,) * num_images, texts, **options)
 
 
 def pairs_of_two(count, group_of=lambda number: PATTERNS[number % 9]):
