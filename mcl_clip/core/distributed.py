@@ -7,6 +7,7 @@ import hashlib
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from mcl_clip.core.errors import UserError
 
 Name = str | int
+LONGEST_PAUSE_S = 0.5  # between two looks at what another process has done
 SAMPLE_BLOCK = 1 << 17  # random words that are drawn at a time
 T = TypeVar("T")
 
@@ -50,9 +52,30 @@ def peak_memory() -> int:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all processes, however long they take."""
     if world_size() > 1:
-        dist.barrier()
+        store = dist.distributed_c10d._get_default_store()
+        name = _next_name(store, "barrier")
+        if store.add(f"{name}/arrived", 1) == world_size():
+            store.set(f"{name}/done", "")
+        _wait_for(store, f"{name}/done")
+
+
+def _next_name(store: dist.Store, what: str) -> str:
+    """Return a name that is equal on all processes for the n-th call of each, and new for every call."""
+    return f"mcl_clip/{what}/{store.add(f'mcl_clip/{what}-of-{rank()}', 1)}"
+
+
+def _wait_for(store: dist.Store, key: str) -> None:
+    """Wait until a process sets `key`.
+
+    A collective would end the job after its time limit, and on GPUs keep them busy; the store has no limit, and fails
+    at once if the process that holds it is gone.
+    """
+    pause_s = 0.001
+    while not store.check([key]):
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def seed_of(*name: Name) -> int:
@@ -157,7 +180,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def on_main(make: Callable[[], T]) -> T:
-    """Run `make()` on the main process and return its result on every process.
+    """Run `make()` on the main process, however long it takes, and return its result on every process.
 
     Raises:
         UserError: on every process, if `make` raised one.
@@ -167,6 +190,8 @@ def on_main(make: Callable[[], T]) -> T:
         return make()
     outcome: list[Any] = [None, None]  # the result, and the failure
     own: Exception | None = None
+    store = dist.distributed_c10d._get_default_store()
+    key = _next_name(store, "on-main")
     if is_main():
         try:
             outcome[0] = make()
@@ -174,6 +199,8 @@ def on_main(make: Callable[[], T]) -> T:
             own = outcome[1] = error.on_every_process()
         except Exception as error:
             own, outcome[1] = error, RuntimeError(f"the main process failed: {error}")
+        store.set(key, "")
+    _wait_for(store, key)
     dist.broadcast_object_list(outcome)
     if own is not None or outcome[1] is not None:
         raise own or outcome[1]

@@ -1,7 +1,12 @@
+import time
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from mcl_clip.core.distributed import (
+    barrier,
     check_same,
     gather,
     gather_objects,
@@ -79,3 +84,34 @@ def objects() -> tuple[list[int], bool]:
 
 def test_objects_come_in_rank_order(pool):
     assert pool.run(objects, 4) == [([0, 10, 20, 30], number == 0) for number in range(4)]
+
+
+def wait_longer_than_a_collective_may(store: str) -> str:
+    number, size = rank(), world_size()
+    dist.destroy_process_group()
+    limit = timedelta(seconds=1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=number, world_size=size, timeout=limit)
+    made = on_main(lambda: time.sleep(2) or "made")
+    if number == 1:
+        time.sleep(2)
+    barrier()
+    return made
+
+
+def test_waiting_for_one_process_has_no_time_limit(pool, tmp_path):
+    assert pool.run(wait_longer_than_a_collective_may, 3, str(tmp_path / "store")) == ["made"] * 3
+
+
+def order_of_a_barrier() -> list[tuple[float, float]]:
+    times = []
+    for late in (0, 1):
+        time.sleep(0.3 * (rank() == late))
+        before = time.time()
+        barrier()
+        times.append((before, time.time()))
+    return times
+
+
+def test_nobody_passes_a_barrier_before_the_last_one_arrives(pool):
+    for calls in zip(*pool.run(order_of_a_barrier, 3), strict=True):
+        assert min(after for _, after in calls) >= max(before for before, _ in calls)
