@@ -61,12 +61,12 @@ def barrier() -> None:
         _wait_for(store, f"{name}/done")
 
 
-def _next_name(store: dist.Store, what: str) -> str:
+def _next_name(store: Any, what: str) -> str:
     """Return a name that is equal on all processes for the n-th call of each, and new for every call."""
     return f"mcl_clip/{what}/{store.add(f'mcl_clip/{what}-of-{rank()}', 1)}"
 
 
-def _wait_for(store: dist.Store, key: str) -> None:
+def _wait_for(store: Any, key: str) -> None:
     """Wait until a process sets `key`.
 
     A collective would end the job after its time limit, and on GPUs keep them busy; the store has no limit, and fails
