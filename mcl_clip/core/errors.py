@@ -4,8 +4,9 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+MAX_MESSAGE = 1200  # characters; a longer sentence has the content of a file in it
 LOST_WORKER = (
     "a loader process ended unexpectedly; if it printed no error above, memory has run out: use fewer "
     "--machine.workers, or smaller batches"
@@ -21,6 +22,14 @@ class UserError(ValueError):
 
     everywhere = False
 
+    def __init__(self, message: object = "") -> None:
+        """Keep the beginning, which names the value, and the end, which has the fix, of a message that is too long."""
+        text = str(message)
+        if len(text) > MAX_MESSAGE:
+            kept = MAX_MESSAGE // 2 - 25  # room for the note, so that a copy is not cut again
+            text = f"{text[:kept]} [... {len(text) - 2 * kept:,} characters left out ...] {text[-kept:]}"
+        super().__init__(text)
+
     def on_every_process(self) -> "UserError":
         """Mark the error as raised by all processes and return it."""
         self.everywhere = True
@@ -33,6 +42,25 @@ class PlannedStop(BaseException):  # like KeyboardInterrupt: `except Exception` 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def shorten(value: object, most: int = 120) -> str:
+    """Return `value` on one line, for a message: of more than `most` characters the beginning, and how many there are.
+
+    Characters that would act on a terminal are escaped.
+    """
+    text = " ".join(str(value).split())
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[:most]
+    )
+    return shown if len(text) <= most else f"{shown} ... ({len(text):,} characters)"
+
+
+def shorten_list(names: Iterable[object], most: int = 10) -> str:
+    """Join the first `most` names by commas, and count the others; `none` for an empty list."""
+    every = list(names)
+    more = [f"and {len(every) - most:,} more"] if len(every) > most else []
+    return ", ".join([*(shorten(name, 60) for name in every[:most]), *more]) or "none"
 
 
 def explain_os_error(error: OSError) -> str:

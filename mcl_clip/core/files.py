@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 
 DONE = "DONE.json"
 STARTED = "STARTED.json"
@@ -88,7 +88,9 @@ def read_json(path: Path) -> Any:
     try:
         return _parse(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8 and overlong integers
-        raise UserError(f"{path} is not valid JSON ({error}); restore it or delete it to recreate it") from error
+        raise UserError(
+            f"{path} is not valid JSON ({shorten(error)}); restore it or delete it to recreate it"
+        ) from error
 
 
 def _parse(text: str) -> Any:
@@ -125,8 +127,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             records.append(record)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"line {len(records) + 1} of {path} is not a JSON object ({error}); restore the file or delete it to "
-            f"recreate it"
+            f"line {len(records) + 1} of {path} is not a JSON object ({shorten(error)}); restore the file or delete it "
+            f"to recreate it"
         ) from error
     return records
 

@@ -19,7 +19,7 @@ import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.core.files import atomic_dir
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.index import ShardIndex
@@ -205,12 +205,16 @@ def write_classification_set(
 def _check_names(classnames: Sequence[str], templates: Sequence[str]) -> None:
     for name in (*classnames, *templates):
         if clean_captions([name]) != [name]:
-            raise UserError(f"the class name or template {name!r} is empty, padded or longer than a line; correct it")
-    if len(set(classnames)) < len(classnames):
-        raise UserError(f"class names must differ; got {', '.join(classnames)}")
+            raise UserError(
+                f"the class name or template {shorten(repr(name))} is empty, padded or longer than a line; correct it"
+            )
+    if again := [name for name, count in Counter(classnames).items() if count > 1]:
+        raise UserError(f"class names must differ; {shorten(repr(again[0]))} occurs twice")
     for template in templates:
         if "{c}" not in template:
-            raise UserError(f"the template {template!r} has no {{c}} for the class name; write 'a photo of a {{c}}'")
+            raise UserError(
+                f"the template {shorten(repr(template))} has no {{c}} for the class name; write 'a photo of a {{c}}'"
+            )
     if not classnames or not templates:
         raise UserError("a classification set needs at least one class name and one template")
 
@@ -255,7 +259,8 @@ class _Checks:
         """Check key and image of a sample; return the extension for the image, or an empty string if it is bad."""
         if not CLEAN_KEY.fullmatch(key):
             raise UserError(
-                f"the key {key!r} is not 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-'; use clean_key(name)"
+                f"the key {shorten(repr(key))} is not 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-'; use "
+                f"clean_key(name)"
             )
         if key in self.keys:
             raise UserError(f"the key {key!r} occurs twice; give every sample a unique key")

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.eval.embed import check_finite, open_shards
 from mcl_clip.eval.probes import FOLDS, knn_predictions, linear_predictions
 from mcl_clip.eval.task import ImageSource, Task
@@ -104,7 +104,7 @@ def read_templates(root: Path) -> tuple[str, ...]:
     """Read the templates of a set; raise UserError for one without `{c}`."""
     templates = read_lines(root / TEMPLATES)
     if wrong := [template for template in templates if "{c}" not in template]:
-        raise UserError(f"the template {wrong[0]!r} in {root} has no {{c}} for the class name")
+        raise UserError(f"the template {shorten(repr(wrong[0]))} in {root} has no {{c}} for the class name")
     return templates
 
 
@@ -112,7 +112,8 @@ def _parse_label(data: bytes, where: str, num_classes: int) -> np.int64:
     text = data.decode("ascii", "replace").strip()
     if not text.isdigit() or int(text) >= num_classes:
         raise UserError(
-            f"{where} has the label {text!r}; labels are numbers below {num_classes}, the number of classes"
+            f"{where} has the label {shorten(repr(text))}; labels are numbers below {num_classes}, the "
+            f"number of classes"
         )
     return np.int64(text)
 

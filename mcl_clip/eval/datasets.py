@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten, shorten_list
 from mcl_clip.data.tar import IMAGE_FORMATS
 from mcl_clip.eval.classification import (
     CLASSNAMES,
@@ -65,7 +65,7 @@ def discover(root: Path, names: Sequence[str] = ()) -> dict[str, Task]:
     """
     folders = find_sets(root)
     if unknown := [name for name in names if name not in folders]:
-        raise UserError(f"{root} has no set {', '.join(unknown)}; it has {', '.join(folders)}")
+        raise UserError(f"{root} has no set {shorten_list(unknown)}; it has {shorten_list(folders)}")
     return {name: open_set(folders[name], name) for name in dict.fromkeys(names or folders)}
 
 
@@ -103,7 +103,8 @@ def layout_of(root: Path) -> str:
         dataset_type = (root / "dataset_type.txt").read_text(encoding="utf-8").strip()
         if dataset_type not in ("retrieval", "multilabel"):
             raise UserError(
-                f"{root / 'dataset_type.txt'} holds {dataset_type!r}; it must be 'retrieval' or 'multilabel'"
+                f"{root / 'dataset_type.txt'} holds {shorten(repr(dataset_type))}; it must be 'retrieval' "
+                f"or 'multilabel'"
             )
         return dataset_type
     has_test_shards = (root / "test" / "nshards.txt").is_file()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mcl_clip.core import distributed
-from mcl_clip.core.errors import UserError, explain_os_error
+from mcl_clip.core.errors import UserError, explain_os_error, shorten
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.index import ShardIndex
@@ -127,7 +127,7 @@ def _find_shards(root: Path) -> list[Path]:
         raise UserError(f"{counter} is missing; it holds the number of tar files in {folder}")
     text = counter.read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"[1-9]\d*", text):
-        raise UserError(f"{counter} holds {text!r}; it must hold the number of tar files in {folder}")
+        raise UserError(f"{counter} holds {shorten(repr(text))}; it must hold the number of tar files in {folder}")
     shards = [folder / f"{number}.tar" for number in range(int(text))]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise UserError(

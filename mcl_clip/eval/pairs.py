@@ -40,7 +40,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.core.files import read_json
 from mcl_clip.eval.embed import Box, FileImages, check_finite
 
@@ -174,12 +174,12 @@ def _parse_item(
         raise UserError(f"{where}: an item is an object with id, group, images, texts and match")
     for name in ("id", "group"):
         if not isinstance(line[name], str) or not line[name]:
-            raise UserError(f"{where}: {name} is {line[name]!r}; it must be a string that is not empty")
+            raise UserError(f"{where}: {name} is {shorten(repr(line[name]))}; it must be a string that is not empty")
     for name in ("images", "texts"):
         if not isinstance(line[name], list) or not line[name]:
-            raise UserError(f"{where}: {name} is {line[name]!r}; it must be a list that is not empty")
+            raise UserError(f"{where}: {name} is {shorten(repr(line[name]))}; it must be a list that is not empty")
     if wrong := [text for text in line["texts"] if not isinstance(text, str) or not text.strip()]:
-        raise UserError(f"{where}: the text {wrong[0]!r} is empty or not a string")
+        raise UserError(f"{where}: the text {shorten(repr(wrong[0]))} is empty or not a string")
     images = [_parse_image(value, where) for value in line["images"]]
     order = _order_texts(line["match"], rule, len(images), len(line["texts"]), where)
     return PairItem(
@@ -194,11 +194,11 @@ def _parse_item(
 def _parse_image(value: Any, where: str) -> ImageRef:
     path, box = (value.get("path"), value.get("box")) if isinstance(value, dict) else (value, None)
     if not isinstance(path, str) or not path:
-        raise UserError(f"{where}: the image {value!r} is neither a path nor an object with path and box")
+        raise UserError(f"{where}: the image {shorten(repr(value))} is neither a path nor an object with path and box")
     if box is None:
         return path, None
     if not isinstance(box, list) or len(box) != 4 or not all(_is_int(number) for number in box):
-        raise UserError(f"{where}: the box {box!r} is not [left, top, width, height] in whole pixels")
+        raise UserError(f"{where}: the box {shorten(repr(box))} is not [left, top, width, height] in whole pixels")
     return path, (box[0], box[1], box[2], box[3])
 
 
@@ -213,19 +213,23 @@ def _order_texts(match: Any, rule: str, num_images: int, num_texts: int, where: 
     pairs = match if isinstance(match, list) else [match]
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(_is_int(number, 0) for number in pair):
-            raise UserError(f"{where}: match has {pair!r}; it must hold pairs [image, text] of indices from 0")
+            raise UserError(
+                f"{where}: match has {shorten(repr(pair))}; it must hold pairs [image, text] of indices from 0"
+            )
         if pair[0] >= num_images or pair[1] >= num_texts:
-            raise UserError(f"{where}: match has {pair!r}, beyond {num_images} images and {num_texts} texts")
+            raise UserError(
+                f"{where}: match has {shorten(repr(pair))}, beyond {num_images} images and {num_texts} texts"
+            )
     text_of = dict(pairs)
     if sorted(image for image, _ in pairs) != list(range(num_images)) or len(set(text_of.values())) != num_images:
-        raise UserError(f"{where}: match is {match!r}; it must give each image one text of its own")
+        raise UserError(f"{where}: match is {shorten(repr(match))}; it must give each image one text of its own")
     own = [text_of[image] for image in range(num_images)]
     return own + [number for number in range(num_texts) if number not in own]
 
 
 def _parse_together(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value.values()):
-        raise UserError(f"{where}: together is {value!r}; it must be an object of strings")
+        raise UserError(f"{where}: together is {shorten(repr(value))}; it must be an object of strings")
     if reserved := [kind for kind in value if kind in _RESERVED_KINDS]:
         raise UserError(f"{where}: together has the kind {reserved[0]!r}, which is reserved; choose another name")
     return value

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 
 MARKER = "<!-- written by mcl_clip: remove this line to keep your own edits -->"
 README = "README.md"
@@ -243,8 +243,7 @@ def _explain(api: HfApi, repo: str, token: str, error: Exception) -> str | None:
     """
 
     def one_line(text: str) -> str:
-        line = " ".join(text.replace(token, "***").split())
-        return line if len(line) <= 300 else line[:300] + " ..."
+        return shorten(text.replace(token, "***"), 300)
 
     chain: list[BaseException] = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten_list
 from mcl_clip.core.stats import holm
 from mcl_clip.results.record import COMBINED, Result, load_results
 from mcl_clip.results.scores import MetricDifference, compare_metrics
@@ -49,7 +49,7 @@ def find_results(name: str) -> dict[str, Result]:
         label = labels[0] if len(labels) == 1 and not is_run else COMBINED if is_run else folder.resolve().name
     if label not in labels:
         raise UserError(
-            f"{folder} has no results of {label!r} but of {', '.join(labels)}; say which, as in {folder}:{labels[0]}"
+            f"{folder} has no results of {label!r} but of {shorten_list(labels)}; say which, as in {folder}:{labels[0]}"
         )
     by_set: dict[str, Result] = {}
     for result in (result for result in results if result.label == label):

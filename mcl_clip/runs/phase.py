@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.core.files import DONE, STARTED, canonical_json, fingerprint, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
             for key in sorted({*before, *now})
             for text in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         ]
-    return [] if before == now else [f"{path} was {before!r} and is now {now!r}"]
+    return [] if before == now else [f"{path} was {shorten(repr(before))} and is now {shorten(repr(now))}"]
 
 
 @contextmanager

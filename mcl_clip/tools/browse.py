@@ -32,7 +32,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.eval.classification import ClassificationTask
 from mcl_clip.eval.retrieval import RetrievalTask
@@ -232,7 +232,7 @@ def make_server(search: Search, port: int) -> ThreadingHTTPServer:
 
 def _number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise UserError(f"{text[:20]!r} is not a number")
+        raise UserError(f"{shorten(repr(text), 20)} is not a number")
     return int(text)
 
 

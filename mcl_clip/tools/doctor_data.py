@@ -16,7 +16,7 @@ import numpy as np
 import open_clip
 
 from mcl_clip.config import EvalConfig, RunConfig, TowerConfig
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.data.decode import train_transform
 from mcl_clip.data.index import INDEX_NAME, ShardIndex
 from mcl_clip.data.loader import captioned_batches
@@ -300,7 +300,7 @@ def _check_download(urls: Sequence[str], what: str, source: str) -> Finding:
             size = huggingface_hub.get_hf_file_metadata(url, token=token, timeout=REMOTE.timeout_s).size or 0
             return Finding("ok", "weights", f"{what}: to be downloaded from {source}, {format_bytes(size)}")
         except Exception as error:  # the type depends on the HTTP library of the installed version
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            reason = f"{type(error).__name__}: {shorten(error, 160)}"
     text = (
         f"{what} are not on this machine and cannot be downloaded from {source} ({reason}); download them where there "
         f"is a network, and give the file as --tower.pretrained or the folder as --tower.architecture local-dir:FOLDER"

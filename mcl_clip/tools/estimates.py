@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from mcl_clip.config import LockConfig, StageConfig, TrainConfig
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.model.clip import lock
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
 
@@ -77,7 +77,7 @@ def measure(model_cfg: Mapping[str, Any], *, locked: LockConfig) -> TowerSize:
         with torch.device("meta"):
             model: nn.Module = kind(**cfg)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = shorten(error, 300) or type(error).__name__
         raise UserError(f"open_clip cannot build this model ({type(error).__name__}: {reason})") from error
     lock(model, text=locked.text, image_unlocked_groups=locked.image_unlocked_groups, patterns=locked.patterns)
     visual: Any = model.visual

@@ -1,6 +1,8 @@
 import errno
 import io
 import os
+import pickle
+import re
 import subprocess
 import sys
 
@@ -8,7 +10,15 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from mcl_clip.core.errors import PlannedStop, UserError, explain_os_error, run_program
+from mcl_clip.core.errors import (
+    MAX_MESSAGE,
+    PlannedStop,
+    UserError,
+    explain_os_error,
+    run_program,
+    shorten,
+    shorten_list,
+)
 
 
 class FullFile(io.BytesIO):
@@ -105,3 +115,23 @@ def test_a_reader_that_goes_away_is_no_error():
     ended = subprocess.run([sys.executable, "-c", code], stdout=write_end, stderr=subprocess.PIPE, check=False)
     os.close(write_end)
     assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_a_message_keeps_its_beginning_and_its_end():
+    error = UserError(f"row 3 has {b'x' * 50_000!r}; give the path of an image")
+    message = str(error)
+    assert len(message) <= MAX_MESSAGE
+    assert message.startswith("row 3 has b'xxx")
+    assert message.endswith("xx'; give the path of an image")
+    assert re.search(r"\[\.\.\. 48,\d{3} characters left out \.\.\.\]", message)
+    assert str(pickle.loads(pickle.dumps(error))) == message
+    assert str(UserError("row 3 has no caption")) == "row 3 has no caption"
+
+
+def test_values_are_shown_on_one_short_line():
+    assert shorten("two\n words") == "two words"
+    assert shorten("a" * 500) == "a" * 120 + " ... (500 characters)"
+    assert shorten("\x1b[31mred") == "\\x1b[31mred"
+    assert shorten_list(["a", "b"]) == "a, b"
+    assert shorten_list([]) == "none"
+    assert shorten_list(map(str, range(1000)), most=3) == "0, 1, 2, and 997 more"
