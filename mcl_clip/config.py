@@ -143,7 +143,8 @@ class TrainConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warmup: cosine decay to 0, or constant."""
     weight_decay: float = 0.2
-    """AdamW weight decay of matrices and kernels; gains, biases and position embeddings are not decayed."""
+    """AdamW weight decay of matrices and kernels; gains, biases, positions and class or pooling tokens are not decayed
+    (`mcl-clip doctor` lists them)."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Betas of AdamW."""
     eps: float = 1e-6

@@ -109,7 +109,7 @@ def fit_stage(
         preprocess_cfg=clip.preprocess_cfg,
         config=config.stages[stage].train,
         machine=config.machine,
-        optimizer=create_optimizer(clip.model, config.stages[stage].train),
+        optimizer=create_optimizer(clip.model, config.stages[stage].train, decays_unlisted=config.behavior == "0.6"),
         out=run.folder(stage, "train"),
         seed=(config.seed, stage),
         max_bad_fraction=config.data.max_bad_fraction,

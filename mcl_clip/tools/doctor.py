@@ -4,7 +4,9 @@ Nothing is written; of the training data a sample is read.
 """
 
 import math
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -49,10 +51,18 @@ from mcl_clip.tools.doctor_machine import (
     free_memory,
     machines_for,
 )
-from mcl_clip.tools.estimates import MAX_LABELS, clusters_per_modality, estimate_disk, measure_stages, rows_per_label
+from mcl_clip.tools.estimates import (
+    MAX_LABELS,
+    TowerSize,
+    clusters_per_modality,
+    estimate_disk,
+    measure_stages,
+    rows_per_label,
+)
 from mcl_clip.train.trackers import check_trackers
 
 MAX_DATA_WAIT_SHARE = 0.3
+MAX_NAMES = 6  # of parameters in a line
 GREEN, YELLOW, RED, FAINT, PLAIN = "\033[32m", "\033[33m", "\033[31m", "\033[2m", "\033[0m"
 COLOURS = {"ok": GREEN, "warning": YELLOW, "FAIL": RED, "done": GREEN, "partial": YELLOW, "missing": FAINT}
 
@@ -80,7 +90,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
     config = (yield from attempt("run", partial(with_behavior, config))) or config
     config = with_control(config, rows=rows.total if rows else 0)
     cfg = yield from attempt("tower", partial(find_model_cfg, config.tower))
-    sizes = yield from attempt("tower", partial(measure_stages, config.stages, cfg))
+    measure = partial(measure_stages, config.stages, cfg, decays_unlisted=config.behavior == "0.6")
+    sizes = yield from attempt("tower", measure)
     yield from check_devices(
         gpus,
         cores=cores,
@@ -104,6 +115,7 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
     if sizes:
         per_epoch = rows.per_epoch(config.data.weights, config.data.holdout_rows) if rows else None
         yield from check_steps(config.stages, rows=per_epoch)
+        yield from describe_decay(config.stages, sizes)
         yield from check_groups(config.stages, rows.total) if rows else ()
         yield from check_memory(config.stages, sizes, config.machine, gpus, processes=processes, free=free_memory())
         total, keep = rows.total if rows else 0, config.machine.keep_checkpoints
@@ -134,6 +146,21 @@ def check_steps(stages: Sequence[StageConfig], *, rows: int | None) -> Iterator[
 def _also(numbers: Sequence[int]) -> str:
     """Name the stages after the first that share a problem."""
     return f" (also stage {', '.join(map(str, numbers[1:]))})" if len(numbers) > 1 else ""
+
+
+def describe_decay(stages: Sequence[StageConfig], sizes: Sequence[TowerSize | None]) -> Iterator[Finding]:
+    """List what the weight decay of each stage spares, unless its `weight_decays` say otherwise; once if all agree."""
+    texts: dict[str, int] = {}
+    for number, (stage, size) in enumerate(zip(stages, sizes, strict=True)):
+        if size and stage.train.steps and stage.train.weight_decay:
+            spared = Counter(re.sub(r"\d+", "*", name) for name in size.undecayed)
+            names = [f"{name} ({count})" if count > 1 else name for name, count in spared.items()]
+            shown = ", ".join(["gains and biases", *names[:MAX_NAMES]]) + ", ..." * (len(names) > MAX_NAMES)
+            text = f"{stage.train.weight_decay:g} on {size.decayed} of {size.tensors} parameters, not on {shown}"
+            overrides = ", ".join(stage.train.weight_decays)
+            texts.setdefault(f"{text}; then {overrides}" if overrides else text, number)
+    for text, number in texts.items():
+        yield Finding("ok", "decay", f"stage {number}: {text}" if len(texts) > 1 else text)
 
 
 def check_groups(stages: Sequence[StageConfig], rows: int) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from mcl_clip.config import LockConfig, StageConfig, TrainConfig
 from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.model.clip import lock
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
+from mcl_clip.train.optim import find_undecayed
 
 FLOAT_BYTES = 4
 FEATURE_BYTES = 2
@@ -34,6 +35,9 @@ class TowerSize:
     saved_bytes: int  # float32 bytes that autograd saves for the backward pass of one sample; 0 if unknown
     pixels: int  # values of an image, over all channels
     dim: int  # of the features
+    tensors: int = 0  # that are trained
+    decayed: int = 0  # of them, with weight decay
+    undecayed: tuple[str, ...] = ()  # names of those without weight decay, other than one-dimensional ones
 
 
 def clusters_per_modality(stage: StageConfig) -> tuple[int, ...]:
@@ -49,7 +53,9 @@ def rows_per_label(stages: Sequence[StageConfig], rows: int) -> list[float]:
     return [rows / math.prod(factors[:number]) for number in range(len(stages))]
 
 
-def measure_stages(stages: Sequence[StageConfig], model_cfg: Mapping[str, Any] | None) -> list[TowerSize | None]:
+def measure_stages(
+    stages: Sequence[StageConfig], model_cfg: Mapping[str, Any] | None, *, decays_unlisted: bool = False
+) -> list[TowerSize | None]:
     """Measure the encoders as each stage trains them; None if a config is not on this machine.
 
     Raises:
@@ -59,11 +65,11 @@ def measure_stages(stages: Sequence[StageConfig], model_cfg: Mapping[str, Any] |
     if not model_cfg or (name and not isinstance(try_to_load_from_cache(name, "config.json"), str)):
         return [None] * len(stages)
     locks = [stage.train.lock if stage.train.steps else LockConfig() for stage in stages]
-    sizes = {lock: measure(model_cfg, locked=lock) for lock in dict.fromkeys(locks)}
+    sizes = {lock: measure(model_cfg, locked=lock, decays_unlisted=decays_unlisted) for lock in dict.fromkeys(locks)}
     return [sizes[lock] for lock in locks]
 
 
-def measure(model_cfg: Mapping[str, Any], *, locked: LockConfig) -> TowerSize:
+def measure(model_cfg: Mapping[str, Any], *, locked: LockConfig, decays_unlisted: bool = False) -> TowerSize:
     """Measure the encoders of a model config on the meta device, without allocating weights.
 
     Raises:
@@ -88,13 +94,19 @@ def measure(model_cfg: Mapping[str, Any], *, locked: LockConfig) -> TowerSize:
         two, four = (_saved_bytes(model, samples, (height, width), length) for samples in (2, 4))
     except (RuntimeError, ValueError, TypeError, LookupError):  # the forward pass needs values, which meta tensors lack
         two = four = 0
-    parameters = list(model.parameters())
+    named = dict(model.named_parameters())
+    parameters = list(named.values())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    undecayed = find_undecayed(model, decays_unlisted=decays_unlisted)
     return TowerSize(
         parameters=sum(parameter.numel() for parameter in parameters),
-        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        trained=sum(parameter.numel() for parameter in trained),
         saved_bytes=(four - two) // 2,  # the difference leaves out what does not depend on the batch
         pixels=3 * height * width,
         dim=model_cfg["embed_dim"],
+        tensors=len(trained),
+        decayed=len(trained) - len(undecayed),
+        undecayed=tuple(name for name in undecayed if named[name].ndim > 1),
     )
 
 

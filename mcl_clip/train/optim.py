@@ -14,21 +14,27 @@ from torch.optim import AdamW
 from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 
+# Learned positions, class tokens and pooling queries: values that are added or attended to, not weights of a product.
+ADDED = re.compile(
+    r"(pos(ition(al)?)?_?embed(ding)?s?|embed_positions|rel_embeddings|relative_(position|attention)_bias(_table)?|"
+    r"rel_pos_[hw]|attention_biases|(cls|class|reg|dist|mask)_(token|emb|embed|embedding)|attn_pool\.(latent|query))"
+    r"(\.weight)?$"
+)
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+
+def create_optimizer(model: nn.Module, config: TrainConfig, *, decays_unlisted: bool = False) -> AdamW:
     """Create AdamW over the trainable parameters.
 
-    Parameters with fewer than two dimensions (gains, biases), and those that the model lists in `no_weight_decay()`
-    (positions), are not decayed unless `config.weight_decays` says so. Each parameter group has `lr_scale`, its factor
-    on the learning rate of the step.
+    The parameters of `find_undecayed` are not decayed unless `config.weight_decays` says so. Each parameter group has
+    `lr_scale`, its factor on the learning rate of the step.
 
     Raises:
         UserError: if a regular expression is malformed or matches no trainable parameter.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    undecayed = set(find_undecayed(model, decays_unlisted=decays_unlisted))
     scale_of = dict.fromkeys(named, 1.0)
-    decay_of = {name: 0.0 if p.ndim < 2 or name in skip else config.weight_decay for name, p in named.items()}
+    decay_of = {name: 0.0 if name in undecayed else config.weight_decay for name in named}
     _override(scale_of, config.lr_multipliers, "lr-multipliers")
     _override(decay_of, config.weight_decays, "weight-decays")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -39,6 +45,29 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
     return AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def find_undecayed(model: nn.Module, *, decays_unlisted: bool = False) -> list[str]:
+    """List the trainable parameters that are not decayed: vectors (gains, biases), positions, class and pooling tokens.
+
+    They are recognized by their shape, by the `no_weight_decay()` of open_clip's and timm's modules, and by their names
+    elsewhere. With `decays_unlisted`, as in version 0.6, only what the whole model lists and parameters of fewer than
+    two dimensions are left out, so that positions and tokens of timm and Hugging Face towers are decayed.
+    """
+    modules = [("", model)] if decays_unlisted else model.named_modules()
+    listed = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in modules if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()  # type: ignore[operator]
+    }  # fmt: skip
+
+    def is_undecayed(name: str, parameter: nn.Parameter) -> bool:
+        if name in listed or parameter.ndim < 2:
+            return True
+        is_vector = parameter.numel() == max(parameter.shape)  # such as a gain of shape [channels, 1, 1]
+        return not decays_unlisted and (is_vector or bool(ADDED.search(name)))
+
+    return [name for name, p in model.named_parameters() if p.requires_grad and is_undecayed(name, p)]
 
 
 def _override(values: dict[str, float], patterns: Mapping[str, float], option: str) -> None:

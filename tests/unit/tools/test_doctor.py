@@ -1,3 +1,4 @@
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -200,6 +201,26 @@ def test_what_is_kept_for_backward_is_nearly_what_torch_keeps():
         del out
     assert size.saved_bytes == pytest.approx((counts[1] - counts[0]) / 32, rel=0.3)
     assert estimates.measure(MODEL, locked=LockConfig(text=True)).saved_bytes < size.saved_bytes
+
+
+def decay_lines(*stages, **options):
+    swin = {"timm_model_name": "swin_tiny_patch4_window7_224", "timm_pool": "", "timm_proj": "linear"}
+    sizes = estimates.measure_stages(stages, {**MODEL, "vision_cfg": swin}, **options)
+    return texts(doctor.describe_decay(stages, sizes), "ok")
+
+
+def test_what_the_weight_decay_spares_is_listed():
+    locked, tables = stage(lock=LockConfig(text=True)), "attn.relative_position_bias_table (12)"
+    (text,) = decay_lines(STAGE)
+    assert re.fullmatch(
+        rf"0\.2 on \d+ of \d+ parameters, not on gains and biases, positional_embedding, .*{re.escape(tables)}", text
+    )
+    assert decay_lines(STAGE, STAGE) == [text]
+    assert decay_lines(STAGE, locked)[0] == f"stage 0: {text}"
+    assert "positional_embedding" not in decay_lines(STAGE, locked)[1]
+    assert tables not in decay_lines(STAGE, decays_unlisted=True)[0]
+    assert not decay_lines(stage(weight_decay=0.0))
+    assert decay_lines(stage(weight_decays={"token": 0.1})) == [f"{text}; then token"]
 
 
 def test_a_tower_that_cannot_be_made():

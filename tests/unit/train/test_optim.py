@@ -1,14 +1,17 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
-from mcl_clip.train.optim import ExponentialAverage, create_optimizer, lr_at, set_lr
+from mcl_clip.train.optim import ExponentialAverage, create_optimizer, find_undecayed, lr_at, set_lr
 
 CONFIG = TrainConfig(steps=1, global_batch_size=2, lr=0.1, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6)
 
@@ -35,13 +38,93 @@ def options_by_name(model: nn.Module, **changed) -> dict[str, tuple[float, float
     return {name: of[id(p)] for name, p in model.named_parameters() if id(p) in of}
 
 
-def test_matrices_are_decayed_and_nothing_else():
-    assert options_by_name(Towers()) == {
-        "visual.0.weight": (1.0, 0.2),
-        "text.weight": (1.0, 0.2),
-        **dict.fromkeys(("visual.0.bias", "visual.1.weight", "visual.1.bias", "text.bias"), (1.0, 0.0)),
-        **dict.fromkeys(("positions", "logit_scale"), (1.0, 0.0)),
-    }
+TEXT = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}
+VIT = {"image_size": 32, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}
+QUERIES = {**VIT, "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
+
+
+def build(vision: str | dict[str, object]) -> nn.Module:
+    """Build a real model on the meta device; a name is that of a timm tower."""
+    cfg = {"timm_model_name": vision, "timm_pool": "", "timm_proj": "linear"} if isinstance(vision, str) else vision
+    with torch.device("meta"):
+        return open_clip.CustomTextCLIP(embed_dim=16, vision_cfg=cfg, text_cfg=TEXT)
+
+
+def build_hugging_face(config: transformers.PretrainedConfig, folder: Path) -> nn.Module:
+    config.save_pretrained(folder)
+    text = {"hf_model_name": str(folder), "hf_model_pretrained": False}
+    with torch.device("meta"):
+        return open_clip.CustomTextCLIP(embed_dim=16, vision_cfg=VIT, text_cfg=text)
+
+
+def undecayed(model: nn.Module, **options) -> set[str]:
+    """Last parts of the names of parameters that are not decayed though they are neither vectors nor gains."""
+    optimizer = create_optimizer(model, CONFIG, **options)
+    ids = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert all(id(p) in ids for p in model.parameters() if p.ndim < 2)
+    matrices = [name for name, p in model.named_parameters() if id(p) in ids and p.squeeze().ndim > 1]
+    return {name.removesuffix(".weight").split(".")[-1] for name in matrices}
+
+
+@pytest.mark.parametrize(
+    ("vision", "expected"),
+    [
+        (VIT, {"positional_embedding"}),
+        (QUERIES, {"positional_embedding", "query"}),
+        (RESNET, {"positional_embedding"}),
+        ("vit_tiny_patch16_224", {"pos_embed"}),
+        ("vit_base_patch16_siglip_224", {"pos_embed"}),
+        ("vit_pe_core_tiny_patch16_384", {"pos_embed"}),
+        ("vitamin_small_224", {"pos_embed"}),
+        ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
+        ("levit_128s", {"attention_biases"}),
+        ("fastvit_mci0", set()),
+        ("convnext_atto", set()),
+    ],
+    ids=[
+        "vit",
+        "attentional pool",
+        "resnet",
+        "timm vit",
+        "siglip",
+        "pe",
+        "vitamin",
+        "swin",
+        "levit",
+        "fastvit",
+        "convnext",
+    ],
+)
+def test_positions_tokens_and_gains_of_real_towers_are_not_decayed(vision, expected):
+    model = build(vision)
+    assert undecayed(model) == expected | {"positional_embedding"}
+    added = [name for name, p in model.named_parameters() if p.ndim > 1 and p.numel() == max(p.shape)]
+    assert set(added) <= set(find_undecayed(model))  # class tokens, latents, layer scales
+    # As in version 0.6: only what the whole model lists.
+    listed = model.no_weight_decay()
+    legacy = [name for name, p in model.named_parameters() if p.ndim < 2 or name in listed]
+    assert find_undecayed(model, decays_unlisted=True) == legacy
+
+
+def test_tokens_and_layer_scales_are_vectors():
+    names = [name.split(".")[-1] for name in find_undecayed(build("vit_pe_core_tiny_patch16_384"))]
+    assert {"cls_token", "latent", "pos_embed"} <= set(names)
+    assert any(name.endswith("layer_scale.gamma") for name in find_undecayed(build("fastvit_mci0")))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (transformers.RobertaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2), "position_embeddings"),
+        (transformers.MT5Config(d_model=32, num_layers=1, num_heads=2), "relative_attention_bias"),
+    ],
+    ids=["roberta", "mt5"],
+)
+def test_positions_of_hugging_face_towers_are_not_decayed(config, expected, tmp_path):
+    model = build_hugging_face(config, tmp_path)
+    assert undecayed(model) == {"positional_embedding", expected}
+    assert undecayed(model, decays_unlisted=True) == {"positional_embedding"}
 
 
 def test_patterns_override_and_the_last_match_counts():
