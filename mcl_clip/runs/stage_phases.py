@@ -32,12 +32,14 @@ def embed(run: RunContext, stage: int) -> None:
     clip = run.clip(stage)
     texts = _reusable_texts(run, stage, clip)
     options = run.batch_options(clip) | ({} if texts is None else {"tokenizer": None})
-    transform = evaluation_transform(clip.preprocess_cfg)
+    transform, reader = evaluation_transform(clip.preprocess_cfg), run.reader(run.index)
     with run.interrupt.deferred():  # a stop waits for the end of a shard, which is what can be resumed
         embed_shards(
             clip.model,
             run.index,
-            batches=partial(captioned_batches, run.reader(run.index), transform=transform, **options),
+            batches=lambda rows: run.interrupt.waiting_for(
+                captioned_batches(reader, rows, transform=transform, **options)
+            ),
             preprocess_cfg=clip.preprocess_cfg,
             dim=clip.model_cfg["embed_dim"],
             out=out,

@@ -282,7 +282,7 @@ def _cached_texts(run: RunContext, stage: int, clip: ClipBundle, index: ShardInd
         write_text_features(
             clip.model,
             index,
-            batches=partial(captioned_batches, run.reader(index), **options),
+            batches=lambda rows: run.interrupt.waiting_for(captioned_batches(run.reader(index), rows, **options)),
             dim=clip.model_cfg["embed_dim"],
             out=out,
             device=run.accelerator.device,

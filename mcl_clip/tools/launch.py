@@ -23,6 +23,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.train.interrupt import SAME_REQUEST_S, SIGNALS
 
 GRACE_PERIOD_S = 5.0  # for the other processes to print their errors after one has failed
+STOP_PERIOD_S = 60.0  # for the other processes to stop after one has stopped as requested
 POLL_S = 0.1
 DEFAULT_PORT = 29500
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -112,8 +113,8 @@ def launch(command: Sequence[str], placement: Placement, *, planned_codes: Colle
     """Run a command in all processes of this machine and return the exit code of the job. For the main thread.
 
     The first SIGTERM, SIGUSR1 or Ctrl-C is forwarded; a second one kills all processes. When a process fails, the
-    others are killed after a grace period; after one of the `planned_codes` they are left to finish. On Linux, the
-    processes also die with this one, however it ends.
+    others are killed after a grace period. After one of the `planned_codes` they are left to finish, for a minute if a
+    signal was forwarded. On Linux, the processes also die with this one, however it ends.
     """
     if not hasattr(os, "killpg"):
         raise UserError(f"mcl-clip launch needs Linux or macOS, not {sys.platform}; use accelerate launch")
@@ -194,8 +195,8 @@ def _wait(
 ) -> int:
     """Wait for the processes, forward the first signal, and return the exit code of the first process that failed."""
     running = dict(enumerate(processes))
-    exit_code, failed_at, is_forwarded = 0, math.inf, False
-    while running and time.monotonic() < failed_at + GRACE_PERIOD_S:
+    exit_code, has_failed, ends_at, is_forwarded = 0, False, math.inf, False
+    while running and time.monotonic() < ends_at:
         if signals and not is_forwarded:
             is_forwarded = True
             for process in running.values():
@@ -210,8 +211,10 @@ def _wait(
             _kill(running.pop(number))  # its children
             if code in planned_codes:
                 exit_code = exit_code or code
-            elif failed_at == math.inf:
-                failed_at = time.monotonic()
+                # One that gives up waiting for data stops alone; the others may hang in a collective operation.
+                ends_at = min(ends_at, time.monotonic() + STOP_PERIOD_S) if signals else ends_at
+            elif not has_failed:
+                has_failed, ends_at = True, time.monotonic() + GRACE_PERIOD_S
                 exit_code = code if code >= 0 else _report_death(placement, number, -code)
         time.sleep(POLL_S)
     return exit_code

@@ -8,9 +8,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,12 @@ from mcl_clip.core.distributed import gather_objects, is_main, world_size
 from mcl_clip.core.errors import PlannedStop
 
 SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__)
+GIVE_UP_S = 10.0  # schedulers leave half a minute or more between SIGTERM and SIGKILL
+TICK_S = 1.0
 SAME_REQUEST_S = 2.0  # a launcher and a scheduler may both forward one request
 LOST_PEER_S = 15.0
 STORE_KEY = "mcl_clip/stop"
+T = TypeVar("T")
 
 
 class Interrupt:
@@ -31,7 +35,8 @@ class Interrupt:
 
     A single process stops immediately, which is safe because it can be killed anywhere; inside `deferred` it stops at
     the next `asked` or `noticed`, which saves the work since the last checkpoint. Several processes stop together at
-    the next `asked` or `check`, whichever of them received the signal. A second request ends a process immediately.
+    the next `asked` or `check`, whichever of them received the signal. What does not come to such a point, because it
+    has been waiting for data for 10 s, stops on its own. A second request ends a process immediately.
 
     Attributes:
         exit_code: of the job after SIGTERM or SIGUSR1; after Ctrl-C it is 130.
@@ -43,12 +48,16 @@ class Interrupt:
         self.phase = ""
         self._signal = 0
         self._is_deferred = False
+        self._waiting_since: float | None = None
         self._owner = os.getpid()
         self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     @contextmanager
     def listening(self) -> Iterator["Interrupt"]:
-        """Handle the signals while the block runs. Call it in the main thread."""
+        """Handle the signals while the block runs; in a thread other than the main one, which receives them, do not."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
@@ -56,11 +65,17 @@ class Interrupt:
         wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # `nohup` and `&`
         before = {number: signal.signal(number, self._note) for number in handled}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._tick)
         try:
             if hasattr(signal, "pthread_sigmask"):  # `mcl-clip launch` starts processes with the signals blocked
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield self
+        except RuntimeError as error:
+            if self._signal and world_size() > 1 and _is_of_a_peer(error):  # which has given up waiting for data
+                raise self.stop("what is finished is kept") from error
+            raise
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
@@ -76,6 +91,23 @@ class Interrupt:
             yield
         finally:
             self._is_deferred = False
+
+    def waiting_for(self, items: Iterable[T]) -> Iterator[T]:
+        """Iterate over `items`; after a request to stop, give up on one that has not come for 10 s.
+
+        Raises:
+            PlannedStop: on this process alone; nobody can save what the others are in the middle of.
+        """
+        iterator = iter(items)
+        while True:
+            self._waiting_since = time.monotonic()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waiting_since = None
+            yield item
 
     def asked(self, device: torch.device) -> bool:
         """Return whether any process was asked to stop, the same on all processes. A collective call.
@@ -131,6 +163,13 @@ class Interrupt:
         is_alone = world_size() == int(os.environ.get("WORLD_SIZE", "1")) == 1  # the process group may not exist yet
         if is_alone and not self._is_deferred:
             raise self.stop("what is finished is kept")
+        signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
+
+    def _tick(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Look, each second after a request, whether this process waits for data that does not come."""
+        if self._waiting_since is not None and time.monotonic() - self._waiting_since > GIVE_UP_S:
+            self._waiting_since = None
+            raise self.stop("its data did not come; what is finished is kept")
 
     def _watch(self, read_end: int) -> None:
         """End the process on a second request, even if the main thread is blocked in a collective."""
@@ -148,6 +187,10 @@ class Interrupt:
 
 def wait_for_the_cause(error: Exception) -> None:
     """Delay an error caused by a lost peer, so that the process that failed first reports and ends the others."""
-    of_a_peer = r"gloo|nccl|connection (closed|reset)|broken pipe|socket|the main process failed"
-    if world_size() > 1 and isinstance(error, RuntimeError) and re.search(of_a_peer, str(error), re.IGNORECASE):
+    if world_size() > 1 and isinstance(error, RuntimeError) and _is_of_a_peer(error):
         time.sleep(LOST_PEER_S)
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    words = r"gloo|nccl|connection (closed|reset)|broken pipe|socket|the main process failed"
+    return re.search(words, str(error), re.IGNORECASE) is not None

@@ -83,7 +83,7 @@ def train_stage(
         max_steps: stop after so many steps, without a checkpoint; by default the stage is trained to its end.
 
     Raises:
-        PlannedStop: if `interrupt` was asked to stop; the current step is saved.
+        PlannedStop: if `interrupt` was asked to stop; the current step is saved, unless it waits for data in vain.
         TrainingDivergedError: if the loss or the gradient is not finite.
         UserError: if too many samples are bad, or processes disagree on the batch plan.
     """
@@ -103,7 +103,7 @@ def train_stage(
     time_all_reduce(model, spans)
     interrupt, stopping = interrupt or Interrupt(), False
     last_step = config.steps if max_steps is None else min(config.steps, state.step + max_steps)
-    batches, saved_at = loader.steps(state.step, config.steps), time.monotonic()
+    batches, saved_at = interrupt.waiting_for(loader.steps(state.step, config.steps)), time.monotonic()
     bar = Progress(
         total=config.steps, initial=state.step, unit="step", desc="train", show=machine.progress and is_main()
     )

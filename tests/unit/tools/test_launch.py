@@ -120,6 +120,14 @@ def test_a_process_that_ends_as_planned_leaves_the_others_their_time(tmp_path, m
     assert (tmp_path / "saved-0").exists()
 
 
+def test_after_a_signal_nobody_waits_for_a_process_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "STOP_PERIOD_S", 0.5)
+    body = LISTENING.replace("sys.exit(EXIT)", "rank or sys.exit(EXIT)") + "while True: time.sleep(1)\n"
+    while_it_runs(tmp_path, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert launch(command(tmp_path, body, EXIT=85), TWO, planned_codes={0, 85}) == 85
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
 def test_signals_wait_until_a_program_listens(tmp_path):
     body = "(folder / f'loading-{rank}').touch(); time.sleep(1)\n" + LISTENING + WAITING
     threading.Thread(

@@ -1,6 +1,7 @@
 """What a job makes of signals: alone, in several processes, once and twice."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -148,6 +149,77 @@ def stop_between_phases(signalled):
 
 def test_several_processes_stop_together_between_phases(pool):
     assert pool.run(stop_between_phases, 2, 1) == ["stopped", "stopped"]
+
+
+def endless():
+    yield 1
+    while True:
+        time.sleep(0.01)
+
+
+def wait_in_vain():
+    with Interrupt(85).listening() as interrupt, interrupt.deferred():
+        interrupt.phase = "stage-0/train"
+        batches = interrupt.waiting_for(endless())
+        assert next(batches) == 1
+        send(signal.SIGTERM)
+        time.sleep(0.5)  # no wait for data
+        next(batches)
+
+
+def test_a_process_does_not_wait_for_data_that_does_not_come(monkeypatch):
+    monkeypatch.setattr(module, "GIVE_UP_S", 0.3)
+    monkeypatch.setattr(module, "TICK_S", 0.05)
+    before, started = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(PlannedStop, match="stopped by SIGTERM in stage-0/train: its data did not come") as caught:
+        wait_in_vain()
+    assert caught.value.exit_code == 85
+    assert 0.7 < time.monotonic() - started < 10
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_data_that_comes_late_is_waited_for_without_a_signal(monkeypatch):
+    monkeypatch.setattr(module, "GIVE_UP_S", 0.05)
+    monkeypatch.setattr(module, "TICK_S", 0.05)
+    with Interrupt().listening() as interrupt, interrupt.deferred():
+        assert list(interrupt.waiting_for(time.sleep(0.2) or number for number in range(2))) == [0, 1]
+
+
+def give_up(waiting):
+    """How each process ends when the data of one do not come, and the others are in a collective call."""
+    module.GIVE_UP_S, module.TICK_S, module.LOST_PEER_S = 0.3, 0.05, 0.1
+    try:
+        with Interrupt(85).listening() as interrupt, interrupt.deferred():
+            send(signal.SIGTERM)
+            if rank() == waiting:
+                next(interrupt.waiting_for(itertools.islice(endless(), 1, None)))
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2")
+    except PlannedStop as stop:
+        return stop.exit_code, str(stop)
+
+
+def test_all_processes_stop_as_planned_when_one_gives_up(pool):
+    lost, kept = pool.run(give_up, 2, 0)
+    assert lost == (
+        85,
+        "stopped by SIGTERM: its data did not come; what is finished is kept; the same command continues",
+    )
+    assert kept == (85, "stopped by SIGTERM: what is finished is kept; the same command continues")
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with Interrupt().listening() as interrupt:
+            found.append(signal.getsignal(signal.SIGTERM))
+            interrupt.check()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]
 
 
 def notice(signalled):
