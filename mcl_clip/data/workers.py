@@ -1,6 +1,7 @@
 """Batches made in loader processes; what ends or blocks one of these ends the wait for it."""
 
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -105,22 +106,20 @@ def _poll(batches: Any) -> Any:
     return None
 
 
-def shared_memory_bytes() -> tuple[int, int] | None:
-    """Return the total and the free bytes of the memory that processes share; None where it has no limit of its own."""
-    if not SHARED_MEMORY.is_dir():
-        return None
-    usage = shutil.disk_usage(SHARED_MEMORY)
-    return usage.total, usage.free
+def shared_memory() -> tuple[float, float]:
+    """Return the bytes of the memory that processes share, and how many are free; infinite where nothing limits it."""
+    usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+    return (usage.total, usage.free) if usage else (math.inf, math.inf)
 
 
 def _explain_shared_memory(batch: _NotShared, num_workers: int, prefetch_batches: int) -> str:
-    size = shared_memory_bytes()
-    if "No space left" not in batch.reason or size is None:
+    if "No space left" not in batch.reason:
         return f"a loader process cannot share a batch ({batch.reason}); raise the limit of open files (ulimit -n)"
+    total, free = shared_memory()
     needed = num_workers * prefetch_batches * batch.nbytes
     return (
-        f"the batches of the loader processes do not fit {SHARED_MEMORY}, which has {size[0] / 1e6:.0f} MB "
-        f"({size[1] / 1e6:.0f} MB free): {num_workers} workers keep {prefetch_batches} batches of "
+        f"the batches of the loader processes do not fit {SHARED_MEMORY}, which has {total / 1e6:.0f} MB "
+        f"({free / 1e6:.0f} MB free): {num_workers} workers keep {prefetch_batches} batches of "
         f"{batch.nbytes / 1e6:.0f} MB each, {needed / 1e6:.0f} MB; enlarge it (docker run --shm-size "
         f"{-(-needed * 2 // 10**9)}g, or --ipc host), or use fewer --machine.workers or --machine.prefetch-batches"
     )

@@ -20,6 +20,7 @@ from mcl_clip.core.distributed import count_cores
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import STARTED, read_json, read_jsonl
 from mcl_clip.data.row_order import Source
+from mcl_clip.data.workers import shared_memory
 from mcl_clip.eval.task import Task
 from mcl_clip.report.page import REPORT
 from mcl_clip.results.record import PHASES, phase_state, read_run
@@ -117,7 +118,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
         yield from check_steps(config.stages, rows=per_epoch)
         yield from describe_decay(config.stages, sizes)
         yield from check_groups(config.stages, rows.total) if rows else ()
-        yield from check_memory(config.stages, sizes, config.machine, gpus, processes=processes, free=free_memory())
+        memory = {"free": free_memory(), "shared": shared_memory()[1]}
+        yield from check_memory(config.stages, sizes, config.machine, gpus, processes=processes, **memory)
         total, keep = rows.total if rows else 0, config.machine.keep_checkpoints
         yield from check_disk(config.run_dir, estimate_disk(config.stages, sizes, rows=total, keep_checkpoints=keep))
     yield from _check_run(config, rows, tasks, make_accelerator)

@@ -16,6 +16,7 @@ from packaging.version import Version
 from mcl_clip.config import MachineConfig, StageConfig
 from mcl_clip.core.errors import UserError, explain_os_error
 from mcl_clip.core.files import DONE
+from mcl_clip.data.workers import SHARED_MEMORY
 from mcl_clip.results.text import format_bytes
 from mcl_clip.tools.estimates import TowerSize, estimate_memory
 
@@ -132,11 +133,13 @@ def check_memory(
     gpus: Sequence[Gpu],
     *,
     processes: int,
-    free: int,
+    free: float,
+    shared: float,
 ) -> Iterator[Finding]:
     """Compare the memory of the largest stage with that of a device, and prefetched batches with that of the host.
 
-    `sizes` are those of the models that the stages train, and `free` counts the free bytes of this machine.
+    `sizes` are those of the models that the stages train; `free` and `shared` count the free bytes of the memory of
+    this machine, and of the part of it through which loader processes hand over their batches.
     """
     if all(size is None for size in sizes):
         text = "the size of the model is unknown: neither memory nor checkpoints are counted"
@@ -146,7 +149,7 @@ def check_memory(
     parts, size = estimates[number], sizes[number]
     if not parts or size is None:
         return
-    memory = min(gpu.memory for gpu in gpus) if gpus else free // processes
+    memory = min(gpu.memory for gpu in gpus) if gpus else int(free) // processes
     total = sum(parts.values())
     text = f"stage {number} takes about {format_bytes(total)} of {format_bytes(memory)} of "
     text += f"{'GPU' if gpus else 'free'} memory per process (rough): "
@@ -160,9 +163,13 @@ def check_memory(
         yield Finding("ok", "memory", text)
     loader_batches = processes // machines_for(processes, gpus) * machine.workers * machine.prefetch_batches
     queued = loader_batches * (stages[number].train.global_batch_size // processes) * size.pixels
-    if queued > free / 2:
-        text = f"prefetched batches take up to {format_bytes(queued)} of {format_bytes(free)}; use fewer "
-        yield Finding("warning", "memory", f"{text}--machine.workers or --machine.prefetch-batches")
+    text = f"prefetched batches take up to {format_bytes(queued)} of "
+    if queued > shared:
+        text += f"{format_bytes(int(shared))} of {SHARED_MEMORY}; enlarge it (docker run --shm-size, or --ipc host) or "
+        yield Finding("FAIL", "memory", f"{text}use fewer --machine.workers or --machine.prefetch-batches")
+    elif queued > free / 2:
+        text += f"{format_bytes(int(free))}; use fewer --machine.workers or --machine.prefetch-batches"
+        yield Finding("warning", "memory", text)
 
 
 def free_memory() -> int:
@@ -194,7 +201,7 @@ def check_disk(run_dir: Path, sizes: Mapping[str, int]) -> Iterator[Finding]:
     total, free = missing.total(), shutil.disk_usage(parent).free
     parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in missing.most_common() if size)
     needs = f"about {format_bytes(total)} more ({parts})" if total else "no more"
-    text = f"{run_dir} needs {needs}, {format_bytes(free)} are free"
+    text = f"{run_dir} needs {needs}, {format_bytes(int(free))} are free"
     way_out = "free some space, keep fewer --machine.keep-checkpoints, or choose a --run-dir on another disk"
     if total > free:
         yield Finding("FAIL", "disk", f"{text}; {way_out}")

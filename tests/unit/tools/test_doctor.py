@@ -1,3 +1,4 @@
+import math
 import re
 import shutil
 from collections import Counter
@@ -248,14 +249,14 @@ def test_memory():
     assert estimates.estimate_memory(STAGE.train, None, 1) == {}
 
 
-def check_memory(stages, sizes, *, memory, free=10**12):
+def check_memory(stages, sizes, *, memory, free=10**12, shared=math.inf):
     """Findings with 8 batches in the loaders."""
-    options = MachineConfig(workers=2, prefetch_batches=4)
-    return machine.check_memory(stages, sizes, options, [machine.Gpu("x", memory, True)], processes=1, free=free)
+    options, gpus = MachineConfig(workers=2, prefetch_batches=4), [machine.Gpu("x", memory, True)]
+    return machine.check_memory(stages, sizes, options, gpus, processes=1, free=free, shared=shared)
 
 
 def test_memory_without_a_gpu():
-    found = machine.check_memory([STAGE], [TOWER], MachineConfig(), [], processes=2, free=2 * 10**9)
+    found = machine.check_memory([STAGE], [TOWER], MachineConfig(), [], processes=2, free=2 * 10**9, shared=math.inf)
     assert "of 1.0 GB of free memory per process" in only(found, "ok")
 
 
@@ -278,6 +279,14 @@ def test_memory_against_a_device(memory, level, sentence):
 def test_memory_of_batches_that_wait():
     found = check_memory([STAGE], [TOWER], memory=10**12, free=3 * 10**6)
     assert "prefetched batches take up to 1.6 MB of 3.0 MB; use fewer --machine.workers" in only(found, "warning")
+
+
+def test_shared_memory_of_batches_that_wait():
+    found = check_memory([STAGE], [TOWER], memory=10**12, shared=1_500_000)
+    assert only(found, "FAIL") == (
+        "prefetched batches take up to 1.6 MB of 1.5 MB of /dev/shm; enlarge it (docker run --shm-size, or --ipc "
+        "host) or use fewer --machine.workers or --machine.prefetch-batches"
+    )
 
 
 def test_memory_of_an_unknown_tower():
