@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import datasets
 import fsspec
 import tyro
-from from_table import as_captions, split_names, write_splits
+from from_table import split_names, write_splits
+from table_formats import as_captions
 
 from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.data.writing import Pair, refuse_non_empty
@@ -66,8 +67,10 @@ def read_pairs(dataset: Any, *, image_column: str, caption_column: str, root: Pa
     dataset = dataset.select_columns([image_column, caption_column])
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     for number, row in enumerate(dataset):
-        captions = as_captions(row[caption_column], number, caption_column)
-        yield Pair(key=f"{number:08d}", image=image_bytes(row[image_column], root), captions=captions)
+        captions = as_captions(row[caption_column], f"row {number}, column {caption_column!r},")
+        yield Pair(
+            key=f"{number:08d}", image=image_bytes(row[image_column], root), captions=captions, source=f"row {number}"
+        )
 
 
 def image_bytes(value: dict[str, Any] | None, root: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Write shards from a table of image files and captions: CSV, TSV, JSON lines or Parquet.
+"""Write shards from a table of image files and captions: CSV, JSON, Parquet, or the captions of COCO or Flickr.
 
     python data_prep/from_table.py captions.csv shards/flickr8k --image-column file --caption-column caption \
         --images-root images --split-column split --retrieval-splits val,test
@@ -8,69 +8,60 @@ CLIP_benchmark for each retrieval split. Rows of the same image become one sampl
 the table; samples are in the order in which their images first appear.
 """
 
-import csv
 import io
-import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 from PIL import Image, ImageOps
+from table_formats import Row, as_captions, read_rows
 
-from mcl_clip.core.errors import UserError, run_program
+from mcl_clip.core.errors import UserError, run_program, shorten, shorten_list
 from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
 
-Row = dict[str, Any]
 Splits = dict[str, dict[str, list[str]]]  # split -> image -> captions
 READ_AHEAD = 64
 
 
-def read_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of a table, in order, with at least `columns`.
-
-    A TSV has no quotes: a quotation mark in it is part of the text.
-
-    Raises:
-        UserError: for an unknown kind of file, a column that is not there, or a row that does not fit the header.
-    """
-    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
-    if table.suffix.lower() not in readers:
-        raise UserError(f"{table} does not end in one of {', '.join(readers)}; convert it to one of them")
-    yield from readers[table.suffix.lower()](table, columns)
-
-
-def group_rows(rows: Iterable[Row], *, image_column: str, caption_column: str, split_column: str | None) -> Splits:
+def group_rows(
+    rows: Iterable[Row], *, image_column: str, caption_column: str, split_column: str | None, root: Path
+) -> Splits:
     """Group captions by split and image, in the order of their first rows. Without a split column the split is `all`.
 
-    A caption may be a string or a list of strings.
+    A path with back-slashes that is no file below `root` is one from Windows. A row without a path becomes an image
+    that is missing.
     """
     splits: Splits = {}
+    lists = 0
     for number, row in enumerate(rows, start=1):
-        image, captions = row[image_column], row[caption_column]
-        if not isinstance(image, str) or not image:
-            raise UserError(f"row {number} has {image!r} in column {image_column!r}; it must be the path of an image")
-        group = splits.setdefault(str(row[split_column]) if split_column else "all", {}).setdefault(image, [])
-        group.extend(as_captions(captions, number, caption_column))
-    return splits
-
-
-def as_captions(value: Any, number: int, column: str) -> list[str]:
-    """Return the captions of a row: a string or a list of strings, either of which may be null."""
-    captions = value if isinstance(value, list) else [value]
-    for caption in captions:
-        if not isinstance(caption, str | None):
+        image, value = row[image_column], row[caption_column]
+        if image is None or image == "":
+            image = f"row {number}, which has no path"
+        if not isinstance(image, str):
             raise UserError(
-                f"row {number} has {caption!r} in column {column!r}; a caption must be text or a list of texts"
+                f"row {number} has {shorten(repr(image), 60)} in column {image_column!r}; it must be the path of an "
+                f"image (for images within Parquet files: from_hf.py FOLDER OUT --builder parquet)"
             )
-    return [caption or "" for caption in captions]
+        if re.match("https?://", image):
+            raise UserError(
+                f"row {number} has the URL {shorten(image)} in column {image_column!r}; download the images with "
+                f"img2dataset, as docs/data.md shows, and give the shards to from_img2dataset.py"
+            )
+        if "\\" in image and not (root / image).is_file():
+            image = image.replace("\\", "/")
+        captions = as_captions(value, f"row {number}, column {caption_column!r},")
+        lists += isinstance(value, str) and captions != [value]
+        splits.setdefault(str(row[split_column]) if split_column else "all", {}).setdefault(image, []).extend(captions)
+    if lists:
+        print(f"{lists:,} cells of column {caption_column!r} are lists of captions; each text in them is a caption")
+    return splits
 
 
 def shrink(data: bytes, max_side_px: int) -> bytes:
@@ -99,12 +90,14 @@ def make_from_table(
     table: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     *,
-    image_column: str,
-    caption_column: str,
+    image_column: str = "image",
+    caption_column: str = "caption",
     images_root: Path | None = None,
     split_column: str | None = None,
     split: str = "train",
     retrieval_splits: str = "",
+    separator: str = "",
+    encoding: str = "",
     max_side_px: int | None = None,
     max_bad_fraction: float = 0.01,
     samples_per_shard: int = 1000,
@@ -113,14 +106,17 @@ def make_from_table(
     """Write training shards, and retrieval sets, from a table of image files and captions.
 
     Args:
-        table: A .csv, .tsv, .jsonl or .parquet file. A TSV is read without quotes.
+        table: A .csv, .tsv, .txt, .jsonl, .json or .parquet file, the captions of COCO (captions_*.json, Karpathy's
+            splits), Flickr8k.token.txt, or Flickr30k's results.csv. A TSV is read without quotes.
         out: Folder to make; must be empty or not exist.
         image_column: Column with paths of JPEG, PNG or WebP files.
-        caption_column: Column with a caption, or (JSON lines, Parquet) a list of captions.
+        caption_column: Column with a caption or a list of captions; in CSV, a list is written as in JSON.
         images_root: Folder that the paths start from; the folder of the table if not given.
         split_column: Column that says which split a row belongs to; without it all rows are for training.
         split: Split to write as training shards; '' for none.
         retrieval_splits: Splits to write as retrieval sets, separated by commas.
+        separator: Character between the fields of a CSV, or tab; by default the one that gives the header the columns.
+        encoding: Encoding of a CSV, such as cp1252; by default UTF-8, or what a byte order mark says.
         max_side_px: Shrink larger images until their longer side has this many pixels (bicubic, upright, JPEG quality
             95); otherwise image files are stored byte for byte.
         max_bad_fraction: Part of the images, from 0 to 1, that may be missing or unreadable.
@@ -134,8 +130,14 @@ def make_from_table(
     if max_side_px is not None and max_side_px < 1:
         raise UserError(f"--max-side-px is {max_side_px}; it must be at least 1")
     columns = [image_column, caption_column, *([split_column] if split_column else [])]
-    rows = read_rows(table, columns)
-    splits = group_rows(rows, image_column=image_column, caption_column=caption_column, split_column=split_column)
+    root = images_root if images_root is not None else table.parent
+    splits = group_rows(
+        read_rows(table, columns, separator=separator, encoding=encoding),
+        image_column=image_column,
+        caption_column=caption_column,
+        split_column=split_column,
+        root=root,
+    )
     wanted = split_names(split, retrieval_splits)
     if split_column is None:
         if wanted != [split]:
@@ -145,11 +147,10 @@ def make_from_table(
         splits = {split: splits["all"]} if splits else {}
     for name in wanted:
         if name not in splits:
-            raise UserError(f"there is no split {name!r} in the table; its splits are {', '.join(splits) or 'none'}")
+            raise UserError(f"there is no split {name!r} in the table; its splits are {shorten_list(splits)}")
     owners = Counter(image for name in wanted for image in splits[name])
     if shared := [image for image, count in owners.items() if count > 1]:
         print(f"warning: {len(shared)} images are in more than one of the splits {', '.join(wanted)}, e.g. {shared[0]}")
-    root = images_root if images_root is not None else table.parent
     write_splits(
         {name: (_read_pairs(splits[name], root, max_side_px, threads), len(splits[name])) for name in wanted},
         out,
@@ -195,59 +196,6 @@ def write_splits(
     print(f"{out}: {', '.join(reports)}")
 
 
-def _csv_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
-    dialect: dict[str, Any] = {"strict": True}
-    if table.suffix.lower() == ".tsv":
-        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, **dialect)
-            header = next(lines, [])
-            _check_columns(table, columns, header)
-            for fields in lines:
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    raise UserError(
-                        f"{table}, line {lines.line_num}: {len(fields)} fields, the header has {len(header)}; put "
-                        f"fields that hold the separator in quotes (CSV), or use JSON lines"
-                    )
-                yield dict(zip(header, fields, strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{table} is not a UTF-8 table with a header ({error}); save it as one") from error
-
-
-def _json_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
-    with table.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{table}, line {number} is not JSON ({error}); correct or delete it") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{table}, line {number} is not a JSON object; write one object per line")
-            _check_columns(table, columns, list(row), f", line {number},")
-            yield row
-
-
-def _parquet_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
-    try:
-        file = pq.ParquetFile(table)
-        _check_columns(table, columns, file.schema_arrow.names)
-        for batch in file.iter_batches(columns=list(dict.fromkeys(columns))):
-            yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{table} is not a whole Parquet file ({error}); make it anew") from error
-
-
-def _check_columns(table: Path, columns: Sequence[str], there: Sequence[str], place: str = "") -> None:
-    for column in columns:
-        if column not in there:
-            raise UserError(f"{table}{place} has no column {column!r}; its columns are {', '.join(there)}")
-
-
 def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int | None, threads: int) -> Iterator[Pair]:
     """Yield samples in the order of `captions_of`, with files read ahead by threads."""
 
@@ -263,7 +211,7 @@ def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int 
                 key = clean_key(os.path.splitext(name)[0])
                 key = key if key not in used else clean_key(name)
                 used.add(key)
-                yield Pair(key=key, image=data, captions=captions)
+                yield Pair(key=key, image=data, captions=captions, source=name)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
+from table_formats import check_columns
 from tqdm import tqdm
 
 from mcl_clip.core.errors import UserError, run_program
@@ -93,7 +94,7 @@ def _read_questions(path: Path) -> Iterator[tuple[int, str, str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file, strict=True)
-            _check_columns(path, ("Question ID", "Type", "Statement"), lines.fieldnames or ())
+            check_columns(str(path), ("Question ID", "Type", "Statement"), lines.fieldnames or ())
             for row in lines:
                 number, kind, statement = (row[name] or "" for name in ("Question ID", "Type", "Statement"))
                 if not number.strip().isdecimal() or not kind.strip() or not statement.strip():
@@ -391,12 +392,6 @@ def _fields(row: Any, names: Iterable[str], where: str, *, kinds: tuple[type, ..
     if wrong := [f"{name} is {value!r:.80}" for name, value in found if not isinstance(value, kinds)]:
         raise UserError(f"{where}: {wrong[0]}; restore the file as it was published")
     return [value for _, value in found]
-
-
-def _check_columns(path: Path, columns: Iterable[str], there: Iterable[str]) -> None:
-    for column in columns:
-        if column not in there:
-            raise UserError(f"{path} has no column {column!r}; its columns are {', '.join(there)}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from from_table import group_rows, read_rows
+from from_table import group_rows
 from PIL import Image
+from table_formats import read_rows
 from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render, with_article
 
 from mcl_clip.core.distributed import permutation, random_words
@@ -341,7 +342,13 @@ def make_photos(
     _check_at_least(size_px=size_px)
     used = Codes(symbols=10, places=PLACES["digits"], number=codes, seed=seed)
     rows = read_rows(table, (image_column, caption_column, split_column))
-    splits = group_rows(rows, image_column=image_column, caption_column=caption_column, split_column=split_column)
+    splits = group_rows(
+        rows,
+        image_column=image_column,
+        caption_column=caption_column,
+        split_column=split_column,
+        root=images_root,
+    )
     if missing := {"train", "test"} - splits.keys():
         raise UserError(
             f"{table} has no split {', '.join(sorted(missing))} in {split_column!r}; it has {sorted(splits)}"

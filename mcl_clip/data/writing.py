@@ -41,6 +41,7 @@ class Pair:
     image: bytes  # a JPEG, PNG or WebP file, stored as it is; empty if it is missing, which counts as a bad image
     captions: Sequence[str]
     attributes: Mapping[str, Any] | None = None
+    source: str = ""  # path or row that the image comes from, shown in messages in place of the key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +240,7 @@ class _Checks:
 
     def members_of(self, pair: Pair) -> Members | None:
         """Return the members of a sample, or None if it is left out."""
-        extension = self.extension_of(pair.key, pair.image)
+        extension = self.extension_of(pair.key, pair.image, pair.source)
         captions = clean_captions(pair.captions)
         self.left_out["empty captions dropped"] += len(pair.captions) - len(captions)
         if not extension:
@@ -255,7 +256,7 @@ class _Checks:
         members: Members = {"__key__": pair.key, extension: pair.image, "txt": text}
         return members | {"json": attributes} if attributes else members
 
-    def extension_of(self, key: str, image: bytes) -> str:
+    def extension_of(self, key: str, image: bytes, source: str = "") -> str:
         """Check key and image of a sample; return the extension for the image, or an empty string if it is bad."""
         if not CLEAN_KEY.fullmatch(key):
             raise UserError(
@@ -271,7 +272,7 @@ class _Checks:
             extension, reason = image_extension(image), "unreadable images" if image else "missing images"
         if not extension:
             self.bad_images[reason] += 1
-            self.first_bad = self.first_bad or f"{key} ({reason})"
+            self.first_bad = self.first_bad or f"{shorten(source or key)} ({reason})"
             if self.total:
                 self._check_bad(self.total)
         return extension

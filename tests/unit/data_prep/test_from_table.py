@@ -74,6 +74,107 @@ def test_without_a_split_column_everything_is_for_training(table, tmp_path, imag
     assert len(read_tars(tmp_path / "out" / "train")) == 3
 
 
+@pytest.mark.parametrize(
+    ("separator", "encoding", "options"),
+    [
+        ("\t", "utf-8", {}),
+        (";", "utf-8-sig", {}),
+        ("|", "utf-8", {}),
+        ("\t", "utf-16", {}),  # with a byte order mark, as spreadsheets write "Unicode text"
+        (";", "cp1252", {"encoding": "cp1252"}),
+        ("^", "utf-8", {"separator": "^"}),
+        ("\t", "utf-8", {"separator": "tab"}),
+    ],
+)
+def test_separator_and_encoding_are_recognized_or_given(
+    table, tmp_path, images, read_tars, separator, encoding, options
+):
+    rows = [["title", "file"], ["first; Zürich, in rain", "b.jpg"], ["second | x", "a/x.png"]]
+    file = io.StringIO(newline="")
+    csv.writer(file, delimiter=separator).writerows(rows)
+    (tmp_path / "t.csv").write_bytes(file.getvalue().encode(encoding))
+    columns = {"image_column": "file", "caption_column": "title", "images_root": images}
+    table.make_from_table(tmp_path / "t.csv", tmp_path / "out", **columns, **options)
+    found = [one["txt"].decode() for one in read_tars(tmp_path / "out" / "train")]
+    assert found == ["first; Zürich, in rain", "second | x"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"separator": "::"}, "--separator '::' is not a single character"),
+        ({"encoding": "utf8-or-so"}, "--encoding utf8-or-so is not known"),
+        ({"encoding": "ascii"}, r"is not text in ASCII \(ordinal not in range"),
+    ],
+)
+def test_wrong_separators_and_encodings_are_named(table, tmp_path, options, message):
+    (tmp_path / "t.csv").write_bytes("image,caption\na.jpg,Zürich\n".encode())
+    with pytest.raises(UserError, match=message):
+        table.make_from_table(tmp_path / "t.csv", tmp_path / "out", **options)
+
+
+def test_blanks_around_names_and_values_are_no_part_of_them(table, tmp_path, images, read_tars):
+    (tmp_path / "t.csv").write_text('image, caption\nb.jpg, "one, two"\na/x.png, three\n')
+    table.make_from_table(tmp_path / "t.csv", tmp_path / "out", images_root=images)
+    assert [one["txt"] for one in read_tars(tmp_path / "out" / "train")] == [b"one, two", b"three"]
+
+
+def test_paths_of_windows_lead_to_the_same_images(table, tmp_path, images, read_tars):
+    (tmp_path / "t.csv").write_text("image,caption\na\\x.png,one\na/x.png,two\n")
+    table.make_from_table(tmp_path / "t.csv", tmp_path / "out", images_root=images)
+    (found,) = read_tars(tmp_path / "out" / "train")
+    assert (found["__key__"][:3], found["txt"]) == ("a_x", b"one\ntwo")
+
+
+@pytest.mark.parametrize("cell", ['["one, of two", "two"]', "['one, of two', \"two\"]"])
+def test_a_list_in_a_cell_is_several_captions_and_said_so(table, tmp_path, images, read_tars, capsys, cell):
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), ("b.jpg", cell), ("a/x.png", "[sic] one")])
+    table.make_from_table(tmp_path / "t.csv", tmp_path / "out", images_root=images)
+    assert [one["txt"] for one in read_tars(tmp_path / "out" / "train")] == [b"one, of two\ntwo", b"[sic] one"]
+    assert "1 cells of column 'caption' are lists of captions; each text in them" in capsys.readouterr().out
+
+
+COCO = {
+    "images": [{"id": 7, "file_name": "b.jpg"}, {"id": 9, "file_name": "a/x.png"}],
+    "annotations": [
+        {"image_id": 9, "caption": "one"}, {"image_id": 7, "caption": "two"}, {"image_id": 9, "caption": "three"}
+    ],
+}  # fmt: skip
+KARPATHY = {
+    "images": [
+        {"filepath": "a", "filename": "x.png", "split": "train", "sentences": [{"raw": "one"}, {"raw": "three"}]},
+        {"filename": "b.jpg", "split": "train", "sentences": [{"raw": "two", "tokens": ["two"]}]},
+    ]
+}
+LISTS = [{"image": "a/x.png", "caption": ["one", "three"]}, {"image": "b.jpg", "caption": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions_val.json", json.dumps(COCO)),
+        ("dataset_coco.json", json.dumps(KARPATHY)),
+        ("list.json", json.dumps(LISTS)),
+        ("lines.json", "\n".join(map(json.dumps, LISTS))),
+        ("Flickr8k.token.txt", "a/x.png#0\tone\nb.jpg#0\ttwo\na/x.png#1\tthree\n"),
+        ("results_20130124.token", "a/x.png#0\tone\nb.jpg#0\ttwo\na/x.png#1\tthree\n"),
+        ("results.csv", "image_name| comment_number| comment\na/x.png| 0| one\nb.jpg| 0| two\na/x.png| 4   three\n"),
+    ],
+)
+def test_known_data_sets_are_tables(table, tmp_path, images, read_tars, name, content):
+    (tmp_path / name).write_text(content)
+    table.make_from_table(tmp_path / name, tmp_path / "out", images_root=images)
+    found = {one["__key__"][:3]: one["txt"].decode().splitlines() for one in read_tars(tmp_path / "out" / "train")}
+    assert found == {"a_x": ["one", "three"], "b": ["two"]}
+
+
+def test_a_line_that_is_unlike_the_others_is_named(table, tmp_path):
+    (tmp_path / "t.txt").write_text("a.jpg#0\tone\nwhat is this\n")
+    with pytest.raises(UserError, match=r"t.txt, line 2 is not of the form of the others: what is this"):
+        table.make_from_table(tmp_path / "t.txt", tmp_path / "out")
+
+
 def test_captions_may_be_lists(table, tmp_path, images, read_tars):
     path = tmp_path / "table.jsonl"
     path.write_text(json.dumps({"image": "b.jpg", "texts": ["one", "", None, "two"]}) + "\n\n")
@@ -93,7 +194,7 @@ def test_missing_and_unreadable_images_are_counted_against_the_limit(table, tmp_
     rows = [*ROWS, ("gone.jpg", "train", "x"), ("broken.jpg", "train", "y")]
     path = write_table(tmp_path / "table.csv", rows)
     options = {"image_column": "file", "caption_column": "caption", "images_root": images}
-    with pytest.raises(UserError, match=r"1 of 5 images are bad .*--max-bad-fraction 0.01"):
+    with pytest.raises(UserError, match=r"1 of 5 images are bad .*--max-bad-fraction 0.01 .* the first is gone.jpg \("):
         table.make_from_table(path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     table.make_from_table(path, tmp_path / "out", **options, max_bad_fraction=0.4)
@@ -142,23 +243,48 @@ def test_mistakes_are_named_and_nothing_is_written(table, tmp_path, images, kind
     ("name", "content", "message"),
     [
         ("t.csv", b"file,caption\na.jpg,one, two\n", "line 2: 3 fields, the header has 2"),
-        ("t.csv", b'file,caption\na.jpg,"open\n', "is not a UTF-8 table"),
-        ("t.csv", b"file,caption\na.jpg,\xff\n", "is not a UTF-8 table"),
+        ("t.csv", b'file,caption\na.jpg,"open\n', "line 2: unexpected end of data; close quotation marks"),
+        (
+            "t.csv",
+            "file,caption\na.jpg,caf\xe9 au lait\n".encode("cp1252"),
+            "it may be cp1252, .* 'le,caption a.jpg,café",
+        ),
+        ("t.csv", "file,caption\na.jpg,x\n".encode("utf-16-be"), "it may be utf-16-be, .* 'file,caption a.jpg,x'"),
         ("t.csv", b"", "has no column 'file'"),
-        ("t.csv", b"file,caption\n,x\n", "row 1 has '' in column 'file'"),
+        (
+            "t.csv",
+            b"file;caption\n",
+            "t.csv, separated by semicolons, has no column 'picture'; its columns are file, cap",
+        ),
+        ("t.csv", b"file,caption,file\n", "has 2 columns 'file'"),
+        ("t.csv", b"file,caption\n,x\n", r"1 of 1 images are bad .* the first is row 1, which has no path \(missing"),
+        ("t.csv", b"file,caption\nhttps://a.b/c.jpg,x\n", "row 1 has the URL https://a.b/c.jpg .* with img2dataset"),
+        (
+            "t.csv",
+            b"file,caption\na.jpg,['a' 'b']\n",
+            r"row 1, column 'caption', has \['a' 'b'\], which is not a list in JSON",
+        ),
         ("t.csv", b"file,caption\n", "there is no split 'train' in the table; its splits are none"),
         ("t.jsonl", b"{]\n", "line 1 is not JSON"),
         ("t.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("t.jsonl", b'{"file": "a", "caption": "x"}\n{"file": "a"}\n', "line 2, has no column 'caption'"),
-        ("t.jsonl", b'{"file": "a", "caption": 3}\n', "row 1 has 3 in column 'caption'"),
+        ("t.jsonl", b'{"file": "a", "caption": 3}\n', "row 1, column 'caption', has 3; a caption must be text"),
+        ("t.jsonl", b'{"file": "a", "caption": {"en": "x"}}\n', "has a struct of en; a caption must be text"),
+        ("t.jsonl", b'{"file": {"bytes": "x"}, "caption": "x"}\n', "must be the path of an image .*--builder parquet"),
+        ("t.json", b"[1]", "entry 1 is not a JSON object"),
+        ("t.json", b"[", "t.json is not JSON"),
+        ("t.json", b"{}", "is neither a list of objects nor the captions of COCO"),
+        ("t.json", b'{"images": [], "annotations": [{"bbox": []}]}', "annotations without captions; take .* captions_"),
+        ("t.json", b'{"images": [], "annotations": [{"image_id": 1, "caption": ""}]}', "is not the captions of COCO"),
         ("t.parquet", b"PAR1", "is not a whole Parquet file"),
-        ("t.xlsx", b"", "does not end in one of .csv, .tsv, .jsonl, .parquet"),
+        ("t.xlsx", b"", "does not end in one of .csv, .tsv, .txt, .token, .jsonl"),
     ],
 )
 def test_damaged_tables_are_named_by_line(table, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
+    image_column = "picture" if "'picture'" in message else "file"
     with pytest.raises(UserError, match=message):
-        table.make_from_table(tmp_path / name, tmp_path / "out", image_column="file", caption_column="caption")
+        table.make_from_table(tmp_path / name, tmp_path / "out", image_column=image_column)
 
 
 def test_images_in_two_splits_are_pointed_out(table, tmp_path, images, capsys):
