@@ -1,15 +1,18 @@
 """The phases between the training of two stages: embed all rows, cluster their features, refine the pseudo-labels."""
 
 import logging
-from contextlib import ExitStack
+import shutil
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from mcl_clip.core.distributed import barrier, is_main
-from mcl_clip.core.files import atomic_path, write_json
+from mcl_clip.core.distributed import barrier, is_main, on_main
+from mcl_clip.core.files import atomic_path, read_json, write_json
 from mcl_clip.data.decode import evaluation_transform
 from mcl_clip.data.features import SIDES, EmbeddingTable
 from mcl_clip.data.loader import captioned_batches
@@ -18,9 +21,9 @@ from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import have_same_text_tower
 from mcl_clip.runs.context import RunContext
 from mcl_clip.stages.embed import embed_shards, read_losses
-from mcl_clip.stages.kmeans import Clustering, ReadRows, all_chunks, spherical_kmeans
+from mcl_clip.stages.kmeans import ReadRows, all_chunks, spherical_kmeans
 from mcl_clip.stages.pseudo_labels import PseudoLabels
-from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
+from mcl_clip.stages.shared_metric import Projection, fit_shared_metric, project_rows
 from mcl_clip.train.metrics import BadSamples
 
 logger = logging.getLogger(__name__)
@@ -81,41 +84,72 @@ def _reusable_texts(run: RunContext, stage: int, clip: ClipBundle) -> EmbeddingT
 
 
 def cluster(run: RunContext, stage: int) -> None:
-    """Cluster the image features of a stage, its text features, or both."""
+    """Cluster the image features of a stage, its text features, or both; a restart continues from the folder `work`."""
     settings, out = run.config.stages[stage].cluster, run.folder(stage, "cluster")
     num_clusters = {"image": settings.num_clusters, "text": settings.text_clusters or settings.num_clusters}
-    table = run.embeddings(stage)
+    table, work, device = run.embeddings(stage), out / "work", run.accelerator.device
+    stops: dict[str, Any] = {"is_stopping": run.interrupt.noticed, "check_stop": run.interrupt.check}
     features: dict[str, ReadRows] = {side: partial(table.rows, column=side) for side in SIDES}
-    projections = {}
-    if settings.metric == "shared":
-        fitted = fit_shared_metric(features["image"], features["text"], len(table))
-        projections = dict(zip(SIDES, fitted, strict=True))
-    results: dict[str, Clustering] = {}
-    stored: dict[str, np.ndarray] = {}
-    for side in SIDES if settings.on == "product" else (settings.on,):
-        with ExitStack() as stack:
-            rows = features[side]
-            if side in projections:
-                projection = projections[side]
-                stored |= {f"{side}.mean": projection.mean, f"{side}.matrix": projection.matrix}
-                rows = stack.enter_context(projected_rows(rows, len(table), projection, out / f"{side}.tmp"))
-            results[side] = spherical_kmeans(
-                rows,
-                num_rows=len(table),
-                num_clusters=num_clusters[side],
-                name=(run.config.seed, stage, "cluster", side),
-                num_starts=settings.num_starts,
-                max_passes=settings.max_passes,
-                device=run.accelerator.device,
-            )
     if is_main():
-        stored |= {side: result.centroids for side, result in results.items()}
-        with atomic_path(out / "centroids.safetensors") as path:
-            save_file({name: torch.from_numpy(array) for name, array in stored.items()}, path)
-        for side, result in results.items():
-            with atomic_path(out / f"assignments-{side}.npy") as path, path.open("wb") as file:
-                np.save(file, result.assignments.astype(np.int32))
-        write_json(out / "trace.json", {side: result.trace for side, result in results.items()})
+        _remove(out, "*.tmp")  # projected rows that versions before 0.7 left there when they were killed
+    metric = _shared_metric(features, len(table), work, device, stops) if settings.metric == "shared" else {}
+    sides = SIDES if settings.on == "product" else (settings.on,)
+    for side in sides:
+        if on_main((work / f"{side}.safetensors").exists):
+            continue
+        rows = features[side]
+        if metric:
+            projection = Projection(mean=metric[f"{side}.mean"].numpy(), matrix=metric[f"{side}.matrix"].numpy())
+            rows = project_rows(rows, len(table), projection, work / side, device=device, **stops)
+        found = spherical_kmeans(
+            rows,
+            num_rows=len(table),
+            num_clusters=num_clusters[side],
+            name=(run.config.seed, stage, "cluster", side),
+            num_starts=settings.num_starts,
+            max_passes=settings.max_passes,
+            device=device,
+            **stops,
+        )
+        if is_main():
+            save_array(out / f"assignments-{side}.npy", np.int32, found.assignments.shape, [found.assignments])
+            write_json(work / f"{side}.json", found.trace)
+            _save(work / f"{side}.safetensors", {side: torch.from_numpy(found.centroids)})
+            _remove(work, f"{side}-*.npy")
+    if is_main():
+        stored = {name: value for name, value in metric.items() if name.partition(".")[0] in sides}
+        for side in sides:
+            stored |= load_tensors(work / f"{side}.safetensors")
+        _save(out / "centroids.safetensors", stored)
+        write_json(out / "trace.json", {side: read_json(work / f"{side}.json") for side in sides})
+        shutil.rmtree(work)
+
+
+def _shared_metric(
+    features: dict[str, ReadRows], num_rows: int, work: Path, device: torch.device, stops: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return mean and matrix of each side, as `SIDE.mean` and `SIDE.matrix`."""
+    path = work / "metric.safetensors"
+    if not on_main(path.exists):
+        fitted = fit_shared_metric(features["image"], features["text"], num_rows, folder=work, device=device, **stops)
+        if is_main():
+            sides = zip(SIDES, fitted, strict=True)
+            _save(
+                path, {f"{s}.{name}": torch.from_numpy(value) for s, one in sides for name, value in vars(one).items()}
+            )
+            _remove(work, "products-*.npy")
+        barrier()
+    return load_tensors(path)
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        path.unlink()
 
 
 def label(run: RunContext, stage: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Float32, Int64
+from jaxtyping import Float, Float16, Float32, Int32, Int64
 from torch import Tensor
 
 from mcl_clip.core.distributed import (
@@ -54,7 +54,7 @@ class Clustering:
     """
 
     centroids: Float32[np.ndarray, "clusters dim"]
-    assignments: Int64[np.ndarray, "rows"]
+    assignments: Int32[np.ndarray, "rows"]
     trace: list[dict[str, float]]
 
 
@@ -69,6 +69,8 @@ def spherical_kmeans(
     tolerance: float = 1e-5,
     sample_rows: int = 0,
     device: torch.device | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
+    check_stop: Callable[[], object] = lambda: None,
 ) -> Clustering:
     """Cluster unit features by cosine: k-means++ starts on a sample, then Lloyd passes over all rows.
 
@@ -77,7 +79,9 @@ def spherical_kmeans(
 
     The sample has `sample_rows` rows, by default 256 for each cluster and at least 20,000; the best of `num_starts`
     starts on it is kept. After at most `max_passes` passes over all rows, or when the objective improves by less than
-    the share `tolerance`, the fit ends. `name` names the random streams; cosines are computed on `device`.
+    the share `tolerance`, the fit ends. `name` names the random streams; cosines are computed on `device`. A pass ends
+    early once `is_stopping()` is True; then `check_stop()`, a collective call after each pass, must raise on all
+    processes.
 
     Raises:
         UserError: if there are fewer distinct good rows than clusters.
@@ -89,7 +93,8 @@ def spherical_kmeans(
     trace: list[dict[str, float]] = []
     passes, done = max_passes if num_rows <= ROWS_IN_FULL_FIT else 0, False
     for number in Progress(range(passes + 1), desc="k-means", unit="pass", show=is_main()):
-        members.move_to(centroids)
+        members.move_to(centroids, is_stopping)
+        check_stop()
         sums, sizes = all_reduce_sum(members.sums()), all_reduce_sum(members.sizes())
         empty, objective = int((sizes == 0).sum()), _objective(sums, sizes, centroids)
         gain = trace[-1]["objective"] - objective if number else np.inf
@@ -102,7 +107,7 @@ def spherical_kmeans(
     for (start, stop), cluster in zip(members.chunks, members.clusters, strict=True):
         assignments[start:stop] = cluster.where(cluster < num_clusters, 0)
     all_reduce_sum(assignments)
-    return Clustering(centroids=centroids.cpu().numpy(), assignments=assignments.long().cpu().numpy(), trace=trace)
+    return Clustering(centroids=centroids.cpu().numpy(), assignments=assignments.cpu().numpy(), trace=trace)
 
 
 class _Members:
@@ -123,13 +128,17 @@ class _Members:
         self.leads = [torch.full((size,), -torch.inf, device=device) for size in sizes]
         self._sums = torch.zeros(len(centroids) + 1, centroids.shape[1], dtype=torch.float64, device=device)
 
-    def move_to(self, centroids: Float32[Tensor, "clusters dim"]) -> None:
-        """Assign each row to its nearest centroid, and update the sums of the clusters."""
+    def move_to(
+        self, centroids: Float32[Tensor, "clusters dim"], is_stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Assign each row to its nearest centroid, and update the sums of the clusters, unless stopping."""
         # The own cosine falls by at most the own centroid's move, and another rises by at most the largest move.
         shift = (centroids.double() - self.centroids.double()).norm(dim=1) * UNIT_LIMIT
         lost = torch.cat([shift + shift.max(), shift.new_zeros(1)]).float()  # bad samples have index K and lose nothing
         self.centroids = centroids
         for (start, stop), clusters, leads in zip(self.chunks, self.clusters, self.leads, strict=True):
+            if is_stopping():
+                return
             uncertain = (leads.sub_(lost[clusters]) < TIE_MARGIN).nonzero()[:, 0]
             if not len(uncertain):
                 continue
@@ -159,7 +168,10 @@ def _nearest(
     features: Float32[Tensor, "rows dim"], centroids: Float32[Tensor, "clusters dim"]
 ) -> tuple[Int64[Tensor, "rows"], Float32[Tensor, "rows"]]:
     """Find the nearest centroid of each row, and the lead of its cosine over all others; K and infinity for zeros."""
-    similarity = features @ centroids.T
+    if _is_float32_exact():
+        similarity: Float[Tensor, "rows clusters"] = features @ centroids.T
+    else:
+        similarity = features.double() @ centroids.double().T
     best, cluster = similarity.max(1)
     lead = best - similarity.scatter_(1, cluster[:, None], -torch.inf).amax(1)
     # Float32 rounding depends on the shape of the product: near ties are decided in float64, on a grid.
@@ -167,7 +179,15 @@ def _nearest(
     cluster[near] = (features[near].double() @ centroids.double().T / TIE_UNIT).round().argmax(1)
     bad = near[~features[near].any(1)]
     cluster[bad], lead[bad] = len(centroids), torch.inf
-    return cluster, lead
+    return cluster, lead.float()
+
+
+def _is_float32_exact() -> bool:
+    """Return whether products are computed in float32, and not in TF32 or bfloat16, whose errors exceed TIE_MARGIN."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set per backend
+        return False
 
 
 def _objective(

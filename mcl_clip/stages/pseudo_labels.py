@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int, Int32, Int64
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_json
@@ -34,7 +34,7 @@ class PseudoLabels:
     values: Int64[np.ndarray, "rows"]
     radix: tuple[int, ...]
 
-    def refine(self, assignments: Int64[np.ndarray, "rows"], num_clusters: int) -> "PseudoLabels":
+    def refine(self, assignments: Int[np.ndarray, "rows"], num_clusters: int) -> "PseudoLabels":
         """Append the clusters of one more stage; rows with different labels keep different labels.
 
         Raises:

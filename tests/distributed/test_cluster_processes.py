@@ -1,6 +1,5 @@
 """For given features, clusters do not depend on the number of processes."""
 
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -9,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mcl_clip.core.distributed import world_size
 from mcl_clip.stages import kmeans as cluster
+from mcl_clip.stages import shared_metric
 from mcl_clip.stages.kmeans import Clustering, spherical_kmeans
-from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
+from mcl_clip.stages.shared_metric import fit_shared_metric, project_rows
 
 CHUNK = 128  # 8 chunks: two for each of four processes
 
@@ -40,14 +41,20 @@ def fit(
 
     torch.set_num_threads(threads)
     try:
-        with patch.object(cluster, "CHUNK_ROWS", CHUNK), patch.object(cluster, "_fit_sample", with_empty_clusters):
+        with (
+            patch.object(cluster, "CHUNK_ROWS", CHUNK),
+            patch.object(shared_metric, "CHUNK_ROWS", CHUNK),
+            patch.object(shared_metric, "PART_ROWS", CHUNK),
+            patch.object(cluster, "_fit_sample", with_empty_clusters),
+        ):
             plain: cluster.ReadRows = lambda first, last: features[first:last]  # noqa: E731
-            with ExitStack() as stack:
-                rows = plain
-                if projected:
-                    metric, _ = fit_shared_metric(plain, lambda first, last: planted(1.1)[0][first:last], 1000)
-                    rows = stack.enter_context(projected_rows(plain, 1000, metric, projected))
-                return spherical_kmeans(rows, num_rows=1000, num_clusters=clusters, name=(0, "test"))
+            rows = plain
+            if projected:
+                other: cluster.ReadRows = lambda first, last: planted(1.1)[0][first:last]  # noqa: E731
+                folder = projected.with_name(f"{projected.name}-{world_size()}")
+                metric, _ = fit_shared_metric(plain, other, 1000, folder=folder)
+                rows = project_rows(plain, 1000, metric, folder / "image")
+            return spherical_kmeans(rows, num_rows=1000, num_clusters=clusters, name=(0, "test"))
     finally:
         torch.set_num_threads(1)
 
@@ -58,7 +65,7 @@ def fit(
         partial(fit, 0.05),
         partial(fit, 1.0, clusters=9),
         partial(fit, 0.05, far_centroids=2),
-        partial(fit, 1.0, clusters=9, projected=Path("projected.tmp")),
+        partial(fit, 1.0, clusters=9, projected=Path("projected")),
     ],
 )
 def test_clusters_are_bit_equal_at_any_number_of_processes(pool, make, tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from sklearn.metrics import normalized_mutual_info_score
 from mcl_clip.core.distributed import torch_generator
 from mcl_clip.core.errors import UserError
 from mcl_clip.stages import kmeans as cluster
+from mcl_clip.stages import shared_metric as shared_metric_module
 from mcl_clip.stages.kmeans import Clustering, spherical_kmeans
-from mcl_clip.stages.shared_metric import fit_shared_metric, projected_rows
+from mcl_clip.stages.shared_metric import fit_shared_metric, project_rows
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -280,7 +282,15 @@ def test_the_metric_keeps_what_plain_clusters_mix():
         assert agreement(projection(features)) > agreement(features) + 0.2
 
 
-def test_projected_rows_are_computed_once_and_leave_no_file(tmp_path):
+@pytest.fixture
+def small_parts(monkeypatch):
+    """8 parts of 5 chunks for 4,000 rows."""
+    monkeypatch.setattr(shared_metric_module, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(shared_metric_module, "PART_ROWS", 500)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_projected_rows_are_computed_once(tmp_path):
     image, text, _ = two_views()
     projection, asked = shared_metric(image, text)[0], []
 
@@ -288,8 +298,97 @@ def test_projected_rows_are_computed_once_and_leave_no_file(tmp_path):
         asked.append((start, stop))
         return image[start:stop]
 
-    with projected_rows(rows, len(image), projection, tmp_path / "image.tmp") as projected:
-        for _ in range(3):
-            assert np.array_equal(projected(100, 900), projection(image[100:900]))
-        assert asked == [(0, len(image))]
-    assert not list(tmp_path.iterdir())
+    for _ in range(2):
+        projected = project_rows(rows, len(image), projection, tmp_path / "image")
+        for start, stop in ((100, 900), (0, 500), (499, 501), (3900, 4000), (0, 4000)):
+            assert np.array_equal(projected(start, stop), projection(image[start:stop]))
+    assert asked == [(start, start + 100) for start in range(0, 4000, 100)]
+
+
+class Stop:
+    """A request to stop that arrives at the n-th look."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def is_stopping(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def check_stop(self) -> None:
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def stopped(make, at: int):
+    stop = Stop(at)
+    with pytest.raises(KeyboardInterrupt):
+        make(is_stopping=stop.is_stopping, check_stop=stop.check_stop)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_metric_and_projection_continue_with_the_next_part(tmp_path):
+    image, text, _ = two_views()
+    whole, asked = shared_metric(image, text), []
+
+    def rows(start, stop):
+        asked.append(start)
+        return image[start:stop]
+
+    fit = partial(fit_shared_metric, rows, lambda a, b: text[a:b], len(image), folder=tmp_path)
+    stopped(fit, 13)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"products-{n:012d}.npy" for n in (0, 500)]
+    asked.clear()
+    for found, expected in zip(fit(), whole, strict=True):
+        np.testing.assert_array_equal(found.matrix, expected.matrix)
+        np.testing.assert_array_equal(found.mean, expected.mean)
+    assert min(set(asked) - {0}) == 1000  # the first two parts are read from their files; row 0 tells the dimension
+
+    project = partial(project_rows, rows, len(image), whole[0], tmp_path / "image")
+    stopped(project, 27)
+    assert len(list(tmp_path.glob("image-*"))) == 5
+    asked.clear()
+    assert np.array_equal(project()(0, 4000), whole[0](image))
+    assert min(asked) == 2500
+
+
+def test_the_sums_of_products_are_exact_on_the_grid():
+    """Rounded to 2^-20 for features, and to 2^-32 for the sum of a block."""
+    draw = np.random.default_rng(0)
+    image, text = (unit(draw.normal(size=(3000, 9))) for _ in range(2))
+    text[7] = 0
+    found = shared_metric_module._add_products(
+        lambda a, b: image[a:b], lambda a, b: text[a:b], [(0, 1000), (1000, 3000)], None
+    ).numpy()
+    pairs = np.concatenate([image, text, np.ones((3000, 1))], axis=1)[np.arange(3000) != 7].astype(np.float64)
+    assert found[-1, -1] == 2999 << 32
+    integers = np.round(pairs * 2**20).astype(np.int64).astype(object)
+    blocks = np.split(integers, [999])  # no chunk has more rows than a block
+    expected = sum((block.T @ block + 128) // 256 for block in blocks)
+    assert (found == expected).all()
+
+
+def test_clusters_do_not_presume_exact_float32(monkeypatch):
+    """TF32 and bfloat16 err by more than the margin within which ties are decided in float64."""
+    features, _ = planted(2000, 30, 1.0)
+    expected = fit(features, 7)
+    real = torch.Tensor.__matmul__
+
+    def coarse(a, b):
+        return real(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else real(a, b)
+
+    before = cluster._fit_sample
+    start = before(lambda a, b: features[a:b], 2000, 7, (0, "test"), 8, 20_000)
+    monkeypatch.setattr(cluster, "_fit_sample", lambda *args: start)  # on the main process alone: any start is right
+    monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    found = fit(features, 7)
+    np.testing.assert_array_equal(found.assignments, expected.assignments)
+    assert found.centroids.tobytes() == expected.centroids.tobytes()
+
+
+@pytest.mark.parametrize("at", [3, 25])
+def test_k_means_stops_between_chunks(monkeypatch, at):
+    monkeypatch.setattr(cluster, "CHUNK_ROWS", 100)
+    features, _ = planted(1000, 30, 1.0)
+    stopped(partial(fit, features, 7, tolerance=0.0), at)
