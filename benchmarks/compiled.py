@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mcl_clip.core.distributed import torch_generator
 from mcl_clip.core.errors import run_program
 from mcl_clip.model.clip import autocast, create_clip
-from mcl_clip.model.fast_paths import prepare_training
+from mcl_clip.model.prepare import prepare_training
 
 
 def compiled(

@@ -44,7 +44,8 @@ from watch import (
 )
 
 from mcl_clip.core.errors import UserError, run_program
-from mcl_clip.model.clip import create_clip, lock
+from mcl_clip.model.clip import create_clip
+from mcl_clip.model.prepare import lock
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cc12m_vit_b32.py"
 LR, WARM_UP_OF_LR, WEIGHT_DECAY, BETAS, EPS = "1e-4", "100", "0.2", ("0.9", "0.98"), "1e-6"

@@ -1,12 +1,10 @@
-"""Create, load, save, lock and run a pair of CLIP encoders."""
+"""Create, load, save and run a pair of CLIP encoders."""
 
 import difflib
 import json
 import pickle
-import re
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +14,12 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float, Int, UInt8
-from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_dir, read_json
 from mcl_clip.model.fast_paths import takes_short_texts, use_fast_paths
-from mcl_clip.model.multistage import NOT_TEXT
 from mcl_clip.model.open_clip_io import (
     DEFAULT_CONTEXT_LENGTH,
     OPEN_CLIP_CONFIG_NAME,
@@ -45,12 +41,6 @@ TEXT_BATCH_SIZE = {"cpu": 32}  # other devices encode all texts at once
 PREPROCESS_NAMES = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PREPROCESS_CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}
 LOCAL, HUB = "local-dir:", "hf-hub:"
-RESNET_GROUPS = (
-    ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"),
-    *((f"layer{n}",) for n in (1, 2, 3, 4)),
-    ("attnpool",),
-)
-TEMPERATURE_NAMES = ("logit_scale", "logit_bias")
 
 
 def to_floats(
@@ -308,89 +298,3 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(UNSAFE_WEIGHTS.format(path)) from error
     except Exception as error:  # damaged files raise errors of many types
         raise UserError(f"the weights in {path} do not fit this model: {one_line(error)}") from error
-
-
-def lock(
-    model: nn.Module, *, text: bool = False, image_unlocked_groups: int | None = None, patterns: Sequence[str] = ()
-) -> None:
-    """Exclude parameters from training. The temperature still trains unless a pattern matches it.
-
-    Args:
-        model: an open_clip model. Batch norms in locked groups of its image tower are replaced by frozen ones.
-        text: lock the whole text tower.
-        image_unlocked_groups: lock the image tower except its last groups (LiT, arXiv 2111.07991). A ViT with L
-            blocks has L + 2 groups: embeddings, L blocks (the last one with the norm after it), projection. A ResNet
-            has 6: stem, four layers, pooling. None locks nothing.
-        patterns: regular expressions; parameters with a match in their name are locked.
-
-    Raises:
-        UserError: if a number or pattern does not fit the model, or no encoder parameter is left to train.
-    """
-    named = dict(model.named_parameters())
-    locked = [name for name in named if text and not name.startswith(NOT_TEXT)]
-    if image_unlocked_groups is not None:
-        _lock_image_tower(model, image_unlocked_groups)
-    for pattern in patterns:
-        try:
-            expression = re.compile(pattern)
-        except re.error as error:
-            message = f"the pattern {pattern!r} of parameters to lock is not a regular expression: {error}"
-            raise UserError(message) from error
-        matching = [name for name in named if expression.search(name)]
-        if not matching:
-            first, *_, last = named
-            raise UserError(f"no parameter matches the pattern {pattern!r}; names look like {first} and {last}")
-        locked += matching
-    for name in locked:
-        named[name].requires_grad_(False)
-    if {name for name, parameter in model.named_parameters() if parameter.requires_grad} <= set(TEMPERATURE_NAMES):
-        raise UserError(f"everything is locked ({trainable_summary(model)}); leave a tower or some groups unlocked")
-
-
-def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:
-    visual: Any = model.visual
-    is_resnet = hasattr(visual, "attnpool") and hasattr(visual, "layer4")
-    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    limit = len(RESNET_GROUPS) if is_resnet else None if blocks is None else len(blocks) + 2
-    if unlocked_groups < 0 or (limit is not None and unlocked_groups > limit):
-        raise UserError(
-            f"image_unlocked_groups={unlocked_groups} is not between 0 and {limit or 'the number of groups'}; "
-            f"leave it out to train the whole image tower"
-        )
-    if is_resnet:  # open_clip can lock a ResNet only as a whole
-        for name in (name for group in RESNET_GROUPS[: len(RESNET_GROUPS) - unlocked_groups] for name in group):
-            visual.get_submodule(name).requires_grad_(False)
-    else:
-        model.lock_image_tower(unlocked_groups=unlocked_groups, freeze_bn_stats=False)  # type: ignore[operator]
-    # timm's function, for that of open_clip drops the activation that a BatchNormAct2d holds.
-    for name, layer in list(visual.named_modules()):
-        parent_name, _, attribute = name.rpartition(".")
-        parent = visual.get_submodule(parent_name)
-        owners = list(layer.parameters()) or list(parent.parameters())  # a layer without weights goes with its parent
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not any(owner.requires_grad for owner in owners):
-            setattr(parent, attribute, freeze_batch_norm_2d(layer))  # type: ignore[no-untyped-call]
-
-
-def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Make BatchNorm layers, with the activations that timm fuses into them, use statistics of all processes."""
-    synchronized: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    return synchronized
-
-
-def trainable_summary(model: nn.Module) -> str:
-    """Summarize in one line how many parameters train, in total and per encoder."""
-
-    def shown(number: int) -> str:
-        return str(number) if number < 1000 else f"{number / 1e3:.1f}K" if number < 1e6 else f"{number / 1e6:.1f}M"
-
-    trained: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        part = name if name in TEMPERATURE_NAMES else "visual" if name.startswith("visual.") else "text"
-        trained[part] += parameter.numel() * parameter.requires_grad
-        sizes[part] += parameter.numel()
-    parts = [f"{part} {shown(trained[part])} of {shown(sizes[part])}" for part in ("visual", "text")]
-    parts += [name for name in TEMPERATURE_NAMES if trained[name]]
-    share = trained.total() / sizes.total()
-    totals = f"trains {shown(trained.total())} of {shown(sizes.total())} parameters ({100 * share:.1f} %)"
-    return f"{totals}: {', '.join(parts)}"

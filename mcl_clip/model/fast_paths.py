@@ -2,17 +2,13 @@
 
 `use_fast_paths` skips computation that cannot reach a feature: it changes the class of some open_clip modules to a
 subclass. Parameter names and weights stay the same, so models load and save as before. Features differ by rounding.
-`prepare_training` applies the speed and memory options of a training stage.
 """
 
 from typing import Any
 
 import open_clip
-import torch
 from jaxtyping import Float, Int
-from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
-    PatchDropout,
     ResidualAttentionBlock,
     TextTransformer,
     VisionTransformer,
@@ -20,10 +16,7 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from mcl_clip.core.errors import UserError
-
 END_POOLS = ("argmax", "eos")
-MIN_CONVOLUTIONS = 8  # of a convolutional image tower; a vision transformer has one
 
 
 class FirstTokenBlock(ResidualAttentionBlock):  # type: ignore[misc]
@@ -94,35 +87,3 @@ def takes_short_texts(model: Any) -> bool:
     return all(
         isinstance(m, ShortTextCLIP) or isinstance(getattr(m, "text", None), ShortTextTransformer) for m in models
     )
-
-
-def prepare_training(model: nn.Module, *, compiled: bool, patch_dropout: float, grad_checkpointing: bool) -> None:
-    """Apply the speed and memory options of a training stage in place.
-
-    `compiled` runs each tower through `torch.compile`; `patch_dropout` is the fraction of image patches dropped (FLIP,
-    arXiv 2212.00794); `grad_checkpointing` keeps only the input of each block, and recomputes it in the backward pass.
-
-    Raises:
-        UserError: if the image tower does not support patch dropout or gradient checkpointing.
-    """
-    visual: Any = model.visual
-    if sum(isinstance(module, nn.Conv2d) for module in visual.modules()) >= MIN_CONVOLUTIONS:
-        visual.to(memory_format=torch.channels_last)
-    if patch_dropout:
-        if not isinstance(visual, VisionTransformer):
-            raise UserError(
-                f"--stages.K.train.patch-dropout {patch_dropout} needs a vision transformer of open_clip, and this "
-                f"image tower is a {type(visual).__name__}; use 0"
-            )
-        visual.patch_dropout = PatchDropout(patch_dropout)
-    if grad_checkpointing:
-        if not isinstance(visual, VisionTransformer | TimmModel):  # other classes silently ignore the call
-            raise UserError(
-                f"--stages.K.train.grad-checkpointing cannot be used with an image tower of the type "
-                f"{type(visual).__name__}; leave it out"
-            )
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    if compiled:
-        text: Any = model.text if hasattr(model, "text") else model.transformer
-        visual.compile()
-        text.compile()

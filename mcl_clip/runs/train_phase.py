@@ -26,10 +26,10 @@ from mcl_clip.data.loader import TrainingLoader, captioned_batches
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers, save_array
-from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip, synchronize_batch_norm, trainable_summary
-from mcl_clip.model.clip import lock as lock_parameters
-from mcl_clip.model.fast_paths import prepare_training
+from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip
 from mcl_clip.model.multistage import combine_features
+from mcl_clip.model.prepare import lock as lock_parameters
+from mcl_clip.model.prepare import prepare_training, synchronize_batch_norm, trainable_summary
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
 from mcl_clip.stages.embed import write_text_features

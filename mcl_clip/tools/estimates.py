@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mcl_clip.config import LockConfig, StageConfig, TrainConfig
 from mcl_clip.core.errors import UserError, shorten
-from mcl_clip.model.clip import lock
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
+from mcl_clip.model.prepare import lock
 from mcl_clip.train.optim import find_undecayed
 
 FLOAT_BYTES = 4

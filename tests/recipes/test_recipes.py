@@ -15,7 +15,8 @@ from PIL import Image
 
 from mcl_clip.cli.recipe import parse
 from mcl_clip.core.errors import UserError
-from mcl_clip.model.clip import create_clip, lock, trainable_summary
+from mcl_clip.model.clip import create_clip
+from mcl_clip.model.prepare import lock, trainable_summary
 from tests.recipes.runs import REPOSITORY, load_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.py"))

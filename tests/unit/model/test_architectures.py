@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mcl_clip.model.clip import create_clip, load_clip, lock, save_clip, synchronize_batch_norm
+from mcl_clip.model.clip import create_clip, load_clip, save_clip
+from mcl_clip.model.prepare import lock, synchronize_batch_norm
 from mcl_clip.runs import train_phase
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

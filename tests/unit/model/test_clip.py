@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.model.clip import (
-    ClipBundle,
-    create_clip,
-    load_clip,
-    load_weights,
-    lock,
-    save_clip,
-    trainable_summary,
-)
+from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, load_weights, save_clip
+from mcl_clip.model.prepare import lock, trainable_summary
 
 TEXT_CFG = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 VIT_CFG = {

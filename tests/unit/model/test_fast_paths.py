@@ -6,8 +6,9 @@ import torch
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.loader import trim_padding
-from mcl_clip.model.clip import encode_texts, lock
-from mcl_clip.model.fast_paths import FirstTokenBlock, prepare_training, takes_short_texts, use_fast_paths
+from mcl_clip.model.clip import encode_texts
+from mcl_clip.model.fast_paths import FirstTokenBlock, takes_short_texts, use_fast_paths
+from mcl_clip.model.prepare import lock, prepare_training
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
 VISION = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8}

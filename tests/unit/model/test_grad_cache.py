@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from mcl_clip.core.distributed import seed_of, torch_generator
-from mcl_clip.model.clip import create_clip, lock
+from mcl_clip.model.clip import create_clip
 from mcl_clip.model.grad_cache import add_gradients
+from mcl_clip.model.prepare import lock
 
 ROWS = 10
 VIT = {

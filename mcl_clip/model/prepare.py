@@ -1,0 +1,141 @@
+"""Prepare encoders for training: lock parameters, synchronize BatchNorm, apply options of speed."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import PatchDropout, VisionTransformer
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # type: ignore[attr-defined]
+from torch import nn
+
+from mcl_clip.core.errors import UserError
+from mcl_clip.model.grad_cache import TEMPERATURES
+from mcl_clip.model.multistage import NOT_TEXT
+
+RESNET_GROUPS = (
+    ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"),
+    *((f"layer{n}",) for n in (1, 2, 3, 4)),
+    ("attnpool",),
+)
+MIN_CONVOLUTIONS = 8  # of a convolutional image tower; a vision transformer has one
+
+
+def lock(
+    model: nn.Module, *, text: bool = False, image_unlocked_groups: int | None = None, patterns: Sequence[str] = ()
+) -> None:
+    """Exclude parameters from training. The temperature still trains unless a pattern matches it.
+
+    Args:
+        model: an open_clip model. Batch norms in locked groups of its image tower are replaced by frozen ones.
+        text: lock the whole text tower.
+        image_unlocked_groups: lock the image tower except its last groups (LiT, arXiv 2111.07991). A ViT with L
+            blocks has L + 2 groups: embeddings, L blocks (the last one with the norm after it), projection. A ResNet
+            has 6: stem, four layers, pooling. None locks nothing.
+        patterns: regular expressions; parameters with a match in their name are locked.
+
+    Raises:
+        UserError: if a number or pattern does not fit the model, or no encoder parameter is left to train.
+    """
+    named = dict(model.named_parameters())
+    locked = [name for name in named if text and not name.startswith(NOT_TEXT)]
+    if image_unlocked_groups is not None:
+        _lock_image_tower(model, image_unlocked_groups)
+    for pattern in patterns:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            message = f"the pattern {pattern!r} of parameters to lock is not a regular expression: {error}"
+            raise UserError(message) from error
+        matching = [name for name in named if expression.search(name)]
+        if not matching:
+            first, *_, last = named
+            raise UserError(f"no parameter matches the pattern {pattern!r}; names look like {first} and {last}")
+        locked += matching
+    for name in locked:
+        named[name].requires_grad_(False)
+    if {name for name, parameter in model.named_parameters() if parameter.requires_grad} <= set(TEMPERATURES):
+        raise UserError(f"everything is locked ({trainable_summary(model)}); leave a tower or some groups unlocked")
+
+
+def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:
+    visual: Any = model.visual
+    is_resnet = hasattr(visual, "attnpool") and hasattr(visual, "layer4")
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    limit = len(RESNET_GROUPS) if is_resnet else None if blocks is None else len(blocks) + 2
+    if unlocked_groups < 0 or (limit is not None and unlocked_groups > limit):
+        raise UserError(
+            f"image_unlocked_groups={unlocked_groups} is not between 0 and {limit or 'the number of groups'}; "
+            f"leave it out to train the whole image tower"
+        )
+    if is_resnet:  # open_clip can lock a ResNet only as a whole
+        for name in (name for group in RESNET_GROUPS[: len(RESNET_GROUPS) - unlocked_groups] for name in group):
+            visual.get_submodule(name).requires_grad_(False)
+    else:
+        model.lock_image_tower(unlocked_groups=unlocked_groups, freeze_bn_stats=False)  # type: ignore[operator]
+    # timm's function, for that of open_clip drops the activation that a BatchNormAct2d holds.
+    for name, layer in list(visual.named_modules()):
+        parent_name, _, attribute = name.rpartition(".")
+        parent = visual.get_submodule(parent_name)
+        owners = list(layer.parameters()) or list(parent.parameters())  # a layer without weights goes with its parent
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not any(owner.requires_grad for owner in owners):
+            setattr(parent, attribute, freeze_batch_norm_2d(layer))  # type: ignore[no-untyped-call]
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """Make BatchNorm layers, with the activations that timm fuses into them, use statistics of all processes."""
+    synchronized: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return synchronized
+
+
+def trainable_summary(model: nn.Module) -> str:
+    """Summarize in one line how many parameters train, in total and per encoder."""
+
+    def shown(number: int) -> str:
+        return str(number) if number < 1000 else f"{number / 1e3:.1f}K" if number < 1e6 else f"{number / 1e6:.1f}M"
+
+    trained: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        part = name if name in TEMPERATURES else "visual" if name.startswith("visual.") else "text"
+        trained[part] += parameter.numel() * parameter.requires_grad
+        sizes[part] += parameter.numel()
+    parts = [f"{part} {shown(trained[part])} of {shown(sizes[part])}" for part in ("visual", "text")]
+    parts += [name for name in TEMPERATURES if trained[name]]
+    share = trained.total() / sizes.total()
+    totals = f"trains {shown(trained.total())} of {shown(sizes.total())} parameters ({100 * share:.1f} %)"
+    return f"{totals}: {', '.join(parts)}"
+
+
+def prepare_training(model: nn.Module, *, compiled: bool, patch_dropout: float, grad_checkpointing: bool) -> None:
+    """Apply the speed and memory options of a training stage in place.
+
+    `compiled` runs each tower through `torch.compile`; `patch_dropout` is the fraction of image patches dropped (FLIP,
+    arXiv 2212.00794); `grad_checkpointing` keeps only the input of each block, and recomputes it in the backward pass.
+
+    Raises:
+        UserError: if the image tower does not support patch dropout or gradient checkpointing.
+    """
+    visual: Any = model.visual
+    if sum(isinstance(module, nn.Conv2d) for module in visual.modules()) >= MIN_CONVOLUTIONS:
+        visual.to(memory_format=torch.channels_last)
+    if patch_dropout:
+        if not isinstance(visual, VisionTransformer):
+            raise UserError(
+                f"--stages.K.train.patch-dropout {patch_dropout} needs a vision transformer of open_clip, and this "
+                f"image tower is a {type(visual).__name__}; use 0"
+            )
+        visual.patch_dropout = PatchDropout(patch_dropout)
+    if grad_checkpointing:
+        if not isinstance(visual, VisionTransformer | TimmModel):  # other classes silently ignore the call
+            raise UserError(
+                f"--stages.K.train.grad-checkpointing cannot be used with an image tower of the type "
+                f"{type(visual).__name__}; leave it out"
+            )
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if compiled:
+        text: Any = model.text if hasattr(model, "text") else model.transformer
+        visual.compile()
+        text.compile()
