@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mcl_clip.core.files import DONE
+from mcl_clip.stages import shared_metric
 from tests.recipes.runs import (
     Killer,
     execute,
@@ -26,6 +27,8 @@ KILLS = {
     "between model and DONE": ("mcl_clip.runs.train_phase:save_clip", 2, True),
     "embed between shards": ("mcl_clip.stages.embed:_embed_batch", 3, False),
     "embed, stage 1": ("mcl_clip.stages.embed:_embed_batch", 7, False),
+    "cluster, products": ("mcl_clip.stages.shared_metric:save_array", 1, True),
+    "cluster, projection": ("mcl_clip.stages.shared_metric:save_array", 2, True),
     "cluster": ("mcl_clip.runs.stage_phases:spherical_kmeans", 1, True),
     "labels": ("mcl_clip.stages.pseudo_labels:PseudoLabels.summary", 1, False),
     "eval": ("mcl_clip.runs.eval_phase:score_stages", 2, False),
@@ -66,6 +69,25 @@ def test_a_killed_run_ends_with_the_same_bits(where, killer, finished, path, tmp
     names = ("stage-1/embed/part-000003.safetensors", "stage-1/labels/labels.npy", "stage-1/cluster/trace.json")
     for name in names:
         assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("call", "kept", "not_again"),
+    [(1, "products-000000000000.npy", "_add_products"), (2, "image-000000000000.npy", "_chunks")],
+)
+def test_a_killed_clustering_keeps_the_parts_that_are_done(
+    killer, finished, recipe, path, tmp_path, monkeypatch, call, kept, not_again
+):
+    arguments = ("--run-dir", str(tmp_path / "run"), "--num-stages", "1")
+    assert killer.run(path, "mcl_clip.stages.shared_metric:save_array", call, *arguments, after=True) == -signal.SIGKILL
+    folder = tmp_path / "run/stage-0/cluster"
+    assert (folder / "work" / kept).exists()
+    assert not (folder / "centroids.safetensors").exists()
+    monkeypatch.setattr(shared_metric, not_again, None)
+    execute(recipe, *arguments)
+    assert not (folder / "work").exists()
+    for name in ("centroids.safetensors", "assignments-image.npy", "trace.json"):
+        assert (folder / name).read_bytes() == (finished / "stage-0/cluster" / name).read_bytes()
 
 
 @pytest.mark.slow
