@@ -6,6 +6,8 @@ Formats are whitelisted, sizes are limited before anything is decompressed, and 
 import io
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +17,8 @@ import numpy as np
 import simplejpeg
 import torch
 from jaxtyping import UInt8
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, UnidentifiedImageError
+from open_clip.transform import PreprocessCfg
+from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, Normalize, ToTensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -24,13 +26,33 @@ from torchvision.transforms.v2.functional import resize
 
 from mcl_clip.core.distributed import Name, random_words
 from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
+from mcl_clip.model.image_transform import exif_orientation, make_image_transform, to_rgb
 
 MAX_PIXELS = 50_000_000
 MAX_ASPECT_RATIO = 100  # the evaluation transform resizes the shorter side, however long the other one becomes
 MAX_JPEG_SCANS = 64  # progressive files have about ten; each costs time in proportion to all pixels
 MAX_CAPTION_CHARS = 4000  # beyond the context of any encoder; byte-pair encoding of a long word takes quadratic time
-_FORMATS = ("JPEG", "PNG", "WEBP")
+LEGACY_FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = (*LEGACY_FORMATS, "GIF", "BMP", *(["AVIF"] if features.check("avif") else []))  # AVIF: from Pillow 11.3 on
+OTHER_FORMATS = {  # by how files of formats that are not decoded begin, in lower case
+    rb"....ftypavi": "avif",
+    rb"....ftyp(hei|hev|mif1|msf1)": "heic",
+    rb"....ftyp": "video",
+    rb"ii[*+]\0|mm\0[*+]": "tiff",
+    rb"gif8": "gif",
+    rb"bm....\0\0\0\0": "bmp",
+    rb"\xff\x0a|\0\0\0\x0cjxl ": "jxl",
+    rb"\0\0\0\x0cjp  |\xffo\xffq": "jp2",
+    rb"8bps": "psd",
+    rb"\0\0\x01\0": "ico",
+    rb"%pdf": "pdf",
+    rb"%!ps": "eps",
+    rb"<svg|<\?xml": "svg",
+    rb"<!doctype|<html": "html",
+    rb"p[1-7]\s": "ppm",
+}
 _START_OF_IMAGE, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
+_ORIENTED = (b"Exif\0", b"tiff:Orientation")  # one of them is in every JPEG that is not upright
 _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # those that libjpeg-turbo converts to RGB as Pillow does
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels
@@ -50,11 +72,8 @@ class BadSampleError(ValueError):
 def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption") -> list[str]:
     """Decode the captions in a text member: at least one, stripped, each cut to 4000 characters.
 
-    Args:
-        data: UTF-8 text. `txt`: one caption per line, blank lines are dropped. `json`: an object with a string or a
-            list of strings at `json_key`.
-        text_format: `txt` or `json`.
-        json_key: Key of the captions in a JSON object.
+    The text is UTF-8. `txt`: one caption per line, blank lines are dropped. `json`: an object with a string or a list
+    of strings at `json_key`.
 
     Raises:
         BadSampleError: `oversize_text`, `not_utf8`, `not_text` (a NUL, as in UTF-16), `bad_json`, `no_caption_key`,
@@ -98,44 +117,57 @@ def _json_captions(text: str, json_key: str) -> list[str]:
     return captions
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file to RGB; of an animation, the first frame.
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, legacy: bool = False) -> Image.Image:
+    """Decode an image file to RGB with `to_rgb`; of an animation, the first frame.
 
-    The content decides, not the member's name: only JPEG, PNG and WebP are opened. Transparency is dropped and EXIF
-    orientation ignored, as in open_clip; 16-bit grey is scaled to 8 bits.
-
-    Args:
-        data: A whole image file.
-        max_pixels: Larger images are refused before their pixels are decompressed.
+    The content decides, not the name. `legacy` decodes as versions up to 0.6 did: only JPEG, PNG and WebP, as they are
+    stored whatever EXIF says, and with whatever colors lie under transparent pixels.
 
     Raises:
-        BadSampleError: `oversize_image`, `not_an_image`, `too_many_pixels`, `too_narrow` or `broken_image`.
+        BadSampleError: as `open_image`, or `broken_image`.
+    """
+    with warnings.catch_warnings(action="ignore"):  # of Pillow, about files that it decodes all the same
+        image = open_image(data, max_pixels=max_pixels, formats=LEGACY_FORMATS if legacy else FORMATS)
+        try:
+            image.load()
+            return _legacy_rgb(image) if legacy else to_rgb(image)
+        except MemoryError:
+            raise
+        except Exception as error:  # the plugins raise a dozen types on damaged pixels
+            raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Read the header of an image file, whose pixels are not decompressed yet, and check its format and size.
+
+    Raises:
+        BadSampleError: `oversize_image`, `too_many_pixels`, `too_narrow`, `broken_image`, `format_NAME` for a format
+            that is known but not decoded, or `not_an_image`.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise BadSampleError("oversize_image", f"{len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
     if data.startswith(_START_OF_IMAGE) and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
         raise BadSampleError("broken_image", f"a JPEG with more than {MAX_JPEG_SCANS} scans")
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        raise BadSampleError("not_an_image", f"not one of {', '.join(_FORMATS)}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        name = next((name for signature, name in OTHER_FORMATS.items() if re.match(signature, start, re.DOTALL)), "")
+        is_damaged = name.upper() in formats
+        reason = "broken_image" if is_damaged else f"format_{name}" if name else "not_an_image"
+        detail = "a damaged header" if is_damaged else f"not one of {', '.join(formats)}"
+        raise BadSampleError(reason, detail if data else "the file is empty") from error
+    except Image.DecompressionBombError as error:
         raise BadSampleError("too_many_pixels", str(error)) from error
     except MemoryError:
         raise
-    except Exception as error:  # the plugins raise a dozen types on damaged headers
+    except Exception as error:  # as in `decode_image`, on damaged headers
         raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
     _check_size(*image.size, max_pixels)
-    try:
-        image.load()
-        return _to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # as above, on damaged pixels
-        raise BadSampleError("broken_image", f"{type(error).__name__}: {error}") from error
+    return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _legacy_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # a plain conversion would clip 16 bits at 255
         image = image.point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode == "P":
@@ -145,25 +177,34 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A JPEG whose header was read; `width` and `height` in pixels are those of the full image."""
+    """A JPEG whose header was read; `width` and `height` in pixels are those of the full image, upright."""
 
     data: bytes
     width: int
     height: int
+    orientation: int = 1
 
     def pixels(self, *, min_width: int, min_height: int) -> UInt8[np.ndarray, "height width 3"]:
-        """Decode to RGB, at a reduced size if the image has at least twice the given width and height.
+        """Decode to upright RGB, at a reduced size if the image has at least twice the given width and height.
 
         Raises:
             ValueError: if the file is damaged in any way; `decode_image` may still accept it.
         """
         is_large = self.width >= 2 * min_width and self.height >= 2 * min_height
+        if self.orientation > 4:  # stored with the axes swapped
+            min_width, min_height = min_height, min_width
         sizes = {"min_width": min_width, "min_height": min_height} if is_large else {}
         pixels: np.ndarray = simplejpeg.decode_jpeg(self.data, "RGB", **sizes)
-        return pixels
+        if self.orientation > 4:
+            pixels = pixels.transpose(1, 0, 2)
+        if self.orientation in (3, 4, 7, 8):
+            pixels = pixels[::-1]
+        if self.orientation in (2, 3, 6, 7):
+            pixels = pixels[:, ::-1]
+        return np.ascontiguousarray(pixels)
 
 
-def open_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Jpeg | None:
+def open_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS, legacy: bool = False) -> Jpeg | None:
     """Read a JPEG's header, with the checks of `decode_image`; return None for files that need `decode_image`.
 
     Raises:
@@ -179,7 +220,11 @@ def open_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Jpeg | None:
     if colours not in _JPEG_COLOURS:
         return None
     _check_size(width, height, max_pixels)
-    return Jpeg(data, width, height)
+    orientation = 1
+    if not legacy and any(name in data for name in _ORIENTED):  # opening an image takes as long as decoding a small one
+        with warnings.catch_warnings(action="ignore"):
+            orientation = exif_orientation(open_image(data, max_pixels=max_pixels, formats=("JPEG",)))
+    return Jpeg(data, *((height, width) if orientation > 4 else (width, height)), orientation)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -193,9 +238,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """open_clip's evaluation transform up to uint8 pixels; each of `steps` maps a PIL image to the next."""
+    """A model's evaluation transform up to uint8 pixels; each of `steps` maps an RGB image to the next."""
 
     steps: tuple[Callable[[Image.Image], Image.Image], ...]
+    legacy: bool = False
 
     def decode(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 height width"]:
         """Decode and transform an image file.
@@ -203,23 +249,25 @@ class EvaluationTransform:
         Raises:
             BadSampleError: as `decode_image`.
         """
-        return self(decode_image(data, max_pixels=max_pixels))
+        return self(decode_image(data, max_pixels=max_pixels, legacy=self.legacy))
 
     def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
-        """Transform an image."""
+        """Transform an RGB image."""
         for step in self.steps:
             image = step(image)
         pixels: Tensor = pil_to_tensor(image)
         return pixels
 
 
-def evaluation_transform(preprocess_cfg: Mapping[str, Any]) -> EvaluationTransform:
-    """Create the evaluation transform of a model.
+def evaluation_transform(preprocess_cfg: Mapping[str, Any], *, legacy: bool = False) -> EvaluationTransform:
+    """Create the evaluation transform of a model; see `decode_image` for `legacy`.
 
-    The last two steps of open_clip's chain, conversion to floats and normalization, are done on the device instead.
+    Left out are the first step, conversion to RGB, which decoding has done (as `legacy` says), and the last two,
+    conversion to floats and normalization, which are done on the device.
     """
-    chain = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
-    return EvaluationTransform(tuple(step for step in chain.transforms if not isinstance(step, ToTensor | Normalize)))
+    chain: Any = make_image_transform(preprocess_cfg)
+    steps = [step for step in chain.transforms if step is not to_rgb and not isinstance(step, ToTensor | Normalize)]
+    return EvaluationTransform(tuple(steps), legacy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +284,7 @@ class TrainTransform:
         interpolation: `bicubic` or `bilinear`.
         jpeg: `fast` decodes JPEGs at a reduced size where that is enough and resizes with torchvision; `exact` uses
             Pillow for both, as open_clip does.
+        legacy: Decode as versions up to 0.6 did; see `decode_image`.
     """
 
     size_px: tuple[int, int]
@@ -244,6 +293,7 @@ class TrainTransform:
     horizontal_flip: float = 0.0
     interpolation: str = "bicubic"
     jpeg: str = "fast"
+    legacy: bool = False
 
     def decode(self, data: bytes, *name: Name, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 height width"]:
         """Decode and augment an image file; `name` identifies the draw.
@@ -251,10 +301,10 @@ class TrainTransform:
         Raises:
             BadSampleError: as `decode_image`.
         """
-        if self.jpeg == "fast" and (jpeg := open_jpeg(data, max_pixels=max_pixels)):
+        if self.jpeg == "fast" and (jpeg := open_jpeg(data, max_pixels=max_pixels, legacy=self.legacy)):
             with suppress(ValueError):  # simplejpeg refuses files that Pillow can repair
                 return self(jpeg, *name)
-        return self(decode_image(data, max_pixels=max_pixels), *name)
+        return self(decode_image(data, max_pixels=max_pixels, legacy=self.legacy), *name)
 
     def __call__(self, image: Image.Image | Jpeg, *name: Name) -> UInt8[Tensor, "3 height width"]:
         """Augment an image; `name` identifies the draw."""
@@ -298,7 +348,7 @@ class TrainTransform:
 
 
 def train_transform(preprocess_cfg: Mapping[str, Any], **augment: Any) -> TrainTransform:
-    """Create a `TrainTransform` with the size and interpolation of a model."""
+    """Create a `TrainTransform` with the size and interpolation of a model; `augment` sets its other fields."""
     cfg = PreprocessCfg(**preprocess_cfg)
     size = (cfg.size, cfg.size) if isinstance(cfg.size, int) else (cfg.size[0], cfg.size[1])
     interpolation = cfg.interpolation if cfg.interpolation in _RESAMPLING else "bicubic"

@@ -20,6 +20,7 @@ from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_dir, read_json
 from mcl_clip.model.fast_paths import takes_short_texts, use_fast_paths
+from mcl_clip.model.image_transform import make_image_transform
 from mcl_clip.model.open_clip_io import (
     DEFAULT_CONTEXT_LENGTH,
     OPEN_CLIP_CONFIG_NAME,
@@ -30,7 +31,6 @@ from mcl_clip.model.open_clip_io import (
     check_model_cfg,
     check_model_folder,
     check_weights,
-    make_image_transform,
     make_tokenizer,
     one_line,
     without_warnings,

@@ -22,6 +22,7 @@ from transformers.utils.generic import ModelOutput
 from .processing_multistage_clip import IS_BEFORE_5, PROCESSING_AUTO_MAP, MultistageCLIPImageProcessor
 
 # isort: split
+from .image_transform import to_rgb  # noqa: F401 - transformers before 5 copies the files that this one imports, no others
 from .multistage import COMBINATIONS, CONFIG_NAME, MultistageCLIP, normalized, read_config
 from .open_clip_io import DEFAULT_CONTEXT_LENGTH, one_line
 
@@ -32,7 +33,13 @@ AUTO_MAP = {
     "AutoModelForZeroShotImageClassification": "modeling_multistage_clip.MultistageCLIPModel",
     **PROCESSING_AUTO_MAP,
 }
-CODE_FILES = ("modeling_multistage_clip.py", "processing_multistage_clip.py", "multistage.py", "open_clip_io.py")
+CODE_FILES = (
+    "modeling_multistage_clip.py",
+    "processing_multistage_clip.py",
+    "multistage.py",
+    "open_clip_io.py",
+    "image_transform.py",
+)
 HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")  # of huggingface_hub
 # Options that transformers passes on its own, and options without a meaning for safetensors files.
 IGNORED_OPTIONS = ("adapter_kwargs", "low_cpu_mem_usage", "max_shard_size", "trust_remote_code", "use_safetensors")

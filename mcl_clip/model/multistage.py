@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .image_transform import make_image_transform
 from .open_clip_io import (
     DEFAULT_CONTEXT_LENGTH,
     is_equal,
-    make_image_transform,
     make_tokenizer,
     read_object,
     read_open_clip_folder,

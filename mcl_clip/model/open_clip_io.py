@@ -139,13 +139,6 @@ def make_tokenizer(model_cfg: Mapping[str, Any]) -> Callable[..., Tensor]:
     return HFTokenizer(text_cfg["hf_tokenizer_name"], **options)  # type: ignore[no-any-return]
 
 
-def make_image_transform(preprocess_cfg: Mapping[str, Any]) -> Callable[[Any], Tensor]:
-    """Create open_clip's evaluation transform, from a PIL image to a float tensor [3, height, width]."""
-    names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
-    options = {name: preprocess_cfg[name] for name in names if name in preprocess_cfg}
-    return open_clip.image_transform(preprocess_cfg["size"], is_train=False, **options)  # type: ignore[no-any-return]
-
-
 def write_open_clip_folder(
     folder: Path,
     model: nn.Module,

@@ -18,7 +18,7 @@ try:
 except ModuleNotFoundError as missing:
     raise ImportError("a multistage CLIP model needs open_clip: pip install open_clip_torch") from missing
 
-from .open_clip_io import make_image_transform
+from .image_transform import make_image_transform
 
 PROCESSING_AUTO_MAP = {
     "AutoImageProcessor": "processing_multistage_clip.MultistageCLIPImageProcessor",

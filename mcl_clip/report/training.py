@@ -1,6 +1,5 @@
 """Show the training and its data: curves of all stages on one axis of steps, counts, and histograms of the data."""
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
-from PIL import Image
 
+from mcl_clip.data.decode import BadSampleError, open_image
 from mcl_clip.report.figures import LINE, SERIES, new_figure, svg
 from mcl_clip.report.thumbnails import Thumbnails
 from mcl_clip.report.view import RunView, Section, as_markup
@@ -27,7 +26,6 @@ PLOTS = {  # by the name of the value in the records: title and caption
     "duplicates_share": ("duplicates per row", "Other rows of the batch with an equal caption or image, for each row."),
 }
 MEASURED_IMAGES = 1_000  # whose size is read
-FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +147,8 @@ def _image_sides(view: RunView) -> list[int]:
     sides = []
     for sample in view.reader.read(view.sample.rows[indices]):
         try:
-            with Image.open(io.BytesIO(sample.image), formats=FORMATS) as image:
-                sides.append(min(image.size))
-        except Exception:  # damaged headers raise errors of many types; they are counted elsewhere
+            sides.append(min(open_image(sample.image).size))
+        except BadSampleError:  # counted elsewhere
             continue
     return sides
 

@@ -35,7 +35,8 @@ def embed(run: RunContext, stage: int) -> None:
     clip = run.clip(stage)
     texts = _reusable_texts(run, stage, clip)
     options = run.batch_options(clip) | ({} if texts is None else {"tokenizer": None})
-    transform, reader = evaluation_transform(clip.preprocess_cfg), run.reader(run.index)
+    transform = evaluation_transform(clip.preprocess_cfg, legacy=config.behavior == "0.6")
+    reader = run.reader(run.index)
     with run.interrupt.deferred():  # a stop waits for the end of a shard, which is what can be resumed
         embed_shards(
             clip.model,

@@ -82,7 +82,7 @@ def prepare_stage(
         TrainingLoader,
         plan,
         reader,
-        transform=train_transform(clip.preprocess_cfg, **asdict(config.augment)),
+        transform=train_transform(clip.preprocess_cfg, legacy=run.config.behavior == "0.6", **asdict(config.augment)),
         texts=_cached_texts(run, stage, clip, reader.index),
         **run.batch_options(clip),
     )

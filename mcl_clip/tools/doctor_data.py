@@ -168,7 +168,9 @@ def _read_samples(
     decoded = captioned_batches(
         Reader(index),
         batches,
-        transform=train_transform(preprocess, **asdict(config.stages[0].train.augment)),
+        transform=train_transform(
+            preprocess, legacy=config.behavior == "0.6", **asdict(config.stages[0].train.augment)
+        ),
         # A tokenizer on the Hub is not downloaded; decoding images takes most of the time.
         tokenizer=None if model_cfg["text_cfg"].get("hf_tokenizer_name") else make_tokenizer(dict(model_cfg)),
         max_pixels=config.data.max_pixels,

@@ -19,13 +19,15 @@ LEVELS = (
     ("report", "publish"),
     ("results",),
     ("train", "stages", "eval"),
-    ("data", "model"),
+    ("data",),
+    ("model",),
     ("config",),
     ("core",),
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 SHIPPED = (  # inside exported models
-    "modeling_multistage_clip.py", "multistage.py", "open_clip_io.py", "processing_multistage_clip.py"
+    "image_transform.py", "modeling_multistage_clip.py", "multistage.py", "open_clip_io.py",
+    "processing_multistage_clip.py",
 )  # fmt: skip
 READ_RUN_CONFIG = {"__init__", "cli", "tools", "runs"}
 

@@ -52,7 +52,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
         if row == 3:
             image = image[: len(image) // 2]
         if row == 16:
-            image = b"GIF89a" + image
+            image = b"rubbish" + image
         if row == 9:
             text = b"\xff\xfe"
         if 11 <= row < 15:
