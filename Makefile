@@ -30,6 +30,7 @@ test-all: $(VENV)/installed
 # A hundred kills at random moments, and ten thousand broken inputs.
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults.kills --kills 100
+	$(BIN)/python -m tests.faults.nodes --epochs 100 --kills 10
 	$(BIN)/python -m tests.faults.fuzz --cases 10000
 
 # Lint, types and dead code.

@@ -40,6 +40,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def place_on_node() -> tuple[int, bool]:
+    """Return the number of this node, which is the rank of its first process, and whether this process is that one."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+    return rank() - local_rank, local_rank == 0
+
+
 def count_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

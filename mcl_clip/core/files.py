@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Readers see the old file or the complete new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    # Containers and nodes that share a file system may have processes of the same number.
+    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         yield temporary
         _finish_file(temporary)

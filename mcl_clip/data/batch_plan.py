@@ -19,7 +19,6 @@ block, and never sorted by group as a whole: the n-th row of a group has a known
 """
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, Integer, Shaped, UInt64
 
-from mcl_clip.core.distributed import Name, barrier, random_words
+from mcl_clip.core.distributed import Name, barrier, place_on_node, random_words
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_path
 from mcl_clip.data.row_order import BLOCK_ROWS, Source, block_ranges, interleave, rechunk, usable_sources
@@ -198,17 +197,20 @@ class BatchPlan:
             seen += len(codes)
 
     def _stored(self, epoch: int) -> Int[np.ndarray, "batches batch"]:
-        """Compute an epoch on one process of the node, and map the file on all of them."""
-        folder, is_writer = self.cache_dir or Path(), int(os.environ.get("LOCAL_RANK", "0")) == 0
-        path = folder / f"plan-{self._name}-epoch{epoch}.npy"
+        """Compute an epoch on one process of the node, and map the file on all of them.
+
+        Nodes may share the file system of the folder: each has files of its own, which the others never touch.
+        """
+        folder, node, is_writer = self.cache_dir or Path(), *place_on_node()
+        path = folder / f"plan-{self._name}-node{node}-epoch{epoch}.npy"
         if is_writer:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, self._compute(epoch))
         barrier()
         rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        for old in folder.glob(f"plan-{self._name}-epoch*.npy") if is_writer else ():
+        for old in folder.glob(f"plan-{self._name}-node{node}-epoch*.npy") if is_writer else ():
             if old != path:
-                old.unlink()  # all processes are past it
+                old.unlink()  # all processes of the node are past it
         return rows
 
     @cached_property

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from mcl_clip.config import RunConfig
-from mcl_clip.core.distributed import check_same, on_main, sample_of_permutation
+from mcl_clip.core.distributed import check_same, on_main, place_on_node, sample_of_permutation
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, STARTED, read_json
 from mcl_clip.data.features import EmbeddingTable
@@ -83,8 +83,10 @@ class RunContext:
 
     def reader(self, index: ShardIndex) -> Reader:
         """Create a reader of the rows of an index."""
-        machine = self.config.machine
-        return Reader(index, remote=machine.remote, cache_dir=machine.cache_dir, cache_gb=machine.cache_gb)
+        machine, node = self.config.machine, place_on_node()[0]
+        # Nodes may share the file system of the cache, whose locks and open files are those of one machine.
+        cache_dir = machine.cache_dir / f"node-{node}" if machine.cache_dir and node else machine.cache_dir
+        return Reader(index, remote=machine.remote, cache_dir=cache_dir, cache_gb=machine.cache_gb)
 
     def batch_options(self, clip: ClipBundle) -> dict[str, Any]:
         """Return the arguments that all loaders of image-text batches have in common."""

@@ -17,7 +17,7 @@ from torch import nn
 from mcl_clip.config import RunConfig, StageConfig
 from mcl_clip.core.distributed import barrier, is_main, on_main, seed_of, world_size
 from mcl_clip.core.errors import UserError
-from mcl_clip.core.files import write_json
+from mcl_clip.core.files import fingerprint, write_json
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.decode import train_transform
 from mcl_clip.data.features import SIDES, TextFeatures
@@ -197,6 +197,7 @@ def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Integer[np.ndar
         (index, row_map), sources = open_resharded(run, Path(settings.resharded)), ()
     record = on_main(partial(_write_groups, run, stage, row_map))
     groups = load_numbers(_groups_path(run, stage), len(index))  # one copy in memory for all processes of a node
+    folder = config.machine.cache_dir  # runs may share it, and have equal plans
     plan = BatchPlan(
         shard_of=index.shard_of,
         groups=groups,
@@ -206,7 +207,7 @@ def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Integer[np.ndar
         sources=sources,
         window_shards=settings.window_shards,
         run_rows=settings.run_rows,
-        cache_dir=config.machine.cache_dir or config.run_dir / "index",
+        cache_dir=folder / fingerprint(str(config.run_dir.resolve())) if folder else config.run_dir / "index",
     )
     rows = plan.rows_per_epoch
     if rows < settings.global_batch_size:

@@ -83,3 +83,13 @@ def test_numbers_that_are_none_of_json_are_refused(number, tmp_path):
     path.write_text(f"[{number}]")
     with pytest.raises(UserError, match="is not valid JSON"):
         read_json(path)
+
+
+def test_processes_of_the_same_number_on_two_hosts_write_to_files_of_their_own(tmp_path, monkeypatch):
+    with atomic_path(tmp_path / "a.json") as first:
+        monkeypatch.setattr("socket.gethostname", lambda: "another")
+        with atomic_path(tmp_path / "a.json") as second:
+            assert first != second
+            second.write_text("second")
+        first.write_text("first")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "first")]

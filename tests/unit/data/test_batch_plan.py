@@ -13,6 +13,7 @@ from mcl_clip.data.decode import TrainTransform
 from mcl_clip.data.loader import TrainingLoader
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.row_order import Source
+from tests.faults import nodes
 
 SETTINGS = {"seed": 0, "stage": 1}
 
@@ -248,6 +249,20 @@ def test_a_large_plan_is_the_same_from_its_file(tmp_path, monkeypatch):
     other = make(groups[::-1].copy(), 16, cache_dir=tmp_path, rows_in_memory=10)
     assert other.digest(0) != stored.digest(0)
     assert len(list(tmp_path.iterdir())) == 2  # another run does not write to the same file
+
+
+def test_nodes_that_share_a_folder_have_files_of_their_own(pool, tmp_path):
+    epochs = 30
+    expected = [nodes.make_plan().digest(epoch) for epoch in range(epochs)]
+    processes = nodes.NODES * nodes.PROCESSES_OF_NODE
+    assert pool.run(nodes.read_epochs, processes, tmp_path, 0, epochs) == [expected] * processes
+    names = sorted(path.name.partition("-node")[2] for path in tmp_path.iterdir())
+    assert names == [f"{node}-epoch{epochs - 1}.npy" for node in (0, 2)]
+
+
+@pytest.mark.slow
+def test_nodes_that_are_killed_and_begin_again_have_the_same_epochs(tmp_path):
+    assert nodes.run_with_kills(100, 5, tmp_path) == ""
 
 
 def plain_plan(shard_of, groups, batch: int, epoch: int, sources, *, window_shards: int, run_rows: int) -> np.ndarray:

@@ -1,12 +1,15 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mcl_clip import RunConfig, StageConfig, TowerConfig, TrainConfig, UserError
-from mcl_clip.config import EvalConfig
+from mcl_clip.config import EvalConfig, MachineConfig
+from mcl_clip.data.index import ShardIndex
 from mcl_clip.eval.classification import ClassificationTask, MultilabelTask
 from mcl_clip.eval.retrieval import RetrievalTask
-from mcl_clip.runs.context import open_tasks
+from mcl_clip.runs import context
+from mcl_clip.runs.context import RunContext, open_tasks
 from tests.unit.eval.sets import write_classification, write_image_folder, write_multilabel, write_retrieval
 
 
@@ -48,3 +51,11 @@ def test_mistakes(root):
         opened(sets=(f"{root}/birds", f"birds={root}/voc"))
     with pytest.raises(UserError, match=r"is not an evaluation set: it has no pairs.json, dataset_type.txt"):
         opened(sets=(str(root),))
+
+
+def test_each_node_has_its_part_of_a_shared_cache(tmp_path, monkeypatch):
+    machine = MachineConfig(remote="stage", cache_dir=tmp_path)
+    run = SimpleNamespace(config=SimpleNamespace(machine=machine))
+    for node, folder in ((0, tmp_path), (8, tmp_path / "node-8")):
+        monkeypatch.setattr(context, "place_on_node", lambda node=node: (node, True))
+        assert RunContext.reader(run, ShardIndex.__new__(ShardIndex)).cache.folder == folder
