@@ -42,12 +42,20 @@ class DataConfig:
     """Training shards: paths or URLs with braces and globs, or folders. Several lists make a mixture."""
     weights: tuple[float, ...] = ()
     """How often each list is sampled in an epoch; by default once."""
-    caption_key: str = "caption"
-    """Key of the caption, or list of captions, in a .json member."""
+    caption_key: str = ""
+    """Key of the caption, or list of captions, in a .json member. Captions then come from there also where a sample has
+    a .txt member; by default they are in the .txt or, without one, under `caption`."""
+    image_member: str = ""
+    """Extension of the images, if it is not that of an image format (as in KEY.img), or if keys have dots (jpg)."""
+    text_member: str = ""
+    """Extension of the captions, if it is not txt or json (as in KEY.cap), or if keys have dots."""
+    skip_damaged: bool = False
+    """Use the samples before the damage of shards that are cut off or damaged, in place of an error."""
     holdout_rows: int = 1024
     """Rows held out of training to fit the logit scale of the combined model; at most 1/20 of all rows."""
     max_bad_fraction: float = 0.01
-    """Stop the run if a larger share of the samples, from 0 to 1, cannot be decoded."""
+    """Largest share of the samples, from 0 to 1, that may be left out as they have no image or caption (checked before
+    training), and that may fail to decode (checked while the run reads them)."""
     max_pixels: int = 50_000_000
     """Images with more pixels count as bad samples and are not decoded."""
 

@@ -31,6 +31,7 @@ from mcl_clip.model.image_transform import exif_orientation, make_image_transfor
 MAX_PIXELS = 50_000_000
 MAX_ASPECT_RATIO = 100  # the evaluation transform resizes the shorter side, however long the other one becomes
 MAX_JPEG_SCANS = 64  # progressive files have about ten; each costs time in proportion to all pixels
+MAX_KEYS, MAX_KEY_CHARS = 10, 40  # of a JSON object, in a message
 MAX_CAPTION_CHARS = 4000  # beyond the context of any encoder; byte-pair encoding of a long word takes quadratic time
 LEGACY_FORMATS = ("JPEG", "PNG", "WEBP")
 FORMATS = (*LEGACY_FORMATS, "GIF", "BMP", *(["AVIF"] if features.check("avif") else []))  # AVIF: from Pillow 11.3 on
@@ -72,8 +73,8 @@ class BadSampleError(ValueError):
 def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption") -> list[str]:
     """Decode the captions in a text member: at least one, stripped, each cut to 4000 characters.
 
-    The text is UTF-8. `txt`: one caption per line, blank lines are dropped. `json`: an object with a string or a list
-    of strings at `json_key`.
+    The text is UTF-8. `txt`: one caption, whose line ends become spaces. `lines`: a caption on each line that is not
+    blank. `json`: an object with a string or a list of strings at `json_key`.
 
     Raises:
         BadSampleError: `oversize_text`, `not_utf8`, `not_text` (a NUL, as in UTF-16), `bad_json`, `no_caption_key`,
@@ -86,7 +87,11 @@ def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption")
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSampleError("not_utf8", str(error)) from error
-    captions = _json_captions(text, json_key) if text_format == "json" else text.splitlines()
+    if text_format == "json":
+        captions = _json_captions(text, json_key)
+    else:
+        lines = [line.strip() for line in text.splitlines()]
+        captions = lines if text_format == "lines" else [" ".join(filter(None, lines))]
     captions = [caption.strip()[:MAX_CAPTION_CHARS] for caption in captions if caption.strip()]
     if not captions:
         raise BadSampleError("empty_caption")
@@ -97,6 +102,15 @@ def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption")
     return captions
 
 
+def missing_caption(data: bytes, text_format: str, *, json_key: str) -> tuple[str, str] | None:
+    """Return why a text member has no caption, as reason and details; None if it has one, or is damaged."""
+    try:
+        decode_captions(data, text_format, json_key=json_key)
+    except BadSampleError as error:
+        return error.args if error.reason in ("empty_caption", "no_caption_key") else None
+    return None
+
+
 def _json_captions(text: str, json_key: str) -> list[str]:
     try:
         value = json.loads(text)
@@ -105,9 +119,10 @@ def _json_captions(text: str, json_key: str) -> list[str]:
     if not isinstance(value, dict):
         raise BadSampleError("bad_json", f"expected an object, got {type(value).__name__}")
     if json_key not in value:
-        raise BadSampleError("no_caption_key", f"no {json_key!r}")
+        keys = ", ".join(repr(key[:MAX_KEY_CHARS]) for key in list(value)[:MAX_KEYS])
+        raise BadSampleError("no_caption_key", f"no {json_key!r} among the keys {keys or '(none)'}")
     captions = value[json_key]
-    captions = [captions] if isinstance(captions, str) else captions
+    captions = [captions or ""] if isinstance(captions, str | None) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadSampleError("bad_caption_type", f"{json_key!r} must be a string or a list of strings")
     try:

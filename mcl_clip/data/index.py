@@ -20,9 +20,11 @@ from mcl_clip.core.distributed import is_main
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_path
 from mcl_clip.core.progress import Progress
+from mcl_clip.data.decode import missing_caption
+from mcl_clip.data.samples import DAMAGED, SampleRule, scan_shard
 from mcl_clip.data.shards import Shard, check_location, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
-from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS, scan_shard
+from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS
 
 INDEX_NAME = "index.arrow"
 
@@ -43,6 +45,10 @@ _SCHEMA = pa.schema(
     [("key", pa.large_string()), *((name, pa.from_numpy_dtype(dtype)) for name, dtype in _DTYPES.items())]
 )
 _DIGEST_ROWS = 1 << 20
+RULE = SampleRule()
+OLD_RULE = SampleRule(images=("jpg", "jpeg", "png", "webp"), needs_caption=False)  # of version 0.6 and earlier
+
+
 _Part: TypeAlias = tuple[Shard, pa.Table]
 _File: TypeAlias = tuple[str, int, int]  # the file that an index was loaded from: path, size, modification time in ns
 
@@ -64,10 +70,10 @@ class ShardIndex:
     sample_offset: Int64[np.ndarray, "rows"]  # of the sample's first header
     sample_size: Int64[np.ndarray, "rows"]  # of all its members, with headers and padding
 
-    def __init__(self, shards: Sequence[Shard], table: pa.Table, *, text_first: str = "txt"):
+    def __init__(self, shards: Sequence[Shard], table: pa.Table, *, rule: SampleRule = RULE):
         """Create an index from its parts; users call `build` or `load`. Raise UserError if rows and shards differ."""
         self.shards = tuple(shards)
-        self.text_first = text_first
+        self.rule = rule
         # A table without rows may have columns without chunks.
         self._table = table.combine_chunks() if table.num_rows else make_table([], dict.fromkeys(_DTYPES, np.zeros(0)))
         self._file: _File | None = None
@@ -108,8 +114,34 @@ class ShardIndex:
         return digest.hexdigest()
 
     def skipped_by_reason(self) -> dict[str, int]:
-        """Count the samples of all shards that are not rows, by reason, most frequent first."""
-        return dict(sum((Counter(shard.skipped) for shard in self.shards), Counter[str]()).most_common())
+        """Count the samples of all shards that are not rows, by reason, most frequent first.
+
+        How many samples a damaged shard has lost is not known; it is taken to have had as many as the average shard.
+        """
+        skipped = sum((Counter(shard.skipped) for shard in self.shards), Counter[str]())
+        if damaged := [shard for shard in self.shards if DAMAGED in shard.skipped]:
+            whole = [shard.rows + sum(shard.skipped.values()) for shard in self.shards if DAMAGED not in shard.skipped]
+            usual = sum(whole) // len(whole) if whole else 0
+            skipped[DAMAGED] = sum(max(1, usual - shard.rows) for shard in damaged)
+        return dict(skipped.most_common())
+
+    def text_counts(self) -> str:
+        """Describe the members that captions come from: `9,990 .txt, 10 .json (key 'caption')`."""
+        counts = zip(TEXT_FORMATS, np.bincount(self.text_format, minlength=len(TEXT_FORMATS)).tolist(), strict=True)
+        named = {"json": f".json (key {self.rule.caption_key!r})"}
+        text = ", ".join(f"{count:,} {named.get(name, f'.{name}')}" for name, count in counts if count)
+        joined = sum(shard.joined_lines for shard in self.shards)
+        return text + (f"; {joined:,} .txt of several lines, each one caption" if joined else "")
+
+    def describe_skipped(self) -> str:
+        """List the counts of skipped samples by reason, each with the first example."""
+        examples: dict[str, str] = {}
+        for shard in reversed(self.shards):
+            examples |= shard.examples
+        return ", ".join(
+            f"{count:,} {reason}" + (f" ({examples[reason]})" if reason in examples else "")
+            for reason, count in self.skipped_by_reason().items()
+        )
 
     @classmethod
     def build(
@@ -117,37 +149,34 @@ class ShardIndex:
         urls: Sequence[str],
         *,
         max_workers: int = 16,
-        text_first: str = "txt",
+        rule: SampleRule = RULE,
         reuse: bool = True,
         retry: RetryPolicy | None = None,
     ) -> "ShardIndex":
         """Index shards, in one pass over their tar headers; locations are those that `expand_shards` returns.
 
-        `text_first` is `txt` or `json`, the text of samples that have both, or `cls` or `npy` for labels in its place.
         With `reuse`, the rows of unchanged shards are copied from the `index.arrow` in their folder.
 
         Raises:
             UserError: if a shard is missing, compressed, truncated or damaged, or no sample has an image and a text.
             OSError: if a shard cannot be read after all retries.
         """
-        if text_first not in TEXT_FORMATS:
-            raise UserError(f"text_first is {text_first!r}; it must be one of {', '.join(TEXT_FORMATS)}")
         for url in urls:
             check_location(url)
         locations = [url if is_remote(url) else os.path.abspath(url) for url in urls]
-        known = _known_parts(locations, text_first) if reuse else {}
+        known = _known_parts(locations, rule) if reuse else {}
         policy = retry or RetryPolicy()
         missing = [url for url in locations if url not in known]
         with ThreadPoolExecutor(max_workers=max_workers) as threads:
             try:
-                scans = threads.map(lambda url: _scan(url, text_first, policy), missing)
+                scans = threads.map(lambda url: _scan(url, rule, policy), missing)
                 show = is_main() and bool(missing)
                 bar = Progress(scans, total=len(missing), desc="indexing shards", unit="shard", show=show)
                 known |= dict(zip(missing, bar, strict=True))
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
-        index = _assemble([known[url] for url in locations], text_first)
+        index = _assemble([known[url] for url in locations], rule)
         if not len(index):
             raise UserError(_describe_empty(index))
         return index
@@ -160,7 +189,7 @@ class ShardIndex:
         """
         path = Path(path).absolute()
         shards = [asdict(shard) | {"url": shard.url.removeprefix(f"{path.parent}{os.sep}")} for shard in self.shards]
-        metadata = {"version": _VERSION, "text_first": self.text_first, "shards": shards}
+        metadata = {"version": _VERSION, "rule": asdict(self.rule), "shards": shards}
         table = self._table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
         with (
             atomic_path(path) as temporary,
@@ -198,7 +227,7 @@ class ShardIndex:
             if not table.schema.equals(_SCHEMA):
                 raise KeyError("columns")
             shards = [_stored_shard(shard, path.parent) for shard in metadata["shards"]]
-            index = cls(shards, table, text_first=metadata["text_first"])
+            index = cls(shards, table, rule=_stored_rule(metadata))
         except FileNotFoundError as error:
             raise UserError(f"the index {path} does not exist; build it with `mcl-clip index`") from error
         except UserError:
@@ -222,7 +251,7 @@ class ShardIndex:
             raise UserError("all shards of the index are remote; save the index to a local file instead")
         for folder, numbers in folders.items():
             try:
-                _assemble([self._part(number) for number in numbers], self.text_first).save(Path(folder, INDEX_NAME))
+                _assemble([self._part(number) for number in numbers], self.rule).save(Path(folder, INDEX_NAME))
             except PermissionError as error:
                 raise UserError(f"{folder} is not writable ({error}); save the index elsewhere") from error
 
@@ -251,12 +280,12 @@ class ShardIndex:
             table = table.set_column(_SCHEMA.get_field_index(name), _SCHEMA.field(name), column)
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         parts = [(shard, table.slice(first, shard.rows)) for shard, first in zip(shards, firsts.tolist(), strict=False)]
-        return _assemble(parts, self.text_first)
+        return _assemble(parts, self.rule)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._file is not None:
             return _reload, (self._file,)
-        return partial(ShardIndex, text_first=self.text_first), (self.shards, self._table)
+        return partial(ShardIndex, rule=self.rule), (self.shards, self._table)
 
     def _part(self, number: int) -> _Part:
         shard = self.shards[number]
@@ -278,47 +307,57 @@ def _array(values: np.ndarray, name: str) -> pa.Array:
     return pa.Array.from_buffers(_SCHEMA.field(name).type, len(values), [None, pa.py_buffer(values)])
 
 
-def _scan(url: str, text_first: str, retry: RetryPolicy) -> _Part:
+def _scan(url: str, rule: SampleRule, retry: RetryPolicy) -> _Part:
     before = stat(url, retry)
-    keys, rows, skipped = scan_shard(url, before[0], text_first=text_first, retry=retry)
+    find_problem = partial(missing_caption, json_key=rule.caption_key)
+    found = scan_shard(url, before[0], rule, find_problem=find_problem, retry=retry)
     if stat(url, retry) != before:
         raise UserError(f"shard {redacted(url)} changed while it was read; wait until it is complete, then try again")
-    columns = np.array([(0, *row) for row in rows], np.int64).reshape(-1, len(_DTYPES)).T
-    table = make_table(keys, dict(zip(_DTYPES, columns, strict=True)))
-    return Shard(url, *before, first_row=0, rows=len(rows), skipped=dict(skipped)), table
+    columns = np.array([(0, *row) for row in found.rows], np.int64).reshape(-1, len(_DTYPES)).T
+    table = make_table(found.keys, dict(zip(_DTYPES, columns, strict=True)))
+    counts: dict[str, Any] = {
+        "skipped": dict(found.skipped),
+        "examples": found.examples,
+        "joined_lines": found.joined_lines,
+    }
+    return Shard(url, *before, first_row=0, rows=len(found.rows), **counts), table
 
 
-def _known_parts(locations: Sequence[str], text_first: str) -> dict[str, _Part]:
+def _known_parts(locations: Sequence[str], rule: SampleRule) -> dict[str, _Part]:
     """Collect the rows of unchanged local shards from the `index.arrow` files in their folders."""
     known, wanted = {}, set(locations)
     files = {Path(os.path.dirname(url), INDEX_NAME) for url in locations if not is_remote(url)}
     for index in (ShardIndex.load(file) for file in sorted(files) if file.exists()):
-        for number, shard in enumerate(index.shards if index.text_first == text_first else ()):
+        for number, shard in enumerate(index.shards if index.rule == rule else ()):
             with suppress(UserError):  # a missing shard is reported when it is scanned
                 if shard.url in wanted and stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp):
                     known[shard.url] = index._part(number)
     return known
 
 
-def _assemble(parts: Sequence[_Part], text_first: str) -> ShardIndex:
+def _assemble(parts: Sequence[_Part], rule: SampleRule) -> ShardIndex:
     firsts = np.cumsum([0, *(shard.rows for shard, _ in parts)])
     shards = [replace(shard, first_row=int(first)) for (shard, _), first in zip(parts, firsts, strict=False)]
     numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [shard.rows for shard in shards])
     tables = [table.replace_schema_metadata(None) for _, table in parts]
     table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
     table = table.set_column(1, _SCHEMA.field("shard"), _array(numbers, "shard"))
-    return ShardIndex(shards, table, text_first=text_first)
+    return ShardIndex(shards, table, rule=rule)
 
 
 def _describe_empty(index: ShardIndex) -> str:
-    skipped = index.skipped_by_reason()
-    where = f"{redacted(index.shards[0].url)} and {len(index.shards) - 1} more" if index.shards else "an empty list"
+    if not index.shards:
+        return "an empty list of shards has no samples"
+    skipped, more = index.skipped_by_reason(), len(index.shards) - 1
+    where = redacted(index.shards[0].url) + (f" and {more} more" if more else "")
     if images := skipped.get("missing_text", 0):
-        what = f"has no captions: {images} samples have an image but no txt or json member"
+        what = f"has no captions: {images} samples have an image but no {' or '.join(index.rule.texts)} member"
     else:
         what = "has no sample with an image and a text"
     hint = "; the members of a sample must be adjacent in the tar" if "duplicate_key" in skipped else ""
-    return f"{where} {what} (skipped: {skipped}){hint}"
+    if index.rule.needs_caption and skipped.keys() & {"missing_image", "missing_text", "dotted_name"}:
+        hint += "; name the extensions of images and captions by --data.image-member and --data.text-member"
+    return f"{where} {what} (skipped: {index.describe_skipped()}){hint}"
 
 
 def _to_numpy(table: pa.Table, name: str) -> np.ndarray:
@@ -330,18 +369,27 @@ def _stored_shard(values: Any, folder: Path) -> Shard:
     url, stamp, skipped = (values[name] for name in ("url", "stamp", "skipped"))
     if not isinstance(url, str) or not isinstance(stamp, str) or "\0" in url:
         raise ValueError("a shard without a name")
-    numbers = (values["size"], values["rows"], *skipped.values())
+    numbers = (values["size"], values["rows"], values.get("joined_lines", 0), *skipped.values())
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError("a shard without a size")
+    if not all(isinstance(text, str) for text in values.get("examples", {}).values()):
+        raise ValueError("an example that is no text")
     check_location(url)
     return replace(Shard(**values), url=url if is_remote(url) else os.path.join(folder, url))
+
+
+def _stored_rule(metadata: Mapping[str, Any]) -> SampleRule:
+    """Read by which rule an index was made; earlier versions stored which text comes first."""
+    if "rule" not in metadata:
+        first = str(metadata["text_first"])
+        return replace(OLD_RULE, texts=(first,) if first not in RULE.texts else (first, *{*RULE.texts} - {first}))
+    values: dict[str, Any] = metadata["rule"]
+    return SampleRule(**values | {name: tuple(values[name]) for name in ("images", "texts")})
 
 
 def _check_rows(index: ShardIndex) -> None:
     """Raise ValueError unless every row lies within its shard and all columns hold values that `build` can write."""
     rows, ends = len(index), index._key_ends
-    if index.text_first not in (*TEXT_FORMATS, "mixed"):
-        raise ValueError(f"text_first is {index.text_first!r}")
     if len(ends) != rows + 1 or ends[0] < 0 or ends[-1] > len(index._key_bytes) or (ends[1:] <= ends[:-1]).any():
         raise ValueError("keys")
     if not np.array_equal(index.shard_of, np.repeat(np.arange(len(index.shards)), [s.rows for s in index.shards])):

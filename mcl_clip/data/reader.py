@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Integer
@@ -16,7 +16,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, ShardCache, read_range
-from mcl_clip.data.tar import BLOCK, TEXT_FORMATS, parse_header
+from mcl_clip.data.tar import BLOCK, TEXT_FORMATS, has_captions_by_line, parse_header
 
 _LOCAL_GAP = 16 << 10
 _REMOTE_GAP = 256 << 10
@@ -28,12 +28,15 @@ _MAX_NAME = 90  # longer names are in an extended header, and what the header bl
 
 
 class RawSample(NamedTuple):
-    """The undecoded members of a row; `text_format` is `txt` or `json`."""
+    """The undecoded members of a row; `text_format` is `txt`, `lines` (a caption on each line) or `json`."""
 
     row: int
     image: bytes
     text: bytes
     text_format: str
+
+
+_Payload: TypeAlias = tuple[bytes, bytes]  # the header block of a member, and its content
 
 
 class _Range(NamedTuple):
@@ -57,12 +60,14 @@ class Reader:
         cache_dir: Path | None = None,
         cache_gb: float = 50.0,
         retry: RetryPolicy | None = None,
+        captions_by_line: bool = False,
     ):
         """Create a reader; raise UserError for invalid settings.
 
         Of remote shards, `range` merges adjacent ranges and requests many at a time; `stage` fetches whole shards once,
         into `cache_dir` on a local disk, which the processes of a machine share. `cache_gb`, in 10^9 bytes, must hold
-        at least one shard per reading process.
+        at least one shard per reading process. With `captions_by_line`, a .txt member holds a caption on each line in
+        all shards, and not only in those that say so.
         """
         if remote not in ("range", "stage"):
             raise UserError(f"remote is {remote!r}; it must be 'range' or 'stage'")
@@ -70,6 +75,7 @@ class Reader:
             raise UserError("remote='stage' stores whole shards in a folder; choose one with cache_dir")
         self.index = index
         self.retry = retry or RetryPolicy()
+        self.captions_by_line = captions_by_line
         self.cache = ShardCache(cache_dir, int(cache_gb * 1e9), self.retry) if remote == "stage" and cache_dir else None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
@@ -83,13 +89,14 @@ class Reader:
             IndexError: for a number that is not a row.
         """
         members = self._members(rows, "image", "text")
-        formats = [TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist()]
-        return list(map(RawSample, rows.tolist(), members[: len(rows)], members[len(rows) :], formats))
+        images, texts = members[: len(rows)], self._with_formats(rows, members[len(rows) :])
+        return [
+            RawSample(row, image, *text) for row, (_, image), text in zip(rows.tolist(), images, texts, strict=True)
+        ]
 
     def read_texts(self, rows: Integer[np.ndarray, "n"]) -> list[tuple[bytes, str]]:
         """Read the text members of `rows` with their formats, in their order, without the images; raise as `read`."""
-        formats = (TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist())
-        return list(zip(self._members(rows, "text"), formats, strict=True))
+        return self._with_formats(rows, self._members(rows, "text"))
 
     def read_whole(self, rows: Integer[np.ndarray, "n"]) -> list[bytes]:
         """Read all members of the samples of `rows`, with headers and padding as in the tar; raise as `read`."""
@@ -104,7 +111,15 @@ class Reader:
                 self._check_header(row, whole[header : header + BLOCK], int(size[row]))
         return [bytes(whole) for whole in wholes]
 
-    def _members(self, rows: Integer[np.ndarray, "n"], *kinds: str) -> list[bytes]:
+    def _with_formats(self, rows: Integer[np.ndarray, "n"], members: list[_Payload]) -> list[tuple[bytes, str]]:
+        """Return the payloads of the texts of `rows` with their formats."""
+        formats = [TEXT_FORMATS[number] for number in self.index.text_format[rows].tolist()]
+        return [
+            (data, "lines" if form == "txt" and (self.captions_by_line or has_captions_by_line(header)) else form)
+            for (header, data), form in zip(members, formats, strict=True)
+        ]
+
+    def _members(self, rows: Integer[np.ndarray, "n"], *kinds: str) -> list[_Payload]:
         """Read the members of one kind (`image` or `text`) of all rows, then those of the next; all in one fetch."""
         self._check_rows(rows)
         shards = self.index.shard_of[rows].tolist() * len(kinds)
@@ -117,7 +132,7 @@ class Reader:
         members = []
         for row, size, data in zip(rows.tolist() * len(kinds), sizes, self._fetch(ranges), strict=True):
             self._check_header(row, data[:BLOCK], size)
-            members.append(bytes(data[BLOCK:]))
+            members.append((bytes(data[:BLOCK]), bytes(data[BLOCK:])))
         return members
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,8 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 class Shard:
     """A tar file: `size` in bytes, `stamp` its modification time or ETag, rows `first_row` to `first_row + rows`.
 
-    `skipped` counts the samples that are not rows, by reason.
+    `skipped` counts the samples that are not rows, by reason, and `examples` has the first of each. `joined_lines`
+    counts .txt members of several lines that are one caption.
     """
 
     url: str
@@ -40,6 +41,8 @@ class Shard:
     first_row: int
     rows: int
     skipped: dict[str, int]
+    examples: dict[str, str] = field(default_factory=dict)
+    joined_lines: int = 0
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:

@@ -54,7 +54,7 @@ class ClassificationSet:
         """
         classnames, templates = read_lines(root / CLASSNAMES), read_templates(root)
         member, parse = ("npy", _parse_multilabel) if is_multilabel else ("cls", _parse_label)
-        source = open_shards(root, text_first=member)
+        source = open_shards(root, text=member)
         index = source.reader.index
         labels = np.array(
             [parse(s.text, f"{index.key(s.row)}.{member} in {root}", len(classnames)) for s in source.samples()]

@@ -18,8 +18,9 @@ from mcl_clip.core import distributed
 from mcl_clip.core.errors import UserError, explain_os_error, shorten
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.decode import BadSampleError, decode_image
-from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.index import RULE, ShardIndex
 from mcl_clip.data.reader import RawSample, Reader
+from mcl_clip.data.samples import SampleRule
 from mcl_clip.eval.task import EvaluationSet, ImageSource
 from mcl_clip.model.clip import autocast, encode_texts
 
@@ -96,20 +97,24 @@ class FileImages:
             yield image.crop((left, top, left + width, top + height)) if box else image
 
 
-def open_shards(root: Path, **options: Any) -> ReaderImages:
+def open_shards(root: Path, *, text: str = "") -> ReaderImages:
     """Open the tar files in `root/test` (CLIP_benchmark's layout, with nshards.txt), or else in `root` itself.
+
+    `text` is the extension of labels in place of captions. A .txt member holds a caption on each line, as in
+    CLIP_benchmark; an image may have none.
 
     Raises:
         UserError: if `root` has neither layout, a tar file is missing, or a sample is incomplete.
     """
-    index = ShardIndex.build([str(path) for path in _find_shards(root)], **options)
+    rule = SampleRule(texts=(text,) if text else RULE.texts, needs_caption=False)
+    index = ShardIndex.build([str(path) for path in _find_shards(root)], rule=rule)
     if incomplete := {reason: count for reason, count in index.skipped_by_reason().items() if count}:
         counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(incomplete.items()))
         raise UserError(
             f"{root} has samples that cannot be used ({counts}); a score on the rest would not be comparable, so "
             f"write the set again"
         )
-    return ReaderImages(Reader(index))
+    return ReaderImages(Reader(index, captions_by_line=True))
 
 
 def _find_shards(root: Path) -> list[Path]:
@@ -132,6 +137,11 @@ def _find_shards(root: Path) -> list[Path]:
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise UserError(
             f"{counter} says {text} tar files, but {', '.join(missing[:5])} is not in {folder}; copy the set again"
+        )
+    if more := sorted({path.name for path in folder.glob("*.tar")} - {shard.name for shard in shards}):
+        raise UserError(
+            f"{counter} says {text} tar files, but {folder} also has {', '.join(more[:5])}; correct the number, or "
+            f"move the others away"
         )
     return shards
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.decode import BadSampleError, decode_captions
 from mcl_clip.data.features import SIDES, part_name
+from mcl_clip.data.index import RULE
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import is_remote
 from mcl_clip.data.storage import load_numbers, load_tensors
@@ -90,7 +91,7 @@ class RunView:
         """Reads the training pairs; None if their shards are gone."""
         if self.run.index is None:
             return None
-        reader = Reader(self.run.index)
+        reader = Reader(self.run.index, captions_by_line=self.run.config.get("behavior", "0.6") == "0.6")
         try:
             if not self._is_remote:  # checking takes a request for each shard; reading a row fails as well
                 self.run.index.check_unchanged()
@@ -113,7 +114,7 @@ class RunView:
         rows = sample_rows(shard_rows, REMOTE_ROWS if self._is_remote else SAMPLE_ROWS)
         captions: list[tuple[str, ...]] = [()] * len(rows)
         if self.reader is not None:
-            key = self.run.config.get("data", {}).get("caption_key", "caption")
+            key = self.run.config.get("data", {}).get("caption_key") or RULE.caption_key
             for number, (text, form) in enumerate(self.reader.read_texts(rows)):
                 with suppress(BadSampleError):
                     captions[number] = tuple(decode_captions(text, form, json_key=key))

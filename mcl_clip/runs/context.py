@@ -19,10 +19,12 @@ from mcl_clip.core.distributed import check_same, on_main, place_on_node, sample
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, STARTED, read_json
 from mcl_clip.data.features import EmbeddingTable
-from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.index import OLD_RULE, RULE, ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.row_order import Source
+from mcl_clip.data.samples import SampleRule
 from mcl_clip.data.shards import expand_shards
+from mcl_clip.data.tar import TEXT_FORMATS
 from mcl_clip.eval.classification import ClassificationSet, ClassificationTask
 from mcl_clip.eval.datasets import open_set
 from mcl_clip.eval.embed import Encoder
@@ -86,7 +88,13 @@ class RunContext:
         machine, node = self.config.machine, place_on_node()[0]
         # Nodes may share the file system of the cache, whose locks and open files are those of one machine.
         cache_dir = machine.cache_dir / f"node-{node}" if machine.cache_dir and node else machine.cache_dir
-        return Reader(index, remote=machine.remote, cache_dir=cache_dir, cache_gb=machine.cache_gb)
+        return Reader(
+            index,
+            remote=machine.remote,
+            cache_dir=cache_dir,
+            cache_gb=machine.cache_gb,
+            captions_by_line=self.config.behavior == "0.6",
+        )
 
     def batch_options(self, clip: ClipBundle) -> dict[str, Any]:
         """Return the arguments that all loaders of image-text batches have in common."""
@@ -99,7 +107,7 @@ class RunContext:
             "timeout_s": machine.loader_timeout_s,
             "device": self.accelerator.device,
             "max_pixels": data.max_pixels,
-            "json_key": data.caption_key,
+            "json_key": data.caption_key or RULE.caption_key,
         }
 
     def embed_task(self, task: Task, model: nn.Module, clip: ClipBundle) -> dict[str, Tensor]:
@@ -126,37 +134,73 @@ def with_behavior(config: RunConfig) -> RunConfig:
     return replace(config, behavior="0.6")
 
 
+def sample_rule(config: RunConfig) -> SampleRule:
+    """Return which members of the training shards make a pair."""
+    data = config.data
+    if config.behavior == "0.6":
+        return OLD_RULE
+    texts = RULE.texts[::-1] if data.caption_key else RULE.texts
+    return SampleRule(
+        images=(data.image_member.lower().lstrip("."),) if data.image_member else RULE.images,
+        texts=(data.text_member.lower().lstrip("."),) if data.text_member else texts,
+        has_dotted_keys=bool(data.image_member or data.text_member),
+        caption_key=data.caption_key or RULE.caption_key,
+        skip_damaged=data.skip_damaged,
+    )
+
+
 def load_index(config: RunConfig) -> tuple[ShardIndex, tuple[Source, ...]]:
     """Return the index of the training shards, and the rows and weight of each list of shards.
 
     The index is kept in the run directory, and rebuilt when a shard was added, removed or changed.
 
     Raises:
-        UserError: if there are no shards, or no shard holds a pair.
+        UserError: if there are no shards, no shard holds a pair, or too many samples are left out.
         StaleArtifactError: if the run was begun with other data.
     """
     if not config.data.train:
         raise UserError("--data.train names no shards; give paths, URLs or folders with .tar files")
     lists = [expand_shards(spec) for spec in config.data.train]
     path = config.run_dir / "index" / "index.arrow"
-    on_main(partial(_update_index, path, [url for urls in lists for url in urls]))
+    on_main(partial(_update_index, path, [url for urls in lists for url in urls], sample_rule(config)))
     index = ShardIndex.load(path)
     check_same(index.digest, "the index of the training shards")
-    if skipped := index.skipped_by_reason():
-        logger.info("index: %d rows; skipped: %s", len(index), skipped)
+    logger.info("index: %d rows; captions: %s", len(index), index.text_counts())
+    if index.skipped_by_reason():
+        logger.info("index: left out: %s", index.describe_skipped())
+    check_pairs(config, index)
     weights = config.data.weights or (1.0,) * len(lists)
     shards = iter(index.shards)
     rows = [sum(shard.rows for shard in islice(shards, len(urls))) for urls in lists]
     return index, tuple(Source(rows=n, weight=weight) for n, weight in zip(rows, weights, strict=True))
 
 
-def _update_index(path: Path, urls: list[str]) -> None:
+def check_pairs(config: RunConfig, index: ShardIndex) -> None:
+    """Raise UserError if the samples have no .json member for a given key, or too many of them are left out."""
+    data, skipped = config.data, sum(index.skipped_by_reason().values())
+    if config.behavior == "0.6":
+        return
+    if data.caption_key and not (index.text_format == TEXT_FORMATS.index("json")).any():
+        raise UserError(
+            f"--data.caption-key {data.caption_key} is a key of .json members, but the captions of all {len(index):,} "
+            f"samples are {index.text_counts()}; leave it out, or add .json members"
+        )
+    if skipped > data.max_bad_fraction * (len(index) + skipped):
+        raise UserError(
+            f"{skipped:,} of {len(index) + skipped:,} samples of the shards are left out, more than "
+            f"--data.max-bad-fraction {data.max_bad_fraction:g} allows: {index.describe_skipped()}; mend the shards, "
+            f"say where images and captions are (--data.image-member, --data.text-member, --data.caption-key), or "
+            f"raise the limit"
+        )
+
+
+def _update_index(path: Path, urls: list[str], rule: SampleRule) -> None:
     before = ShardIndex.load(path) if path.exists() else None
-    if before is not None and [shard.url for shard in before.shards] == urls:
+    if before is not None and [shard.url for shard in before.shards] == urls and before.rule == rule:
         with suppress(UserError):  # a shard has changed
             before.check_unchanged()
             return
-    index = ShardIndex.build(urls)
+    index = ShardIndex.build(urls, rule=rule)
     run_dir = path.parents[1]
     if before is not None and index.digest != before.digest and any(run_dir.glob(f"stage-*/*/{STARTED}")):
         raise StaleArtifactError(

@@ -25,6 +25,7 @@ from mcl_clip.config import RunConfig
 from mcl_clip.core.distributed import barrier, is_main, on_main, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, file_digest, write_json
+from mcl_clip.data.index import RULE
 from mcl_clip.data.shards import redacted as redacted_text
 from mcl_clip.eval.task import label_of, read_results
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token
@@ -146,7 +147,8 @@ def _show_results(run: RunContext, phase: Phase) -> None:
 def plan_phases(run: RunContext) -> list[Phase]:
     """Return all phases of the run, in order."""
     config = run.config
-    data = {name: getattr(config.data, name) for name in ("caption_key", "max_pixels")} | {"index": run.index.digest}
+    caption_key = config.data.caption_key or RULE.caption_key
+    data = {"caption_key": caption_key, "max_pixels": config.data.max_pixels, "index": run.index.digest}
     if config.behavior != "0.6":  # earlier versions did not record it
         data["behavior"] = config.behavior
     sets = {name: task.data.sha256 for name, task in run.tasks.items()}

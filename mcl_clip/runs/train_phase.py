@@ -253,7 +253,7 @@ def open_resharded(run: RunContext, folder: Path) -> tuple[ShardIndex, Integer[n
     """
     if any(source.weight != 1 for source in run.sources):
         raise UserError(f"--data.weights {run.config.data.weights} cannot be used with resharded shards in {folder}")
-    index = ShardIndex.build(expand_shards(folder))
+    index = ShardIndex.build(expand_shards(folder), rule=run.index.rule)
     row_map = load_numbers(folder / ROW_MAP, len(index))
     if len(index) != len(run.index) or row_map.min() < 0 or row_map.max() >= len(index):
         raise UserError(f"{folder} has {len(index)} rows and this run {len(run.index)}; reshard from this run again")

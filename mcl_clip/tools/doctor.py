@@ -87,8 +87,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
     machines = machines_for(processes, gpus)
     yield from check_versions(find_versions())
     yield from attempt("recipe", partial(check_stages, config, processes=processes))
-    rows = yield from inspect_shards(config.data.train, config.run_dir / "index" / "index.arrow")
     config = (yield from attempt("run", partial(with_behavior, config))) or config
+    rows = yield from inspect_shards(config)
     config = with_control(config, rows=rows.total if rows else 0)
     cfg = yield from attempt("tower", partial(find_model_cfg, config.tower))
     measure = partial(measure_stages, config.stages, cfg, decays_unlisted=config.behavior == "0.6")

@@ -18,9 +18,10 @@ import open_clip
 from mcl_clip.config import EvalConfig, RunConfig, TowerConfig
 from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.data.decode import train_transform
-from mcl_clip.data.index import INDEX_NAME, ShardIndex
+from mcl_clip.data.index import INDEX_NAME, RULE, ShardIndex
 from mcl_clip.data.loader import captioned_batches
 from mcl_clip.data.reader import Reader
+from mcl_clip.data.samples import SampleRule
 from mcl_clip.data.shards import Shard, expand_shards, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.eval.task import Task
@@ -33,7 +34,7 @@ from mcl_clip.model.open_clip_io import (
     read_object,
 )
 from mcl_clip.results.text import format_bytes, format_duration
-from mcl_clip.runs.context import open_tasks
+from mcl_clip.runs.context import check_pairs, open_tasks, sample_rule
 from mcl_clip.tools.doctor_machine import Check, Finding, attempt
 
 SHARDS_WITHOUT_INDEX = 8
@@ -64,11 +65,9 @@ class RowCounts:
         return max(1, sum(round(rows * weight) for rows, weight in weighted) - min(held_out, self.total // 20))
 
 
-def inspect_shards(specs: Sequence[str], run_index: Path) -> Check[RowCounts]:
-    """Count rows from stored indexes and, for shards without one, from the headers of the first few.
-
-    `run_index` is the path of the index of the run, which need not exist.
-    """
+def inspect_shards(config: RunConfig) -> Check[RowCounts]:
+    """Count rows from stored indexes and, for shards without one, from the headers of the first few."""
+    specs = config.data.train
     if not specs:
         yield Finding("FAIL", "shards", "--data.train names no shards; give paths, URLs or folders with .tar files")
         return None
@@ -78,7 +77,8 @@ def inspect_shards(specs: Sequence[str], run_index: Path) -> Check[RowCounts]:
     if failures := _check_remote([url for url in urls if is_remote(url)]):
         yield from failures
         return None
-    if (indexed := (yield from attempt("shards", partial(_load_or_build_index, urls, run_index)))) is None:
+    stored, rule = config.run_dir / "index" / INDEX_NAME, sample_rule(config)
+    if (indexed := (yield from attempt("shards", lambda: _load_or_build_index(urls, stored, rule)))) is None:
         return None
     index, scanned = indexed
     known = {shard.url: shard.rows for shard in index.shards}
@@ -87,16 +87,19 @@ def inspect_shards(specs: Sequence[str], run_index: Path) -> Check[RowCounts]:
     rows = RowCounts(index=index, per_list=per_list, is_whole=len(known) == len(urls))
     if rows.is_whole:
         source = f"{scanned} of them indexed now, in memory" if scanned else "from a stored index"
-        yield Finding("ok", "shards", f"{len(urls):,} shards, {rows.total:,} rows ({source})")
+        yield Finding(
+            "ok", "shards", f"{len(urls):,} shards, {rows.total:,} rows ({source}); captions: {index.text_counts()}"
+        )
     else:
         text = (
             f"{len(urls):,} shards, about {rows.total:,} rows: {len(index.shards):,} shards were inspected, the others "
             f"have no index; run `mcl-clip index` to check them before the run does"
         )
         yield Finding("warning", "shards", text)
-    if skipped := index.skipped_by_reason():
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-        yield Finding("warning", "shards", f"samples that are not image-text pairs are skipped: {counts}")
+    if failures := list(attempt("shards", partial(check_pairs, config, index))):
+        yield from failures
+    elif index.skipped_by_reason():
+        yield Finding("warning", "shards", f"samples that are not pairs are left out: {index.describe_skipped()}")
     return rows
 
 
@@ -110,18 +113,20 @@ def _check_remote(urls: Sequence[str]) -> list[Finding]:
         return [finding for answer in answers for finding in answer][:3]
 
 
-def _load_or_build_index(urls: Sequence[str], run_index: Path) -> tuple[ShardIndex, int]:
+def _load_or_build_index(urls: Sequence[str], run_index: Path, rule: SampleRule) -> tuple[ShardIndex, int]:
     """Return an index of all shards with a stored index and of the first others, and the number of the latter."""
     if run_index.exists():
         index = ShardIndex.load(run_index)
-        if [shard.url for shard in index.shards] == list(urls) and all(map(_is_unchanged, index.shards)):
+        is_same = [shard.url for shard in index.shards] == list(urls) and index.rule == rule
+        if is_same and all(map(_is_unchanged, index.shards)):
             return index, 0
     folders = dict.fromkeys(os.path.dirname(url) for url in urls if not is_remote(url))
     paths = [path for folder in folders if (path := Path(folder, INDEX_NAME)).exists()]
-    stored = {shard.url for path in paths for shard in ShardIndex.load(path).shards if _is_unchanged(shard)}
+    indexes = [index for index in map(ShardIndex.load, paths) if index.rule == rule]
+    stored = {shard.url for index in indexes for shard in index.shards if _is_unchanged(shard)}
     scanned = [url for url in urls if url not in stored][:SHARDS_WITHOUT_INDEX]
     chosen = [url for url in urls if url in stored or url in scanned]
-    return ShardIndex.build(chosen, retry=REMOTE), len(scanned)
+    return ShardIndex.build(chosen, rule=rule, retry=REMOTE), len(scanned)
 
 
 def _is_unchanged(shard: Shard) -> bool:
@@ -166,7 +171,7 @@ def _read_samples(
     rows = np.unique(np.linspace(0, len(index) - 1, SAMPLES_READ).astype(np.int64))
     batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
     decoded = captioned_batches(
-        Reader(index),
+        Reader(index, captions_by_line=config.behavior == "0.6"),
         batches,
         transform=train_transform(
             preprocess, legacy=config.behavior == "0.6", **asdict(config.stages[0].train.augment)
@@ -174,7 +179,7 @@ def _read_samples(
         # A tokenizer on the Hub is not downloaded; decoding images takes most of the time.
         tokenizer=None if model_cfg["text_cfg"].get("hf_tokenizer_name") else make_tokenizer(dict(model_cfg)),
         max_pixels=config.data.max_pixels,
-        json_key=config.data.caption_key,
+        json_key=config.data.caption_key or RULE.caption_key,
     )
     bad: Counter[str] = Counter()
     count, started = 0, time.perf_counter()

@@ -76,7 +76,16 @@ CASES = {
     "behavior": Case("--behavior 0.6", "made_from"),
     "data.train": Case("--data.train {data}/json", "batches"),
     "data.weights": Case("--data.weights 1 3", "batches", given="--data.train {data}/shards {data}/json"),
-    "data.caption_key": Case("--data.caption-key title", "batches", given="--data.train {data}/json"),
+    "data.caption_key": Case("--data.caption-key title", "batches", given="--data.train {data}/both"),
+    "data.image_member": Case(
+        "--data.image-member img", "error", given="--data.train {data}/named --data.text-member cap"
+    ),
+    "data.text_member": Case(
+        "--data.text-member cap", "error", given="--data.train {data}/named --data.image-member img"
+    ),
+    "data.skip_damaged": Case(
+        "--data.skip-damaged", "error", given="--data.train {data}/cut --data.max-bad-fraction 0.9"
+    ),
     "data.holdout_rows": Case("--data.holdout-rows 2", "batches"),
     "data.max_bad_fraction": Case("--data.max-bad-fraction 0.9", "error", given="--data.train {data}/broken"),
     "data.max_pixels": Case("--data.max-pixels 1000", "error"),
@@ -196,29 +205,35 @@ def test_every_field_has_a_case():
     assert {name.partition(": ")[2] for name in CASES if ":" in name} == {*clips.PREPROCESS_NAMES}
 
 
-def write_pairs(folder: Path, *, first: int = 0, text: str = "txt", corrupt: int = 0) -> None:
+def write_pairs(
+    folder: Path, *, first: int = 0, texts: tuple[str, ...] = ("txt",), image: str = "jpg", corrupt: int = 0
+) -> None:
     """Four shards of JPEG pictures larger than the model takes; captions repeat."""
     folder.mkdir(parents=True)
     with wds.ShardWriter(str(folder / "%04d.tar"), maxcount=ROWS // 4, verbose=0) as writer:
         for number in range(first, first + ROWS):
-            image = Image.new("RGB", (160, 120), (3 * number % 256, 90, 100))
+            picture = Image.new("RGB", (160, 120), (3 * number % 256, 90, 100))
             x, colour = 7 * number % 100, list(COLOURS)[number % 4]
-            ImageDraw.Draw(image).rectangle((x, x // 2, x + 40, x // 2 + 50), fill=COLOURS[colour])
+            ImageDraw.Draw(picture).rectangle((x, x // 2, x + 40, x // 2 + 50), fill=COLOURS[colour])
             buffer = io.BytesIO()
-            image.save(buffer, "JPEG")
+            picture.save(buffer, "JPEG")
             data = buffer.getvalue()[: 500 if number < first + corrupt else None]
             captions = {"caption": f"a {colour} bar", "title": f"bar {number}"}
-            member = {"json": captions} if text == "json" else {"txt": captions["caption"]}
-            writer.write({"__key__": f"s{number:05d}", "jpg": data, **member})
+            members = {name: captions if name == "json" else captions["caption"].encode() for name in texts}
+            writer.write({"__key__": f"s{number:05d}", image: data, **members})
 
 
 @pytest.fixture(scope="module")
 def data(path, tmp_path_factory) -> Path:
-    """Shards, other shards with JSON, shards with damage, and an open_clip folder with other weights."""
+    """Shards, other shards with JSON, members of other names or damage, and an open_clip folder with other weights."""
     folder = tmp_path_factory.mktemp("data")
     write_pairs(folder / "shards")
-    write_pairs(folder / "json", first=100, text="json")
+    write_pairs(folder / "json", first=100, texts=("json",))
+    write_pairs(folder / "both", texts=("json", "txt"))
+    write_pairs(folder / "named", texts=("cap",), image="img")
     write_pairs(folder / "broken", corrupt=5)
+    write_pairs(folder / "cut")
+    os.truncate(folder / "cut" / "0003.tar", 20_000)
     other = clips.create_clip(model_cfg=load_recipe(path).tower.model, seed=5)
     clips.save_clip(other, folder / "folder")
     return folder

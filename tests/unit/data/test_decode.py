@@ -193,9 +193,10 @@ def test_errors_survive_pickling():
     assert str(BadSampleError("empty_caption")) == "empty_caption"
 
 
-def test_txt_holds_one_caption_a_line():
+def test_txt_holds_one_caption_and_lines_one_each():
     text = "  a cat \r\n\n\t\na dog\n\x85ein Bär"
-    assert decode_captions(text.encode(), "txt") == ["a cat", "a dog", "ein Bär"]
+    assert decode_captions(text.encode(), "lines") == ["a cat", "a dog", "ein Bär"]
+    assert decode_captions(text.encode(), "txt") == ["a cat a dog ein Bär"]
     assert decode_captions(b"\xef\xbb\xbfone", "txt") == ["one"]
     assert decode_captions(b'{"caption": "x"}', "txt") == ['{"caption": "x"}']
 
@@ -220,7 +221,7 @@ def test_json_holds_a_string_or_a_list():
         (b"1" * 10_000, "json", "bad_json"),
         (b'["caption"]', "json", "bad_json"),
         (b"{}", "json", "no_caption_key"),
-        (b'{"caption": null}', "json", "bad_caption_type"),
+        (b'{"caption": null}', "json", "empty_caption"),
         (b'{"caption": 5}', "json", "bad_caption_type"),
         (b'{"caption": ["a", 5]}', "json", "bad_caption_type"),
         (b'{"caption": []}', "json", "empty_caption"),

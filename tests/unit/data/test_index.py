@@ -17,8 +17,10 @@ import webdataset as wds
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.data import index as index_module
+from mcl_clip.data import samples as samples_module
 from mcl_clip.data import tar as tar_module
-from mcl_clip.data.index import ShardIndex, _assemble, make_table
+from mcl_clip.data.index import RULE, ShardIndex, _assemble, make_table
+from mcl_clip.data.samples import SampleRule
 from mcl_clip.data.shards import Shard
 from mcl_clip.data.storage import RetryPolicy
 from tests.unit.data.http_ranges import serve
@@ -26,6 +28,7 @@ from tests.unit.data.tars import FORMATS, noise, pairs, read_tar, write_tar
 
 COLUMNS = ("shard_of", "image_offset", "image_size", "image_format", "text_offset", "text_size", "text_format")
 QUICK = RetryPolicy(retries=2, backoff_s=0.0, timeout_s=5.0)
+JSON_FIRST = SampleRule(texts=("json", "txt"), needs_caption=False)
 
 
 def build(*paths: Path, **options) -> ShardIndex:
@@ -101,13 +104,11 @@ def test_text_preference(tmp_path):
             ("c.TXT", b"u"),
         ],
     )
-    index = build(path)
+    index = build(path, rule=SampleRule(needs_caption=False))
     assert contents(index) == {"a": (b"1", b"t"), "b": (b"2", b"[]"), "c": (b"3", b"u")}
     assert index.text_format.tolist() == [0, 1, 0]
     assert index.image_format.tolist() == [0, 1, 3]
-    assert build(path, text_first="json").text_format.tolist() == [1, 1, 0]
-    with pytest.raises(UserError, match="'csv'; it must be one of txt, json"):
-        build(path, text_first="csv")
+    assert build(path, rule=JSON_FIRST).text_format.tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_no_row_is_lost_when_the_window_is_tiny_or_huge(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", pairs(20, image_bytes=3000), kind="pax")
     expected = build(path)
     for window in (1, 513, 1 << 20):
-        monkeypatch.setattr(tar_module, "_LOCAL_WINDOW", window)
+        monkeypatch.setattr(samples_module, "_LOCAL_WINDOW", window)
         assert_equal(build(path), expected)
 
 
@@ -298,10 +299,12 @@ def extended(kind: bytes, records: bytes) -> bytes:
             "damaged at byte 1024 of 10752: a number in a header is malformed",
         ),
         (lambda data: data + data, "data follow the end-of-archive marker"),
-        (lambda data: b"<html>" + data, "checksum"),
+        (lambda data: b"<body>" + data, "checksum"),
+        (lambda data: b"\n<html>" + data, "checksum"),
+        (lambda data: b"<!DOCTYPE html>" + data, "a.tar is an HTML page, as servers send for errors"),
         (lambda data: data[:1024] + bytes(512) + data[1536:], "single block of zeros"),
         (lambda data: bytes(512) + data, "single block of zeros"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "the file is truncated"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, not the file itself"),
         (lambda data: b"", "without an end-of-archive marker"),
         (lambda data: data + bytes(100_000) + b"x", "data follow the end-of-archive marker"),
         (lambda data: data + bytes(2 << 20), r"\d+ bytes follow the end-of-archive marker \(incomplete download\?\)"),
@@ -488,7 +491,7 @@ def test_the_digest_does_not_depend_on_its_chunks(tmp_path, monkeypatch):
     big = synthetic(1000)
     assert big.digest == synthetic(1000).digest
     parts = [synthetic(1000, slice(start, start + 100), name=str(start))._part(0) for start in range(0, 1000, 100)]
-    assert _assemble(parts, "txt").digest == big.digest
+    assert _assemble(parts, RULE).digest == big.digest
 
 
 def test_an_index_beside_the_shards_is_reused_for_unchanged_ones(tmp_path, monkeypatch):
@@ -510,7 +513,7 @@ def test_an_index_beside_the_shards_is_reused_for_unchanged_ones(tmp_path, monke
     assert scanned == [str(paths[1])]
     assert changed.key(3) == "w0000"
     scanned.clear()
-    build(*paths, text_first="json")
+    build(*paths, rule=JSON_FIRST)
     assert len(scanned) == 3
 
 
@@ -576,7 +579,7 @@ def test_remote_shards_give_the_same_rows(tmp_path, monkeypatch):
     paths = [write_tar(tmp_path / f"{name}.tar", pairs(8, prefix=name, image_bytes=5000), kind="pax") for name in "ab"]
     local = build(*paths)
     for window in (2000, 4 << 20):
-        monkeypatch.setattr(tar_module, "_REMOTE_WINDOW", window)
+        monkeypatch.setattr(samples_module, "_REMOTE_WINDOW", window)
         with serve(tmp_path) as server:
             remote = ShardIndex.build([f"{server.url}/{path.name}?secret=x" for path in paths], retry=QUICK)
             assert remote.digest == local.digest
@@ -603,7 +606,7 @@ def test_passing_troubles_of_the_server_are_waited_out(tmp_path, trouble):
 
 
 def test_lasting_troubles_of_the_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_module, "_REMOTE_WINDOW", 2048)
+    monkeypatch.setattr(samples_module, "_REMOTE_WINDOW", 2048)
     write_tar(tmp_path / "a.tar", pairs(4))
     with serve(tmp_path) as server:
         url = f"{server.url}/a.tar?token=SECRET"

@@ -1,6 +1,7 @@
 import io
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from mcl_clip.stages.embed import write_text_features
 from tests.unit.data.tars import write_tar
 
 ROWS, BATCH = 22, 5
+reader_of = partial(Reader, captions_by_line=True)
 BAD = {3: "broken_image", 9: "not_utf8", 16: "not_an_image"}
 SIZE = (6, 8)
 
@@ -74,7 +76,7 @@ def make(index: ShardIndex, *, seed: int = 0, stage: int = 0, **options) -> Trai
         shard_of=index.shard_of, groups=np.zeros(ROWS, np.int64), global_batch_size=BATCH, seed=seed, stage=stage
     )
     transform = TrainTransform(size_px=SIZE, scale=(0.5, 1.0), horizontal_flip=0.5)
-    return TrainingLoader(plan, Reader(index), transform=transform, tokenizer=tokenize, **options)
+    return TrainingLoader(plan, reader_of(index), transform=transform, tokenizer=tokenize, **options)
 
 
 class Sums(nn.Module):
@@ -124,7 +126,7 @@ def test_features_of_the_same_captions_take_the_place_of_tokens(index, tmp_path)
     write_text_features(
         Sums(),
         index,
-        batches=lambda grid: captioned_batches(Reader(index), grid, transform=None, tokenizer=tokenize),
+        batches=lambda grid: captioned_batches(reader_of(index), grid, transform=None, tokenizer=tokenize),
         dim=2,
         out=tmp_path,
         device=torch.device("cpu"),
@@ -211,7 +213,7 @@ def test_a_batch_without_a_decoded_row_has_one_black_picture(index):
     plan = make(index).plan
     plan.groups = np.where(np.isin(np.arange(ROWS), list(BAD)), 0, -1)
     plan = BatchPlan(shard_of=index.shard_of, groups=plan.groups, global_batch_size=BATCH, seed=0, stage=0)
-    loader = TrainingLoader(plan, Reader(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
+    loader = TrainingLoader(plan, reader_of(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
     (batch,) = loader.steps(0, 1)
     assert (batch.rows == FILLER).all()
     assert batch.images.shape == (1, 3, *SIZE)
@@ -237,7 +239,7 @@ def test_a_changed_shard_stops_with_one_sentence(index, tmp_path, workers):
     plan = BatchPlan(shard_of=found.shard_of, groups=np.zeros(2, int), global_batch_size=2, seed=0, stage=0)
     options = {"transform": TrainTransform(size_px=SIZE), "tokenizer": tokenize, "num_workers": workers}
     with pytest.raises(UserError, match=r"^shard .*c.tar changed since it was indexed: it had 10240 bytes"):
-        list(TrainingLoader(plan, Reader(found), **options).steps(0, 1))
+        list(TrainingLoader(plan, reader_of(found), **options).steps(0, 1))
 
 
 def test_captioned_batches_hold_all_captions_in_order(index):
@@ -245,7 +247,7 @@ def test_captioned_batches_hold_all_captions_in_order(index):
     grid = [np.arange(0, 7), np.array([3]), np.arange(7, ROWS)]
     for workers in (0, 2):
         batches = list(
-            captioned_batches(Reader(index), grid, transform=transform, tokenizer=tokenize, num_workers=workers)
+            captioned_batches(reader_of(index), grid, transform=transform, tokenizer=tokenize, num_workers=workers)
         )
         assert [len(batch.rows) for batch in batches] == [6, 0, 13]
         for rows, batch in zip(grid, batches, strict=True):
@@ -262,7 +264,7 @@ def test_captioned_batches_hold_all_captions_in_order(index):
 
 def refused(plan: BatchPlan, index: ShardIndex) -> str:
     try:
-        TrainingLoader(plan, Reader(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
+        TrainingLoader(plan, reader_of(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
     except UserError as error:
         return str(error)
     return ""
@@ -275,7 +277,7 @@ def test_a_batch_that_does_not_divide_is_refused(index, pool):
 
 def local_batches(index: ShardIndex) -> list[PairBatch]:
     plan = BatchPlan(shard_of=index.shard_of, groups=np.zeros(ROWS, int), global_batch_size=4, seed=0, stage=0)
-    loader = TrainingLoader(plan, Reader(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
+    loader = TrainingLoader(plan, reader_of(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize)
     return list(loader.steps(0, 9))
 
 

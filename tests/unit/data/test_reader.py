@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.data import reader as reader_module
-from mcl_clip.data.index import ShardIndex, _assemble
+from mcl_clip.data.index import RULE, ShardIndex, _assemble
 from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.storage import RetryPolicy
 from tests.unit.data.http_ranges import serve
@@ -206,7 +206,7 @@ def test_remote_rows(tmp_path, rows, remote):
         reader = Reader(index, remote=remote, cache_dir=tmp_path / "cache", retry=QUICK)
         check(reader, rows)
         check(reader, rows)
-        both = _assemble([each._part(number) for each in (index, local) for number in range(len(each.shards))], "txt")
+        both = _assemble([each._part(number) for each in (index, local) for number in range(len(each.shards))], RULE)
         rows_of_both = np.array([row + COUNT * (place % 2) for place, row in enumerate(rows)], np.int64)
         mixed = Reader(both, remote=remote, cache_dir=tmp_path / "cache", retry=QUICK).read(rows_of_both)
         assert [(s.image, s.text) for s in mixed] == [(expected(r).image, expected(r).text) for r in rows]

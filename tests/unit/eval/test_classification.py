@@ -277,6 +277,7 @@ def test_the_digest_tells_prompts_and_labels_apart(root):
         ("zeroshot_classification_templates.txt", "a photo\n", r"the template 'a photo' in .* has no \{c\}"),
         ("zeroshot_classification_templates.txt", None, r"zeroshot_classification_templates.txt is missing"),
         ("test/nshards.txt", "9\n", r"says 9 tar files, but 3.tar, 4.tar"),
+        ("test/nshards.txt", "1\n", r"says 1 tar files, but .* also has 1.tar, 2.tar; correct the number, or move"),
         ("test/nshards.txt", None, r"nshards.txt is missing"),
     ],
 )  # fmt: skip

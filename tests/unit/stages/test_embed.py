@@ -28,7 +28,7 @@ def make_index() -> ShardIndex:
     names = ("image_offset", "image_size", "image_format", "text_offset", "text_size", "text_format")
     zeros = {name: np.zeros(12, int) for name in (*names, "sample_offset", "sample_size")}
     table = make_table([b"%d" % row for row in range(12)], {**zeros, "shard": np.repeat(range(4), SHARD_ROWS)})
-    return ShardIndex(shards, table, text_first="txt")
+    return ShardIndex(shards, table)
 
 
 class Towers(nn.Module):

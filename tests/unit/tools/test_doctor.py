@@ -12,6 +12,7 @@ import torch
 
 from mcl_clip.config import (
     ClusterConfig,
+    DataConfig,
     EvalConfig,
     LockConfig,
     MachineConfig,
@@ -426,8 +427,9 @@ def shards(tmp_path):
     return tmp_path / "shards"
 
 
-def look(*specs, run_index=Path("/nowhere/index.arrow")):
-    return result_of(data.inspect_shards([str(spec) for spec in specs], run_index))
+def look(*specs, run_dir="/nowhere", **settings):
+    shards = DataConfig(train=tuple(map(str, specs)), **settings)
+    return result_of(data.inspect_shards(config(data=shards, run_dir=Path(run_dir))))
 
 
 def test_shards_without_an_index_are_estimated_from_the_first(shards):
@@ -441,27 +443,30 @@ def test_a_stored_index_is_used_where_shards_are_as_it_says(shards):
     ShardIndex.build([str(path) for path in sorted(shards.glob("*.tar"))]).write_beside()
     rows, found = look(shards)
     assert rows.is_whole
-    assert only(found, "ok") == "12 shards, 120 rows (from a stored index)"
+    assert only(found, "ok") == "12 shards, 120 rows (from a stored index); captions: 120 .txt"
     write_tar(shards / "03.tar", pairs(7, prefix="new"))
     rows, found = look(shards)
     assert rows.total == 117
-    assert only(found, "ok") == "12 shards, 117 rows (1 of them indexed now, in memory)"
+    assert only(found, "ok") == "12 shards, 117 rows (1 of them indexed now, in memory); captions: 117 .txt"
 
 
 def test_the_index_of_the_run_counts_first(shards, tmp_path):
     made = ShardIndex.build([str(path) for path in sorted(shards.glob("*.tar"))])
-    made.save(tmp_path / "run/index.arrow")
-    rows, found = look(shards, run_index=tmp_path / "run/index.arrow")
+    made.save(tmp_path / "run/index/index.arrow")
+    rows, found = look(shards, run_dir=tmp_path / "run")
     assert (rows.is_whole, rows.index.digest) == (True, made.digest)
     assert "from a stored index" in only(found, "ok")
     (shards / "00.tar").touch()
-    assert not look(shards, run_index=tmp_path / "run/index.arrow")[0].is_whole
+    assert not look(shards, run_dir=tmp_path / "run")[0].is_whole
 
 
 def test_samples_that_are_not_pairs(tmp_path):
     write_tar(tmp_path / "x.tar", [*pairs(5), ("alone.jpg", b"x")])
-    _, found = look(tmp_path / "x.tar")
-    assert only(found, "warning") == "samples that are not image-text pairs are skipped: 1 missing_text"
+    _, found = look(tmp_path / "x.tar", max_bad_fraction=0.2)
+    assert only(found, "warning") == "samples that are not pairs are left out: 1 missing_text (alone.jpg)"
+    assert only(look(tmp_path / "x.tar")[1], "FAIL").startswith(
+        "1 of 6 samples of the shards are left out, more than --data.max-bad-fraction 0.01 allows: 1 missing_text"
+    )
 
 
 def test_no_shards():
