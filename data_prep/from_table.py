@@ -49,11 +49,7 @@ def group_rows(
                 f"row {number} has {shorten(repr(image), 60)} in column {image_column!r}; it must be the path of an "
                 f"image (for images within Parquet files: from_hf.py FOLDER OUT --builder parquet)"
             )
-        if re.match("https?://", image):
-            raise UserError(
-                f"row {number} has the URL {shorten(image)} in column {image_column!r}; download the images with "
-                f"img2dataset, as docs/data.md shows, and give the shards to from_img2dataset.py"
-            )
+        refuse_url(image, f"row {number}, column {image_column!r},")
         if "\\" in image and not (root / image).is_file():
             image = image.replace("\\", "/")
         captions = as_captions(value, f"row {number}, column {caption_column!r},")
@@ -62,6 +58,15 @@ def group_rows(
     if lists:
         print(f"{lists:,} cells of column {caption_column!r} are lists of captions; each text in them is a caption")
     return splits
+
+
+def refuse_url(image: str, where: str) -> None:
+    """Raise a UserError if an image is given by its URL."""
+    if re.match("https?://", image):
+        raise UserError(
+            f"{where} has the URL {shorten(image)}; download the images with img2dataset, as docs/data.md shows, and "
+            f"give the shards to from_img2dataset.py"
+        )
 
 
 def shrink(data: bytes, max_side_px: int) -> bytes:

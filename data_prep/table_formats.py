@@ -6,6 +6,7 @@ A row is a dict. The files of known data sets give `image`, `caption` and, where
     dataset_coco.json                  Karpathy's splits: images with sentences
     Flickr8k.token.txt                 lines of IMAGE#NUMBER, a tab and a caption
     results.csv, results_20130124.token  of Flickr30k: IMAGE| NUMBER| CAPTION after a header, or as of Flickr8k
+    flickr30k_test_karpathy.txt        of CLIP_benchmark: IMAGE.jpg,CAPTION after a header
 """
 
 import ast
@@ -30,6 +31,7 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM
 FLICKR8K = re.compile(r"([^\t]+)#\d+\t(.*)")
 FLICKR30K = re.compile(r"([^|]+?)\s*\|\s*(\d+)\s*[|\s]\s*(.*)")  # one line of the published file lacks the second bar
 FLICKR30K_HEADER = "image_name| comment_number| comment"
+KARPATHY = re.compile(r"(.+?\.jpg),(.*)")  # captions with commas, not in quotes
 LIST = re.compile(r"""\[\s*['"].*['"]\s*,?\s*\]""", re.DOTALL)
 
 
@@ -97,7 +99,8 @@ def _text_rows(table: Path, columns: Sequence[str], separator: str, encoding: st
         with table.open(encoding=encoding, newline="") as file:
             first = file.readline().strip()
             file.seek(0)
-            if FLICKR8K.fullmatch(first) or first == FLICKR30K_HEADER:
+            is_karpathy = table.suffix == ".txt" and first == "image,caption" and '"' not in head.decode("latin-1")
+            if FLICKR8K.fullmatch(first) or first == FLICKR30K_HEADER or is_karpathy:
                 yield from _flickr_rows(table, file, columns)
             else:
                 yield from _csv_rows(table, file, columns, separator)
@@ -127,10 +130,10 @@ def _guess_encoding(table: Path, encoding: str, error: UnicodeError) -> str:
 
 def _flickr_rows(table: Path, file: IO[str], columns: Sequence[str]) -> Iterator[Row]:
     check_columns(f"{table}", columns, ("image", "caption", "image_name", "comment"))
-    for number, line in enumerate(file, start=1):
-        if not line.strip() or line.strip() == FLICKR30K_HEADER:
+    for number, line in enumerate(map(str.strip, file), start=1):
+        if not line or (number == 1 and line in (FLICKR30K_HEADER, "image,caption")):
             continue
-        if match := FLICKR8K.fullmatch(line.strip()) or FLICKR30K.fullmatch(line.strip()):
+        if match := FLICKR8K.fullmatch(line) or FLICKR30K.fullmatch(line) or KARPATHY.fullmatch(line):
             image, caption = match[1], match[match.lastindex or 2]
             yield {"image": image, "caption": caption, "image_name": image, "comment": caption}
         else:

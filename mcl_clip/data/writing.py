@@ -22,11 +22,16 @@ from tqdm import tqdm
 from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.core.files import atomic_dir
 from mcl_clip.core.progress import Progress
+from mcl_clip.data.decode import MAX_PIXELS
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG followed by further images
+OTHERS = {  # what is found in the place of images, by its first bytes
+    rb"GIF8": "GIF images", rb"BM": "BMP images", rb"II\*\0|MM\0\*": "TIFF images", rb".{4}ftypavi[fs]": "AVIF images",
+    rb".{4}ftyp(hei|mif)": "HEIC images", rb"\s*<!doctype|\s*<html": "HTML pages", rb"\s*<(svg|\?xml)": "SVG images",
+}  # fmt: skip
 MAX_KEY_LENGTH = 80  # a tar name holds 100 characters, extension included
 CLEAN_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
 
@@ -38,7 +43,7 @@ class Pair:
     """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`."""
 
     key: str
-    image: bytes  # a JPEG, PNG or WebP file, stored as it is; empty if it is missing, which counts as a bad image
+    image: bytes  # a JPEG, PNG or WebP file, stored as it is, or a GIF or BMP; empty if missing, which counts as bad
     captions: Sequence[str]
     attributes: Mapping[str, Any] | None = None
     source: str = ""  # path or row that the image comes from, shown in messages in place of the key
@@ -114,6 +119,18 @@ def image_extension(data: bytes) -> str:
             return EXTENSIONS[image.format or ""]
     except Exception:  # parsers of untrusted bytes raise nearly everything
         return ""
+
+
+def first_frame(data: bytes) -> bytes:
+    """Return the first frame of a GIF or BMP file as a PNG file; empty if it cannot be decoded."""
+    file = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(data), formats=("GIF", "BMP")) as image:
+            if image.width * image.height <= MAX_PIXELS:
+                image.convert("RGBA" if image.has_transparency_data else "RGB").save(file, "PNG")
+    except Exception:  # as in `image_extension`
+        return b""
+    return file.getvalue()
 
 
 def write_pairs(
@@ -240,7 +257,11 @@ class _Checks:
 
     def members_of(self, pair: Pair) -> Members | None:
         """Return the members of a sample, or None if it is left out."""
-        extension = self.extension_of(pair.key, pair.image, pair.source)
+        image = pair.image
+        if image.startswith((b"GIF8", b"BM")) and (frame := first_frame(image)):
+            image = frame
+            self.left_out["GIF or BMP images stored as PNG"] += 1
+        extension = self.extension_of(pair.key, image, pair.source)
         captions = clean_captions(pair.captions)
         self.left_out["empty captions dropped"] += len(pair.captions) - len(captions)
         if not extension:
@@ -253,7 +274,7 @@ class _Checks:
             return None
         self.images += 1
         self.captions += len(captions)
-        members: Members = {"__key__": pair.key, extension: pair.image, "txt": text}
+        members: Members = {"__key__": pair.key, extension: image, "txt": text}
         return members | {"json": attributes} if attributes else members
 
     def extension_of(self, key: str, image: bytes, source: str = "") -> str:
@@ -269,7 +290,8 @@ class _Checks:
         if len(image) > MAX_IMAGE_BYTES:
             extension, reason = "", f"images over {MAX_IMAGE_BYTES >> 20} MiB"
         else:
-            extension, reason = image_extension(image), "unreadable images" if image else "missing images"
+            kinds = (kind for start, kind in OTHERS.items() if re.match(start, image[:64], re.DOTALL | re.IGNORECASE))
+            extension, reason = image_extension(image), next(kinds, "unreadable images" if image else "missing images")
         if not extension:
             self.bad_images[reason] += 1
             self.first_bad = self.first_bad or f"{shorten(source or key)} ({reason})"

@@ -155,6 +155,36 @@ def test_with_a_known_total_too_many_bad_images_stop_at_once(tmp_path):
         write_pairs(endless(), tmp_path / "out", total=200)
 
 
+def test_the_first_frame_of_a_gif_is_stored_as_png(tmp_path, capsys):
+    file = io.BytesIO()
+    frames = [Image.new("P", (4, 3), color) for color in (1, 2)]
+    frames[0].putpalette([0, 0, 0, 250, 20, 30, 0, 0, 255])
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    write_pairs([Pair(key="g", image=file.getvalue(), captions=["x"]), *pairs(1)], tmp_path / "out")
+    with Image.open(io.BytesIO(read(tmp_path / "out")[0]["png"])) as image:
+        assert image.convert("RGB").getpixel((1, 1)) == (250, 20, 30)
+    assert capsys.readouterr().out == "out: 2 of 2 samples written (1 GIF or BMP images stored as PNG)\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"<!DOCTYPE html><html>", "HTML pages"),
+        (b"\n<HTML>", "HTML pages"),
+        (b"\0\0\0 ftypavif", "AVIF images"),
+        (b"\0\0\0 ftypheic", "HEIC images"),
+        (b"II*\0", "TIFF images"),
+        (b"GIF89a cut", "GIF images"),
+        (b"<svg/>", "SVG images"),
+        (b"noise", "unreadable images"),
+    ],
+)
+def test_what_is_in_the_place_of_an_image_is_named_with_its_path(tmp_path, data, kind):
+    sample = Pair(key="a-1f", image=data, captions=["x"], source="photos/ä.jpg")
+    with pytest.raises(UserError, match=rf"1 of 1 images are bad \(1 {kind}\).* the first is photos/ä.jpg \({kind}\)"):
+        write_pairs([sample], tmp_path / "out")
+
+
 @pytest.mark.parametrize("key", ["a.b", "a/b", "", "a b", "x" * 81, "ä"])
 def test_keys_that_readers_would_cut_are_refused(tmp_path, key):
     with pytest.raises(UserError, match=r"use clean_key\(name\)"):

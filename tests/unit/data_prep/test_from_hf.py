@@ -2,6 +2,8 @@ import io
 import json
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -87,7 +89,11 @@ def test_rows_without_an_image_count_as_bad(hf, tmp_path):
     [
         ({"caption_column": "caption"}, "has no column 'caption'; its columns are image, texts"),
         ({"image_column": "picture", "caption_column": "texts"}, "has no column 'picture'"),
-        ({"split": "validation"}, "has no split 'validation'; its splits are train, test"),
+        ({"split": "validation"}, "has no split 'validation'; its splits are train, test; name one .*--split-column"),
+        (
+            {"split": "val", "split_column": "texts"},
+            r"no row has 'val' in column 'texts'; it has \['text 0', 'another'\]",
+        ),
         ({"split": ""}, "name at least one split"),
         ({"max_samples": 0}, "--max-samples is 0"),
         ({"builder": "parquet", "source": "nowhere"}, "--builder parquet needs a local folder"),
@@ -105,8 +111,94 @@ def test_data_sets_that_cannot_be_reached_are_a_users_error(hf, tmp_path, monkey
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match="split 'train' of someone/something cannot be opened: no network"):
+    with pytest.raises(UserError, match="someone/something cannot be opened: ConnectionError: no network"):
         hf.make_from_hf("someone/something", tmp_path / "out")
+
+
+def write_parquet(folder, columns, name="train.parquet"):
+    folder.mkdir()
+    pq.write_table(pa.table(columns), folder / name, row_group_size=2)
+    return folder
+
+
+def structs(picture, kind="PNG"):
+    return [{"bytes": picture(n, kind=kind), "path": None} for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ([{"raw": f"t{n}", "tokens": ["t"]} for n in range(4)], "t0"),
+        ([[{"raw": f"t{n}", "tokens": ["t"]}, {"raw": "b", "tokens": ["b"]}] for n in range(4)], "t0\nb"),
+        ([[[f"t{n}"], ["b", "c"]] for n in range(4)], "t0\nb\nc"),
+        ([json.dumps([f"t{n}", "b"]) for n in range(4)], "t0\nb"),
+    ],
+    ids=["struct", "list of structs", "nested lists", "JSON"],
+)
+def test_captions_in_other_forms(hf, tmp_path, picture, read_tars, captions, expected):
+    folder = write_parquet(tmp_path / "set", {"image": structs(picture), "text": captions})
+    hf.make_from_hf(str(folder), tmp_path / "out")
+    assert read_tars(tmp_path / "out" / "train")[0]["txt"].decode() == expected
+
+
+@pytest.mark.parametrize("form", ["bytes", "list of one", "gif"])
+def test_images_in_other_forms(hf, tmp_path, picture, read_tars, form):
+    images = structs(picture, "GIF" if form == "gif" else "PNG")
+    images = [one["bytes"] if form == "bytes" else [one] if form == "list of one" else one for one in images]
+    folder = write_parquet(tmp_path / "set", {"image": images, "text": list("abcd")})
+    hf.make_from_hf(str(folder), tmp_path / "out")
+    with Image.open(io.BytesIO(read_tars(tmp_path / "out" / "train")[2]["png"])) as image:
+        assert image.convert("RGB").getpixel((0, 0)) == pytest.approx((2, 40, 90), abs=4)
+
+
+def test_rows_are_sorted_by_a_column_of_splits(hf, tmp_path, picture, read_tars):
+    columns = {"image": structs(picture), "text": list("abcd"), "split": ["train", "val", "train", "test"]}
+    folder = write_parquet(tmp_path / "set", columns, "test.parquet")
+    options = {"split_column": "split", "retrieval_splits": "val", "max_samples": 2}
+    hf.make_from_hf(str(folder), tmp_path / "out", **options)
+    assert [(one["__key__"], one["txt"]) for one in read_tars(tmp_path / "out" / "train")] == [
+        ("00000000", b"a"),
+        ("00000002", b"c"),
+    ]
+    assert [one["txt"] for one in read_tars(tmp_path / "out" / "val" / "test")] == [b"b"]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        (
+            "image",
+            [[b"x", b"y"]] * 4,
+            "row 0 of split train, column 'image', has a list of 2 values; it must be an image",
+        ),
+        ("image", [1, 2, 3, 4], "column 'image', has 1; it must be an image"),
+        ("image", ["https://a.b/c.jpg"] * 4, "has the URL https://a.b/c.jpg; download the images with img2dataset"),
+        ("text", [1, 2, 3, 4], "column 'text', has 1; a caption must be text"),
+        ("text", [{"en": "x", "de": "y"}] * 4, "column 'text', has a struct of en, de; a caption must be text"),
+        ("text", [b"x" * 50_000] * 4, r"has b'x{10,60} \.\.\. \(50,003 characters\); a caption must be text"),
+    ],
+)
+def test_columns_of_something_else_are_named_by_row(hf, tmp_path, picture, column, values, message):
+    folder = write_parquet(tmp_path / "set", {"image": structs(picture), "text": list("abcd"), column: values})
+    with pytest.raises(UserError, match=message):
+        hf.make_from_hf(str(folder), tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_and_programs_are_a_users_error(hf, tmp_path, picture):
+    folder = write_parquet(tmp_path / "set", {"image": structs(picture), "text": list("abcd")})
+    whole = (folder / "train.parquet").read_bytes()
+    (folder / "train.parquet").write_bytes(whole[:4] + b"\xff" * 20 + whole[24:])
+    with pytest.raises(UserError, match=r"split train cannot be read beyond row 0: .*; download the data set again"):
+        hf.make_from_hf(str(folder), tmp_path / "out")
+    (folder / "train.parquet").write_bytes(whole[:-30])
+    with pytest.raises(UserError, match=r"set cannot be opened: ArrowInvalid: Parquet magic bytes not found"):
+        hf.make_from_hf(str(folder), tmp_path / "out")
+    program = tmp_path / "program"
+    program.mkdir()
+    (program / "program.py").write_text("import datasets")
+    with pytest.raises(UserError, match=r"program is read by a program of its own, .* --revision refs/convert/parquet"):
+        hf.make_from_hf(str(program), tmp_path / "out")
 
 
 def test_images_are_never_decoded(hf, tmp_path, read_tars):

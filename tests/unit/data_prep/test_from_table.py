@@ -169,6 +169,12 @@ def test_known_data_sets_are_tables(table, tmp_path, images, read_tars, name, co
     assert found == {"a_x": ["one", "three"], "b": ["two"]}
 
 
+def test_captions_with_commas_outside_quotes(table, tmp_path, images, read_tars):
+    (tmp_path / "flickr30k_test_karpathy.txt").write_text("image,caption\nb.jpg,one, or two\nb.jpg,three\n")
+    table.make_from_table(tmp_path / "flickr30k_test_karpathy.txt", tmp_path / "out", images_root=images)
+    assert read_tars(tmp_path / "out" / "train")[0]["txt"] == b"one, or two\nthree"
+
+
 def test_a_line_that_is_unlike_the_others_is_named(table, tmp_path):
     (tmp_path / "t.txt").write_text("a.jpg#0\tone\nwhat is this\n")
     with pytest.raises(UserError, match=r"t.txt, line 2 is not of the form of the others: what is this"):
@@ -258,7 +264,11 @@ def test_mistakes_are_named_and_nothing_is_written(table, tmp_path, images, kind
         ),
         ("t.csv", b"file,caption,file\n", "has 2 columns 'file'"),
         ("t.csv", b"file,caption\n,x\n", r"1 of 1 images are bad .* the first is row 1, which has no path \(missing"),
-        ("t.csv", b"file,caption\nhttps://a.b/c.jpg,x\n", "row 1 has the URL https://a.b/c.jpg .* with img2dataset"),
+        (
+            "t.csv",
+            b"file,caption\nhttps://a.b/c.jpg,x\n",
+            "row 1, column 'file', has the URL https://a.b/c.jpg; .* img2dataset",
+        ),
         (
             "t.csv",
             b"file,caption\na.jpg,['a' 'b']\n",
