@@ -4,7 +4,6 @@ Batch sizes are over all processes. `MachineConfig` and `EvalConfig.every_steps`
 are the texts of `--help`.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,24 +11,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mcl_clip.core.checks import check_fields, check_patterns
 from mcl_clip.core.errors import UserError
-
-
-def check_range(flag: str, value: float, least: float, most: float = math.inf) -> None:
-    """Check that a value is within its range.
-
-    Raises:
-        UserError: if it is not; names the flag, the range and the value.
-    """
-    if not least <= value <= most:
-        limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-        raise UserError(f"--{flag} must be {limits}, not {value:g}")
-
-
-def _check_least(section: str, config: object, **least: float) -> None:
-    for name, smallest in least.items():
-        check_range(f"{section}.{name.replace('_', '-')}", getattr(config, name), smallest)
-
 
 Inline = Annotated[Mapping[str, Any], tyro.conf.Fixed]  # nested dictionaries: set in a recipe, not on the command line
 
@@ -60,12 +43,11 @@ class DataConfig:
     """Images with more pixels count as bad samples and are not decoded."""
 
     def __post_init__(self) -> None:
+        check_fields("data.", self, weights=0, holdout_rows=0, max_bad_fraction=(0, 1), max_pixels=1)
         if self.weights and len(self.weights) != len(self.train):
             raise UserError(f"--data.weights has {len(self.weights)} values for {len(self.train)} lists of shards")
-        if any(weight < 0 for weight in self.weights):
-            raise UserError(f"--data.weights must be 0 or more, not {self.weights}")
-        check_range("data.max-bad-fraction", self.max_bad_fraction, 0, 1)
-        check_range("data.holdout-rows", self.holdout_rows, 0)
+        if self.weights and not any(self.weights):
+            raise UserError("--data.weights are all 0, which leaves no rows; give a list of shards a weight above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +64,7 @@ class TowerConfig:
     """Overrides of the preprocessing: mean, std, interpolation, resize_mode."""
 
     def __post_init__(self) -> None:
+        check_fields("tower.", self)
         if bool(self.architecture) == bool(self.model):
             raise UserError(
                 "give either --tower.architecture or, in the recipe, TowerConfig(model=...), not both or none"
@@ -120,6 +103,10 @@ class LockConfig:
     """With a frozen text tower, compute the features of all captions once if the stage sees each caption about twice or
     more, and read them from the run directory (4 bytes per dimension and caption, deleted after the stage)."""
 
+    def __post_init__(self) -> None:
+        check_fields("stages.K.train.lock.", self, image_unlocked_groups=0)
+        check_patterns("stages.K.train.lock.patterns", self.patterns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
@@ -134,6 +121,14 @@ class AugmentConfig:
     jpeg: Literal["fast", "exact"] = "fast"
     """`fast` decodes JPEGs at a reduced size where that is enough and resizes with torchvision; `exact` uses Pillow as
     open_clip does. Evaluation and embedding are always exact."""
+
+    def __post_init__(self) -> None:
+        check_fields("stages.K.train.augment.", self, scale=(1e-6, 1), ratio=1e-6, horizontal_flip=(0, 1))
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if low > high:
+                raise UserError(
+                    f"--stages.K.train.augment.{name} {low} {high} must be the smaller, then the larger value"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +199,14 @@ class TrainConfig:
     lock: LockConfig = LockConfig()
 
     def __post_init__(self) -> None:
-        _check_least(
-            "stages.K.train", self, steps=0, global_batch_size=2, lr=0, warmup_steps=0, min_negatives=1,
-            window_shards=0, run_rows=1, ifm_epsilon=0, grad_cache_rows=0, loss_chunk_rows=0,
+        check_fields(
+            "stages.K.train.", self, steps=0, global_batch_size=2, lr=0, warmup_steps=0, weight_decay=0,
+            betas=(0, 0.999999999), eps=0, lr_multipliers=0, weight_decays=0, max_grad_norm=0, ifm_epsilon=0,
+            grad_cache_rows=0, loss_chunk_rows=0, patch_dropout=(0, 0.999999), average_decay=(0, 0.999999),
+            min_group_size=1, min_negatives=1, window_shards=0, run_rows=1,
         )  # fmt: skip
-        check_range("stages.K.train.average-decay", self.average_decay, 0, 0.999999)
-        check_range("stages.K.train.patch-dropout", self.patch_dropout, 0, 0.999999)
+        check_patterns("stages.K.train.lr-multipliers", self.lr_multipliers)
+        check_patterns("stages.K.train.weight-decays", self.weight_decays)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +228,7 @@ class ClusterConfig:
     """Largest number of k-means passes over all rows."""
 
     def __post_init__(self) -> None:
-        _check_least("stages.K.cluster", self, num_clusters=1, text_clusters=0, num_starts=1, max_passes=0)
+        check_fields("stages.K.cluster.", self, num_clusters=1, text_clusters=0, num_starts=1, max_passes=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +240,9 @@ class StageConfig:
     start: Literal["base", "previous", "scratch"] = "previous"
     """Initial weights of stages after stage 0: the pretrained weights, or the result of stage 0 if there are none
     (`base`); the result of the previous stage (`previous`); new random weights (`scratch`)."""
+
+    def __post_init__(self) -> None:
+        check_fields("stages.K.", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +262,7 @@ class EvalConfig:
     """Images in a forward pass, also when the training rows are embedded."""
 
     def __post_init__(self) -> None:
-        check_range("eval.batch-size", self.batch_size, 1)
+        check_fields("eval.", self, every_steps=0, batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,16 +307,15 @@ class MachineConfig:
     """Exit code after SIGTERM or SIGUSR1 stopped the job with a checkpoint, for schedulers that requeue by code."""
 
     def __post_init__(self) -> None:
+        check_fields(
+            "machine.", self, workers=0, prefetch_batches=1, loader_timeout_s=1, threads=0, log_steps=1, save_steps=0,
+            save_minutes=0, keep_checkpoints=1, report_mb=0.01, cache_gb=0, preempt_exit_code=(0, 255),
+        )  # fmt: skip
         if self.preempt_exit_code in (1, 2):
             raise UserError(
                 f"--machine.preempt-exit-code {self.preempt_exit_code} means that a job has failed; use another, "
                 f"such as 85"
             )
-        check_range("machine.preempt-exit-code", self.preempt_exit_code, 0, 255)
-        _check_least(
-            "machine", self, workers=0, prefetch_batches=1, loader_timeout_s=1, threads=0, log_steps=1, save_steps=0,
-            keep_checkpoints=1,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +338,9 @@ class PublishConfig:
     """Data sets on the Hub that the pairs come from, for the model card."""
     description: str = ""
     """A paragraph about data and purpose for the model card."""
+
+    def __post_init__(self) -> None:
+        check_fields("publish.", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +369,7 @@ class RunConfig:
     machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         if not self.stages:
             raise UserError("a run needs at least one stage")
         for number, stage in enumerate(self.stages):
@@ -387,3 +390,6 @@ class ExperimentConfig:
     """Additional arms besides the recipe and its controls: name -> arguments of the recipe."""
     high: str | None = None
     """The arm that is the upper bound, without suppressed features; the gap is measured from `single` to it."""
+
+    def __post_init__(self) -> None:
+        check_fields("experiment.", self)

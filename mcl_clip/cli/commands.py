@@ -22,7 +22,8 @@ from mcl_clip.cli.recipe import (
     parse,
     split_arguments,
 )
-from mcl_clip.config import ExperimentConfig, RunConfig, check_range
+from mcl_clip.config import ExperimentConfig, RunConfig
+from mcl_clip.core.checks import check_range
 from mcl_clip.core.distributed import is_main, world_size
 from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import DONE, append_jsonl, atomic_path, read_run_config, write_json
