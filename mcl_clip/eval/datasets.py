@@ -38,7 +38,7 @@ KNOWN_LAYOUTS = (
     "pairs.json, dataset_type.txt, classnames.txt, test/nshards.txt, tar files with captions, or a folder of images "
     "for each class"
 )
-UNSUPPORTED_FORMATS = ("bmp", "gif", "pgm", "ppm", "tif", "tiff")
+UNSUPPORTED_FORMATS = ("heic", "pgm", "ppm", "tif", "tiff")
 WORDNET_ID = re.compile(r"n\d{8}")
 IMAGENET_ENDS = ("n01440764", "n15075141")  # the first and the last of its 1,000 classes
 
@@ -139,7 +139,7 @@ def _visible_folders(root: Path) -> list[Path]:
 
 
 def open_image_folder(root: Path) -> ClassificationSet:
-    """Open a set of images in `root`/CLASS/*.jpg (or .jpeg, .png, .webp).
+    """Open a set of images in `root`/CLASS/*.jpg (or another of IMAGE_FORMATS).
 
     Class names are the lines of classnames.txt, in the sorted order of the folders; without that file they are the
     folder names, or ImageNet's for its 1,000 WordNet ids. Templates are in zeroshot_classification_templates.txt;

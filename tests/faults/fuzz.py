@@ -415,7 +415,7 @@ def tar_of(members: Sequence[_Member], kind: int) -> bytes:
             try:
                 tar.addfile(info, io.BytesIO(member.data) if info.size else None)
             except (ValueError, UnicodeError):  # a name that this format cannot hold
-                info.name, info.pax_headers = f"{member.sample or 'extra'}.gif", {}
+                info.name, info.pax_headers = f"{member.sample or 'extra'}.pdf", {}
                 tar.addfile(info, io.BytesIO(member.data) if info.size else None)
     return buffer.getvalue()
 

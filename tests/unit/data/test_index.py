@@ -116,7 +116,7 @@ def test_text_preference(tmp_path):
     [
         ([("b.jpg", b"1")], "missing_text"),
         ([("b.txt", b"1")], "missing_image"),
-        ([("b.gif", b"1"), ("b.txt", b"1")], "missing_image"),
+        ([("b.heic", b"1"), ("b.txt", b"1")], "missing_image"),
         ([("b.jpg", b""), ("b.txt", b"1")], "empty_member"),
         ([("b.jpg", b"1"), ("b.txt", b"x" * (tar_module.MAX_TXT_BYTES + 1))], "oversize_member"),
         ([("b.jpg", b"1"), ("b.json", b"x" * (tar_module.MAX_JSON_BYTES + 1))], "oversize_member"),

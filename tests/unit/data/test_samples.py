@@ -7,7 +7,7 @@ import pytest
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.decode import decode_captions
-from mcl_clip.data.index import RULE, ShardIndex
+from mcl_clip.data.index import OLD_RULE, RULE, ShardIndex
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.samples import SampleRule
 from mcl_clip.data.writing import Pair, write_pairs
@@ -162,6 +162,15 @@ def test_a_caption_before_its_image_is_read_where_it_lies(tmp_path):
     members = [m for n in range(30) for m in ((f"{n:02}.txt", f"text {n}".encode()), (f"{n:02}.webp", bytes(20_000)))]
     index = build(write_tar(tmp_path / "a.tar", members))
     assert captions(index) == {f"{n:02}": [f"text {n}"] for n in range(30)}
+
+
+@pytest.mark.parametrize("image", ["png", "webp", "gif", "bmp", "avif"])
+def test_images_of_every_format_that_is_decoded_are_found(tmp_path, image):
+    path = write_tar(tmp_path / "a.tar", sample("a", image=image, txt="x"))
+    assert Reader(build(path)).read(np.array([0]))[0].image == b"1"
+    if image in ("gif", "bmp", "avif"):
+        with pytest.raises(UserError, match=rf"1 missing_image \(a\.{image}, a\.txt\)"):
+            ShardIndex.build([str(path)], rule=OLD_RULE)
 
 
 def test_the_default_rule_is_that_of_fresh_runs():
