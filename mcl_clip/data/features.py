@@ -6,7 +6,7 @@ text features of single captions, for stages whose text encoder is locked.
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,32 +47,40 @@ def first_rows(index: ShardIndex) -> Int64[np.ndarray, "shards_and_end"]:
     return np.array([shard.first_row for shard in index.shards] + [len(index)])
 
 
-def write_part(path: Path, columns: Mapping[str, np.ndarray], counts: Mapping[str, Any] | None = None) -> None:
-    """Write the columns of a part atomically, with what was counted in the shard as metadata."""
+def write_part(path: Path, columns: Mapping[str, np.ndarray], counts: Mapping[str, Any]) -> None:
+    """Write the columns of a part or a piece atomically, with what was counted in it as metadata."""
     # All counts under one key: safetensors does not keep the order of several, and files would differ between runs.
-    metadata = None if counts is None else {"counts": json.dumps(counts)}
+    metadata = {"counts": json.dumps(counts)} if counts else None
     with atomic_path(path) as temporary:
         save_file(dict(columns), temporary, metadata=metadata)
 
 
-def read_counts(folder: Path, index: ShardIndex, shard: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield `bad_samples` and `full_captions` of all embedding parts, or of one shard; raise UserError without them.
+def read_piece(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read what `write_part` wrote of a large shard; raise UserError if the file is damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            counts = json.loads((file.metadata() or {}).get("counts", "{}"))
+        return load_file(path), counts
+    except Exception as error:  # damaged files raise errors of several types
+        raise UserError(f"{path} is damaged ({error}); delete it and run the recipe again") from error
+
+
+def read_counts(path: Path) -> dict[str, Any]:
+    """Read `bad_samples` and `full_captions` of an embedding part; raise UserError without them.
 
     `bad_samples` are the rows that could not be decoded, as [row, key, reason]. `full_captions` counts the captions
     that fill the context of the text encoder, for tokenizers that pad with 0; longer ones were truncated.
     """
-    for number in [n for n, one in enumerate(index.shards) if one.rows] if shard is None else [shard]:
-        path = folder / part_name(number)
-        with safe_open(path, framework="numpy") as part:
-            text = (part.metadata() or {}).get("counts", "")
-        try:
-            counts = json.loads(text)
-            types = [tuple(type(value) for value in bad) for bad in counts["bad_samples"]]
-            if type(counts["full_captions"]) is not int or any(of_one != (int, str, str) for of_one in types):
-                raise ValueError("bad_samples")
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} has no counts of bad samples; delete it and run the recipe again") from error
-        yield counts
+    with safe_open(path, framework="numpy") as part:
+        text = (part.metadata() or {}).get("counts", "")
+    try:
+        counts: dict[str, Any] = json.loads(text)
+        types = [tuple(type(value) for value in bad) for bad in counts["bad_samples"]]
+        if type(counts["full_captions"]) is not int or any(of_one != (int, str, str) for of_one in types):
+            raise ValueError("bad_samples")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} has no counts of bad samples; delete it and run the recipe again") from error
+    return counts
 
 
 @dataclass(frozen=True, kw_only=True)

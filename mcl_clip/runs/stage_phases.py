@@ -37,7 +37,7 @@ def embed(run: RunContext, stage: int) -> None:
     options = run.batch_options(clip) | ({} if texts is None else {"tokenizer": None})
     transform = evaluation_transform(clip.preprocess_cfg, legacy=config.behavior == "0.6")
     reader = run.reader(run.index)
-    with run.interrupt.deferred():  # a stop waits for the end of a shard, which is what can be resumed
+    with run.interrupt.deferred():  # a stop waits for the end of a piece of a shard, which is what can be resumed
         embed_shards(
             clip.model,
             run.index,
@@ -54,8 +54,8 @@ def embed(run: RunContext, stage: int) -> None:
             is_stopping=run.interrupt.noticed,
             texts=texts,
         )
-    run.interrupt.check()
     barrier()
+    run.interrupt.check()
     # step -1 discards earlier records: all of them are in the files of the shards
     max_bad = config.data.max_bad_fraction
     bad = BadSamples(out / "bad_samples.jsonl", max_fraction=max_bad, rows=len(run.index), step=-1)

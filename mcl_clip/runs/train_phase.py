@@ -292,8 +292,8 @@ def _cached_texts(run: RunContext, stage: int, clip: ClipBundle, index: ShardInd
             show_progress=run.config.machine.progress,
             is_stopping=run.interrupt.noticed,
         )
-    run.interrupt.check()
     barrier()
+    run.interrupt.check()
     logger.info("stage %d: the text tower is locked; caption features are read from %s", stage, out)
     return TextFeatures(out, index, clip.model_cfg["embed_dim"])
 

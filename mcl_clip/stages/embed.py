@@ -1,7 +1,9 @@
 """The embedding pass: features of every row, or of every caption, under the model of one stage."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,14 +11,17 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from mcl_clip.core.distributed import is_main, rank, world_size
+from mcl_clip.core.distributed import barrier, is_main, on_main, rank, world_size
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.features import EmbeddingTable, part_name, read_counts, text_part_name, write_part
+from mcl_clip.data.features import EmbeddingTable, part_name, read_counts, read_piece, text_part_name, write_part
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.loader import BadSample, CaptionedBatch, content_ids
 from mcl_clip.model.clip import autocast, encode_texts, to_floats
 
+PIECE_ROWS = 4096  # rows that a process embeds and keeps at a time, in whole batches
 Batches = Callable[[Iterable[np.ndarray]], Iterator[CaptionedBatch]]
+PieceKey = tuple[int, int]
+Piece = tuple[dict[str, np.ndarray], dict[str, Any]]  # columns, and what was counted
 
 
 @torch.inference_mode()
@@ -35,29 +40,27 @@ def embed_shards(
     is_stopping: Callable[[], bool] | None = None,
     texts: EmbeddingTable | None = None,
 ) -> None:
-    """Write the embeddings of all shards that have no part file yet; process `i mod world_size` embeds shard i.
+    """Write the embeddings of all shards that have no part file yet, each process an equal share of the rows.
 
-    `batches` decodes the batches of an iterable of row arrays and is called once for all shards; they have `batch_size`
-    rows, on a fixed grid from the start of each shard. `is_stopping` is called after each shard: once it returns True,
-    the remaining shards are left for a later call. `texts` are embeddings by the same text encoder: their text columns
-    are copied, and the batches need no tokens.
+    `batches` decodes the batches of an iterable of row arrays and is called once for all of them; they have
+    `batch_size` rows, on a fixed grid from the start of each shard. Large shards are kept in pieces until all processes
+    are done. `is_stopping` is called after each piece: once it returns True, the rest is left for a later call.
+    `texts` are embeddings by the same text encoder: their text columns are copied, and the batches need no tokens. A
+    collective call.
     """
     model.eval()
-    shards = _own_shards(index, out, part_name, batches, batch_size, "embed", show_progress, is_stopping)
-    for number, shard in shards:
-        pieces: list[dict[str, np.ndarray]] = []
-        bad: list[BadSample] = []
-        full = 0
-        for rows, batch in shard:
-            bad += batch.bad
-            full += batch.full_captions
-            piece = _embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision, has_texts=texts is None)
-            pieces.append(piece)
-        columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def embed(rows: np.ndarray, batch: CaptionedBatch) -> Piece:
+        columns = _embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision, has_texts=texts is None)
+        return columns, {"bad_samples": list(batch.bad), "full_captions": batch.full_captions}
+
+    def finish(number: int, columns: dict[str, np.ndarray], counts: dict[str, Any]) -> Piece:
         if texts is not None:
             columns |= {name: getattr(texts.part(number), name) for name in ("text", "text_norm", "text_id")}
-            full = next(read_counts(texts.folder, index, number))["full_captions"]
-        write_part(out / part_name(number), columns, {"bad_samples": bad, "full_captions": full})
+            counts["full_captions"] = read_counts(texts.folder / part_name(number))["full_captions"]
+        return columns, counts
+
+    _write_parts(index, out, part_name, embed, finish, batches, batch_size, "embed", show_progress, is_stopping)
 
 
 @torch.inference_mode()
@@ -79,56 +82,102 @@ def write_text_features(
     The batches contain the tokens of all captions, with padding, and need no images.
     """
     model.eval()
-    shards = _own_shards(index, out, text_part_name, batches, batch_size, "texts", show_progress, is_stopping)
-    for number, shard in shards:
-        features, ids, counts = [torch.zeros(0, dim)], [], []
-        for rows, batch in shard:
-            ids.append(content_ids(batch.tokens))
-            counts.append(torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows)))
-            if len(batch.tokens):
-                with autocast(precision, device):  # normalized inside, as in a training step
-                    encoded = F.normalize(encode_texts(model, batch.tokens, device), dim=1)
-                features.append(encoded.float().cpu())
-        first = np.concatenate([[0], np.cumsum(torch.cat(counts).numpy())])
-        columns = {"features": torch.cat(features).numpy(), "ids": torch.cat(ids).numpy(), "first": first}
-        write_part(out / text_part_name(number), columns)
+
+    def embed(rows: np.ndarray, batch: CaptionedBatch) -> Piece:
+        features = torch.zeros(0, dim)
+        if len(batch.tokens):
+            with autocast(precision, device):  # normalized inside, as in a training step
+                features = F.normalize(encode_texts(model, batch.tokens, device), dim=1)
+        captions = torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows))
+        columns = {"features": features.float().cpu(), "ids": content_ids(batch.tokens), "captions": captions}
+        return {name: column.numpy() for name, column in columns.items()}, {}
+
+    def finish(_: int, columns: dict[str, np.ndarray], __: dict[str, Any]) -> Piece:
+        first = np.concatenate([[0], np.cumsum(columns.pop("captions"))])
+        return {**columns, "first": first}, {}
+
+    _write_parts(index, out, text_part_name, embed, finish, batches, batch_size, "texts", show_progress, is_stopping)
 
 
-def _own_shards(
+def _write_parts(
     index: ShardIndex,
     out: Path,
     name_of: Callable[[int], str],
+    embed: Callable[[np.ndarray, CaptionedBatch], Piece],
+    finish: Callable[[int, dict[str, np.ndarray], dict[str, Any]], Piece],
     batches: Batches,
     batch_size: int,
     what: str,
     show_progress: bool,
     is_stopping: Callable[[], bool] | None,
-) -> Iterator[tuple[int, Iterator[tuple[np.ndarray, CaptionedBatch]]]]:
-    """Yield each shard of this process that has no part file yet, with the rows and the samples of its batches."""
-    missing = [n for n, shard in enumerate(index.shards) if shard.rows and not (out / name_of(n)).exists()]
-    mine = [n for n in missing if n % world_size() == rank()]
+) -> None:
+    """Write the missing pieces of shards, then join them to part files; `finish` completes the columns of a part."""
+    pieces = _Pieces(index=index, out=out, name_of=name_of, max_rows=batch_size * max(1, PIECE_ROWS // batch_size))
 
-    def batch_rows(number: int) -> Iterator[np.ndarray]:
-        first, rows = index.shards[number].first_row, index.shards[number].rows
-        return (np.arange(first + n, first + min(n + batch_size, rows)) for n in range(0, rows, batch_size))
+    def batch_rows(piece: PieceKey) -> Iterator[np.ndarray]:
+        rows = index.shards[piece[0]].first_row + np.array(pieces.rows(piece))
+        return (rows[n : n + batch_size] for n in range(0, len(rows), batch_size))
 
-    def batches_of(number: int) -> Iterator[tuple[np.ndarray, CaptionedBatch]]:
-        for rows in batch_rows(number):
-            yield rows, next(loaded)
-            bar.update(len(rows))
-
-    loaded = batches(rows for number in mine for rows in batch_rows(number))
-    total = sum(index.shards[n].rows for n in mine)
+    missing = on_main(pieces.missing)
+    sizes = np.array([len(pieces.rows(piece)) for piece in missing], np.int64)
+    middles = np.cumsum(sizes) - sizes / 2  # a piece belongs to the process in whose share of the rows its middle is
+    mine = [missing[n] for n in np.flatnonzero(middles * world_size() // max(1, sizes.sum()) == rank())]
+    loaded = batches(rows for piece in mine for rows in batch_rows(piece))
+    total = sum(len(pieces.rows(piece)) for piece in mine)
     with Progress(total=total, unit="row", desc=what, show=show_progress and is_main()) as bar:
-        for number in mine:
-            yield number, batches_of(number)
+        for piece in mine:
+            found = []
+            for rows in batch_rows(piece):
+                found.append(embed(rows, next(loaded)))
+                bar.update(len(rows))
+            is_whole, joined = len(pieces.of(piece[0])) == 1, _join(found)
+            write_part(pieces.path(piece), *(finish(piece[0], *joined) if is_whole else joined))
             if is_stopping is not None and is_stopping():
-                return
+                break
+    barrier()  # all pieces are written
+    for number in range(rank(), len(index.shards), world_size()):
+        paths = [pieces.path(piece) for piece in pieces.of(number)]
+        if len(paths) > 1 and all(path.exists() for path in paths):
+            write_part(out / name_of(number), *finish(number, *_join([read_piece(path) for path in paths])))
+            for path in paths:
+                path.unlink()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pieces:
+    """The pieces of at most `max_rows` rows in which shards are embedded: shard, and first row in it."""
+
+    index: ShardIndex
+    out: Path
+    name_of: Callable[[int], str]
+    max_rows: int
+
+    def of(self, number: int) -> list[PieceKey]:
+        return [(number, start) for start in range(0, self.index.shards[number].rows, self.max_rows)]
+
+    def rows(self, piece: PieceKey) -> range:
+        return range(piece[1], min(piece[1] + self.max_rows, self.index.shards[piece[0]].rows))
+
+    def path(self, piece: PieceKey) -> Path:
+        name = self.name_of(piece[0])
+        is_whole = self.index.shards[piece[0]].rows <= self.max_rows  # of a small shard: its part file
+        return self.out / (name if is_whole else f"{name}.rows-{piece[1]:012d}")
+
+    def missing(self) -> list[PieceKey]:
+        shards = [n for n in range(len(self.index.shards)) if not (self.out / self.name_of(n)).exists()]
+        return [piece for number in shards for piece in self.of(number) if not self.path(piece).exists()]
+
+
+def _join(pieces: list[Piece]) -> Piece:
+    """Concatenate the columns of pieces, and add what was counted in them."""
+    columns = {name: np.concatenate([of_one[name] for of_one, _ in pieces]) for name in pieces[0][0]}
+    counts = {name: sum((of_one[name] for _, of_one in pieces[1:]), value) for name, value in pieces[0][1].items()}
+    return columns, counts
 
 
 def read_losses(folder: Path, index: ShardIndex) -> tuple[list[BadSample], int]:
     """Return the rows that could not be decoded, and how many captions fill the context of the text encoder."""
-    counts = list(read_counts(folder, index))
+    counts = [read_counts(folder / part_name(number)) for number, shard in enumerate(index.shards) if shard.rows]
     bad = [BadSample(*bad) for one in counts for bad in one["bad_samples"]]
     return bad, sum(one["full_captions"] for one in counts)
 

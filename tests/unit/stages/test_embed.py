@@ -1,6 +1,7 @@
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mcl_clip.data.features import EmbeddingTable, TextFeatures, part_name
 from mcl_clip.data.index import ShardIndex, make_table
 from mcl_clip.data.loader import BadSample, CaptionedBatch, content_ids
 from mcl_clip.data.shards import Shard
+from mcl_clip.stages import embed as embed_module
 from mcl_clip.stages.embed import embed_shards, read_losses, write_text_features
 
 SHARD_ROWS, DIM = (7, 0, 4, 1), 5
@@ -78,7 +80,9 @@ class Batches:
             )
 
 
-def embed(out, batches: Batches, batch_size: int = 3, texts: EmbeddingTable | None = None) -> EmbeddingTable:
+def embed(
+    out, batches: Batches, batch_size: int = 3, texts: EmbeddingTable | None = None, is_stopping=None
+) -> EmbeddingTable:
     index = make_index()
     embed_shards(
         Towers(),
@@ -91,6 +95,7 @@ def embed(out, batches: Batches, batch_size: int = 3, texts: EmbeddingTable | No
         batch_size=batch_size,
         show_progress=False,
         texts=texts,
+        is_stopping=is_stopping,
     )
     return EmbeddingTable(out, index)
 
@@ -168,6 +173,39 @@ def test_processes_share_the_shards(tmp_path, pool):
     assert_features(EmbeddingTable(tmp_path, make_index()))
 
 
+def embed_in_pieces(out, stop_after: int = 99, texts: bool = False) -> list[int]:
+    """Embed pieces of at most 3 rows, at most `stop_after` of them in this process, and return the rows."""
+    left, batches = [stop_after], Batches()
+
+    def is_stopping() -> bool:
+        left[0] -= 1
+        return left[0] <= 0
+
+    with patch.object(embed_module, "PIECE_ROWS", 3):
+        if texts:
+            write_texts(out, batches, is_stopping)
+        else:
+            embed(out, batches, is_stopping=is_stopping)
+    return batches.rows
+
+
+@pytest.mark.parametrize("texts", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_processes_share_the_pieces_of_a_shard_and_join_them_to_the_same_part(tmp_path, pool, size, texts):
+    write_texts(tmp_path / "one", Batches()) if texts else embed(tmp_path / "one", Batches())
+    first = pool.run(embed_in_pieces, size, tmp_path / "some", 1, texts)  # as after a request to stop
+    names = sorted(path.name for path in (tmp_path / "some").iterdir())
+    assert len(names) == size
+    assert all(".rows-" in name for name in names[:2])
+    rest = pool.run(embed_in_pieces, size, tmp_path / "some", 99, texts)
+    assert sorted(row for rows in (*first, *rest) for row in rows) == list(range(12))  # nothing twice
+    if size == 3:
+        assert [len(rows) for rows in pool.run(embed_in_pieces, 3, tmp_path / "fresh", 99, texts)] == [3, 4, 5]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "some" / path.name).read_bytes()
+    assert {path.name for path in (tmp_path / "some").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
 class OtherTexts(Batches):
     """The same pictures with other captions, which nobody should look at."""
 
@@ -187,11 +225,10 @@ def test_text_features_are_taken_over(tmp_path):
     assert full_after == full_before > 0
 
 
-def write_texts(out, batches: Batches) -> TextFeatures:
+def write_texts(out, batches: Batches, is_stopping=None) -> TextFeatures:
     index, cpu = make_index(), torch.device("cpu")
-    write_text_features(
-        Towers(), index, batches=batches, dim=DIM, out=out, device=cpu, batch_size=3, show_progress=False
-    )
+    options = {"batch_size": 3, "show_progress": False, "is_stopping": is_stopping}
+    write_text_features(Towers(), index, batches=batches, dim=DIM, out=out, device=cpu, **options)
     return TextFeatures(out, index, DIM)
 
 
