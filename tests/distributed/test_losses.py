@@ -13,7 +13,7 @@ from mcl_clip.config import TrainConfig
 from mcl_clip.core.distributed import all_reduce_sum, rank, world_size
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
 from mcl_clip.data.loader import PairBatch
-from mcl_clip.train.loop import clamp_logit_scale_, forward_backward
+from mcl_clip.train.loop import forward_backward
 from mcl_clip.train.metrics import Meter
 
 BATCH, CHECKED_GRADIENTS = 8, 20
@@ -116,7 +116,6 @@ def train(
         grads += [gradients(raw)] if step < CHECKED_GRADIENTS else []
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clamp_logit_scale_(raw)
     return losses, grads, {name: p.detach().numpy() for name, p in raw.named_parameters()}
 
 
@@ -173,7 +172,6 @@ def reference(loss: str, mask: bool, min_negatives: int, epsilon: float, steps: 
         grads += [gradients(model)] if step < CHECKED_GRADIENTS else []
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clamp_logit_scale_(model)
     return losses, grads, {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
