@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from PIL import Image, ImageOps
+from PIL import Image
 from table_formats import Row, as_captions, read_rows
 
 from mcl_clip.core.errors import UserError, run_program, shorten, shorten_list
-from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.data.decode import BadSampleError, decode_image, open_image
 from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
 
 Splits = dict[str, dict[str, list[str]]]  # split -> image -> captions
@@ -75,15 +75,11 @@ def shrink(data: bytes, max_side_px: int) -> bytes:
     What cannot be decoded comes back as it is.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as header:
-            size, orientation = header.size, header.getexif().get(0x0112, 1)
-        if max(size) <= max_side_px:
+        if max(open_image(data).size) <= max_side_px:
             return data
         picture = decode_image(data)
-    except (BadSampleError, OSError, SyntaxError, ValueError):
+    except BadSampleError:
         return data
-    picture.getexif()[0x0112] = orientation
-    picture = ImageOps.exif_transpose(picture)
     scale = max_side_px / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     file = io.BytesIO()

@@ -22,16 +22,12 @@ from tqdm import tqdm
 from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.core.files import atomic_dir
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.decode import MAX_PIXELS
+from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG followed by further images
-OTHERS = {  # what is found in the place of images, by its first bytes
-    rb"GIF8": "GIF images", rb"BM": "BMP images", rb"II\*\0|MM\0\*": "TIFF images", rb".{4}ftypavi[fs]": "AVIF images",
-    rb".{4}ftyp(hei|mif)": "HEIC images", rb"\s*<!doctype|\s*<html": "HTML pages", rb"\s*<(svg|\?xml)": "SVG images",
-}  # fmt: skip
 MAX_KEY_LENGTH = 80  # a tar name holds 100 characters, extension included
 CLEAN_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
 
@@ -43,7 +39,9 @@ class Pair:
     """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`."""
 
     key: str
-    image: bytes  # a JPEG, PNG or WebP file, stored as it is, or a GIF or BMP; empty if missing, which counts as bad
+    image: (
+        bytes  # a JPEG, PNG or WebP file, stored as it is; of GIF, BMP or AVIF the first frame as PNG; empty if missing
+    )
     captions: Sequence[str]
     attributes: Mapping[str, Any] | None = None
     source: str = ""  # path or row that the image comes from, shown in messages in place of the key
@@ -119,18 +117,6 @@ def image_extension(data: bytes) -> str:
             return EXTENSIONS[image.format or ""]
     except Exception:  # parsers of untrusted bytes raise nearly everything
         return ""
-
-
-def first_frame(data: bytes) -> bytes:
-    """Return the first frame of a GIF or BMP file as a PNG file; empty if it cannot be decoded."""
-    file = io.BytesIO()
-    try:
-        with Image.open(io.BytesIO(data), formats=("GIF", "BMP")) as image:
-            if image.width * image.height <= MAX_PIXELS:
-                image.convert("RGBA" if image.has_transparency_data else "RGB").save(file, "PNG")
-    except Exception:  # as in `image_extension`
-        return b""
-    return file.getvalue()
 
 
 def write_pairs(
@@ -212,8 +198,9 @@ def write_classification_set(
         for sample in checks.follow(samples):
             if not 0 <= sample.label < len(classnames):
                 raise UserError(f"{sample.key} has the label {sample.label}; there are {len(classnames)} class names")
-            if extension := checks.extension_of(sample.key, sample.image):
-                yield {extension: sample.image, "cls": str(sample.label).encode(), "__key__": f"s{checks.images:07d}"}
+            extension, image = checks.stored(sample.key, sample.image)
+            if extension:
+                yield {extension: image, "cls": str(sample.label).encode(), "__key__": f"s{checks.images:07d}"}
                 checks.images += 1
 
     files = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
@@ -257,11 +244,7 @@ class _Checks:
 
     def members_of(self, pair: Pair) -> Members | None:
         """Return the members of a sample, or None if it is left out."""
-        image = pair.image
-        if image.startswith((b"GIF8", b"BM")) and (frame := first_frame(image)):
-            image = frame
-            self.left_out["GIF or BMP images stored as PNG"] += 1
-        extension = self.extension_of(pair.key, image, pair.source)
+        extension, image = self.stored(pair.key, pair.image, pair.source)
         captions = clean_captions(pair.captions)
         self.left_out["empty captions dropped"] += len(pair.captions) - len(captions)
         if not extension:
@@ -277,8 +260,8 @@ class _Checks:
         members: Members = {"__key__": pair.key, extension: image, "txt": text}
         return members | {"json": attributes} if attributes else members
 
-    def extension_of(self, key: str, image: bytes, source: str = "") -> str:
-        """Check key and image of a sample; return the extension for the image, or an empty string if it is bad."""
+    def stored(self, key: str, image: bytes, source: str = "") -> tuple[str, bytes]:
+        """Check key and image of a sample; return the extension and content of the image, both empty if it is bad."""
         if not CLEAN_KEY.fullmatch(key):
             raise UserError(
                 f"the key {shorten(repr(key))} is not 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-'; use "
@@ -287,17 +270,24 @@ class _Checks:
         if key in self.keys:
             raise UserError(f"the key {key!r} occurs twice; give every sample a unique key")
         self.keys.add(key)
-        if len(image) > MAX_IMAGE_BYTES:
-            extension, reason = "", f"images over {MAX_IMAGE_BYTES >> 20} MiB"
+        if not image or len(image) > MAX_IMAGE_BYTES:
+            reason = f"images over {MAX_IMAGE_BYTES >> 20} MiB" if image else "missing images"
+        elif extension := image_extension(image):
+            return extension, image
         else:
-            kinds = (kind for start, kind in OTHERS.items() if re.match(start, image[:64], re.DOTALL | re.IGNORECASE))
-            extension, reason = image_extension(image), next(kinds, "unreadable images" if image else "missing images")
-        if not extension:
-            self.bad_images[reason] += 1
-            self.first_bad = self.first_bad or f"{shorten(source or key)} ({reason})"
-            if self.total:
-                self._check_bad(self.total)
-        return extension
+            try:
+                file = io.BytesIO()
+                decode_image(image).save(file, "PNG")
+                self.left_out["images of other formats stored as PNG"] += 1
+                return "png", file.getvalue()
+            except BadSampleError as error:
+                name = error.reason.removeprefix("format_")
+                reason = "unreadable images" if name == error.reason else f"files of format {name}"
+        self.bad_images[reason] += 1
+        self.first_bad = self.first_bad or f"{shorten(source or key)} ({reason})"
+        if self.total:
+            self._check_bad(self.total)
+        return "", b""
 
     def finish(self) -> None:
         """Report what was left out; raise UserError if too many images were bad, or no sample is left."""

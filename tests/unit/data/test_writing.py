@@ -163,19 +163,16 @@ def test_the_first_frame_of_a_gif_is_stored_as_png(tmp_path, capsys):
     write_pairs([Pair(key="g", image=file.getvalue(), captions=["x"]), *pairs(1)], tmp_path / "out")
     with Image.open(io.BytesIO(read(tmp_path / "out")[0]["png"])) as image:
         assert image.convert("RGB").getpixel((1, 1)) == (250, 20, 30)
-    assert capsys.readouterr().out == "out: 2 of 2 samples written (1 GIF or BMP images stored as PNG)\n"
+    assert capsys.readouterr().out == "out: 2 of 2 samples written (1 images of other formats stored as PNG)\n"
 
 
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (b"<!DOCTYPE html><html>", "HTML pages"),
-        (b"\n<HTML>", "HTML pages"),
-        (b"\0\0\0 ftypavif", "AVIF images"),
-        (b"\0\0\0 ftypheic", "HEIC images"),
-        (b"II*\0", "TIFF images"),
-        (b"GIF89a cut", "GIF images"),
-        (b"<svg/>", "SVG images"),
+        (b"<!DOCTYPE html><html>", "files of format html"),
+        (b"\0\0\0 ftypheic", "files of format heic"),
+        (b"II*\0", "files of format tiff"),
+        (b"GIF89a cut", "unreadable images"),
         (b"noise", "unreadable images"),
     ],
 )
