@@ -84,6 +84,11 @@ class TowerConfig:
         return cls(model={"embed_dim": embed_dim, "vision_cfg": image, "text_cfg": {**text, "layers": text_layers}})
 
     @property
+    def name(self) -> str:
+        """What messages call the towers."""
+        return self.architecture or "the model of the recipe"
+
+    @property
     def is_pretrained(self) -> bool:
         """Whether the towers start from pretrained weights."""
         return bool(self.pretrained) or self.architecture.startswith(("local-dir:", "hf-hub:"))

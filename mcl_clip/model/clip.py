@@ -3,15 +3,17 @@
 import difflib
 import json
 import pickle
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
@@ -135,10 +137,10 @@ def create_clip(
     weights = None if tag_cfg or not pretrained else _find_weights(name, pretrained, cfg)
     # Weights trained with the other activation load without an error, so the config records which one it was.
     cfg["quick_gelu"] = bool(cfg.get("quick_gelu") or tag_cfg.get("quick_gelu"))
-    if "size" in preprocess:
-        cfg["vision_cfg"]["image_size"] = preprocess["size"]
+    size = preprocess.get("size", None if name else cfg["vision_cfg"].get("image_size"))
+    cfg, force_image_size = _resize(cfg, size)
     if tag_cfg:
-        options = {"force_quick_gelu": cfg["quick_gelu"], "force_image_size": preprocess.get("size")}
+        options = {"force_quick_gelu": cfg["quick_gelu"], "force_image_size": force_image_size}
         model = _create_model(name, preprocess, pretrained=pretrained, require_pretrained=True, **options)
     else:
         # open_clip takes a config from a folder, and warns that the folder has no weights.
@@ -149,7 +151,66 @@ def create_clip(
             model = _create_model(f"{LOCAL}{folder}", preprocess, seed=seed, label=label, load_weights=False)
     if weights:
         load_weights(model, weights)
+    if size:
+        check_image_size(model, cfg, size)
     return _make_bundle(model, cfg, partial(make_tokenizer, cfg), cfg["text_cfg"].get("hf_tokenizer_name"))
+
+
+def with_image_size(model_cfg: Mapping[str, Any], size: int | Sequence[int]) -> dict[str, Any]:
+    """Return a model config at another image size in pixels, a side or (height, width).
+
+    timm names some towers after their size: such a tower becomes the one of that size, so that it can be loaded again.
+    """
+    vision_cfg = {**model_cfg["vision_cfg"], "image_size": size}
+    name = str(vision_cfg.get("timm_model_name") or "")
+    native, other = _timm_size(name), re.sub(r"_\d+$", f"_{size}", name)
+    if name.endswith(f"_{native}") and _timm_size(other) == size:
+        vision_cfg["timm_model_name"] = other
+    return {**model_cfg, "vision_cfg": vision_cfg}
+
+
+def _resize(model_cfg: dict[str, Any], size: int | None) -> tuple[dict[str, Any], int | None]:
+    """Return the config at another size, and the size that open_clip may resize the loaded weights to.
+
+    A timm tower without a name of that size would be resized, too, but could not be loaded again.
+    """
+    if size is None:
+        return model_cfg, None
+    resized = with_image_size(model_cfg, size)
+    names = [cfg["vision_cfg"].get("timm_model_name") for cfg in (model_cfg, resized)]
+    return resized, size if names[0] != names[1] or not names[0] else None
+
+
+def _timm_size(name: str) -> int | None:
+    """Return the side in pixels of the images that a tower of timm is made for; None if there is no such tower."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return cfg.input_size[-1] if cfg and cfg.input_size else None
+
+
+def check_image_size(model: nn.Module, model_cfg: Mapping[str, Any], size: int | Sequence[int]) -> None:
+    """Raise UserError if the image tower does not take images of `size` pixels: (height, width), or a side."""
+    height, width = (size, size) if isinstance(size, int) else size
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), torch.no_grad():
+            model.encode_image(torch.zeros(1, 3, height, width, device=device))  # type: ignore[operator]
+    except (AssertionError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        tower = model_cfg["vision_cfg"].get("timm_model_name") or type(model.visual).__name__
+        raise UserError(
+            f"the image tower {tower} does not take images of {height} x {width} pixels "
+            f"({one_line(error).rstrip('.')}); use {_timm_size(tower) or 'its own'} pixels, or a tower of that size"
+        ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _find_model_cfg(name: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,11 +281,11 @@ def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str,
             check_model_cfg(open_clip.get_model_config(architecture))
     except Exception as error:  # damaged configs raise errors of many types
         raise UserError(f"{architecture} is not loaded: {one_line(error)}; correct it, or use another model") from error
-    model = _create_model(architecture, preprocess, require_pretrained=True, force_image_size=preprocess.get("size"))
-    cfg: dict[str, Any] = open_clip.get_model_config(architecture)
-    cfg["quick_gelu"] = bool(cfg.get("quick_gelu"))
-    if "size" in preprocess:
-        cfg["vision_cfg"]["image_size"] = preprocess["size"]
+    size, cfg = preprocess.get("size"), open_clip.get_model_config(architecture)
+    cfg, force_image_size = _resize({**cfg, "quick_gelu": bool(cfg.get("quick_gelu"))}, size)
+    model = _create_model(architecture, preprocess, require_pretrained=True, force_image_size=force_image_size)
+    if size:
+        check_image_size(model, cfg, size)
     return _make_bundle(model, cfg, partial(open_clip.get_tokenizer, architecture), f"of {architecture}")
 
 

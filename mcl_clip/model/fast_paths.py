@@ -4,6 +4,8 @@
 subclass. Parameter names and weights stay the same, so models load and save as before. Features differ by rounding.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import open_clip
@@ -87,3 +89,15 @@ def takes_short_texts(model: Any) -> bool:
     return all(
         isinstance(m, ShortTextCLIP) or isinstance(getattr(m, "text", None), ShortTextTransformer) for m in models
     )
+
+
+@contextmanager
+def slow_paths(model: nn.Module) -> Iterator[None]:
+    """Disable the fast paths of a model for a while, for comparison."""
+    for module in model.modules():
+        if isinstance(module, FirstTokenBlock | ShortTextCLIP | ShortTextTransformer):
+            module.__class__ = type(module).__mro__[1]
+    try:
+        yield
+    finally:
+        use_fast_paths(model)

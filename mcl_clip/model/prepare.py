@@ -1,5 +1,13 @@
-"""Prepare encoders for training: lock parameters, synchronize BatchNorm, apply options of speed."""
+"""Prepare encoders for training: lock parameters, synchronize BatchNorm, apply options of speed, and check the result.
 
+A stage relies on three things, which are checked on two images and texts before it trains:
+
+1. The encoders take the images and tokens of the run.
+2. Locking, synchronized BatchNorm and the fast paths leave the features in evaluation mode as they are.
+3. Every parameter that is to train gets a gradient. Others would never train, and DistributedDataParallel would fail.
+"""
+
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -9,11 +17,13 @@ import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout, VisionTransformer
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # type: ignore[attr-defined]
-from torch import nn
+from torch import Tensor, nn
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.model.grad_cache import TEMPERATURES
-from mcl_clip.model.multistage import NOT_TEXT
+from mcl_clip.model.clip import ClipBundle, check_image_size, encode_texts, evaluating
+from mcl_clip.model.fast_paths import slow_paths
+from mcl_clip.model.grad_cache import FEATURES, TEMPERATURES
+from mcl_clip.model.multistage import NOT_TEXT, normalized
 
 RESNET_GROUPS = (
     ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"),
@@ -21,6 +31,8 @@ RESNET_GROUPS = (
     ("attnpool",),
 )
 MIN_CONVOLUTIONS = 8  # of a convolutional image tower; a vision transformer has one
+TEXTS = ("a photo", "a photo of two dogs on a beach")  # of different length, so that one is padded
+MIN_COSINE = 0.999  # rounding in float32, or of TF32 convolutions, stays above it
 
 
 def lock(
@@ -139,3 +151,70 @@ def prepare_training(model: nn.Module, *, compiled: bool, patch_dropout: float, 
         text: Any = model.text if hasattr(model, "text") else model.transformer
         visual.compile()
         text.compile()
+
+
+def reference_features(clip: ClipBundle) -> list[Tensor]:
+    """Encode two images and texts before a stage prepares its model: what `check_contract` compares with.
+
+    Raises:
+        UserError: if the encoders do not take images of the run's size, or tokens of its tokenizer.
+    """
+    model: Any = clip.model
+    check_image_size(model, clip.model_cfg, clip.preprocess_cfg["size"])
+    images, tokens = _sample(clip)
+    vocabulary = getattr(model, "vocab_size", 0)
+    if vocabulary and tokens.max() >= vocabulary:
+        raise UserError(
+            f"the tokenizer makes token {int(tokens.max())}, and the text tower has vocab_size {vocabulary}; give it "
+            f"the vocab_size of the tokenizer, or name the tokenizer that belongs to it as hf_tokenizer_name"
+        )
+    with evaluating(model), torch.no_grad(), slow_paths(model):
+        return [normalized(model.encode_image(images)), normalized(model.encode_text(tokens))]
+
+
+def check_contract(clip: ClipBundle, expected: Sequence[Tensor], *, name: str, stage: int) -> None:
+    """Check a model that is prepared for training against its earlier features, see the top of this module.
+
+    Raises:
+        UserError: naming the tower, and the parameters without a gradient.
+    """
+    model: Any = clip.model
+    images, tokens = _sample(clip)
+    with evaluating(model):
+        with torch.no_grad():
+            found = [model.encode_image(images), encode_texts(model, tokens.cpu(), tokens.device)]
+        for side, before, after in zip(("image", "text"), expected, found, strict=True):
+            cosine = float((before * normalized(after)).sum(1).min())
+            if cosine < MIN_COSINE:
+                raise UserError(
+                    f"{name} cannot be trained by this toolkit: preparing stage {stage} changes what its {side} tower "
+                    f"computes (cosine {cosine:.3f} to the features before); use another tower, and report this one"
+                )
+        check_gradients(model, images, tokens, name=name, stage=stage)
+
+
+def check_gradients(model: nn.Module, images: Tensor, tokens: Tensor, *, name: str, stage: int) -> None:
+    """Raise UserError if a parameter that is to train gets no gradient from the features and the temperature."""
+    named = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    results = model(images, tokens)
+    values = [results.get(key) for key in (*FEATURES, *TEMPERATURES)]
+    outputs = [value for value in values if value is not None and value.requires_grad]
+    ones = [torch.ones_like(output) for output in outputs]
+    gradients = torch.autograd.grad(outputs, list(named.values()), ones, allow_unused=True)
+    unused = [key for key, gradient in zip(named, gradients, strict=True) if gradient is None]
+    if unused:
+        shown = ", ".join(unused[:2]) + ", ..." * (len(unused) > 2)
+        prefix = os.path.commonpath([key.replace(".", "/") for key in unused]).replace("/", ".") or unused[0]
+        raise UserError(
+            f"{name} cannot be trained as it is: {len(unused)} of the parameters that stage {stage} trains get no "
+            f"gradient from image and text features ({shown}); lock them with --stages.{stage}.train.lock.patterns "
+            f"'^{re.escape(prefix)}', or use another tower"
+        )
+
+
+def _sample(clip: ClipBundle) -> tuple[Tensor, Tensor]:
+    """Return two images of noise and tokens of two texts, on the device of the model."""
+    size, device = clip.preprocess_cfg["size"], next(clip.model.parameters()).device
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return images.to(device), clip.tokenizer(list(TEXTS)).to(device)

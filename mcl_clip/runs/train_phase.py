@@ -28,8 +28,14 @@ from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers, save_array
 from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip
 from mcl_clip.model.multistage import combine_features
+from mcl_clip.model.prepare import (
+    check_contract,
+    prepare_training,
+    reference_features,
+    synchronize_batch_norm,
+    trainable_summary,
+)
 from mcl_clip.model.prepare import lock as lock_parameters
-from mcl_clip.model.prepare import prepare_training, synchronize_batch_norm, trainable_summary
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
 from mcl_clip.stages.embed import write_text_features
@@ -66,17 +72,20 @@ def prepare_stage(
     Keyword arguments of the factory replace options of the loader. A collective call.
     """
     config = run.config.stages[stage].train
+    clip.model.to(run.accelerator.device)
+    expected = reference_features(clip)
     _prepare_bias(clip.model, config.loss)
     lock_parameters(
         clip.model, text=config.lock.text, image_unlocked_groups=config.lock.image_unlocked_groups,
         patterns=config.lock.patterns,
     )  # fmt: skip
     logger.info("stage %d: %s", stage, trainable_summary(clip.model))
+    clip.model = _synchronize_batch_norm(clip.model, stage, config.grad_cache_rows)
+    check_contract(clip, expected, name=run.config.tower.name, stage=stage)
     prepare_training(
         clip.model, compiled=config.compiled, patch_dropout=config.patch_dropout,
         grad_checkpointing=config.grad_checkpointing,
     )  # fmt: skip
-    clip.model = _synchronize_batch_norm(clip.model.to(run.accelerator.device), stage, config.grad_cache_rows)
     plan, groups, reader = _batch_plan(run, stage)
     make_loader = partial(
         TrainingLoader,

@@ -91,8 +91,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
     rows = yield from inspect_shards(config)
     config = with_control(config, rows=rows.total if rows else 0)
     cfg = yield from attempt("tower", partial(find_model_cfg, config.tower))
-    measure = partial(measure_stages, config.stages, cfg, decays_unlisted=config.behavior == "0.6")
-    sizes = yield from attempt("tower", measure)
+    measure = partial(measure_stages, config.stages, cfg, name=config.tower.name)
+    sizes = yield from attempt("tower", partial(measure, decays_unlisted=config.behavior == "0.6"))
     yield from check_devices(
         gpus,
         cores=cores,

@@ -25,7 +25,7 @@ from mcl_clip.data.samples import SampleRule
 from mcl_clip.data.shards import Shard, expand_shards, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.eval.task import Task
-from mcl_clip.model.clip import HUB, LOCAL, create_clip
+from mcl_clip.model.clip import HUB, LOCAL, create_clip, with_image_size
 from mcl_clip.model.open_clip_io import (
     OPEN_CLIP_CONFIG_NAME,
     WEIGHT_SUFFIXES,
@@ -252,9 +252,10 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
         if name not in open_clip.list_models():
             create_clip(architecture=name)  # raises with similar names
         cfg = open_clip.get_model_config(name)
-    if "size" in tower.preprocess:
-        cfg = {**cfg, "vision_cfg": {**cfg["vision_cfg"], "image_size": tower.preprocess["size"]}}
-    return dict(cfg)
+    size, vision_cfg = tower.preprocess.get("size"), cfg.get("vision_cfg")
+    if tower.model and isinstance(vision_cfg, dict):
+        size = size or vision_cfg.get("image_size")
+    return with_image_size(cfg, size) if size else dict(cfg)
 
 
 def check_weights(tower: TowerConfig) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from mcl_clip.config import LockConfig, StageConfig, TrainConfig
 from mcl_clip.core.errors import UserError, shorten
+from mcl_clip.model.clip import check_image_size
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
-from mcl_clip.model.prepare import lock
+from mcl_clip.model.prepare import check_gradients, lock
 from mcl_clip.train.optim import find_undecayed
 
 FLOAT_BYTES = 4
@@ -54,26 +56,50 @@ def rows_per_label(stages: Sequence[StageConfig], rows: int) -> list[float]:
 
 
 def measure_stages(
-    stages: Sequence[StageConfig], model_cfg: Mapping[str, Any] | None, *, decays_unlisted: bool = False
+    stages: Sequence[StageConfig],
+    model_cfg: Mapping[str, Any] | None,
+    *,
+    name: str = "the model",
+    decays_unlisted: bool = False,
 ) -> list[TowerSize | None]:
     """Measure the encoders as each stage trains them; None if a config is not on this machine.
 
     Raises:
-        UserError: if the model cannot be built, or cannot be locked as the recipe asks.
+        UserError: if the model called `name` cannot be built, locked as the recipe asks, or trained.
     """
-    name = model_cfg["text_cfg"].get("hf_model_name") if model_cfg else None
-    if not model_cfg or (name and not isinstance(try_to_load_from_cache(name, "config.json"), str)):
+    text_name = model_cfg["text_cfg"].get("hf_model_name") if model_cfg else None
+    if not model_cfg or (text_name and not has_config(text_name)):
         return [None] * len(stages)
-    locks = [stage.train.lock if stage.train.steps else LockConfig() for stage in stages]
-    sizes = {lock: measure(model_cfg, locked=lock, decays_unlisted=decays_unlisted) for lock in dict.fromkeys(locks)}
-    return [sizes[lock] for lock in locks]
+    sizes: dict[LockConfig | None, TowerSize] = {}
+    locks = [stage.train.lock if stage.train.steps else None for stage in stages]
+    for number, locked in enumerate(locks):
+        if locked not in sizes:
+            sizes[locked] = measure(model_cfg, locked=locked, name=name, stage=number, decays_unlisted=decays_unlisted)
+    return [sizes[locked] for locked in locks]
 
 
-def measure(model_cfg: Mapping[str, Any], *, locked: LockConfig, decays_unlisted: bool = False) -> TowerSize:
+def has_config(text_name: str) -> bool:
+    """Return whether the config of a Hugging Face text tower is on this machine: in a folder, or cached."""
+    if Path(text_name).is_dir():
+        return True
+    return isinstance(try_to_load_from_cache(text_name, "config.json"), str)
+
+
+def measure(
+    model_cfg: Mapping[str, Any],
+    *,
+    locked: LockConfig | None,
+    name: str = "the model",
+    stage: int = 0,
+    decays_unlisted: bool = False,
+) -> TowerSize:
     """Measure the encoders of a model config on the meta device, without allocating weights.
 
+    `locked` is None for a stage that trains nothing.
+
     Raises:
-        UserError: if open_clip cannot build the model, or its layers cannot be locked as asked.
+        UserError: if open_clip cannot build the model, its layers cannot be locked as asked, it does not take images of
+            its size, or a parameter that `stage` trains gets no gradient.
     """
     cfg = json.loads(json.dumps(model_cfg))
     try:
@@ -81,17 +107,27 @@ def measure(model_cfg: Mapping[str, Any], *, locked: LockConfig, decays_unlisted
         kind = open_clip.CoCa if "multimodal_cfg" in cfg else open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
         cfg["vision_cfg"]["timm_model_pretrained"] = cfg["text_cfg"]["hf_model_pretrained"] = False
         with torch.device("meta"):
-            model: nn.Module = kind(**cfg)
+            model: Any = kind(**cfg, **({} if kind is open_clip.CoCa else {"output_dict": True}))
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
         reason = shorten(error, 300) or type(error).__name__
         raise UserError(f"open_clip cannot build this model ({type(error).__name__}: {reason})") from error
-    lock(model, text=locked.text, image_unlocked_groups=locked.image_unlocked_groups, patterns=locked.patterns)
-    visual: Any = model.visual
-    sides = visual.image_size
+    if locked:
+        lock(model, text=locked.text, image_unlocked_groups=locked.image_unlocked_groups, patterns=locked.patterns)
+    sides = model.visual.image_size
     height, width = (sides, sides) if isinstance(sides, int) else sides
+    check_image_size(model, model_cfg, (height, width))
     length = model_cfg["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
+
+    def batch(samples: int) -> tuple[Tensor, Tensor]:
+        images = torch.empty(samples, 3, height, width, device="meta")
+        return images, torch.empty(samples, length, dtype=torch.int64, device="meta")
+
     try:
-        two, four = (_saved_bytes(model, samples, (height, width), length) for samples in (2, 4))
+        if locked:
+            check_gradients(model, *batch(2), name=name, stage=stage)
+        two, four = (_saved_bytes(model, *batch(samples)) for samples in (2, 4))
+    except UserError:
+        raise
     except (RuntimeError, ValueError, TypeError, LookupError):  # the forward pass needs values, which meta tensors lack
         two = four = 0
     named = dict(model.named_parameters())
@@ -110,7 +146,7 @@ def measure(model_cfg: Mapping[str, Any], *, locked: LockConfig, decays_unlisted
     )
 
 
-def _saved_bytes(model: nn.Module, samples: int, size_px: tuple[int, int], context_length: int) -> int:
+def _saved_bytes(model: nn.Module, images: Tensor, texts: Tensor) -> int:
     """Sum the bytes of all tensors that autograd saves for the backward pass, without the weights."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
@@ -121,8 +157,6 @@ def _saved_bytes(model: nn.Module, samples: int, size_px: tuple[int, int], conte
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    images = torch.empty(samples, 3, *size_px, device="meta")
-    texts = torch.empty(samples, context_length, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         output = model(images, texts)  # its graph keeps the saved tensors alive, so that no address is used twice
     del output
