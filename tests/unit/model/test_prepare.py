@@ -82,7 +82,7 @@ def test_a_lost_activation_is_noticed(convert):
         model.visual.lock(freeze_bn_stats=True)
     clip.model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if convert == "synchronize" else model
     with pytest.raises(
-        UserError, match="this tower cannot be trained .* stage 1 changes what its image tower computes"
+        UserError, match=r"this tower cannot be trained .* stage 1 changes what its image tower computes"
     ):
         check(clip, expected)
 
