@@ -203,7 +203,7 @@ def _winoground_image(value: Any, images: Path, name: str) -> str:
         data = value.get("bytes") or b""
         ending = image_extension(data)
         if not ending:
-            raise UserError(f"{name} is not a JPEG, PNG or WebP file; download the Parquet file again")
+            raise UserError(f"{name} is not an image file that can be decoded; download the Parquet file again")
         (images / f"{name}.{ending}").write_bytes(data)
         return f"{name}.{ending}"
     return value if Path(value).suffix else f"{value}.png"

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -182,6 +182,24 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, formats: tuple[str,
     return image
 
 
+class ImageHeader(NamedTuple):
+    """Format (Pillow's name), width and height in pixels as they are stored, and EXIF orientation of an image file."""
+
+    format: str
+    width: int
+    height: int
+    orientation: int
+
+
+def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Read the header of an image file; raise BadSampleError as `open_image`."""
+    with warnings.catch_warnings(action="ignore"):
+        image = open_image(data, max_pixels=max_pixels)
+        # Pillow decodes a PNG to look for EXIF data behind its pixels.
+        is_upright = image.format == "PNG" and "exif" not in image.info
+        return ImageHeader(image.format or "", *image.size, 1 if is_upright else exif_orientation(image))
+
+
 def _legacy_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # a plain conversion would clip 16 bits at 255
         image = image.point(lambda value: value * (1 / 257)).convert("L")
@@ -237,8 +255,7 @@ def open_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS, legacy: bool = False
     _check_size(width, height, max_pixels)
     orientation = 1
     if not legacy and any(name in data for name in _ORIENTED):  # opening an image takes as long as decoding a small one
-        with warnings.catch_warnings(action="ignore"):
-            orientation = exif_orientation(open_image(data, max_pixels=max_pixels, formats=("JPEG",)))
+        orientation = read_header(data, max_pixels=max_pixels).orientation
     return Jpeg(data, *((height, width) if orientation > 4 else (width, height)), orientation)
 
 

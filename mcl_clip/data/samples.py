@@ -15,6 +15,7 @@ from mcl_clip.data.tar import (
     MAX_JSON_BYTES,
     MAX_NPY_BYTES,
     MAX_TXT_BYTES,
+    OTHER_IMAGE_FORMATS,
     TEXT_FORMATS,
     DamagedShardError,
     Member,
@@ -115,7 +116,9 @@ def group_samples(members: Iterable[Member], rule: SampleRule, read: ReadAt, fin
             elif len(sample.extensions) > MAX_MEMBERS:
                 samples.skip("too_many_members", sample.name_members())
             elif image is None or text is None:
-                samples.skip(sample.problem or f"missing_{'image' if image is None else 'text'}", sample.name_members())
+                other = next((name for name in OTHER_IMAGE_FORMATS if name.encode() in sample.extensions), None)
+                missing = "missing_text" if image else f"format_{other}" if other else "missing_image"
+                samples.skip(sample.problem or missing, sample.name_members())
             else:
                 _add_row(samples, sample, (image, text), rule, read, find_problem)
             seen.add(sample.key)

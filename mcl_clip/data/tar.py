@@ -12,6 +12,7 @@ MAX_EXTENDED_HEADER_BYTES = 64 << 10
 MAX_EXTENDED_HEADERS = 8  # of one member: tar programs write at most three
 MAX_TAIL_BYTES = 1 << 20  # zeros after the end-of-archive marker; more are typical of an incomplete download
 IMAGE_FORMATS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif")  # an index stores positions: add at the end
+OTHER_IMAGE_FORMATS = ("heic", "heif", "ico", "jp2", "jxl", "pgm", "ppm", "psd", "svg", "tif", "tiff")  # not decoded
 TEXT_FORMATS = ("txt", "json", "cls", "npy")
 MAX_IMAGE_BYTES = 32 << 20
 MAX_TXT_BYTES = 64 << 10

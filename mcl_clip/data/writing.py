@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import webdataset as wds
-from PIL import Image
 from tqdm import tqdm
 
 from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.core.files import atomic_dir
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.data.decode import BadSampleError, decode_image, read_header
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
@@ -39,9 +39,7 @@ class Pair:
     """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`."""
 
     key: str
-    image: (
-        bytes  # a JPEG, PNG or WebP file, stored as it is; of GIF, BMP or AVIF the first frame as PNG; empty if missing
-    )
+    image: bytes  # a JPEG, PNG or WebP file, stored as it is; of other formats the first frame as PNG; empty if missing
     captions: Sequence[str]
     attributes: Mapping[str, Any] | None = None
     source: str = ""  # path or row that the image comes from, shown in messages in place of the key
@@ -113,9 +111,8 @@ def clean_captions(captions: Iterable[str]) -> list[str]:
 def image_extension(data: bytes) -> str:
     """Return `jpg`, `png` or `webp`, judging by the content of an image file; empty if it is none of them."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            return EXTENSIONS[image.format or ""]
-    except Exception:  # parsers of untrusted bytes raise nearly everything
+        return EXTENSIONS.get(read_header(data, max_pixels=sys.maxsize).format, "")
+    except BadSampleError:
         return ""
 
 
@@ -236,6 +233,7 @@ class _Checks:
     left_out: Counter[str] = field(default_factory=Counter)
     bad_images: Counter[str] = field(default_factory=Counter)
     first_bad: str = ""
+    turned: int = 0
     keys: set[str] = field(default_factory=set)
 
     def follow(self, samples: Iterable[Any]) -> Iterator[Any]:
@@ -273,6 +271,7 @@ class _Checks:
         if not image or len(image) > MAX_IMAGE_BYTES:
             reason = f"images over {MAX_IMAGE_BYTES >> 20} MiB" if image else "missing images"
         elif extension := image_extension(image):
+            self.turned += read_header(image, max_pixels=sys.maxsize).orientation != 1
             return extension, image
         else:
             try:
@@ -298,6 +297,11 @@ class _Checks:
             raise UserError(f"no sample is left for {self.out}: {seen} given, {left_out or 'none left out'}")
         if left_out:
             tqdm.write(f"{self.out.name}: {self.images} of {seen} samples written ({left_out})")
+        if self.turned:
+            tqdm.write(
+                f"{self.out.name}: {self.turned} images are stored turned, with an EXIF orientation by which they are "
+                f"read upright"
+            )
 
     def _check_bad(self, of: int) -> None:
         if self.bad_images.total() > self.max_bad_fraction * of:

@@ -11,7 +11,7 @@ import numpy as np
 import open_clip
 
 from mcl_clip.core.errors import UserError, shorten, shorten_list
-from mcl_clip.data.tar import IMAGE_FORMATS
+from mcl_clip.data.tar import IMAGE_FORMATS, OTHER_IMAGE_FORMATS
 from mcl_clip.eval.classification import (
     CLASSNAMES,
     TEMPLATES,
@@ -38,7 +38,6 @@ KNOWN_LAYOUTS = (
     "pairs.json, dataset_type.txt, classnames.txt, test/nshards.txt, tar files with captions, or a folder of images "
     "for each class"
 )
-UNSUPPORTED_FORMATS = ("heic", "pgm", "ppm", "tif", "tiff")
 WORDNET_ID = re.compile(r"n\d{8}")
 IMAGENET_ENDS = ("n01440764", "n15075141")  # the first and the last of its 1,000 classes
 
@@ -139,7 +138,7 @@ def _visible_folders(root: Path) -> list[Path]:
 
 
 def open_image_folder(root: Path) -> ClassificationSet:
-    """Open a set of images in `root`/CLASS/*.jpg (or another of IMAGE_FORMATS).
+    """Open a set of images in `root`/CLASS/*.jpg (or another of `IMAGE_FORMATS`).
 
     Class names are the lines of classnames.txt, in the sorted order of the folders; without that file they are the
     folder names, or ImageNet's for its 1,000 WordNet ids. Templates are in zeroshot_classification_templates.txt;
@@ -155,7 +154,7 @@ def open_image_folder(root: Path) -> ClassificationSet:
     paths_of_class = [sorted(_image_files(folder)) for folder in folders]
     paths = list(chain(*paths_of_class))
     # Left out, such images would make scores incomparable.
-    if wrong := [path for path in paths if path.name.rpartition(".")[2].lower() in UNSUPPORTED_FORMATS]:
+    if wrong := [path for path in paths if path.name.rpartition(".")[2].lower() in OTHER_IMAGE_FORMATS]:
         raise UserError(f"{wrong[0]} is not one of {', '.join(IMAGE_FORMATS)}; convert it, or remove it")
     labels = np.repeat(np.arange(len(folders)), list(map(len, paths_of_class)))
     digest = hashlib.sha256()
@@ -175,7 +174,7 @@ def _class_folders(root: Path) -> list[Path]:
 
 def _image_files(folder: Path) -> Iterator[Path]:
     """Yield the image files in a folder, unsorted, including those of unsupported formats."""
-    formats = (*IMAGE_FORMATS, *UNSUPPORTED_FORMATS)
+    formats = (*IMAGE_FORMATS, *OTHER_IMAGE_FORMATS)
     with os.scandir(folder) as entries:
         for entry in entries:
             suffix = entry.name.rpartition(".")[2].lower()

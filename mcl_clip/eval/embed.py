@@ -64,7 +64,8 @@ class ReaderImages:
 class FileImages:
     """Image files, each used whole or cropped to a box.
 
-    A box is (left, top, width, height) in pixels. The part of it outside the image is black, as in PIL's `crop`.
+    A box is (left, top, width, height) in pixels of the upright image. The part of it outside the image is black, as in
+    PIL's `crop`.
     """
 
     paths: tuple[Path, ...]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from mcl_clip.data.decode import BadSampleError, open_image
+from mcl_clip.data.decode import BadSampleError, read_header
 from mcl_clip.report.figures import LINE, SERIES, new_figure, svg
 from mcl_clip.report.thumbnails import Thumbnails
 from mcl_clip.report.view import RunView, Section, as_markup
@@ -147,7 +147,8 @@ def _image_sides(view: RunView) -> list[int]:
     sides = []
     for sample in view.reader.read(view.sample.rows[indices]):
         try:
-            sides.append(min(open_image(sample.image).size))
+            header = read_header(sample.image)
+            sides.append(min(header.width, header.height))
         except BadSampleError:  # counted elsewhere
             continue
     return sides

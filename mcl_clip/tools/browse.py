@@ -137,7 +137,7 @@ class Search:
         try:
             image = decode_image(query)
         except BadSampleError as error:
-            raise UserError(f"the file is not a readable JPEG, PNG or WebP image ({error.reason})") from error
+            raise UserError(f"the file cannot be read as an image ({error})") from error
         return self._nearest(gallery, [self._encode(s, image=image) for s in gallery.stages])
 
     @lru_cache(maxsize=2_000)  # noqa: B019

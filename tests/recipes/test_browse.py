@@ -152,7 +152,7 @@ def test_uploads_are_bounded_and_checked(ask, monkeypatch):
     status, _, body = ask("/search", {"gallery": 0}, method="POST", body=b"<svg onload=alert(1)>")
     assert (status, json.loads(body)["error"]) == (
         400,
-        "the file is not a readable JPEG, PNG or WebP image (not_an_image)",
+        "the file cannot be read as an image (not_an_image: not one of JPEG, PNG, WEBP, GIF, BMP, AVIF)",
     )
     monkeypatch.setattr(module, "MAX_UPLOAD", 1 << 20)
     assert ask("/search", {"gallery": 0}, method="POST", headers={"Content-Length": str((1 << 20) + 1)})[0] == 413

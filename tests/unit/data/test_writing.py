@@ -135,6 +135,16 @@ def test_too_long_texts_and_images_are_left_out_rather_than_lost_in_the_index(tm
     assert capsys.readouterr().out == f"out: 3 of 5 samples written ({left_out})\n"
 
 
+def test_photos_that_are_stored_turned_are_counted(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = picture(0, "JPEG", exif=exif)
+    write_pairs([*pairs(4), Pair(key="t", image=image, captions=["x"])], tmp_path / "out")
+    line = "out: 1 images are stored turned, with an EXIF orientation by which they are read upright\n"
+    assert capsys.readouterr().out == line
+    assert next(one for one in read(tmp_path / "out") if one["__key__"] == "t")["jpg"] == image
+
+
 def test_bad_images_are_counted_up_to_the_limit(tmp_path, capsys):
     samples = [*pairs(8), Pair(key="m", image=b"", captions=["x"]), Pair(key="u", image=b"no", captions=["x"])]
     assert len(write_pairs(samples, tmp_path / "out", max_bad_fraction=0.2)) == 8

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mcl_clip.core.errors import UserError
+from mcl_clip.data.decode import decode_image
 from mcl_clip.data.index import ShardIndex
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:webdataset.tariterators")
@@ -222,6 +223,9 @@ def test_shrunk_images_stand_upright(table, picture):
     with Image.open(io.BytesIO(table.shrink(picture(size=(400, 100), exif=exif), 40))) as image:
         assert image.size == (10, 40)
         assert image.getexif().get(0x0112, 1) == 1
+    for side in (400, 40):  # shrunk, and stored as it is
+        shown = decode_image(table.shrink(picture(size=(side, side // 4), exif=exif), 100))
+        assert shown.width * 4 == shown.height
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,9 @@ def test_boxes_that_do_not_fit_are_named(files, box):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_files_that_cannot_be_decoded_are_named(files, num_workers):
     buffer = io.BytesIO()
-    Image.new("RGB", (5, 5)).save(buffer, "BMP")
+    Image.new("RGB", (5, 5)).save(buffer, "TIFF")
     files[6].write_bytes(buffer.getvalue())  # an image of an unsupported format
-    with pytest.raises(UserError, match=r"^.*picture 6.png cannot be decoded \(not_an_image: .*\); restore the file$"):
+    with pytest.raises(UserError, match=r"^.*picture 6.png cannot be decoded \(format_tiff: .*\); restore the file$"):
         embed(FileImages(files), num_workers=num_workers)
     files[6].unlink()
     with pytest.raises(UserError, match=r"picture 6.png: there is no such file or folder; correct the path$"):
