@@ -309,12 +309,16 @@ def _cached_texts(run: RunContext, stage: int, clip: ClipBundle, index: ShardInd
 
 def _evaluate(run: RunContext, clip: ClipBundle, model: nn.Module) -> dict[str, float]:
     """Return the metrics of all evaluation sets as `SET/METRIC`, for an evaluation within a stage."""
-    metrics = {}
-    for name, task in run.tasks.items():
-        features = run.embed_task(task, model, clip)
-        scores, _ = task.score(*(combine_features([features[side]], "concat") for side in SIDES))
-        metrics.update({f"{name}/{metric}": value for metric, value in scores.items()})
-    return metrics
+    features = {name: run.embed_task(task, model, clip) for name, task in run.tasks.items()}
+
+    def score() -> dict[str, float]:
+        metrics = {}
+        for name, task in run.tasks.items():
+            scores, _ = task.score(*(combine_features([features[name][side]], "concat") for side in SIDES))
+            metrics.update({f"{name}/{metric}": value for metric, value in scores.items()})
+        return metrics
+
+    return on_main(score)
 
 
 def _track(run: RunContext, stage: int, record: Mapping[str, Any], step: int) -> None:

@@ -1,13 +1,18 @@
 """What `mcl-clip eval` measures does not depend on the number of processes, and one of them writes."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from mcl_clip.core.distributed import rank
 from mcl_clip.core.files import read_jsonl
 from mcl_clip.eval.evaluate import evaluate
+from mcl_clip.model.clip import ClipBundle
+from mcl_clip.runs import train_phase
+from mcl_clip.runs.context import RunContext
 from tests.unit.eval.sets import (
     make_multistage,
     name_classes,
@@ -78,3 +83,27 @@ def test_a_mistake_on_one_process_stops_all(pool, root, broken):
     first, second = pool.run(measure_nonsense, 2, str(root), broken)
     assert first == second
     assert first.startswith("True there is no folder /nowhere/model")
+
+
+class CountedTask:
+    """An evaluation set that tells which process scored it."""
+
+    def score(self, image: torch.Tensor, text: torch.Tensor) -> tuple[dict[str, float], dict]:
+        return {"scored_by": float(rank()), "image": float(image.sum()), "text": float(text.sum())}, {}
+
+
+def evaluate_within_a_stage() -> tuple[dict[str, float], int]:
+    task, embedded = CountedTask(), []
+
+    def embed_task(task, model, clip):
+        embedded.append(task)  # what every process takes part in
+        return {"image": torch.eye(2), "text": torch.eye(2)[:1]}
+
+    run = Mock(spec=RunContext, tasks={"a": task, "b": task}, embed_task=embed_task)
+    return train_phase._evaluate(run, Mock(spec=ClipBundle), torch.nn.Identity()), len(embedded)
+
+
+def test_an_evaluation_within_a_stage_is_scored_once(pool):
+    one = {"scored_by": 0.0, "image": 2.0, "text": 1.0}
+    metrics = {f"{name}/{metric}": value for name in "ab" for metric, value in one.items()}
+    assert pool.run(evaluate_within_a_stage, 2) == [(metrics, 2)] * 2
