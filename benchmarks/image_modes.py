@@ -102,7 +102,7 @@ def savers() -> dict[str, Callable[[Image.Image], bytes]]:
         "GIF P": lambda photo: _encoded(photo, "GIF"),
         "BMP RGB": lambda photo: _encoded(photo, "BMP"),
     }
-    if features.check("avif"):
+    if "avif" in features.get_supported():
         found["AVIF RGB"] = lambda photo: _encoded(photo, "AVIF")
     return found
 

@@ -34,7 +34,12 @@ MAX_JPEG_SCANS = 64  # progressive files have about ten; each costs time in prop
 MAX_KEYS, MAX_KEY_CHARS = 10, 40  # of a JSON object, in a message
 MAX_CAPTION_CHARS = 4000  # beyond the context of any encoder; byte-pair encoding of a long word takes quadratic time
 LEGACY_FORMATS = ("JPEG", "PNG", "WEBP")
-FORMATS = (*LEGACY_FORMATS, "GIF", "BMP", *(["AVIF"] if features.check("avif") else []))  # AVIF: from Pillow 11.3 on
+FORMATS = (
+    *LEGACY_FORMATS,
+    "GIF",
+    "BMP",
+    *(["AVIF"] if "avif" in features.get_supported() else []),
+)  # AVIF: from Pillow 11.3 on
 OTHER_FORMATS = {  # by how files of formats that are not decoded begin, in lower case
     rb"....ftypavi": "avif",
     rb"....ftyp(hei|hev|mif1|msf1)": "heic",

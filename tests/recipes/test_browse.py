@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mcl_clip.core.errors import UserError
+from mcl_clip.data.decode import FORMATS
 from mcl_clip.report.view import RunView
 from mcl_clip.tools import browse as module
 from mcl_clip.tools.browse import Search, make_server, serve
@@ -152,7 +153,7 @@ def test_uploads_are_bounded_and_checked(ask, monkeypatch):
     status, _, body = ask("/search", {"gallery": 0}, method="POST", body=b"<svg onload=alert(1)>")
     assert (status, json.loads(body)["error"]) == (
         400,
-        "the file cannot be read as an image (not_an_image: not one of JPEG, PNG, WEBP, GIF, BMP, AVIF)",
+        f"the file cannot be read as an image (format_svg: not one of {', '.join(FORMATS)})",
     )
     monkeypatch.setattr(module, "MAX_UPLOAD", 1 << 20)
     assert ask("/search", {"gallery": 0}, method="POST", headers={"Content-Length": str((1 << 20) + 1)})[0] == 413
