@@ -59,7 +59,9 @@ class TowerConfig:
     pretrained: str = ""
     """An open_clip tag such as openai, or a .pt or .safetensors file; missing weights are an error."""
     model: Inline = field(default_factory=dict)
-    """An open_clip model config, instead of `architecture`."""
+    """An open_clip model config, instead of `architecture`. `hf_model_name` and `hf_tokenizer_name` of a text tower are
+    names on the Hub, or a folder on disk with config, weights and tokenizer; without other weights the tower starts
+    from those, unless `hf_model_pretrained` is false."""
     preprocess: Inline = field(default_factory=dict)
     """Overrides of the preprocessing: mean, std, interpolation, resize_mode."""
 

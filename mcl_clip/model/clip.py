@@ -15,6 +15,7 @@ from typing import Any
 import open_clip
 import timm
 import torch
+from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ from mcl_clip.model.open_clip_io import (
     check_weights,
     make_tokenizer,
     one_line,
+    text_tower_options,
     without_warnings,
     write_open_clip_folder,
 )
@@ -107,6 +109,7 @@ def create_clip(
     pretrained: str = "",
     preprocess: Mapping[str, Any] | None = None,
     seed: int = 0,
+    text_weights: bool = True,
 ) -> ClipBundle:
     """Create a float32 CLIP model on the CPU with random or pretrained weights.
 
@@ -116,6 +119,9 @@ def create_clip(
         pretrained: a pretrained tag of open_clip, or a weights file; empty for random weights.
         preprocess: overrides of the image transform, see `PREPROCESS_NAMES`; `size` also resizes the image tower.
         seed: seed of the random weights. Global random generators are not changed.
+        text_weights: without `pretrained`, a Hugging Face text tower has the weights of its `hf_model_name`, a folder
+            or a model of the Hub, unless its config sets `hf_model_pretrained` to false. False, as in version 0.6, is
+            random weights in any case.
 
     Raises:
         UserError: if a name or option is unknown, or the weights are missing or do not fit the model.
@@ -137,6 +143,7 @@ def create_clip(
     weights = None if tag_cfg or not pretrained else _find_weights(name, pretrained, cfg)
     # Weights trained with the other activation load without an error, so the config records which one it was.
     cfg["quick_gelu"] = bool(cfg.get("quick_gelu") or tag_cfg.get("quick_gelu"))
+    text_name = cfg["text_cfg"].get("hf_model_name")
     size = preprocess.get("size", None if name else cfg["vision_cfg"].get("image_size"))
     cfg, force_image_size = _resize(cfg, size)
     if tag_cfg:
@@ -147,8 +154,9 @@ def create_clip(
         with tempfile.TemporaryDirectory() as folder, without_warnings():
             config = json.dumps({"model_cfg": cfg, "preprocess_cfg": {}})
             (Path(folder) / OPEN_CLIP_CONFIG_NAME).write_text(config, encoding="utf-8")
-            label = name or "this model_cfg"
-            model = _create_model(f"{LOCAL}{folder}", preprocess, seed=seed, label=label, load_weights=False)
+            loads_text = text_weights and not weights and cfg["text_cfg"].get("hf_model_pretrained", True)
+            options = {"label": name or "this model_cfg", "load_weights": False, "pretrained_text": loads_text}
+            model = _create_model(f"{LOCAL}{folder}", preprocess, seed=seed, text_name=text_name, **options)
     if weights:
         load_weights(model, weights)
     if size:
@@ -283,27 +291,42 @@ def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str,
         raise UserError(f"{architecture} is not loaded: {one_line(error)}; correct it, or use another model") from error
     size, cfg = preprocess.get("size"), open_clip.get_model_config(architecture)
     cfg, force_image_size = _resize({**cfg, "quick_gelu": bool(cfg.get("quick_gelu"))}, size)
-    model = _create_model(architecture, preprocess, require_pretrained=True, force_image_size=force_image_size)
+    options = text_tower_options(folder, cfg) if folder else {}
+    options |= {"require_pretrained": True, "force_image_size": force_image_size}
+    model = _create_model(architecture, preprocess, **options)
     if size:
         check_image_size(model, cfg, size)
     return _make_bundle(model, cfg, partial(open_clip.get_tokenizer, architecture), f"of {architecture}")
 
 
 def _create_model(
-    name: str, preprocess: Mapping[str, Any], *, seed: int = 0, label: str = "", **options: Any
+    name: str,
+    preprocess: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    label: str = "",
+    text_name: str | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Call `open_clip.create_model` without touching the global generators; raise its errors as UserError."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of("tower", seed))
             options |= {"force_preprocess_cfg": dict(preprocess)}
-            model: nn.Module = open_clip.create_model(name, **SAFE_OPTIONS, **options)
+            model: nn.Module = open_clip.create_model(name, **{**SAFE_OPTIONS, **options})
     except Exception as error:  # wrong configs and damaged weights raise errors of many types
         requested = f"{label or name} {options.get('pretrained', '')}".strip()
         if isinstance(error, pickle.UnpicklingError):  # torch's own message suggests to load it anyway
             raise UserError(UNSAFE_WEIGHTS.format(requested)) from error
         offline = "; without a network, give a downloaded file as pretrained= or a folder as local-dir:"
-        raise UserError(f"open_clip cannot create {requested}: {one_line(error)}{'' if label else offline}") from error
+        if text_name and isinstance(error, OSError | HFValidationError):
+            offline = (
+                f"; without a network, give a folder with config, weights and tokenizer of {text_name} as "
+                f"hf_model_name and hf_tokenizer_name, or set hf_model_pretrained to false for random weights"
+            )
+        elif label:
+            offline = ""
+        raise UserError(f"open_clip cannot create {requested}: {one_line(error)}{offline}") from error
     return model
 
 
@@ -316,7 +339,10 @@ def _make_bundle(
     try:
         tokenizer = load_tokenizer()
     except Exception as error:  # damaged files raise errors of many types
-        raise UserError(f"the tokenizer {tokenizer_name} cannot be loaded: {one_line(error)}") from error
+        raise UserError(
+            f"the tokenizer {tokenizer_name} cannot be loaded: {one_line(error)}; a folder with its files as "
+            f"hf_tokenizer_name would do, too"
+        ) from error
     preprocess_cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     size = preprocess_cfg["size"]
     if isinstance(size, list) and size[0] == size[1]:  # open_clip gives a number or a pair, as the image tower does

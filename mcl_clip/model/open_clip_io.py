@@ -24,6 +24,7 @@ except ModuleNotFoundError as missing:
 
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
+TEXT_TOWER = "text_tower"  # subfolder with the config of a Hugging Face text tower
 DIFFERENCE_NAME = "difference.safetensors"  # open_clip finds this file too, and reports the missing weights
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 DEFAULT_CONTEXT_LENGTH = 77
@@ -74,7 +75,7 @@ def check_model_folder(folder: Path, base: nn.Module | None = None) -> None:
     check_model_cfg(config.get("model_cfg"))
     if not isinstance(config.get("preprocess_cfg", {}), dict):
         raise ValueError("preprocess_cfg is not an object")
-    for name in TOKENIZER_CONFIG_NAMES:
+    for name in (*TOKENIZER_CONFIG_NAMES, f"{TEXT_TOWER}/config.json"):
         if (folder / name).is_file() and "auto_map" in read_object(folder / name):
             raise ValueError(f"{name} asks to run code that comes with the model (auto_map), which is not done")
     weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
@@ -82,14 +83,26 @@ def check_model_folder(folder: Path, base: nn.Module | None = None) -> None:
         check_weights(path)
     if not weights:
         return
+    options = {"load_weights": False, "pretrained_text": False, **text_tower_options(folder, config["model_cfg"])}
     # The meta device counts the parameters without allocating them.
     with torch.device("meta"), torch.random.fork_rng(devices=[]), without_warnings():
-        model = open_clip.create_model(f"local-dir:{folder}", device="meta", load_weights=False, pretrained_text=False)
+        model = open_clip.create_model(f"local-dir:{folder}", device="meta", **options)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = max(path.stat().st_size for path in weights)
     base_bytes = 0 if base is None else sum(tensor.nbytes for tensor in base.state_dict().values())
     if parameters > size + base_bytes:  # a weight has at least one byte
         raise ValueError(f"its config describes {parameters} parameters, but its weights have {size} bytes")
+
+
+def text_tower_options(folder: Path, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the option of `open_clip.create_model` that builds a Hugging Face text tower from the config in `folder`.
+
+    Without it, open_clip would look for the model that the tower was once made from, in a folder or on the Hub.
+    """
+    if not (folder / TEXT_TOWER / "config.json").is_file():
+        return {}
+    own = {"hf_model_name": str(folder / TEXT_TOWER), "hf_model_pretrained": False}
+    return {"text_cfg": {**model_cfg["text_cfg"], **own}}
 
 
 def check_weights(path: Path) -> None:
@@ -170,6 +183,8 @@ def write_open_clip_folder(
     weights_path.chmod(config_path.stat().st_mode)  # safetensors writes 0600 whatever the umask
     if model_cfg["text_cfg"].get("hf_tokenizer_name"):
         tokenizer.save_pretrained(str(folder))  # type: ignore[attr-defined]
+    if model_cfg["text_cfg"].get("hf_model_name"):
+        model.text.config.save_pretrained(folder / TEXT_TOWER)  # type: ignore[union-attr,operator]
 
 
 def is_equal(tensor: Tensor | None, other: Tensor | None) -> bool:
@@ -195,6 +210,7 @@ def read_open_clip_folder(
     quiet = nullcontext() if base is None else without_warnings()
     try:
         options: dict[str, Any] = {"require_pretrained": base is None, "load_weights": base is None}
+        options |= text_tower_options(folder, config["model_cfg"])
         with torch.random.fork_rng(devices=[]), quiet:  # open_clip draws random weights before it loads any
             model = open_clip.create_model(f"local-dir:{folder}", **SAFE_OPTIONS, **options)
     except pickle.UnpicklingError as error:  # torch's own message suggests to load it anyway

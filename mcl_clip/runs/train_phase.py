@@ -151,6 +151,7 @@ def start_clip(run: RunContext, stage: int) -> ClipBundle:
         pretrained=tower.pretrained,
         preprocess=tower.preprocess,
         seed=seed_of(config.seed, "tower", stage if config.stages[stage].start == "scratch" else 0),
+        text_weights=config.behavior != "0.6",
     )
 
 

@@ -34,7 +34,7 @@ from mcl_clip.stages.diagnose import Diagnosis
 from mcl_clip.tools.doctor_data import (
     RowCounts,
     check_reading,
-    check_tokenizer,
+    check_text_tower,
     check_weights,
     find_model_cfg,
     inspect_shards,
@@ -112,7 +112,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
         yield from failures or [Finding("ok", "publish", f"to {repo}")]
     if cfg is not None:
         yield from check_weights(config.tower)
-        yield from check_tokenizer(cfg.get("text_cfg", {}))
+        loads_weights = not config.tower.is_pretrained and config.behavior != "0.6"
+        yield from check_text_tower(cfg.get("text_cfg", {}), loads_weights=loads_weights)
     if sizes:
         per_epoch = rows.per_epoch(config.data.weights, config.data.holdout_rows) if rows else None
         yield from check_steps(config.stages, rows=per_epoch)

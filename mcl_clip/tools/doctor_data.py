@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import open_clip
+from huggingface_hub.errors import HFValidationError
 
 from mcl_clip.config import EvalConfig, RunConfig, TowerConfig
 from mcl_clip.core.errors import UserError, shorten
@@ -39,6 +40,13 @@ from mcl_clip.tools.doctor_machine import Check, Finding, attempt
 
 SHARDS_WITHOUT_INDEX = 8
 REMOTE_SHARDS_TRIED = 16
+GIVE_WEIGHTS = "give the file as --tower.pretrained or the folder as --tower.architecture local-dir:FOLDER"
+TEXT_WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 REMOTE = RetryPolicy(retries=1, timeout_s=10.0)
 SAMPLES_READ = 256
 BATCH_SIZE = 32
@@ -287,19 +295,41 @@ def check_weights(tower: TowerConfig) -> Iterator[Finding]:
             yield Finding("ok", "weights", str(cached)) if has_it else _check_download([url], what, redacted(url))
 
 
-def check_tokenizer(text_cfg: Mapping[str, Any]) -> Iterator[Finding]:
-    """Check whether the Hub tokenizer of a text encoder, if it has one, is cached or can be downloaded."""
+def check_text_tower(text_cfg: Mapping[str, Any], *, loads_weights: bool) -> Iterator[Finding]:
+    """Check whether tokenizer and weights of a Hugging Face text tower are in a folder, cached or to be downloaded.
+
+    `loads_weights` is whether the run starts without other weights, so that those of `hf_model_name` are loaded.
+    """
     if name := text_cfg.get("hf_tokenizer_name"):
-        yield _check_hub(name, ("tokenizer.json", "tokenizer_config.json"), f"the tokenizer {name}")
+        files, way_out = (
+            ("tokenizer.json", "tokenizer_config.json"),
+            "give a folder with its files as hf_tokenizer_name",
+        )
+        yield _check_hub(name, files, f"the tokenizer {name}", way_out)
+    name = text_cfg.get("hf_model_name")
+    if name and loads_weights and text_cfg.get("hf_model_pretrained", True):
+        way_out = (
+            "give a folder with its files as hf_model_name, or set hf_model_pretrained to false for random weights"
+        )
+        yield _check_hub(name, TEXT_WEIGHTS, f"the weights of the text tower {name}", way_out)
 
 
-def _check_hub(repository: str, names: Sequence[str], what: str) -> Finding:
-    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
-        return Finding("ok", "weights", f"{what}: in the cache of the Hub")
-    return _check_download([huggingface_hub.hf_hub_url(repository, name) for name in names], what, "the Hub")
+def _check_hub(repository: str, names: Sequence[str], what: str, way_out: str = GIVE_WEIGHTS) -> Finding:
+    folder = Path(repository)
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in names):
+            return Finding("ok", "weights", f"{what}: in this folder")
+        return Finding("FAIL", "weights", f"{what}: this folder has none of {', '.join(names)}; download it again")
+    try:
+        if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
+            return Finding("ok", "weights", f"{what}: in the cache of the Hub")
+        urls = [huggingface_hub.hf_hub_url(repository, name) for name in names]
+    except HFValidationError:
+        return Finding("FAIL", "weights", f"{what}: this is neither a folder nor a name on the Hub; correct it")
+    return _check_download(urls, what, "the Hub", way_out)
 
 
-def _check_download(urls: Sequence[str], what: str, source: str) -> Finding:
+def _check_download(urls: Sequence[str], what: str, source: str, way_out: str = GIVE_WEIGHTS) -> Finding:
     """Request the headers of the first of some URLs that answers."""
     reason = ""
     for url in urls:
@@ -310,7 +340,7 @@ def _check_download(urls: Sequence[str], what: str, source: str) -> Finding:
         except Exception as error:  # the type depends on the HTTP library of the installed version
             reason = f"{type(error).__name__}: {shorten(error, 160)}"
     text = (
-        f"{what} are not on this machine and cannot be downloaded from {source} ({reason}); download them where there "
-        f"is a network, and give the file as --tower.pretrained or the folder as --tower.architecture local-dir:FOLDER"
+        f"{what}: not on this machine, and cannot be downloaded from {source} ({reason}); download it where there is a "
+        f"network, and {way_out}"
     )
     return Finding("FAIL", "weights", text)

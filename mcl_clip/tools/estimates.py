@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from mcl_clip.config import LockConfig, StageConfig, TrainConfig
@@ -82,7 +83,10 @@ def has_config(text_name: str) -> bool:
     """Return whether the config of a Hugging Face text tower is on this machine: in a folder, or cached."""
     if Path(text_name).is_dir():
         return True
-    return isinstance(try_to_load_from_cache(text_name, "config.json"), str)
+    try:
+        return isinstance(try_to_load_from_cache(text_name, "config.json"), str)
+    except HFValidationError as error:
+        raise UserError(f"hf_model_name {text_name} is neither a folder nor a model of the Hub; correct it") from error
 
 
 def measure(

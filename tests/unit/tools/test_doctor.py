@@ -583,7 +583,7 @@ def test_weights_on_the_hub(hub):
 
 def test_weights_out_of_reach(hub):
     text = only(check_weights("ViT-L-14", "openai"), "FAIL")
-    assert "are not on this machine and cannot be downloaded from the Hub (ConnectionError: no route)" in text
+    assert ": not on this machine, and cannot be downloaded from the Hub (ConnectionError: no route)" in text
     assert "give the file as --tower.pretrained" in text
     assert "FAIL" in [finding.level for finding in check_weights("hf-hub:a/b", "")]
 
@@ -598,11 +598,15 @@ def test_weights_on_this_machine(tmp_path, hub):
     assert "'openay' is neither a file nor a tag of ViT-B-32" in only(check_weights("ViT-B-32", "openay"), "FAIL")
 
 
+def text_tower(text_cfg):
+    return data.check_text_tower(text_cfg, loads_weights=True)
+
+
 def test_tokenizers_of_the_hub(hub):
-    assert not list(data.check_tokenizer(MODEL["text_cfg"]))
-    assert "the tokenizer org/words are not" in only(data.check_tokenizer({"hf_tokenizer_name": "org/words"}), "FAIL")
+    assert not list(text_tower(MODEL["text_cfg"]))
+    assert "the tokenizer org/words: not on" in only(text_tower({"hf_tokenizer_name": "org/words"}), "FAIL")
     hub.cached = {("org/words", "tokenizer_config.json")}
-    assert only(data.check_tokenizer({"hf_tokenizer_name": "org/words"}), "ok").endswith("in the cache of the Hub")
+    assert only(text_tower({"hf_tokenizer_name": "org/words"}), "ok").endswith("in the cache of the Hub")
 
 
 def test_settings_of_a_tower(hub, tmp_path):
