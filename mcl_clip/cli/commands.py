@@ -22,14 +22,14 @@ from mcl_clip.cli.recipe import (
     parse,
     split_arguments,
 )
-from mcl_clip.config import ExperimentConfig, RunConfig
+from mcl_clip.config import DataConfig, ExperimentConfig, RunConfig
 from mcl_clip.core.checks import check_range
 from mcl_clip.core.distributed import is_main, world_size
 from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import DONE, append_jsonl, atomic_path, read_run_config, write_json
 from mcl_clip.core.progress import be_quiet, has_colours
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.shards import expand_shards
+from mcl_clip.data.shards import expand_shards, is_remote
 from mcl_clip.eval.evaluate import evaluate
 from mcl_clip.publish.export import EVERYTHING, Export, export_run
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token, upload
@@ -37,6 +37,7 @@ from mcl_clip.report.evaluation import runs_with_controls
 from mcl_clip.report.page import write_report
 from mcl_clip.results.compare import compare_models, comparison_records, comparison_text
 from mcl_clip.results.text import format_bytes, results_table
+from mcl_clip.runs.context import sample_rule
 from mcl_clip.runs.pipeline import check_stages
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.tools.browse import serve
@@ -47,19 +48,41 @@ from mcl_clip.tools.profile import hints, profile_recipe, profile_text
 from mcl_clip.tools.reshard import reshard
 
 
-def index(shards: tuple[str, ...], /) -> None:
+def index(
+    shards: tuple[str, ...],
+    /,
+    *,
+    caption_key: str = "",
+    image_member: str = "",
+    text_member: str = "",
+    skip_damaged: bool = False,
+) -> None:
     """Index shards in one pass over their tar headers.
 
-    The index is written as index.arrow beside local shards.
+    The index is written as index.arrow beside local shards, for runs with the same options. What was done is kept when
+    the command is stopped, and used when it is given again.
 
     Args:
         shards: paths or URLs with braces and globs, or folders.
+        caption_key: as --data.caption-key of the run.
+        image_member: as --data.image-member of the run.
+        text_member: as --data.text-member of the run.
+        skip_damaged: as --data.skip-damaged of the run.
     """
-    built = ShardIndex.build(expand_shards(shards))
+    urls = expand_shards(shards)
+    if all(map(is_remote, urls)):
+        raise UserError("all shards are remote; a run indexes them into its own folder")
+    kept = Path(next(url for url in urls if not is_remote(url))).parent / ".index-parts"
+    data = DataConfig(
+        caption_key=caption_key, image_member=image_member, text_member=text_member, skip_damaged=skip_damaged
+    )
+    built = ShardIndex.build(urls, rule=sample_rule(data, RunConfig.behavior), kept=kept)
     built.write_beside()
+    shutil.rmtree(kept, ignore_errors=True)
     print(f"{len(built.shards)} shards, {len(built)} rows, digest {built.digest}")
-    if skipped := built.skipped_by_reason():
-        print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
+    print(f"captions: {built.text_counts()}")
+    if built.skipped_by_reason():
+        print(f"left out: {built.describe_skipped()}")
 
 
 def status(run: Path, /) -> None:

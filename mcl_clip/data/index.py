@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Int64, Integer, UInt8
 
-from mcl_clip.core.distributed import is_main
+from mcl_clip.core.distributed import count_cores, is_main
 from mcl_clip.core.errors import UserError
-from mcl_clip.core.files import atomic_path
+from mcl_clip.core.files import atomic_path, fingerprint
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.decode import missing_caption
-from mcl_clip.data.samples import DAMAGED, SampleRule, scan_shard
+from mcl_clip.data.samples import DAMAGED, SampleRule
+from mcl_clip.data.scanning import DTYPES, SCHEMA, THREADS, Part, column_of, make_table, scan_shards
 from mcl_clip.data.shards import Shard, check_location, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS
@@ -30,26 +31,12 @@ INDEX_NAME = "index.arrow"
 
 _VERSION = 1
 _METADATA = b"mcl_clip"
-_DTYPES = {
-    "shard": np.int32,
-    "image_offset": np.int64,
-    "image_size": np.int32,
-    "image_format": np.uint8,
-    "text_offset": np.int64,
-    "text_size": np.int32,
-    "text_format": np.uint8,
-    "sample_offset": np.int64,
-    "sample_size": np.int64,
-}
-_SCHEMA = pa.schema(
-    [("key", pa.large_string()), *((name, pa.from_numpy_dtype(dtype)) for name, dtype in _DTYPES.items())]
-)
-_DIGEST_ROWS = 1 << 20
+_DIGEST_ROWS = _CHECK_ROWS = 1 << 20
+SAVE_S = 30.0  # between writes of what was scanned
 RULE = SampleRule()
 OLD_RULE = SampleRule(images=("jpg", "jpeg", "png", "webp"), needs_caption=False)  # of version 0.6 and earlier
 
 
-_Part: TypeAlias = tuple[Shard, pa.Table]
 _File: TypeAlias = tuple[str, int, int]  # the file that an index was loaded from: path, size, modification time in ns
 
 
@@ -75,13 +62,13 @@ class ShardIndex:
         self.shards = tuple(shards)
         self.rule = rule
         # A table without rows may have columns without chunks.
-        self._table = table.combine_chunks() if table.num_rows else make_table([], dict.fromkeys(_DTYPES, np.zeros(0)))
+        self._table = table.combine_chunks() if table.num_rows else make_table([], dict.fromkeys(DTYPES, np.zeros(0)))
         self._file: _File | None = None
         firsts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         if [shard.first_row for shard in self.shards] != firsts[:-1].tolist() or firsts[-1] != table.num_rows:
             raise UserError("the index is damaged: its shards and rows do not match; delete it and build it again")
         self.shard_of = _to_numpy(self._table, "shard")
-        for name in _DTYPES.keys() - {"shard"}:
+        for name in DTYPES.keys() - {"shard"}:
             setattr(self, name, _to_numpy(self._table, name))
         keys = self._table.column("key").chunk(0)
         _, ends, data = keys.buffers()
@@ -148,35 +135,24 @@ class ShardIndex:
         cls,
         urls: Sequence[str],
         *,
-        max_workers: int = 16,
         rule: SampleRule = RULE,
         reuse: bool = True,
+        kept: Path | None = None,
+        workers: int | None = None,
         retry: RetryPolicy | None = None,
     ) -> "ShardIndex":
         """Index shards, in one pass over their tar headers; locations are those that `expand_shards` returns.
 
-        With `reuse`, the rows of unchanged shards are copied from the `index.arrow` in their folder.
+        With `reuse`, the rows of unchanged shards are copied from the `index.arrow` in their folder and from the folder
+        `kept`; what is scanned is kept there as it proceeds, for the next call. Local shards are scanned by `workers`
+        processes, by default one for each core; the result does not depend on their number.
 
         Raises:
             UserError: if a shard is missing, compressed, truncated or damaged, or no sample has an image and a text.
             OSError: if a shard cannot be read after all retries.
         """
-        for url in urls:
-            check_location(url)
-        locations = [url if is_remote(url) else os.path.abspath(url) for url in urls]
-        known = _known_parts(locations, rule) if reuse else {}
-        policy = retry or RetryPolicy()
-        missing = [url for url in locations if url not in known]
-        with ThreadPoolExecutor(max_workers=max_workers) as threads:
-            try:
-                scans = threads.map(lambda url: _scan(url, rule, policy), missing)
-                show = is_main() and bool(missing)
-                bar = Progress(scans, total=len(missing), desc="indexing shards", unit="shard", show=show)
-                known |= dict(zip(missing, bar, strict=True))
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
-        index = _assemble([known[url] for url in locations], rule)
+        parts = collect_parts(urls, rule, reuse=reuse, kept=kept, workers=workers, retry=retry)
+        index = _assemble([parts[url] for url in _locations(urls)], rule)
         if not len(index):
             raise UserError(_describe_empty(index))
         return index
@@ -201,15 +177,18 @@ class ShardIndex:
             path.chmod(0o600)
 
     @classmethod
-    def load(cls, path: Path) -> "ShardIndex":
+    def load(cls, path: Path, *, check: bool = True) -> "ShardIndex":
         """Load an index file, memory-mapped so that the processes of a machine share it, and check all rows.
+
+        Without `check`, another process must have checked them.
 
         Raises:
             UserError: if there is no such file, it is damaged or of another version, or a row lies outside its shard.
         """
         index = cls._read(Path(path).absolute())
         try:
-            _check_rows(index)
+            if check:
+                _check_rows(index)
         except ValueError as error:
             raise UserError(f"the index {path} is damaged ({error}); delete it and build it again") from error
         return index
@@ -224,7 +203,7 @@ class ShardIndex:
                 raise UserError(
                     f"{path} is an index of version {metadata['version']!r}, expected {_VERSION}; build it again"
                 )
-            if not table.schema.equals(_SCHEMA):
+            if not table.schema.equals(SCHEMA):
                 raise KeyError("columns")
             shards = [_stored_shard(shard, path.parent) for shard in metadata["shards"]]
             index = cls(shards, table, rule=_stored_rule(metadata))
@@ -255,10 +234,10 @@ class ShardIndex:
             except PermissionError as error:
                 raise UserError(f"{folder} is not writable ({error}); save the index elsewhere") from error
 
-    def check_unchanged(self, *, max_workers: int = 16, retry: RetryPolicy | None = None) -> None:
+    def check_unchanged(self, *, retry: RetryPolicy | None = None) -> None:
         """Raise UserError if a shard is missing, or its size, modification time or ETag is not that in the index."""
         policy = retry or RetryPolicy()
-        with ThreadPoolExecutor(max_workers=max_workers) as threads:
+        with ThreadPoolExecutor(THREADS) as threads:
             for shard, now in zip(self.shards, threads.map(lambda s: stat(s.url, policy), self.shards), strict=True):
                 if now != (shard.size, shard.stamp):
                     raise UserError(
@@ -277,7 +256,7 @@ class ShardIndex:
         shift = sample_offset - self.sample_offset[rows]
         for name in ("image_offset", "text_offset", "sample_offset"):
             column = pa.array(_to_numpy(table, name) + shift)
-            table = table.set_column(_SCHEMA.get_field_index(name), _SCHEMA.field(name), column)
+            table = table.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         parts = [(shard, table.slice(first, shard.rows)) for shard, first in zip(shards, firsts.tolist(), strict=False)]
         return _assemble(parts, self.rule)
@@ -287,61 +266,85 @@ class ShardIndex:
             return _reload, (self._file,)
         return partial(ShardIndex, rule=self.rule), (self.shards, self._table)
 
-    def _part(self, number: int) -> _Part:
+    def _part(self, number: int) -> Part:
         shard = self.shards[number]
         return shard, self._table.slice(shard.first_row, shard.rows)
 
 
-def make_table(keys: Iterable[bytes], columns: Mapping[str, np.ndarray]) -> pa.Table:
-    """Create the table of an index from UTF-8 keys and the other columns by name."""
-    keys = list(keys)
-    ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
-    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(keys))]
-    arrays = [pa.Array.from_buffers(pa.large_binary(), len(keys), buffers).cast(pa.large_string())]
-    arrays += [_array(np.asarray(columns[name]).astype(dtype), name) for name, dtype in _DTYPES.items()]
-    return pa.Table.from_arrays(arrays, schema=_SCHEMA)
+def collect_parts(
+    urls: Sequence[str],
+    rule: SampleRule,
+    *,
+    reuse: bool = True,
+    kept: Path | None = None,
+    workers: int | None = None,
+    retry: RetryPolicy | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, Part]:
+    """Return the rows of each shard by location, without the shards that were left when `is_stopping` was true.
+
+    Arguments and errors are those of `ShardIndex.build`. Several processes may share the folder `kept`.
+    """
+    locations = _locations(urls)
+    parts = _stored_parts(locations, rule, kept) if reuse else {}
+    missing, unsaved, saved_s = [url for url in locations if url not in parts], list[Part](), time.monotonic()
+    scans = scan_shards(missing, rule, workers=workers or count_cores(), retry=retry or RetryPolicy())
+    bar = Progress(total=len(missing), desc="indexing shards", unit="shard", show=is_main() and bool(missing))
+    with bar, closing(scans):
+        try:
+            for url, part in zip(missing, scans, strict=True):
+                parts[url] = part
+                unsaved.append(part)
+                bar.update()
+                if kept is not None and time.monotonic() - saved_s > SAVE_S:
+                    _keep(unsaved, rule, kept)
+                    unsaved, saved_s = [], time.monotonic()
+                if is_stopping():
+                    break
+        finally:
+            if kept is not None and unsaved:
+                _keep(unsaved, rule, kept)
+    return parts
 
 
-def _array(values: np.ndarray, name: str) -> pa.Array:
-    """Wrap an array as a column; `pa.array` and `to_numpy` would import pandas, which takes half a second."""
-    return pa.Array.from_buffers(_SCHEMA.field(name).type, len(values), [None, pa.py_buffer(values)])
+def _keep(parts: Sequence[Part], rule: SampleRule, folder: Path) -> None:
+    """Write an index of these shards, named after them."""
+    name = fingerprint([asdict(shard) for shard, _ in parts])
+    try:
+        _assemble(parts, rule).save(folder / f"{name}.arrow")
+    except PermissionError as error:
+        raise UserError(f"{folder.parent} is not writable ({error}); the index cannot be kept there") from error
 
 
-def _scan(url: str, rule: SampleRule, retry: RetryPolicy) -> _Part:
-    before = stat(url, retry)
-    find_problem = partial(missing_caption, json_key=rule.caption_key)
-    found = scan_shard(url, before[0], rule, find_problem=find_problem, retry=retry)
-    if stat(url, retry) != before:
-        raise UserError(f"shard {redacted(url)} changed while it was read; wait until it is complete, then try again")
-    columns = np.array([(0, *row) for row in found.rows], np.int64).reshape(-1, len(_DTYPES)).T
-    table = make_table(found.keys, dict(zip(_DTYPES, columns, strict=True)))
-    counts: dict[str, Any] = {
-        "skipped": dict(found.skipped),
-        "examples": found.examples,
-        "joined_lines": found.joined_lines,
-    }
-    return Shard(url, *before, first_row=0, rows=len(found.rows), **counts), table
+def _locations(urls: Sequence[str]) -> list[str]:
+    for url in urls:
+        check_location(url)
+    return [url if is_remote(url) else os.path.abspath(url) for url in urls]
 
 
-def _known_parts(locations: Sequence[str], rule: SampleRule) -> dict[str, _Part]:
-    """Collect the rows of unchanged local shards from the `index.arrow` files in their folders."""
+def _stored_parts(locations: Sequence[str], rule: SampleRule, kept: Path | None) -> dict[str, Part]:
+    """Collect the rows of unchanged shards from `kept`, and from the `index.arrow` in the folders of local ones."""
     known, wanted = {}, set(locations)
     files = {Path(os.path.dirname(url), INDEX_NAME) for url in locations if not is_remote(url)}
-    for index in (ShardIndex.load(file) for file in sorted(files) if file.exists()):
-        for number, shard in enumerate(index.shards if index.rule == rule else ()):
+    stored = [ShardIndex.load(file) for file in sorted(files) if file.exists()]
+    for file in sorted(kept.glob("*.arrow")) if kept is not None else ():
+        with suppress(UserError):  # what a kill has cut off is scanned again
+            stored.append(ShardIndex.load(file))
+    for index in (index for index in stored if index.rule == rule):
+        for number, shard in enumerate(index.shards):
             with suppress(UserError):  # a missing shard is reported when it is scanned
                 if shard.url in wanted and stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp):
                     known[shard.url] = index._part(number)
     return known
 
 
-def _assemble(parts: Sequence[_Part], rule: SampleRule) -> ShardIndex:
+def _assemble(parts: Sequence[Part], rule: SampleRule) -> ShardIndex:
     firsts = np.cumsum([0, *(shard.rows for shard, _ in parts)])
     shards = [replace(shard, first_row=int(first)) for (shard, _), first in zip(parts, firsts, strict=False)]
     numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [shard.rows for shard in shards])
     tables = [table.replace_schema_metadata(None) for _, table in parts]
-    table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
-    table = table.set_column(1, _SCHEMA.field("shard"), _array(numbers, "shard"))
+    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    table = table.set_column(1, SCHEMA.field("shard"), column_of(numbers, "shard"))
     return ShardIndex(shards, table, rule=rule)
 
 
@@ -389,19 +392,28 @@ def _stored_rule(metadata: Mapping[str, Any]) -> SampleRule:
 
 def _check_rows(index: ShardIndex) -> None:
     """Raise ValueError unless every row lies within its shard and all columns hold values that `build` can write."""
-    rows, ends = len(index), index._key_ends
-    if len(ends) != rows + 1 or ends[0] < 0 or ends[-1] > len(index._key_bytes) or (ends[1:] <= ends[:-1]).any():
+    ends = index._key_ends
+    if len(ends) != len(index) + 1 or ends[0] < 0 or ends[-1] > len(index._key_bytes):
         raise ValueError("keys")
-    if not np.array_equal(index.shard_of, np.repeat(np.arange(len(index.shards)), [s.rows for s in index.shards])):
-        raise ValueError("shard numbers")
-    if (index.image_format >= len(IMAGE_FORMATS)).any() or (index.text_format >= len(TEXT_FORMATS)).any():
-        raise ValueError("formats")
-    sizes = np.array([shard.size for shard in index.shards], np.int64)[index.shard_of]
-    start, end = index.sample_offset, index.sample_offset + index.sample_size
-    for offset, size in ((index.image_offset, index.image_size), (index.text_offset, index.text_size)):
-        inside = (size > 0) & (start + BLOCK <= offset) & (offset <= sizes) & (offset + size <= end)
-        if not (inside & (start >= 0) & (index.sample_size <= sizes) & (end <= sizes)).all():
-            raise ValueError("member offsets")
+    firsts = np.cumsum([0, *(shard.rows for shard in index.shards)])
+    shard_sizes = np.array([shard.size for shard in index.shards], np.int64)
+    for first in range(0, len(index), _CHECK_ROWS):  # in memory that does not grow with the index
+        rows = slice(first, min(first + _CHECK_ROWS, len(index)))
+        if (ends[rows.start + 1 : rows.stop + 1] <= ends[rows]).any():
+            raise ValueError("keys")
+        numbers = np.searchsorted(firsts, np.arange(rows.start, rows.stop), side="right") - 1
+        if not np.array_equal(index.shard_of[rows], numbers):
+            raise ValueError("shard numbers")
+        image_formats, text_formats = index.image_format[rows], index.text_format[rows]
+        if (image_formats >= len(IMAGE_FORMATS)).any() or (text_formats >= len(TEXT_FORMATS)).any():
+            raise ValueError("formats")
+        sizes, start, length = shard_sizes[numbers], index.sample_offset[rows], index.sample_size[rows]
+        end = start + length
+        for offset, size in ((index.image_offset, index.image_size), (index.text_offset, index.text_size)):
+            inside = (size[rows] > 0) & (start + BLOCK <= offset[rows]) & (offset[rows] <= sizes)
+            inside &= offset[rows] + size[rows] <= end
+            if not (inside & (start >= 0) & (length <= sizes) & (end <= sizes)).all():
+                raise ValueError("member offsets")
 
 
 def _reload(file: _File) -> ShardIndex:

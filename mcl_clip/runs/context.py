@@ -1,6 +1,8 @@
 """What all phases of a run share, and the data and evaluation sets that it is made of."""
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -14,12 +16,22 @@ from accelerate import Accelerator
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from mcl_clip.config import RunConfig
-from mcl_clip.core.distributed import check_same, on_main, place_on_node, sample_of_permutation
+from mcl_clip.config import DataConfig, RunConfig
+from mcl_clip.core.distributed import (
+    barrier,
+    check_same,
+    count_cores,
+    is_main,
+    on_main,
+    place_on_node,
+    rank,
+    sample_of_permutation,
+    world_size,
+)
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, STARTED, read_json
 from mcl_clip.data.features import EmbeddingTable
-from mcl_clip.data.index import OLD_RULE, RULE, ShardIndex
+from mcl_clip.data.index import OLD_RULE, RULE, ShardIndex, collect_parts
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.row_order import Source
 from mcl_clip.data.samples import SampleRule
@@ -134,10 +146,9 @@ def with_behavior(config: RunConfig) -> RunConfig:
     return replace(config, behavior="0.6")
 
 
-def sample_rule(config: RunConfig) -> SampleRule:
+def sample_rule(data: DataConfig, behavior: str) -> SampleRule:
     """Return which members of the training shards make a pair."""
-    data = config.data
-    if config.behavior == "0.6":
+    if behavior == "0.6":
         return OLD_RULE
     texts = RULE.texts[::-1] if data.caption_key else RULE.texts
     return SampleRule(
@@ -149,10 +160,11 @@ def sample_rule(config: RunConfig) -> SampleRule:
     )
 
 
-def load_index(config: RunConfig) -> tuple[ShardIndex, tuple[Source, ...]]:
+def load_index(config: RunConfig, interrupt: Interrupt | None = None) -> tuple[ShardIndex, tuple[Source, ...]]:
     """Return the index of the training shards, and the rows and weight of each list of shards.
 
-    The index is kept in the run directory, and rebuilt when a shard was added, removed or changed.
+    The index is kept in the run directory, and rebuilt when a shard was added, removed or changed. All processes scan
+    shards for it; when they are stopped or killed, the next start continues with the shards that are left.
 
     Raises:
         UserError: if there are no shards, no shard holds a pair, or too many samples are left out.
@@ -162,8 +174,20 @@ def load_index(config: RunConfig) -> tuple[ShardIndex, tuple[Source, ...]]:
         raise UserError("--data.train names no shards; give paths, URLs or folders with .tar files")
     lists = [expand_shards(spec) for spec in config.data.train]
     path = config.run_dir / "index" / "index.arrow"
-    on_main(partial(_update_index, path, [url for urls in lists for url in urls], sample_rule(config)))
-    index = ShardIndex.load(path)
+    urls, rule, kept = (
+        [url for urls in lists for url in urls],
+        sample_rule(config.data, config.behavior),
+        path.parent / "parts",
+    )
+    if not on_main(partial(_is_current, path, urls, rule)):
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+        workers = max(1, count_cores() // processes)
+        interrupt = interrupt or Interrupt()
+        collect_parts(urls[rank() :: world_size()], rule, kept=kept, workers=workers, is_stopping=interrupt.noticed)
+        barrier()
+        interrupt.check()
+        on_main(partial(_write_index, path, urls, rule, kept))
+    index = ShardIndex.load(path, check=is_main())
     check_same(index.digest, "the index of the training shards")
     logger.info("index: %d rows; captions: %s", len(index), index.text_counts())
     if index.skipped_by_reason():
@@ -194,20 +218,26 @@ def check_pairs(config: RunConfig, index: ShardIndex) -> None:
         )
 
 
-def _update_index(path: Path, urls: list[str], rule: SampleRule) -> None:
+def _is_current(path: Path, urls: list[str], rule: SampleRule) -> bool:
     before = ShardIndex.load(path) if path.exists() else None
     if before is not None and [shard.url for shard in before.shards] == urls and before.rule == rule:
         with suppress(UserError):  # a shard has changed
             before.check_unchanged()
-            return
-    index = ShardIndex.build(urls, rule=rule)
-    run_dir = path.parents[1]
+            return True
+    return False
+
+
+def _write_index(path: Path, urls: list[str], rule: SampleRule, kept: Path) -> None:
+    """Write the index of the parts that all processes have scanned, and of shards that are not among them."""
+    index, run_dir = ShardIndex.build(urls, rule=rule, kept=kept), path.parents[1]
+    before = ShardIndex.load(path) if path.exists() else None
     if before is not None and index.digest != before.digest and any(run_dir.glob(f"stage-*/*/{STARTED}")):
         raise StaleArtifactError(
             f"{run_dir} was begun with other data ({len(before)} rows then, {len(index)} now, with other keys or "
             f"sizes); use the earlier --data.train, or another --run-dir"
         )
     index.save(path)
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def open_tasks(config: RunConfig) -> dict[str, Task]:

@@ -61,7 +61,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(lock(config.run_dir)))  # the main process holds the lock for all
         config = on_main(partial(with_behavior, config))
-        index, sources = load_index(config)
+        index, sources = load_index(config, interrupt)
         config = with_control(config, rows=len(index))  # the steps of equal compute depend on the number of rows
         run = RunContext(
             config=config,

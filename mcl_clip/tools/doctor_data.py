@@ -85,7 +85,7 @@ def inspect_shards(config: RunConfig) -> Check[RowCounts]:
     if failures := _check_remote([url for url in urls if is_remote(url)]):
         yield from failures
         return None
-    stored, rule = config.run_dir / "index" / INDEX_NAME, sample_rule(config)
+    stored, rule = config.run_dir / "index" / INDEX_NAME, sample_rule(config.data, config.behavior)
     if (indexed := (yield from attempt("shards", lambda: _load_or_build_index(urls, stored, rule)))) is None:
         return None
     index, scanned = indexed

@@ -312,7 +312,7 @@ class Shards:
         path = case.write("0000.tar", data)
         other = case.write("0001.tar", tar_of(self._shard(case).members, kind)) if case.chance(0.2) else None
         try:
-            index = ShardIndex.build([str(path), *([str(other)] if other else [])], max_workers=1, retry=QUICK)
+            index = ShardIndex.build([str(path), *([str(other)] if other else [])], workers=1, retry=QUICK)
         except UserError as error:
             if path.name not in str(error):
                 raise LostError(f"the shard is not named: {error}") from error
@@ -361,7 +361,7 @@ class Shards:
     def _changed_later(self, case: Case, data: bytes) -> str:
         """A shard that changes between indexing and reading."""
         path = case.write("0000.tar", data)
-        index = ShardIndex.build([str(path)], max_workers=1, retry=QUICK)
+        index = ShardIndex.build([str(path)], workers=1, retry=QUICK)
         reader, rows, before = Reader(index, retry=QUICK), np.arange(len(index)), path.stat()
         is_open = case.chance(0.5)
         if is_open:
@@ -399,7 +399,7 @@ class Shards:
                 *("{a,b", "{" * 3000, "x" * 5000 + ".tar", f"{case.folder}/**/*.tar"),
             )
         )
-        ShardIndex.build(expand_shards(location), max_workers=1, retry=QUICK)
+        ShardIndex.build(expand_shards(location), workers=1, retry=QUICK)
         return "accepted"
 
 
@@ -806,7 +806,7 @@ class Indexes:
         self.shards = [
             template.write(f"{n}.tar", tar_of(shards._shard(template).members, TAR_KINDS[n])) for n in (0, 1)
         ]
-        index = ShardIndex.build([str(path) for path in self.shards], max_workers=1)
+        index = ShardIndex.build([str(path) for path in self.shards], workers=1)
         index.save(folder / "index.arrow")
         self.good = (folder / "index.arrow").read_bytes()
         self.read = {index.key(raw.row): (raw.image, raw.text) for raw in Reader(index).read(np.arange(len(index)))}
@@ -816,7 +816,7 @@ class Indexes:
         for shard in self.shards:
             shutil.copy2(shard, case.folder)
         if case.chance(0.3):  # as `build` finds it beside the shards
-            index = ShardIndex.build([str(case.folder / shard.name) for shard in self.shards], max_workers=1)
+            index = ShardIndex.build([str(case.folder / shard.name) for shard in self.shards], workers=1)
         else:
             index = ShardIndex.load(path)
         keys = [index.key(row) for row in range(len(index))]
@@ -824,7 +824,7 @@ class Indexes:
             index.skipped_by_reason(), dict
         ):  # fmt: skip
             raise LostError("an index without a digest")
-        index.check_unchanged(max_workers=1, retry=QUICK)
+        index.check_unchanged(retry=QUICK)
         for raw in Reader(index, retry=QUICK).read(np.arange(len(index))):
             is_checked = len(keys[raw.row]) <= 90  # longer names do not stand in the header that the reader looks at
             if is_checked and self.read.get(keys[raw.row]) not in ((raw.image, raw.text), None):

@@ -2,11 +2,11 @@
 
 import pickle
 import time
+from dataclasses import replace
 
 import pytest
 
-from mcl_clip.data import index
-from mcl_clip.data import tar as samples
+from mcl_clip.data import samples, scanning
 from tests.faults import fuzz
 
 CASES = {"shards": 120, "images": 70, "captions": 40, "index": 30, "labels": 25, "run": 25, "model": 6}
@@ -80,9 +80,9 @@ def test_a_payload_that_runs_is_found(tmp_path, restored):
 def test_a_sample_that_gets_lost_is_found(tmp_path, restored):
     group = samples.group_samples
 
-    def forgetful(members, **options):
-        keys, rows, skipped = group(members, **options)
-        return samples.Samples(keys[1:], rows[1:], skipped)
+    def forgetful(*arguments):
+        found = group(*arguments)
+        return replace(found, keys=found.keys[1:], rows=found.rows[1:])
 
     restored.setattr(samples, "group_samples", forgetful)
     assert "lost" in kinds("shards", tmp_path, numbers=range(20))
@@ -92,7 +92,7 @@ def test_a_sound_file_that_is_refused_is_found(tmp_path, restored):
     def refuse(url, *arguments, **options):
         raise fuzz.UserError(f"{url} is refused")
 
-    restored.setattr(index, "scan_shard", refuse)
+    restored.setattr(scanning, "scan_shard", refuse)
     assert kinds("shards", tmp_path, numbers=[0, 25]) == {"unsound"}
 
 

@@ -123,10 +123,13 @@ def test_index_writes_an_index_beside_the_shards(tmp_path, monkeypatch, capsys):
         write_tar(tmp_path / f"{number}.tar", [*pairs(5, prefix=f"s{number}_"), ("alone.jpg", b"x")])
     code, out, _ = run_command(monkeypatch, capsys, "index", tmp_path / "{0,1}.tar")
     assert code == 0
-    first, second = out.splitlines()
+    first, *others = out.splitlines()
     assert first.startswith("2 shards, 10 rows, digest ")
-    assert second.startswith("skipped: 2 ")
-    assert (tmp_path / "index.arrow").exists()
+    assert others == ["captions: 10 .txt", "left out: 2 missing_text (alone.jpg)"]
+    assert {path.name for path in tmp_path.iterdir()} == {"0.tar", "1.tar", "index.arrow"}
+    code, _, err = run_command(monkeypatch, capsys, "index", tmp_path / "0.tar", "--text-member", "cap")
+    assert code == 2
+    assert "6 samples have an image but no cap member (skipped: 6 missing_text (s0_0000.jpg, s0_0000.txt))" in err
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ import pytest
 import webdataset as wds
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.data import index as index_module
 from mcl_clip.data import samples as samples_module
+from mcl_clip.data import scanning as scanning_module
 from mcl_clip.data import tar as tar_module
-from mcl_clip.data.index import RULE, ShardIndex, _assemble, make_table
+from mcl_clip.data.index import RULE, ShardIndex, _assemble
 from mcl_clip.data.samples import SampleRule
+from mcl_clip.data.scanning import make_table
 from mcl_clip.data.shards import Shard
 from mcl_clip.data.storage import RetryPolicy
 from tests.unit.data.http_ranges import serve
@@ -32,7 +33,7 @@ JSON_FIRST = SampleRule(texts=("json", "txt"), needs_caption=False)
 
 
 def build(*paths: Path, **options) -> ShardIndex:
-    return ShardIndex.build([str(path) for path in paths], max_workers=2, **options)
+    return ShardIndex.build([str(path) for path in paths], **options)
 
 
 def payloads(index: ShardIndex, row: int) -> tuple[bytes, bytes]:
@@ -408,7 +409,7 @@ def rewrite_index(path: Path, *, metadata=None, **columns) -> None:
         ({"text_size": -1}, "member offsets"),
         ({"sample_size": 2**62}, "member offsets"),
         ({"sample_offset": -512}, "member offsets"),
-        ({"image_format": 7}, "formats"),
+        ({"image_format": len(tar_module.IMAGE_FORMATS)}, "formats"),
         ({"text_format": 200}, "formats"),
         ({"shard": 1}, "shard numbers"),
         ({"key": ""}, "keys"),
@@ -501,8 +502,8 @@ def test_an_index_beside_the_shards_is_reused_for_unchanged_ones(tmp_path, monke
     index = build(*paths)
     index.write_beside()
     scanned = []
-    scan = index_module.scan_shard
-    monkeypatch.setattr(index_module, "scan_shard", lambda url, *a, **k: scanned.append(url) or scan(url, *a, **k))
+    scan = scanning_module.scan_shard
+    monkeypatch.setattr(scanning_module, "scan_shard", lambda url, *a, **k: scanned.append(url) or scan(url, *a, **k))
     assert_equal(build(*paths), index)
     assert_equal(build(*paths[1:]), build(*paths[1:], reuse=False))
     assert_equal(build(paths[2], paths[0]), build(paths[2], paths[0], reuse=False))
@@ -539,13 +540,13 @@ def test_check_unchanged(tmp_path):
 
 def test_a_shard_that_grows_while_it_is_read(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", pairs(2))
-    scan = index_module.scan_shard
+    scan = scanning_module.scan_shard
 
     def touching(*arguments, **options):
         os.utime(path, (7, 7))
         return scan(*arguments, **options)
 
-    monkeypatch.setattr(index_module, "scan_shard", touching)
+    monkeypatch.setattr(scanning_module, "scan_shard", touching)
     with pytest.raises(UserError, match="changed while it was read"):
         build(path)
 
@@ -629,7 +630,7 @@ def test_lasting_troubles_of_the_server(tmp_path, monkeypatch):
             assert caught.value.__suppress_context__
         server.failures, server.ignores_ranges = 0, True
         with pytest.raises(UserError, match="ignores range requests and sends whole files"):
-            ShardIndex.build([url], retry=QUICK, max_workers=1)
+            ShardIndex.build([url], retry=QUICK)
 
 
 def test_a_server_that_refuses_head_requests(tmp_path):

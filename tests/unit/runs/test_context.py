@@ -1,5 +1,6 @@
 import json
 import logging
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from mcl_clip.eval.classification import ClassificationTask, MultilabelTask
 from mcl_clip.eval.retrieval import RetrievalTask
 from mcl_clip.runs import context
 from mcl_clip.runs.context import RunContext, load_index, open_tasks
+from mcl_clip.train.interrupt import Interrupt, PlannedStop
 from tests.unit.data.tars import pairs, write_tar
 from tests.unit.eval.sets import write_classification, write_image_folder, write_multilabel, write_retrieval
 
@@ -65,16 +67,16 @@ def test_each_node_has_its_part_of_a_shared_cache(tmp_path, monkeypatch):
         assert RunContext.reader(run, ShardIndex.__new__(ShardIndex)).cache.folder == folder
 
 
-def load(tmp_path, behavior="0.7", **data):
+def load(tmp_path, behavior="0.7", interrupt=None, **data):
     """The index of the shard a.tar for a run with these settings."""
     config = RunConfig(
         run_dir=tmp_path / "run",
-        data=DataConfig(train=(str(tmp_path / "a.tar"),), **data),
+        data=DataConfig(**{"train": (str(tmp_path / "a.tar"),), **data}),
         tower=TowerConfig(architecture="ViT-B-32"),
         stages=(STAGE,),
         behavior=behavior,
     )
-    return load_index(config)[0]
+    return load_index(config, interrupt)[0]
 
 
 def test_captions_come_from_the_member_of_the_key_and_are_printed(tmp_path, caplog):
@@ -126,3 +128,17 @@ def test_members_of_other_names(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.v1.img", b"1"), ("a.v1.cap", b"x"), ("b.v2.img", b"1"), ("b.v2.cap", b"x")])
     index = load(tmp_path, image_member=".IMG", text_member="cap")
     assert [index.key(row) for row in range(len(index))] == ["a.v1", "b.v2"]
+
+
+def test_a_stop_while_shards_are_indexed_keeps_what_was_done(tmp_path, monkeypatch):
+    for number in range(5):
+        write_tar(tmp_path / f"shards/{number}.tar", pairs(3, prefix=f"s{number}"))
+    interrupt = Interrupt()
+    monkeypatch.setattr(interrupt, "noticed", lambda: interrupt._note(signal.SIGTERM, None) or True)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a single process stops at once
+    with pytest.raises(PlannedStop, match="stopped by SIGTERM: what is finished is kept; the same command continues"):
+        load(tmp_path, interrupt=interrupt, train=(str(tmp_path / "shards"),))
+    (part,) = (tmp_path / "run/index/parts").glob("*.arrow")
+    assert len(ShardIndex.load(part)) == 3
+    assert len(load(tmp_path, train=(str(tmp_path / "shards"),))) == 15
+    assert [path.name for path in (tmp_path / "run/index").iterdir()] == ["index.arrow"]
