@@ -84,7 +84,7 @@ def fit_shared_metric(
             if path and path.exists():
                 total += torch.from_numpy(np.load(path, allow_pickle=False))
                 continue
-            products = _add_products(image, text, _chunks(start, stop, is_stopping), device)
+            products = _add_products(image, text, dim, _chunks(start, stop, is_stopping), device)
             if path:
                 save_array(path, np.int64, tuple(products.shape), [products.numpy()])
             total += products
@@ -117,28 +117,30 @@ def _chunks(start: int, stop: int, is_stopping: Callable[[], bool]) -> Iterator[
 
 
 def _add_products(
-    image: ReadRows, text: ReadRows, chunks: Iterable[tuple[int, int]], device: torch.device | None
+    image: ReadRows, text: ReadRows, dim: int, chunks: Iterable[tuple[int, int]], device: torch.device | None
 ) -> Int64[Tensor, "columns columns"]:
-    """Return the sum over good rows of all products of (image, text, 1) in units of 2^-32.
+    """Return the sum over good rows of the products of (image, text, 1) in units of 2^-32, without text times image.
 
     Block by block the sums in float64 are integers below 2^53, hence exact in any order, on any device.
     """
-    total: Tensor | int = 0
+    total = torch.zeros(2 * dim + 1, 2 * dim + 1, dtype=torch.int64, device=device)
+    left, right, every = slice(dim), slice(dim, None), slice(None)
     for start, stop in chunks:
         sides = [torch.from_numpy(side(start, stop)).to(device) for side in (image, text)]
         is_good = sides[0].any(1) & sides[1].any(1)
         pairs = torch.cat([*sides, torch.ones_like(sides[0][:, :1])], dim=1)[is_good]
         for block in torch.split(pairs, BLOCK_ROWS):
             integers = block.double().mul_(FEATURE_UNIT).round_()
-            products = (integers.T @ integers).long()
-            total = total + (products.add_(1 << (MOMENT_SHIFT - 1)) >> MOMENT_SHIFT)
-    return torch.as_tensor(total).cpu()
+            for columns, others in ((left, every), (right, right)):
+                products = (integers[:, columns].T @ integers[:, others]).long()
+                total[columns, others] += products.add_(1 << (MOMENT_SHIFT - 1)) >> MOMENT_SHIFT
+    return total.cpu()
 
 
 def _solve(sums: Int64[np.ndarray, "columns columns"], dim: int) -> tuple[Projection, Projection]:
     """Compute the projections of both sides from the sums of products."""
     second = sums / (FEATURE_UNIT**2 / 2**MOMENT_SHIFT)
-    mean = second[-1, :-1] / max(1, second[-1, -1])
+    mean = second[:-1, -1] / max(1, second[-1, -1])
     covariance = second[:-1, :-1] / max(1, second[-1, -1]) - np.outer(mean, mean)
     to_image, to_text = _inverse_root(covariance[:dim, :dim]), _inverse_root(covariance[dim:, dim:])
     left, correlations, right = np.linalg.svd(to_image @ covariance[:dim, dim:] @ to_text)
