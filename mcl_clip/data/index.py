@@ -31,7 +31,7 @@ INDEX_NAME = "index.arrow"
 
 _VERSION = 1
 _METADATA = b"mcl_clip"
-_DIGEST_ROWS = _CHECK_ROWS = 1 << 20
+_CHUNK_ROWS = 1 << 20  # read at a time, in memory that does not grow with the index
 SAVE_S = 30.0  # between writes of what was scanned
 RULE = SampleRule()
 OLD_RULE = SampleRule(images=("jpg", "jpeg", "png", "webp"), needs_caption=False)  # of version 0.6 and earlier
@@ -92,11 +92,11 @@ class ShardIndex:
     def digest(self) -> str:
         """16 bytes in hexadecimal over keys, member sizes and formats in row order; it does not depend on paths."""
         digest = hashlib.blake2b(digest_size=16)
-        columns = (np.diff(self._key_ends), self.image_size, self.text_size, self.image_format, self.text_format)
-        for start in range(0, len(self), _DIGEST_ROWS):
-            end = min(start + _DIGEST_ROWS, len(self))
-            for column in columns:
-                digest.update(np.ascontiguousarray(column[start:end], dtype="<i8").data)
+        columns = (self.image_size, self.text_size, self.image_format, self.text_format)
+        for start in range(0, len(self), _CHUNK_ROWS):
+            end = min(start + _CHUNK_ROWS, len(self))
+            for column in (np.diff(self._key_ends[start : end + 1]), *(column[start:end] for column in columns)):
+                digest.update(np.ascontiguousarray(column, dtype="<i8").data)
             digest.update(self._key_bytes[self._key_ends[start] : self._key_ends[end]].data)
         return digest.hexdigest()
 
@@ -397,8 +397,8 @@ def _check_rows(index: ShardIndex) -> None:
         raise ValueError("keys")
     firsts = np.cumsum([0, *(shard.rows for shard in index.shards)])
     shard_sizes = np.array([shard.size for shard in index.shards], np.int64)
-    for first in range(0, len(index), _CHECK_ROWS):  # in memory that does not grow with the index
-        rows = slice(first, min(first + _CHECK_ROWS, len(index)))
+    for first in range(0, len(index), _CHUNK_ROWS):
+        rows = slice(first, min(first + _CHUNK_ROWS, len(index)))
         if (ends[rows.start + 1 : rows.stop + 1] <= ends[rows]).any():
             raise ValueError("keys")
         numbers = np.searchsorted(firsts, np.arange(rows.start, rows.stop), side="right") - 1

@@ -128,6 +128,7 @@ def data_rows(run: RunRecord) -> list[list[str]]:
     return [
         ["", ""],
         ["pairs", f"{len(run.index):,}"],
+        ["captions", safe(run.index.text_counts())],
         ["held out, to fit the temperature", f"{run.held_out_rows:,}" if run.held_out_rows else NOT_STATED],
         ["shards", f"{len(shards):,}, {format_bytes(sum(shard.size for shard in shards))}"],
         ["digest of keys and sizes", safe(run.index.digest)],

@@ -16,6 +16,7 @@ import pytest
 import webdataset as wds
 
 from mcl_clip.core.errors import UserError
+from mcl_clip.data import index as index_module
 from mcl_clip.data import samples as samples_module
 from mcl_clip.data import scanning as scanning_module
 from mcl_clip.data import tar as tar_module
@@ -394,7 +395,7 @@ def rewrite_index(path: Path, *, metadata=None, **columns) -> None:
     for name, value in columns.items():
         values = table.column(name).to_pylist()
         field = table.schema.field(name)
-        table = table.set_column(table.schema.get_field_index(name), field, pa.array([value, *values[1:]], field.type))
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array([*values[:-1], value], field.type))
     stored = json.dumps(metadata(stored) if metadata else stored)
     table = table.replace_schema_metadata({b"mcl_clip": stored})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -415,7 +416,8 @@ def rewrite_index(path: Path, *, metadata=None, **columns) -> None:
         ({"key": ""}, "keys"),
     ],
 )
-def test_rows_of_a_hostile_index_lie_in_their_shards(tmp_path, columns, what):
+def test_rows_of_a_hostile_index_lie_in_their_shards(tmp_path, monkeypatch, columns, what):
+    monkeypatch.setattr(index_module, "_CHUNK_ROWS", 2)
     path = tmp_path / "i.arrow"
     build(write_tar(tmp_path / "a.tar", pairs(3))).save(path)
     rewrite_index(path)

@@ -562,6 +562,7 @@ def test_the_data(run):
     index = ShardIndex.load(run / "index/index.arrow")
     size = sum(shard.size for shard in index.shards)
     assert rows["pairs"] == ["60"]
+    assert rows["captions"] == ["60 .txt"]
     assert rows["held out, to fit the temperature"] == ["3"]
     assert rows["shards"] == [f"2, {size / 1000:.1f} kB"]
     assert rows["digest of keys and sizes"] == [f"`{index.digest}`"]
