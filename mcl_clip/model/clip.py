@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from mcl_clip.core.distributed import seed_of
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, shorten_list
 from mcl_clip.core.files import atomic_dir, read_json
 from mcl_clip.model.fast_paths import takes_short_texts, use_fast_paths
 from mcl_clip.model.image_transform import make_image_transform
@@ -371,7 +371,8 @@ def load_clip(folder: Path) -> ClipBundle:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load all weights of `model` from a weights file or a training checkpoint.
 
-    Only tensors and plain values are unpickled; files that hold anything else are refused.
+    Only tensors and plain values are unpickled; files that hold anything else are refused. Prefixes that torch.compile
+    and DistributedDataParallel put before names are ignored.
 
     Raises:
         UserError: if the file is unsafe, or its weights do not fit the model.
@@ -380,8 +381,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"{path} is not one of {', '.join(WEIGHT_SUFFIXES)}; convert it with open_clip first")
     try:
         check_weights(path)
-        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
+        state = open_clip.factory.load_state_dict(str(path), weights_only=True)
+        plain = {name: name.replace("_orig_mod.", "").removeprefix("module.") for name in state}
+        with tempfile.TemporaryDirectory() as folder:
+            source = path
+            if any(name != other for name, other in plain.items()):
+                source = Path(folder) / "plain.pt"  # open_clip converts weights of other projects from files only
+                torch.save({plain[name]: tensor for name, tensor in state.items()}, source)
+            del state
+            missing, unexpected = open_clip.load_checkpoint(model, str(source), strict=False, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(UNSAFE_WEIGHTS.format(path)) from error
     except Exception as error:  # damaged files raise errors of many types
         raise UserError(f"the weights in {path} do not fit this model: {one_line(error)}") from error
+    if missing or unexpected:
+        raise UserError(
+            f"the weights in {path} do not fit this model: {len(missing)} are missing ({shorten_list(missing, 3)}), "
+            f"and {len(unexpected)} are unknown ({shorten_list(unexpected, 3)}); use their architecture"
+        )

@@ -307,6 +307,8 @@ def write_config_and_code(folder: Path, multistage: MultistageCLIP) -> None:
     """Write config.json and the code files, which `AutoConfig` and `AutoModel` need beside the stages."""
     config = config_of(multistage)
     config.auto_map = dict(AUTO_MAP)
+    # AutoTokenizer without `trust_remote_code` warns unless it finds an entry with the type of a base config.
+    config.base_config = {"model_type": ""}
     config.to_json_file(folder / "config.json")
     package = Path(__file__).parent
     for name in CODE_FILES:

@@ -125,9 +125,12 @@ def without_warnings() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line, at most about 400 characters."""
+    """Return the message of an error on one line: at most about 400 characters, of its beginning and its end.
+
+    torch lists the missing weights first, and the unexpected ones last.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} ..."
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -300,9 +300,10 @@ def _stop_if_diverged(record: Mapping[str, Any], checkpoints: Path) -> None:
     """Raise TrainingDivergedError if the loss or the gradient norm of a record is not finite."""
     if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
         return
+    saved = f"the last good checkpoint is in {checkpoints}" if checkpoints.is_dir() else "no checkpoint was saved yet"
     raise TrainingDivergedError(
-        f"at step {record['step']} the loss is {record['loss']} and the gradient norm {record['grad_norm']}; the last "
-        f"good checkpoint is in {checkpoints}. Use a lower --stages.K.train.lr, a longer warmup, or "
+        f"at step {record['step']} the loss is {record['loss']} and the gradient norm {record['grad_norm']}; {saved}. "
+        f"Use a lower --stages.K.train.lr, a longer warmup, or "
         f"--stages.K.train.max-grad-norm 1"
     ).on_every_process()
 

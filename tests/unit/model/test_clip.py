@@ -6,6 +6,7 @@ import stat
 
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 
 from mcl_clip.core.errors import UserError
@@ -111,6 +112,45 @@ def test_pretrained_may_be_a_checkpoint_of_an_earlier_training(name, tmp_path):
     loaded = create_clip(model_cfg=VIT_CFG, pretrained=str(tmp_path / name), seed=6)
     assert all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters())
     torch.testing.assert_close(loaded.model.visual.proj, clip.model.visual.proj.half().float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace("visual.", "visual._orig_mod.", 1),  # a single tower was compiled
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_prefixes_of_compiled_and_parallel_models_are_ignored(rename, suffix, tmp_path):
+    clip, path = create_clip(model_cfg=VIT_CFG, seed=5), tmp_path / f"weights.{suffix}"
+    state = {rename(name): value for name, value in clip.model.state_dict().items()}
+    torch.save({"state_dict": state}, path) if suffix == "pt" else safetensors.torch.save_file(state, path)
+    assert_equal_models(create_clip(model_cfg=VIT_CFG, pretrained=str(path), seed=6).model, clip.model)
+
+
+def test_missing_and_unknown_weights_are_both_named(tmp_path):
+    state = create_clip(model_cfg=VIT_CFG).model.state_dict()
+    names = [name for name in state if "resblocks" in name]
+    torch.save({name.replace("resblocks", "layers"): value for name, value in state.items()}, tmp_path / "other.pt")
+    with pytest.raises(UserError) as caught:
+        create_clip(model_cfg=VIT_CFG, pretrained=str(tmp_path / "other.pt"))
+    message = str(caught.value)
+    assert f"{len(names)} are missing (" in message
+    assert f"and {len(names)} are unknown (" in message
+    assert "transformer.layers.0" in message
+    assert "transformer.resblocks.0" in message
+    assert len(message) < 700
+    # A model folder is loaded by open_clip, whose error lists all of them.
+    save_clip(create_clip(model_cfg=VIT_CFG), tmp_path / "model")
+    tensors = safetensors.torch.load_file(tmp_path / "model/open_clip_model.safetensors")
+    tensors = {name.replace("resblocks", "layers"): value for name, value in tensors.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "model/open_clip_model.safetensors")
+    with pytest.raises(UserError, match=r"Missing key.*resblocks.* \.\.\. .*layers") as caught:
+        load_clip(tmp_path / "model")
+    assert len(str(caught.value)) < 700
 
 
 def test_weights_that_could_run_code_are_refused(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import os
 import shutil
@@ -229,6 +230,21 @@ def test_weights_are_written_once_and_the_code_is_that_of_the_package(exported):
     assert (config.num_stages, config.embed_dims, config.projection_dim) == (3, [24, 24, 24], 72)
     assert (config.context_length, config.image_size, config.combine) == (16, [32, 32], "concat")
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == model.context_length
+
+
+def test_the_tokenizer_loads_without_code_and_without_a_warning(exported):
+    warnings = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logger = transformers.utils.logging.get_logger("transformers")
+    logger.addHandler(handler)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(exported[1], trust_remote_code=False)
+        AutoModel.from_pretrained(exported[1], trust_remote_code=True)
+    finally:
+        logger.removeHandler(handler)
+    assert tokenizer(["a photo"])["input_ids"][0][0] == tokenizer.bos_token_id
+    assert not warnings
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["whole", "compact"])

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mcl_clip.train.loop import clamp_logit_scale_
+from mcl_clip.train.loop import TrainingDivergedError, clamp_logit_scale_
 from tests import training
 
 
@@ -33,3 +33,16 @@ def test_only_the_loss_of_clip_limits_the_temperature(tmp_path, loss, low, high)
         clip.model.register_forward_hook(lambda _, __, out: {**out, "logit_bias": out["logit_bias"] * 1})
     training.fit(clip, make_loader(most_steps=3), out=tmp_path / "out", changes=changes, max_steps=2)
     assert low < float(clip.model.logit_scale.detach().exp()) < high
+
+
+def test_a_diverged_run_names_a_checkpoint_only_if_there_is_one(tmp_path):
+    shards = training.write_shards(tmp_path / "shards")
+    make_loader, clip = training.parts(shards)
+    clip.model.visual.proj.data.fill_(torch.nan)
+    with pytest.raises(TrainingDivergedError, match=r"the loss is nan .*; no checkpoint was saved yet. Use a lower"):
+        training.fit(clip, make_loader(most_steps=3), out=tmp_path / "out", max_steps=2)
+    (tmp_path / "out/checkpoints").mkdir()
+    with pytest.raises(
+        TrainingDivergedError, match=f"the last good checkpoint is in {tmp_path / 'out/checkpoints'}. Use"
+    ):
+        training.fit(clip, make_loader(most_steps=3), out=tmp_path / "out", max_steps=2)
