@@ -1,4 +1,4 @@
-"""Measure what a stage does with all rows beside the encoders: held-out rows, groups, plan, labels, metric, projection.
+"""Measure what a stage does with all rows beside the encoders: held-out rows, labels, groups, plan, metric, clusters.
 
     python benchmarks/scale.py --folder /scratch
     python benchmarks/scale.py --folder /scratch --rows 400000000 --parts held_out labels groups --processes 1
@@ -31,12 +31,12 @@ from mcl_clip.core.distributed import barrier, gather_objects, on_main, random_w
 from mcl_clip.core.errors import run_program
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.storage import load_numbers, save_array
-from mcl_clip.stages.kmeans import CHUNK_ROWS, ReadRows
+from mcl_clip.stages.kmeans import CHUNK_ROWS, ReadRows, spherical_kmeans
 from mcl_clip.stages.pseudo_labels import PseudoLabels, group_labels
 from mcl_clip.stages.shared_metric import fit_shared_metric, project_rows
 
-Part = Literal["held_out", "labels", "groups", "plan", "metric", "projection"]
-PARTS: tuple[Part, ...] = ("held_out", "labels", "groups", "plan", "metric", "projection")
+Part = Literal["held_out", "labels", "groups", "plan", "metric", "projection", "clusters"]
+PARTS: tuple[Part, ...] = ("held_out", "labels", "groups", "plan", "metric", "projection", "clusters")
 CLUSTERS = 100  # of each of two stages
 ROWS_PER_SHARD = 10_000
 BATCH = 4096
@@ -109,7 +109,7 @@ def run_rank(folder: Path, number: int, size: int, rows: int, parts: tuple[Part,
             "cores": os.cpu_count(),
             "load": round(os.getloadavg()[0], 1),
         }
-        if part in ("metric", "projection"):
+        if part in ("metric", "projection", "clusters"):
             record["dim"] = dim
         if number == 0:
             print(json.dumps(record), flush=True)
@@ -156,6 +156,7 @@ def make_parts(folder: Path, rows: int, dim: int) -> dict[Part, Callable[[], obj
         "plan": plan,
         "metric": metric,
         "projection": lambda: project_rows(image, rows, kept["metric"], folder / "image"),
+        "clusters": lambda: spherical_kmeans(image, num_rows=rows, num_clusters=CLUSTERS, name=("scale",)),
     }
 
 

@@ -11,6 +11,7 @@ with a centroid changes by at most the distance that the centroid moves.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from mcl_clip.core.distributed import (
     all_reduce_sum,
     gather_objects,
     is_main,
-    on_main,
     rank,
     sample_of_permutation,
     torch_generator,
@@ -88,7 +88,7 @@ def spherical_kmeans(
     """
     device = device or torch.device("cpu")
     sample_size = sample_rows or max(20_000, 256 * num_clusters)
-    centroids = on_main(lambda: _fit_sample(rows, num_rows, num_clusters, name, num_starts, sample_size)).to(device)
+    centroids = _fit_sample(rows, num_rows, num_clusters, name, num_starts, sample_size).to(device)
     members = _Members(rows, all_chunks(num_rows)[rank() :: world_size()], centroids)
     trace: list[dict[str, float]] = []
     passes, done = max_passes if num_rows <= ROWS_IN_FULL_FIT else 0, False
@@ -233,12 +233,17 @@ def _new_centroids(
 def _fit_sample(
     rows: ReadRows, num_rows: int, num_clusters: int, name: tuple[Name, ...], num_starts: int, sample_size: int
 ) -> Float32[Tensor, "clusters dim"]:
-    """Return the best of several k-means++ starts, each followed by Lloyd steps, on a fixed sample."""
+    """Return the best of several k-means++ starts, each followed by Lloyd steps, on a fixed sample.
+
+    The processes share the reading of the sample and the starts. A collective call.
+    """
     chosen = sample_of_permutation(num_rows, sample_size, *name, "sample")
-    pieces = [
-        rows(start, stop)[chosen[(chosen >= start) & (chosen < stop)] - start] for start, stop in all_chunks(num_rows)
+    own = [
+        (start, rows(start, stop)[chosen[(chosen >= start) & (chosen < stop)] - start])
+        for start, stop in all_chunks(num_rows)[rank() :: world_size()]
     ]
-    sample: np.ndarray = np.concatenate(pieces)
+    pieces = sorted((piece for of_one in gather_objects(own) for piece in of_one), key=itemgetter(0))
+    sample: np.ndarray = np.concatenate([features for _, features in pieces])
     sample = sample[sample.any(1)]
     distinct: set[bytes] = set()
     for feature in sample:
@@ -249,11 +254,12 @@ def _fit_sample(
         raise UserError(
             f"{num_clusters} clusters need at least as many distinct samples, and there are {len(distinct)}; use a "
             f"smaller --stages.K.cluster.num-clusters"
-        )
-    generators = [torch_generator(*name, "start", start) for start in range(num_starts)]
-    starts = _plus_plus(torch.from_numpy(sample).float(), num_clusters, generators)
-    best_objective, best = math.inf, starts[0]
-    for centroids in starts:
+        ).on_every_process()
+    numbers = range(num_starts)[rank() :: world_size()]
+    generators = [torch_generator(*name, "start", number) for number in numbers]
+    starts = _plus_plus(torch.from_numpy(sample).float(), num_clusters, generators) if numbers else []
+    fits: list[tuple[int, float, Float32[Tensor, "clusters dim"]]] = []
+    for number, centroids in zip(numbers, starts, strict=True):
         members = _Members(lambda start, stop: sample[start:stop], all_chunks(len(sample)), centroids)
         updated = centroids
         for _ in range(SAMPLE_STEPS):
@@ -261,9 +267,13 @@ def _fit_sample(
             updated = _directions(members.sums(), members.centroids)
             if torch.equal(updated, members.centroids):
                 break
-        objective = _objective(members.sums(), members.sizes(), members.centroids)
+        fits.append((number, _objective(members.sums(), members.sizes(), members.centroids), updated))
+    best_objective, best = math.inf, torch.empty(0, 0)
+    for _, objective, centroids in sorted(
+        (fit for of_one in gather_objects(fits) for fit in of_one), key=itemgetter(0)
+    ):
         if objective < best_objective - 1e-9:  # equal fits found from two starts: the first wins on every machine
-            best_objective, best = objective, updated
+            best_objective, best = objective, centroids
     return best
 
 

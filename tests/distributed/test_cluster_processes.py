@@ -96,3 +96,25 @@ def test_planted_clusters_are_found_and_empty_ones_start_anew(far_centroids):
 def test_threads_change_nothing():
     one, two = fit(1.0, clusters=3), fit(1.0, clusters=3, threads=2)
     assert one.centroids.tobytes() == two.centroids.tobytes()
+
+
+def count_work() -> tuple[int, int]:
+    """The rows that this process reads for the sample, and the starts that it fits on it."""
+    read, started, plus_plus = [], [], cluster._plus_plus
+
+    def counted(features, num_clusters, generators):
+        started.extend(generators)
+        return plus_plus(features, num_clusters, generators)
+
+    def rows(first, last):
+        read.append(last - first)
+        return planted()[0][first:last]
+
+    with patch.object(cluster, "CHUNK_ROWS", CHUNK), patch.object(cluster, "_plus_plus", counted):
+        cluster._fit_sample(rows, 1000, 6, (0, "test"), 3, 500)
+    return sum(read), len(started)
+
+
+def test_processes_share_the_sample_and_the_starts(pool):
+    assert pool.run(count_work, 2) == [(512, 2), (488, 1)]
+    assert [starts for _, starts in pool.run(count_work, 4)] == [1, 1, 1, 0]
