@@ -22,7 +22,7 @@ VARIANCE_FLOOR = 1e-3  # of the largest variance
 UNEXPLAINED_FLOOR = 1e-3  # of 1 - correlation^2
 PART_ROWS = 8 * CHUNK_ROWS  # of a part of the work, unless that would make more than MAX_PARTS
 MAX_PARTS = 256
-BLOCK_ROWS = 2048  # rows whose products are added in float64
+BLOCK_ROWS = 4096  # rows whose products are added in float64
 FEATURE_UNIT = 2.0**20  # features times this are rounded to integers: exact for all float16 above 0.001
 MOMENT_SHIFT = 8  # products in units of 2^-40 are added in units of 2^-32, which int64 holds for 2^31 rows
 
@@ -119,21 +119,22 @@ def _chunks(start: int, stop: int, is_stopping: Callable[[], bool]) -> Iterator[
 def _add_products(
     image: ReadRows, text: ReadRows, dim: int, chunks: Iterable[tuple[int, int]], device: torch.device | None
 ) -> Int64[Tensor, "columns columns"]:
-    """Return the sum over good rows of the products of (image, text, 1) in units of 2^-32, without text times image.
+    """Return the sum over good rows of all products of (image, text, 1) in units of 2^-32.
 
     Block by block the sums in float64 are integers below 2^53, hence exact in any order, on any device.
     """
     total = torch.zeros(2 * dim + 1, 2 * dim + 1, dtype=torch.int64, device=device)
-    left, right, every = slice(dim), slice(dim, None), slice(None)
     for start, stop in chunks:
         sides = [torch.from_numpy(side(start, stop)).to(device) for side in (image, text)]
         is_good = sides[0].any(1) & sides[1].any(1)
         pairs = torch.cat([*sides, torch.ones_like(sides[0][:, :1])], dim=1)[is_good]
         for block in torch.split(pairs, BLOCK_ROWS):
             integers = block.double().mul_(FEATURE_UNIT).round_()
-            for columns, others in ((left, every), (right, right)):
-                products = (integers[:, columns].T @ integers[:, others]).long()
-                total[columns, others] += products.add_(1 << (MOMENT_SHIFT - 1)) >> MOMENT_SHIFT
+            if integers.is_cuda:
+                products = integers.T @ integers
+            else:  # numpy computes half of a product that it knows to be symmetric
+                products = torch.from_numpy(integers.numpy().T @ integers.numpy())
+            total += products.long().add_(1 << (MOMENT_SHIFT - 1)) >> MOMENT_SHIFT
     return total.cpu()
 
 

@@ -365,7 +365,6 @@ def test_the_sums_of_products_are_exact_on_the_grid():
     integers = np.round(pairs * 2**20).astype(np.int64).astype(object)
     blocks = np.split(integers, [999])  # no chunk has more rows than a block
     expected = sum((block.T @ block + 128) // 256 for block in blocks)
-    expected[9:, :9] = 0
     assert (found == expected).all()
 
 
