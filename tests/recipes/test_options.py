@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from mcl_clip import MultistageCLIP, TowerConfig
-from mcl_clip.config import AugmentConfig, ClusterConfig
+from mcl_clip.config import AugmentConfig, ClusterConfig, EvalConfig
 from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, read_json
+from mcl_clip.data import decode as decode_module
 from mcl_clip.model.clip import create_clip
 from mcl_clip.runs.phase import StaleArtifactError
 from tests.recipes.runs import execute, records, steps, with_stages, write_shards
@@ -193,3 +194,15 @@ def test_the_output_says_whether_anything_is_suppressed(recipe, caplog):
     with caplog.at_level("INFO", logger="mcl_clip"):
         execute(with_stages(recipe, SHORT))
     assert "stage 0: still learning (loss" in caplog.text
+
+
+@pytest.mark.parametrize("behavior", ["0.6", "0.7"])
+def test_images_are_read_as_the_run_was_begun(recipe, behavior, monkeypatch):
+    read = []
+    decode = decode_module.decode_image
+    monkeypatch.setattr(
+        decode_module, "decode_image", lambda data, **options: read.append(options["legacy"]) or decode(data, **options)
+    )
+    execute(replace(with_stages(recipe, {"steps": 1}), behavior=behavior, eval=EvalConfig()))
+    assert len(read) > 200  # the rows that were trained on, and all that were embedded
+    assert set(read) == {behavior == "0.6"}
