@@ -87,16 +87,20 @@ class ClassificationSet:
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """Read class names or templates, one per line, stripped and without blank lines.
+    """Read class names or templates, one per line, stripped; blank lines are allowed at the end only.
 
     Raises:
-        UserError: if the file is missing or has no such line.
+        UserError: if the file is missing, or a line before the last is blank.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; a classification set has one name, or template, per line in it")
-    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
     if not lines:
         raise UserError(f"{path} is empty; write one name, or template, per line")
+    if "" in lines:  # leaving it out would give the classes after it each other's labels
+        raise UserError(
+            f"line {lines.index('') + 1} of {path} is blank; write the name of the class there, or delete it"
+        )
     return lines
 
 

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from mcl_clip.eval.classification import (
     read_lines,
     read_templates,
 )
-from mcl_clip.eval.embed import FileImages
+from mcl_clip.eval.embed import FileImages, find_shards
 from mcl_clip.eval.pairs import PairSet, PairTask
 from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.eval.task import Task
@@ -29,7 +30,7 @@ from mcl_clip.eval.task import Task
 MAX_DEPTH = 2
 OPENERS: dict[str, Callable[[str, Path], Task]] = {
     "pairs": lambda name, root: PairTask(name, PairSet.open(root)),
-    "retrieval": lambda name, root: RetrievalTask(name, RetrievalSet.open(root)),
+    "retrieval": lambda name, root: RetrievalTask(name, _open_retrieval(root)),
     "multilabel": lambda name, root: MultilabelTask(name, ClassificationSet.open(root, is_multilabel=True)),
     "classification": lambda name, root: ClassificationTask(name, ClassificationSet.open(root)),
     "image folder": lambda name, root: ClassificationTask(name, open_image_folder(root)),
@@ -38,6 +39,7 @@ KNOWN_LAYOUTS = (
     "pairs.json, dataset_type.txt, classnames.txt, test/nshards.txt, tar files with captions, or a folder of images "
     "for each class"
 )
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 WORDNET_ID = re.compile(r"n\d{8}")
 IMAGENET_ENDS = ("n01440764", "n15075141")  # the first and the last of its 1,000 classes
 
@@ -85,6 +87,12 @@ def find_sets(root: Path) -> dict[str, Path]:
         return below
     if _has_tar_files(root):
         return {root.resolve().name: root}
+    splits = [folder for folder in _visible_folders(root) if folder.name in SPLITS]
+    if splits := [folder for folder in splits if len(_class_folders(folder)) > 1]:
+        raise UserError(
+            f"{root} holds splits ({shorten_list(folder.name for folder in splits)}) of images in folders of classes; "
+            f"name the one to evaluate on, such as {splits[-1]}"
+        )
     raise UserError(
         f"there is no evaluation set in {root} or up to {MAX_DEPTH} levels below it; looked for {KNOWN_LAYOUTS}"
     )
@@ -137,6 +145,21 @@ def _visible_folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def _open_retrieval(root: Path) -> RetrievalSet:
+    """Open a retrieval set; raise UserError for one of labels, which is no classification set without class names."""
+    try:
+        with tarfile.open(find_shards(root)[0]) as tar:
+            labelled = any(member.name.endswith(".cls") for member in islice(tar, 10))
+    except tarfile.TarError:
+        labelled = False  # what is wrong is said when the shards are indexed
+    if labelled:
+        raise UserError(
+            f"{root} has labels (.cls) but no {CLASSNAMES}; write the names of the classes into it, one per line in "
+            f"the order of the labels"
+        )
+    return RetrievalSet.open(root)
+
+
 def open_image_folder(root: Path) -> ClassificationSet:
     """Open a set of images in `root`/CLASS/*.jpg (or another of `IMAGE_FORMATS`).
 
@@ -151,6 +174,11 @@ def open_image_folder(root: Path) -> ClassificationSet:
     folders = _class_folders(root)
     if len(folders) < 2:
         raise UserError(f"{root} holds {len(folders)} folders with images; a classification set has one for each class")
+    if {folder.name for folder in folders} <= SPLITS:
+        raise UserError(
+            f"{root} has images in {shorten_list(folder.name for folder in folders)}, which are names of splits, not "
+            f"of classes; sort the images of one split into a folder for each class"
+        )
     paths_of_class = [sorted(_image_files(folder)) for folder in folders]
     paths = list(chain(*paths_of_class))
     # Left out, such images would make scores incomparable.

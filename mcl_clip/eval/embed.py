@@ -108,7 +108,7 @@ def open_shards(root: Path, *, text: str = "") -> ReaderImages:
         UserError: if `root` has neither layout, a tar file is missing, or a sample is incomplete.
     """
     rule = SampleRule(texts=(text,) if text else RULE.texts, needs_caption=False)
-    index = ShardIndex.build([str(path) for path in _find_shards(root)], rule=rule)
+    index = ShardIndex.build([str(path) for path in find_shards(root)], rule=rule)
     if incomplete := {reason: count for reason, count in index.skipped_by_reason().items() if count}:
         counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(incomplete.items()))
         raise UserError(
@@ -118,7 +118,8 @@ def open_shards(root: Path, *, text: str = "") -> ReaderImages:
     return ReaderImages(Reader(index, captions_by_line=True))
 
 
-def _find_shards(root: Path) -> list[Path]:
+def find_shards(root: Path) -> list[Path]:
+    """List the tar files of a set, as `open_shards` reads them; raise UserError as it does."""
     folder = root / "test"
     if not folder.is_dir():
         # Natural order: 2.tar comes before 10.tar.

@@ -273,6 +273,7 @@ def test_the_digest_tells_prompts_and_labels_apart(root):
     [
         ("classnames.txt", None, r"classnames.txt is missing; a classification set has one name, or template, per"),
         ("classnames.txt", "\n \n", r"classnames.txt is empty; write one name, or template, per line"),
+        ("classnames.txt", "red\n \nblue\ngreen\n\n", r"line 2 of .*classnames.txt is blank; write the name"),
         ("classnames.txt", "red\ngreen\n", r"has the label '2'; labels are numbers below 2, the number of classes"),
         ("zeroshot_classification_templates.txt", "a photo\n", r"the template 'a photo' in .* has no \{c\}"),
         ("zeroshot_classification_templates.txt", None, r"zeroshot_classification_templates.txt is missing"),

@@ -112,6 +112,20 @@ def test_three_levels_are_too_deep(root, tmp_path):
     assert list(find_sets(tmp_path)) == ["sets/animals", "sets/photos", "sets/two"]
 
 
+def test_folders_of_splits_are_not_classes(tmp_path):
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / "sorted" / split / label).mkdir(parents=True)
+            (tmp_path / "sorted" / split / label / "1.png").write_bytes(noise_png(1))
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        (tmp_path / "flat" / split / "1.png").write_bytes(noise_png(1))
+    with pytest.raises(UserError, match=r"sorted holds splits \(train, val\) of images .* such as .*sorted/val"):
+        discover(tmp_path / "sorted")
+    assert discover(tmp_path / "sorted/val")["val"].data.classnames == ("cat", "dog")
+    with pytest.raises(UserError, match=r"flat has images in train, val, which are names of splits, not of classes"):
+        discover(tmp_path / "flat")
+
+
 def test_mistakes(root, tmp_path):
     with pytest.raises(UserError, match=r"has no set colours, x; it has animals, photos, two, wds/colours, wds/voc"):
         discover(root, ("colours", "animals", "x"))
@@ -125,6 +139,11 @@ def test_mistakes(root, tmp_path):
         discover(tmp_path / "empty")
     with pytest.raises(UserError, match=r"empty is not an evaluation set: it has no pairs.json, dataset_type.txt"):
         open_set(tmp_path / "empty")
+    (root / "wds/colours/classnames.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"colours has labels \(.cls\) but no classnames.txt; write the names of the cl"
+    ):
+        open_set(root / "wds/colours")
     (root / "photos/dataset_type.txt").write_text("retreival\n")
     with pytest.raises(UserError, match=r"dataset_type.txt holds 'retreival'; it must be 'retrieval' or 'multilabel'"):
         discover(root)
