@@ -16,6 +16,7 @@ from mcl_clip.config import (
     TowerConfig,
     TrainConfig,
 )
+from mcl_clip.core.caches import use_writable_caches
 from mcl_clip.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ __all__ = [
     "load",
     "main",
 ]
+
+use_writable_caches()  # before torch and transformers are imported, which is on first use
 
 
 def __getattr__(name: str) -> Any:
