@@ -116,7 +116,10 @@ def _to_pil(images: Any) -> Iterator[Image.Image]:
     if pixels.dtype != torch.uint8:
         raise ValueError(f"an image has values of type {pixels.dtype}; give uint8 values (0 to 255) or a PIL image")
     for array in pixels if pixels.ndim == 4 else [pixels]:
-        # A channel count in the first dimension means channels first, as in transformers.
+        if array.ndim == 3 and array.shape[0] in CHANNELS and array.shape[2] in CHANNELS:
+            raise ValueError(
+                f"an image of the shape {tuple(array.shape)} may have its channels first or last; give a PIL image"
+            )
         is_first = array.ndim == 3 and array.shape[0] in CHANNELS
         channels_last = array.permute(1, 2, 0) if is_first else array
         if array.ndim not in (2, 3) or (array.ndim == 3 and channels_last.shape[2] not in CHANNELS):

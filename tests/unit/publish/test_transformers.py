@@ -406,6 +406,11 @@ def test_images_come_in_many_forms(exported):
         (torch.zeros(4, 4, 3), "values of type torch.float32; give uint8 values"),
         (torch.zeros(6, 6, 5, dtype=torch.uint8), r"the shape \(6, 6, 5\); give"),
         (torch.zeros(4, dtype=torch.uint8), r"the shape \(4,\)"),
+        (
+            torch.zeros(1, 9, 3, dtype=torch.uint8),
+            r"the shape \(1, 9, 3\) may have its channels first or last; give a PIL",
+        ),
+        (torch.zeros(3, 9, 4, dtype=torch.uint8).numpy(), r"the shape \(3, 9, 4\) may have its channels first or last"),
     ],
 )
 def test_other_inputs_than_images_are_refused(images, message, exported):
