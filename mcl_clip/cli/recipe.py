@@ -5,7 +5,7 @@ import os
 import runpy
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -17,7 +17,7 @@ import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from mcl_clip.config import RunConfig
-from mcl_clip.core.distributed import is_main
+from mcl_clip.core.distributed import is_main, world_size
 from mcl_clip.core.errors import PlannedStop, UserError, run_program
 from mcl_clip.core.progress import be_quiet, is_quiet
 from mcl_clip.results.record import data_losses
@@ -25,6 +25,9 @@ from mcl_clip.runs.context import RESULTS
 from mcl_clip.runs.pipeline import run_pipeline
 from mcl_clip.train.interrupt import Interrupt, wait_for_the_cause
 
+PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # read by Accelerate
+PROCESS_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+SLURM_TASKS = "SLURM_STEP_NUM_TASKS"  # of srun; in a batch script without it there is one process
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 T = TypeVar("T")
 
@@ -97,8 +100,10 @@ def create_accelerator() -> Accelerator:
     """Create an Accelerator on GPUs or, without any, on the CPU with gloo.
 
     Raises:
-        UserError: for FSDP or DeepSpeed, which are not supported.
+        UserError: for FSDP or DeepSpeed, which are not supported, and in processes that do not know each other.
     """
+    if world_size() == 1:  # else there is a process group already
+        check_launcher(os.environ)
     for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(
@@ -115,6 +120,20 @@ def create_accelerator() -> Accelerator:
             DistributedDataParallelKwargs(find_unused_parameters=on_cpu),
         ],
     )
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raise UserError if variables of a launcher announce several processes that could not meet."""
+    announced = [name for name in (*PROCESS_COUNTS, SLURM_TASKS) if environment.get(name, "1") != "1"]
+    missing = [] if environment.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    missing += [] if any(environment.get(name) for name in PROCESS_RANKS) else ["RANK"]
+    missing += ["WORLD_SIZE"] if announced == [SLURM_TASKS] else []
+    if announced and missing:
+        raise UserError(
+            f"the environment announces several processes ({', '.join(f'{n}={environment[n]}' for n in announced)}) "
+            f"without {' and '.join(missing)}, by which they meet; start them with `mcl-clip launch RECIPE` (one task "
+            f"of srun or mpirun per node), or unset {' '.join(announced)} for a single process"
+        )
 
 
 def lost_lines(run: Path) -> list[str]:

@@ -84,6 +84,48 @@ def test_other_kinds_of_parallelism_are_refused(monkeypatch, variable, name):
         cli.create_accelerator()
 
 
+@pytest.mark.parametrize(
+    ("environment", "announced", "missing", "unset"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4", "MASTER_ADDR and RANK", "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "WORLD_SIZE=2", "RANK", "WORLD_SIZE"),
+        ({"WORLD_SIZE": "", "RANK": "0"}, "WORLD_SIZE=", "MASTER_ADDR", "WORLD_SIZE"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMI_SIZE": "2"},
+            "OMPI_COMM_WORLD_SIZE=2, PMI_SIZE=2",
+            "MASTER_ADDR",
+            "OMPI_COMM_WORLD_SIZE PMI_SIZE",
+        ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "MASTER_ADDR": "a"},
+            "SLURM_STEP_NUM_TASKS=2",
+            "RANK and WORLD_SIZE",
+            "SLURM_STEP_NUM_TASKS",
+        ),
+    ],
+)
+def test_processes_that_cannot_meet_are_refused(environment, announced, missing, unset):
+    with pytest.raises(UserError) as caught:
+        cli.check_launcher(environment)
+    assert str(caught.value) == (
+        f"the environment announces several processes ({announced}) without {missing}, by which they meet; start them "
+        f"with `mcl-clip launch RECIPE` (one task of srun or mpirun per node), or unset {unset} for a single process"
+    )
+
+
+def test_variables_of_a_launcher_that_do_no_harm():
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for environment in ({}, {"WORLD_SIZE": "1"}, launched, {**launched, "SLURM_STEP_NUM_TASKS": "2"}):
+        cli.check_launcher(environment)
+    cli.check_launcher({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})  # a batch script without srun
+
+
+def test_variables_of_a_launcher_are_looked_at_first(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="mcl-clip launch"):
+        cli.create_accelerator()
+
+
 def test_status_says_how_far_each_phase_is(run, monkeypatch, capsys):
     code, out, _ = run_command(monkeypatch, capsys, "status", run)
     assert code == 0
