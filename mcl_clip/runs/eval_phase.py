@@ -41,22 +41,24 @@ logger = logging.getLogger(__name__)
 def evaluate(run: RunContext, stage: int) -> None:
     """Embed the evaluation sets with the model of a stage; score this stage alone and all stages so far combined."""
     clip, out = run.clip(stage), run.folder(stage, "eval")
-    for name, task in run.tasks.items():
+    # Later stages combine these without embedding again.
+    paths = {name: out / f"features-{name}.safetensors" for name in run.tasks}
+    missing = on_main(lambda: [name for name, path in paths.items() if not path.exists()])
+    for name in missing:
         run.interrupt.check()
-        path = out / f"features-{name}.safetensors"  # later stages combine these without embedding again
-        if not path.exists():
-            features = run.embed_task(task, clip.model, clip)
-            if is_main():
-                with atomic_path(path) as temporary:
-                    save_file(features, temporary)
+        features = run.embed_task(run.tasks[name], clip.model, clip)
+        if is_main():
+            with atomic_path(paths[name]) as temporary:
+                save_file(features, temporary)
     models: list[tuple[str, Sequence[int], str | None]] = [(f"stage-{stage}", [stage], None)]
     if stage:
         models += [(f"stages-0-{stage}-{combination}", range(stage + 1), combination) for combination in COMBINATIONS]
     on_main(partial(score_stages, run, out, models))
-    logging.getLogger(RESULTS).info("after stage %d\n%s", stage, results_table(run.config.run_dir))
-    settings = asdict(run.config.stages[stage].train)
-    if is_main() and (found := diagnosis(run.config.run_dir, stage, settings=settings, rows=len(run.index))):
-        logger.info("stage %d: %s", stage, found.text)
+    if is_main():
+        logging.getLogger(RESULTS).info("after stage %d\n%s", stage, results_table(run.config.run_dir))
+        settings = asdict(run.config.stages[stage].train)
+        if found := diagnosis(run.config.run_dir, stage, settings=settings, rows=len(run.index)):
+            logger.info("stage %d: %s", stage, found.text)
 
 
 def diagnosis(run_dir: Path, stage: int, *, settings: Mapping[str, Any], rows: int) -> Diagnosis | None:

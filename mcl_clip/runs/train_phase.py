@@ -284,10 +284,13 @@ def _cached_texts(run: RunContext, stage: int, clip: ClipBundle, index: ShardInd
     options = run.batch_options(clip) | {"transform": None, "short_texts": False, "device": torch.device("cpu")}
     sample_rows = np.unique(np.linspace(0, len(index) - 1, CAPTION_SAMPLE_ROWS).astype(np.int64))
     without_tokens = options | {"tokenizer": None, "num_workers": 0}
-    (sample,) = captioned_batches(run.reader(index), [sample_rows], **without_tokens)
-    num_captions = len(index) * max(1.0, len(sample.caption_of) / max(1, len(sample.rows)))
+
+    def captions_per_row() -> float:
+        (sample,) = captioned_batches(run.reader(index), [sample_rows], **without_tokens)
+        return max(1.0, len(sample.caption_of) / max(1, len(sample.rows)))
+
     # Each row of a batch embeds one caption. Caching pays when the stage sees each caption about twice.
-    if settings.steps * settings.global_batch_size < 2 * num_captions:
+    if settings.steps * settings.global_batch_size < 2 * len(index) * on_main(captions_per_row):
         return None
     with run.interrupt.deferred():
         write_text_features(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mcl_clip.core.distributed import on_main
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_dir, read_json, write_json
 from mcl_clip.train.optim import ExponentialAverage
@@ -66,12 +67,12 @@ def load_newest(
 ) -> TrainState:
     """Restore model, optimizer and average in place from the newest checkpoint; return a new state if there is none.
 
+    The main process decides which one it is: others may not see the same files at the same time. A collective call.
     Raise UserError if the checkpoint does not fit the model.
     """
-    complete = checkpoints(folder)
-    if not complete:
+    path = on_main(lambda: next(reversed(checkpoints(folder)), None))
+    if path is None:
         return TrainState()
-    path = complete[-1]
     try:
         model.load_state_dict(load_file(path / "model.safetensors"))
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))

@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from mcl_clip.config import MachineConfig, TrainConfig
-from mcl_clip.core.distributed import barrier, check_same, is_main, rank, seed_of, world_size
+from mcl_clip.core.distributed import barrier, check_same, is_main, on_main, rank, seed_of, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.batch_plan import BatchPlan
@@ -94,7 +94,7 @@ def train_stage(
     check_same(str(state.step), "the step of the newest checkpoint")
     model, optimizer = accelerator.prepare(model, optimizer)  # never the loader, never a scheduler
     log, plan = StepLog(out / "metrics.jsonl"), loader.plan
-    evaluated = [record["step"] for record in log.rewind(state.step) if "loss" not in record]
+    evaluated = on_main(lambda: [record["step"] for record in log.rewind(state.step) if "loss" not in record])
     bad = BadSamples(
         out / "bad_samples.jsonl", max_fraction=max_bad_fraction, rows=plan.rows_per_epoch, step=state.step
     )

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from mcl_clip.core.distributed import all_reduce_sum, gather_objects, is_main
+from mcl_clip.core.distributed import all_reduce_sum, gather_objects, is_main, on_main
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl, atomic_path, read_jsonl
 
@@ -132,12 +133,12 @@ class StepLog:
         self.path = path
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records after `step` and return the others; raise UserError if a record has no step."""
+        """Drop the records after `step` and return the others; raise UserError without steps. For the main process."""
         records = read_jsonl(self.path)
         if not all(type(record.get("step")) is int for record in records):
             raise UserError(f"{self.path} has a record without a step; restore the file or delete it")
         records = [record for record in records if record["step"] <= step]
-        if is_main() and self.path.exists():
+        if self.path.exists():
             with atomic_path(self.path) as temporary:
                 temporary.touch()
                 for record in records:
@@ -151,18 +152,14 @@ class StepLog:
 
 
 class BadSamples:
-    """Resume the file at `path` from a step, for a data set of `rows` rows; raise UserError for a malformed record."""
+    """Rows that could not be decoded and became fillers; stops the run when there are too many."""
 
     def __init__(self, path: Path, *, max_fraction: float, rows: int, step: int = 0) -> None:
-        """Resume the file at `path` from a step, for a data set of `rows` rows; `max_fraction` is from 0 to 1.
-
-        Raises:
-            UserError: if a record is malformed.
-        """
+        """Resume the file at `path` from a step, for `rows` rows; raise UserError for a bad record. Collective."""
         self._log = StepLog(path)
         self.max_fraction, self.rows = max_fraction, rows
         self._bad: dict[int, tuple[str, str]] = {}
-        for record in self._log.rewind(step):
+        for record in on_main(partial(self._log.rewind, step)):
             row, shard, reason = (record.get(name) for name in ("row", "shard", "reason"))
             if type(row) is not int or not isinstance(shard, str) or not isinstance(reason, str):
                 raise UserError(f"{path} has a record without row, shard and reason; restore the file or delete it")

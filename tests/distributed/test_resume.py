@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mcl_clip.core.distributed import rank
+from mcl_clip.train import checkpoint, metrics
 from tests.training import ROWS, SAVE, STEPS, train, write_shards
 
 
@@ -64,3 +66,20 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(pool, shards,
     expected, found = losses(tmp_path / "whole"), losses(tmp_path / "changed")
     assert found.keys() == expected.keys()
     assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
+
+
+def resume_with_another_view(shards, out):
+    """Rank 1 does not see the newest checkpoint, nor the last records, as on a file system that shows files late."""
+    if rank() == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "checkpoints", lambda folder: sorted(folder.glob("step-*"))[:1])
+            patch.setattr(metrics, "read_jsonl", lambda path: [])
+            return train(shards, out)[0]
+    return train(shards, out)[0]
+
+
+def test_what_is_resumed_is_what_the_main_process_sees(pool, shards, tmp_path):
+    pool.run(call, 2, shards, tmp_path, {"most_steps": 2 * SAVE + 1})
+    (tmp_path / "bad_samples.jsonl").write_text('{"step": 1, "row": 3, "shard": "a.tar", "reason": "broken"}\n')
+    parts = pool.run(resume_with_another_view, 2, shards, tmp_path)
+    assert [len(rows) for rows in parts] == [STEPS - 2 * SAVE] * 2
