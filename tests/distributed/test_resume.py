@@ -80,6 +80,5 @@ def resume_with_another_view(shards, out):
 
 def test_what_is_resumed_is_what_the_main_process_sees(pool, shards, tmp_path):
     pool.run(call, 2, shards, tmp_path, {"most_steps": 2 * SAVE + 1})
-    (tmp_path / "bad_samples.jsonl").write_text('{"step": 1, "row": 3, "shard": "a.tar", "reason": "broken"}\n')
     parts = pool.run(resume_with_another_view, 2, shards, tmp_path)
     assert [len(rows) for rows in parts] == [STEPS - 2 * SAVE] * 2

@@ -4,6 +4,7 @@ import torch
 from mcl_clip.core.distributed import rank
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_jsonl
+from mcl_clip.train import metrics
 from mcl_clip.train.metrics import BadSamples, Meter, Spans, StepLog
 
 
@@ -105,6 +106,20 @@ def found_by_processes(path) -> tuple[int, float]:
 def test_processes_share_counts(tmp_path, pool):
     assert pool.run(found_by_processes, 4, tmp_path / "bad.jsonl") == [(5, 10.0)] * 4
     assert sorted(record["row"] for record in read_jsonl(tmp_path / "bad.jsonl")) == [0, 1, 2, 3, 100]
+
+
+def counted_with_another_view(path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == 1:
+            patch.setattr(metrics, "read_jsonl", lambda path: [])
+        return BadSamples(path, max_fraction=0.1, rows=1000, step=10).count
+
+
+def test_all_processes_resume_the_records_that_the_main_process_sees(tmp_path, pool):
+    samples = BadSamples(tmp_path / "bad.jsonl", max_fraction=0.1, rows=1000)
+    samples.add(bad(3, 4))
+    samples.flush(10, 100)
+    assert pool.run(counted_with_another_view, 2, tmp_path / "bad.jsonl") == [2, 2]
 
 
 def test_the_spread_of_the_loss_is_over_groups():
