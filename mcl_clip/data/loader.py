@@ -167,11 +167,16 @@ class TrainingLoader:
                 yield step, epoch, local[start : start + PART_ROWS]
 
 
+def pin(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to page-locked memory, if it is not there, for a GPU that copies it while this process goes on."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def _join_parts(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch:
     """Join the parts of a local batch, with the images on a device."""
 
     def cat(tensors: list[Tensor]) -> Tensor:
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return pin(torch.cat(tensors), device)
 
     starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
     decoded = [(part, start) for part, start in zip(parts, starts, strict=False) if (part.rows != FILLER).any()]
@@ -181,7 +186,7 @@ def _join_parts(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch
     return PairBatch(
         step=parts[0].step,
         **{name: cat([getattr(part, name) for part in parts]) for name in ("rows", "text_ids", "image_ids")},
-        images=cat([part.images.to(device, non_blocking=True) for part, _ in decoded]),
+        images=torch.cat([part.images.to(device, non_blocking=True) for part, _ in decoded]),
         tokens=cat([F.pad(part.tokens, (0, length - part.tokens.shape[1])) for part, _ in decoded]),
         places=cat([part.places + start for part, start in decoded]),
         text_features=cat(features) if features else None,

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,19 @@ def to_floats(
     pixels: UInt8[Tensor, "batch 3 height width"], preprocess_cfg: Mapping[str, Any]
 ) -> Float[Tensor, "batch 3 height width"]:
     """Normalize pixels like torchvision's ToTensor and Normalize: (pixel / 255 - mean) / std."""
-    mean = torch.tensor(preprocess_cfg["mean"], device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(preprocess_cfg["std"], device=pixels.device).view(3, 1, 1)
+    mean, std = (_per_channel(tuple(preprocess_cfg[name]), pixels.device) for name in ("mean", "std"))
     if pixels.device.type != "cpu":
         return torch.div(pixels, 255).sub_(mean).div_(std)
     floats = torch.empty(pixels.shape, dtype=torch.float32)
     for image, out in zip(pixels, floats, strict=True):  # a single image stays in the CPU cache: half the time
         torch.div(image, 255, out=out).sub_(mean).div_(std)
     return floats
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "3 1 1"]:
+    """Return values on a device, where they stay: the process would wait for the device to copy them in each step."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def encode_texts(model: Any, tokens: Int[Tensor, "texts length"], device: torch.device) -> Float[Tensor, "texts dim"]:

@@ -19,7 +19,7 @@ from mcl_clip.core.distributed import barrier, check_same, is_main, on_main, ran
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.batch_plan import BatchPlan
-from mcl_clip.data.loader import PairBatch
+from mcl_clip.data.loader import PairBatch, pin
 from mcl_clip.model.clip import autocast, to_floats
 from mcl_clip.model.grad_cache import Outputs, add_gradients
 from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
@@ -190,8 +190,8 @@ def forward_backward(
     """
     spans = spans or Spans()
     with spans("device"):
-        batch_groups = torch.from_numpy(groups[batch.rows.numpy()].astype(np.int64)).to(device)
-        batch = batch.to(device)
+        batch_groups = pin(torch.from_numpy(groups[batch.rows.numpy()].astype(np.int64)), device)
+        batch_groups, batch = batch_groups.to(device, non_blocking=True), batch.to(device)
 
     def encode(model: nn.Module, rows: slice) -> Outputs:
         with spans("device"):
