@@ -233,13 +233,16 @@ class Jpeg:
             min_width, min_height = min_height, min_width
         sizes = {"min_width": min_width, "min_height": min_height} if is_large else {}
         pixels: np.ndarray = simplejpeg.decode_jpeg(self.data, "RGB", **sizes)
-        if self.orientation > 4:
-            pixels = pixels.transpose(1, 0, 2)
-        if self.orientation in (3, 4, 7, 8):
-            pixels = pixels[::-1]
-        if self.orientation in (2, 3, 6, 7):
-            pixels = pixels[:, ::-1]
-        return np.ascontiguousarray(pixels)
+        return _turned(pixels, self.orientation)
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return a view of pixels [height, width, 3], turned upright from an EXIF orientation."""
+    if orientation > 4:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
 def open_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS, legacy: bool = False) -> Jpeg | None:
@@ -379,8 +382,15 @@ class TrainTransform:
         x, y = pixels.shape[1] / image.width, pixels.shape[0] / image.height
         columns = slice(round(left * x), max(round(right * x), round(left * x) + 1))
         rows = slice(round(upper * y), max(round(lower * y), round(upper * y) + 1))
-        crop = torch.from_numpy(pixels[rows, columns]).permute(2, 0, 1)
-        result: Tensor = resize(crop, [height, width], InterpolationMode(self.interpolation), antialias=True)
+        # Resized as it is stored, and turned when it is small: turning a whole photo takes as long as decoding it.
+        orientation = image.orientation
+        stored = _turned(pixels[rows, columns], {6: 8, 8: 6}.get(orientation, orientation))
+        size = [width, height] if orientation > 4 else [height, width]
+        crop = torch.from_numpy(stored).permute(2, 0, 1)
+        result: Tensor = resize(crop, size, InterpolationMode(self.interpolation), antialias=True)
+        if orientation != 1:
+            upright = _turned(result.permute(1, 2, 0).numpy(), orientation)
+            result = torch.from_numpy(np.ascontiguousarray(upright.transpose(2, 0, 1)))
         return result.contiguous()
 
 
