@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mcl_clip import DataConfig, RunConfig, StageConfig, TowerConfig, TrainConfig, UserError
@@ -111,6 +112,15 @@ def test_too_many_samples_without_image_or_caption_are_refused_before_training(t
     with pytest.raises(UserError, match=sentence):
         load(tmp_path)
     assert len(load(tmp_path, behavior="0.6")) == 99
+
+
+@pytest.mark.parametrize("behavior", ["0.6", "0.7"])
+def test_only_runs_of_earlier_versions_split_every_txt_into_lines(tmp_path, behavior):
+    write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.txt", b"one\ntwo")])
+    index = load(tmp_path, behavior=behavior)
+    run = SimpleNamespace(config=SimpleNamespace(machine=MachineConfig(), behavior=behavior))
+    ((_, form),) = RunContext.reader(run, index).read_texts(np.array([0]))
+    assert form == ("lines" if behavior == "0.6" else "txt")
 
 
 def test_a_run_of_an_earlier_version_keeps_its_index(tmp_path):
