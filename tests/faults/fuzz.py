@@ -62,7 +62,14 @@ from tqdm import tqdm
 from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, read_json, read_jsonl, read_run_config
-from mcl_clip.data.decode import BadSampleError, TrainTransform, decode_captions, decode_image, evaluation_transform
+from mcl_clip.data.decode import (
+    FORMATS,
+    BadSampleError,
+    TrainTransform,
+    decode_captions,
+    decode_image,
+    evaluation_transform,
+)
 from mcl_clip.data.features import EmbeddingTable
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.reader import Reader
@@ -665,7 +672,7 @@ class Images:
     def __init__(self, folder: Path) -> None:
         self.good = _images_of_all_modes()
         self.other = [
-            *(encoded(Image.new("RGB", (16, 16)), kind) for kind in ("GIF", "BMP", "TIFF", "ICO", "PPM", "EPS", "PDF")),
+            *(encoded(Image.new("RGB", (16, 16)), kind) for kind in ("TIFF", "ICO", "PPM", "EPS", "PDF")),
             b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
             *(b"", b"\xff\xd8", b"\xff\xd8\xff", b"RIFF\xff\xff\xff\xffWEBP", b"\x89PNG\r\n\x1a\n", b"GIF89a"),
@@ -733,8 +740,8 @@ def _more_scans(case: Case, data: bytes) -> bytes:
 
 def _images_of_all_modes() -> list[bytes]:
     pixels = Image.frombytes("RGB", (24, 18), random.Random(2).randbytes(3 * 24 * 18))
-    found = []
-    for kind in IMAGE_NAMES:
+    found, turned = [], b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    for kind in FORMATS:
         for mode in ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16"):
             try:
                 image = Image.new("I;16", (24, 18), 40_000) if mode == "I;16" else pixels.convert(mode)
@@ -744,7 +751,8 @@ def _images_of_all_modes() -> list[bytes]:
     found.append(encoded(pixels, "JPEG", progressive=True, exif=b"Exif\0\0II*\0" + bytes(40)))
     found.append(encoded(pixels.convert("P"), "PNG", transparency=bytes(range(200))))
     frames = [pixels, pixels.rotate(90), pixels.rotate(180)]
-    found += [encoded(pixels, kind, save_all=True, append_images=frames) for kind in ("PNG", "WEBP")]
+    found += [encoded(pixels, kind, save_all=True, append_images=frames) for kind in ("PNG", "WEBP", "GIF")]
+    found += [encoded(pixels, kind, exif=turned) for kind in ("JPEG", "PNG", "WEBP")]
     return found
 
 
