@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 import datasets
 import fsspec
 import tyro
-from from_table import refuse_url, split_names, write_splits
-from table_formats import as_captions, check_columns
+from from_table import split_names, write_splits
+from table_formats import as_captions, check_columns, refuse_url
 
 from mcl_clip.core.errors import UserError, run_program, shorten, shorten_list
 from mcl_clip.data.writing import Pair, refuse_non_empty
@@ -78,7 +78,9 @@ def read_pairs(
             if not wanted or str(row[wanted[0]]) == wanted[1]:
                 image = image_bytes(row[image_column], root, f"{where}, column {image_column!r},")
                 captions = as_captions(row[caption_column], f"{where}, column {caption_column!r},")
-                yield Pair(key=f"{number:08d}", image=image, captions=captions, source=where)
+                path = row[image_column].get("path") if isinstance(row[image_column], dict) else row[image_column]
+                source = f"{where}, {path}" if isinstance(path, str) else where
+                yield Pair(key=f"{number:08d}", image=image, captions=captions, source=source)
             number += 1
     if wanted and wanted[1] not in values:
         raise UserError(f"no row has {wanted[1]!r} in column {wanted[0]!r}; it has {shorten_list(values)}")

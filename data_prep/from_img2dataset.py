@@ -88,6 +88,12 @@ def index_img2dataset(
     Raises:
         UserError: for shards that are missing or damaged, or a folder that is not writable.
     """
+    for shard in map(Path, shards):
+        if shard.is_dir() and not any(shard.glob("*.tar")) and any(shard.rglob("*.jpg")):
+            raise UserError(
+                f"{shard} has images but no tar files, as img2dataset's format `files`; write shards of it with "
+                f"from_table.py {shard} OUT"
+            )
     index = ShardIndex.build(expand_shards(shards))
     is_local = not all(is_remote(shard.url) for shard in index.shards)
     if is_local:

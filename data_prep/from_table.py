@@ -10,7 +10,6 @@ the table; samples are in the order in which their images first appear.
 
 import io
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 from PIL import Image
-from table_formats import Row, as_captions, read_rows
+from table_formats import Row, as_captions, read_rows, refuse_url
 
 from mcl_clip.core.errors import UserError, run_program, shorten, shorten_list
 from mcl_clip.data.decode import BadSampleError, decode_image, open_image
@@ -50,23 +49,14 @@ def group_rows(
                 f"image (for images within Parquet files: from_hf.py FOLDER OUT --builder parquet)"
             )
         refuse_url(image, f"row {number}, column {image_column!r},")
-        if "\\" in image and not (root / image).is_file():
-            image = image.replace("\\", "/")
+        if ("\\" in image or image != image.strip()) and not (root / image).is_file():
+            image = image.strip().replace("\\", "/")
         captions = as_captions(value, f"row {number}, column {caption_column!r},")
         lists += isinstance(value, str) and captions != [value]
         splits.setdefault(str(row[split_column]) if split_column else "all", {}).setdefault(image, []).extend(captions)
     if lists:
         print(f"{lists:,} cells of column {caption_column!r} are lists of captions; each text in them is a caption")
     return splits
-
-
-def refuse_url(image: str, where: str) -> None:
-    """Raise a UserError if an image is given by its URL."""
-    if re.match("https?://", image):
-        raise UserError(
-            f"{where} has the URL {shorten(image)}; download the images with img2dataset, as docs/data.md shows, and "
-            f"give the shards to from_img2dataset.py"
-        )
 
 
 def shrink(data: bytes, max_side_px: int) -> bytes:
@@ -108,11 +98,12 @@ def make_from_table(
 
     Args:
         table: A .csv, .tsv, .txt, .jsonl, .json or .parquet file, the captions of COCO (captions_*.json, Karpathy's
-            splits), Flickr8k.token.txt, or Flickr30k's results.csv. A TSV is read without quotes.
+            splits), Flickr8k.token.txt, Flickr30k's results.csv, or a folder of images with .txt or .json beside them.
+            A TSV is read without quotes.
         out: Folder to make; must be empty or not exist.
         image_column: Column with paths of JPEG, PNG or WebP files.
         caption_column: Column with a caption or a list of captions; in CSV, a list is written as in JSON.
-        images_root: Folder that the paths start from; the folder of the table if not given.
+        images_root: Folder that the paths start from; the folder of the table, or TABLE itself, if not given.
         split_column: Column that says which split a row belongs to; without it all rows are for training.
         split: Split to write as training shards; '' for none.
         retrieval_splits: Splits to write as retrieval sets, separated by commas.
@@ -131,7 +122,7 @@ def make_from_table(
     if max_side_px is not None and max_side_px < 1:
         raise UserError(f"--max-side-px is {max_side_px}; it must be at least 1")
     columns = [image_column, caption_column, *([split_column] if split_column else [])]
-    root = images_root if images_root is not None else table.parent
+    root = images_root or (table if table.is_dir() else table.parent)
     splits = group_rows(
         read_rows(table, columns, separator=separator, encoding=encoding),
         image_column=image_column,

@@ -6,6 +6,7 @@ A row is a dict. The files of known data sets give `image`, `caption` and, where
     dataset_coco.json                  Karpathy's splits: images with sentences
     Flickr8k.token.txt                 lines of IMAGE#NUMBER, a tab and a caption
     results.csv, results_20130124.token  of Flickr30k: IMAGE| NUMBER| CAPTION after a header, or as of Flickr8k
+    a folder                           of images with KEY.txt or KEY.json beside them, as img2dataset's format `files`
     flickr30k_test_karpathy.txt        of CLIP_benchmark: IMAGE.jpg,CAPTION after a header
 """
 
@@ -22,9 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mcl_clip.core.errors import UserError, shorten, shorten_list
+from mcl_clip.core.files import read_json
+from mcl_clip.data.tar import IMAGE_FORMATS
 
 Row = dict[str, Any]
 TEXT, LINES = (".csv", ".tsv", ".txt", ".token"), (".jsonl", ".ndjson")
+IMAGES = (*(f".{name}" for name in IMAGE_FORMATS), ".gif", ".bmp", ".avif")
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
@@ -45,7 +49,9 @@ def read_rows(table: Path, columns: Sequence[str], *, separator: str = "", encod
         UserError: for an unknown kind of file, a column that is not there, or a row that does not fit the header.
     """
     suffix = table.suffix.lower()
-    if suffix in TEXT:
+    if table.is_dir():
+        yield from _folder_rows(table, columns)
+    elif suffix in TEXT:
         yield from _text_rows(table, columns, {"tab": "\t", "\\t": "\t"}.get(separator, separator), encoding)
     elif suffix in LINES:
         yield from _json_lines(table, columns)
@@ -87,6 +93,20 @@ def as_captions(value: Any, where: str) -> list[str]:
         if isinstance(found, list) and all(isinstance(one, str) for one in found) and not is_array:
             return found
     raise UserError(f'{where} has {shorten(value, 60)}, which is not a list in JSON; write one, as ["one", "two"]')
+
+
+def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield the images of a folder with the text beside them: KEY.txt, or `caption` in KEY.json."""
+    check_columns(f"{folder}, a folder of images,", columns, ("image", "caption"))
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in IMAGES or path.name.startswith("."):
+            continue
+        caption = None
+        if path.with_suffix(".txt").is_file():
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+        elif path.with_suffix(".json").is_file() and isinstance(found := read_json(path.with_suffix(".json")), dict):
+            caption = found.get("caption")
+        yield {"image": path.relative_to(folder).as_posix(), "caption": caption}
 
 
 def _text_rows(table: Path, columns: Sequence[str], separator: str, encoding: str) -> Iterator[Row]:
@@ -156,6 +176,8 @@ def _csv_rows(table: Path, file: IO[str], columns: Sequence[str], separator: str
         fitting = (one for one, names in headers.items() if {*columns} <= {name.strip() for name in names})
         delimiter = next(fitting, max(headers, key=lambda one: len(headers[one])))
         raw = headers[delimiter]
+        if raw:
+            refuse_url(raw[0], f"{table}, line 1,")
         header = [name.strip() for name in raw]
         check_columns(f"{table}, separated by {SEPARATORS.get(delimiter, repr(delimiter))},", columns, header)
         if twice := [name for name in columns if header.count(name) > 1]:
@@ -245,6 +267,15 @@ def _parquet_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{table} is not a whole Parquet file ({shorten(error)}); make it anew") from error
+
+
+def refuse_url(image: str, where: str) -> None:
+    """Raise a UserError if an image is given by its URL."""
+    if re.match("https?://", image):
+        raise UserError(
+            f"{where} has the URL {shorten(image)}; download the images with img2dataset, as docs/data.md shows, and "
+            f"give the shards to from_img2dataset.py"
+        )
 
 
 def check_columns(where: str, columns: Sequence[str], there: Sequence[str]) -> None:

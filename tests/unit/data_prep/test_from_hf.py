@@ -79,7 +79,9 @@ def test_rows_without_an_image_count_as_bad(hf, tmp_path):
     folder = tmp_path / "json"
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"image": "gone.jpg", "text": "x"}\n')
-    with pytest.raises(UserError, match=r"1 of 1 images are bad \(1 missing images\)"):
+    with pytest.raises(
+        UserError, match=r"1 of 1 images are bad \(1 missing.* first is row 0 of split train, gone.jpg \("
+    ):
         hf.make_from_hf(str(folder), tmp_path / "out", builder="json")
     assert not (tmp_path / "out").exists()
 

@@ -100,3 +100,10 @@ def test_damaged_statistics_are_named(program, shards):
 def test_no_shards_is_an_error(program, tmp_path):
     with pytest.raises(UserError, match="the shard list"):
         program.index_img2dataset(())
+
+
+def test_the_format_of_files_is_named(program, tmp_path, picture):
+    (tmp_path / "files/00000").mkdir(parents=True)
+    (tmp_path / "files/00000/000000000.jpg").write_bytes(picture(1))
+    with pytest.raises(UserError, match=r"has images but no tar files, .* from_table.py .*files OUT"):
+        program.index_img2dataset((str(tmp_path / "files"),))

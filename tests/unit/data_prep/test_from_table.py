@@ -170,6 +170,28 @@ def test_known_data_sets_are_tables(table, tmp_path, images, read_tars, name, co
     assert found == {"a_x": ["one", "three"], "b": ["two"]}
 
 
+def test_a_folder_of_images_with_texts_beside_them(table, tmp_path, picture, read_tars, capsys):
+    folder = tmp_path / "files/00000"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+    (folder / "0.txt").write_text("two\nlines")
+    (folder / "0.json").write_text('{"caption": "not this one"}')
+    (folder / "1.json").write_text('{"caption": ["one", "two"]}')
+    (folder / "2.json").write_text('{"caption": null}')
+    (folder / "._0.jpg").write_bytes(b"of macOS")
+    table.make_from_table(tmp_path / "files", tmp_path / "out")
+    found = {one["__key__"][:7]: one["txt"] for one in read_tars(tmp_path / "out" / "train")}
+    assert found == {"00000_0": b"two lines", "00000_1": b"one\ntwo"}
+    assert "train: 2 of 4 samples written (2 empty captions dropped, 2 samples without" in capsys.readouterr().out
+
+
+def test_blanks_around_a_path_are_no_part_of_it(table, tmp_path, images, read_tars):
+    (tmp_path / "t.csv").write_text("image,caption\n b.jpg ,one\n")
+    table.make_from_table(tmp_path / "t.csv", tmp_path / "out", images_root=images)
+    assert read_tars(tmp_path / "out" / "train")[0]["__key__"] == "b"
+
+
 def test_captions_with_commas_outside_quotes(table, tmp_path, images, read_tars):
     (tmp_path / "flickr30k_test_karpathy.txt").write_text("image,caption\nb.jpg,one, or two\nb.jpg,three\n")
     table.make_from_table(tmp_path / "flickr30k_test_karpathy.txt", tmp_path / "out", images_root=images)
@@ -266,6 +288,7 @@ def test_mistakes_are_named_and_nothing_is_written(table, tmp_path, images, kind
             b"file;caption\n",
             "t.csv, separated by semicolons, has no column 'picture'; its columns are file, cap",
         ),
+        ("t.txt", b"https://a.b/c.jpg?x=1,2\n", "line 1, has the URL https://a.b/c.jpg.* with img2dataset"),
         ("t.csv", b"file,caption,file\n", "has 2 columns 'file'"),
         ("t.csv", b"file,caption\n,x\n", r"1 of 1 images are bad .* the first is row 1, which has no path \(missing"),
         (
