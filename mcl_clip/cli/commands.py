@@ -79,7 +79,8 @@ def index(
     built = ShardIndex.build(urls, rule=sample_rule(data, RunConfig.behavior), kept=kept)
     built.write_beside()
     shutil.rmtree(kept, ignore_errors=True)
-    print(f"{len(built.shards)} shards, {len(built)} rows, digest {built.digest}")
+    count = len(built.shards)
+    print(f"{count} shard{'s' * (count != 1)}, {len(built)} rows, digest {built.digest}")
     print(f"captions: {built.text_counts()}")
     if built.skipped_by_reason():
         print(f"left out: {built.describe_skipped()}")
