@@ -5,8 +5,10 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_clip.data.decode import BadSampleError, Jpeg, TrainTransform, evaluation_transform, open_jpeg, train_transform
+from mcl_clip.model import clip
 from mcl_clip.model.clip import to_floats
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -200,3 +202,29 @@ def test_a_narrow_crop_keeps_its_detail_too(ratio):
     options = {"scale": (0.1, 0.1), "ratio": (ratio, ratio)}  # 51 x 512 pixels, or the other way
     fast, exact = both(data, "narrow", **options)
     assert (fast - exact).abs().float().mean() < 3
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if (name := function.overloadpacket.__name__) in ("sub_", "div_"):
+            self.found.append((name, arguments[1]))
+        return function(*arguments, **(options or {}))
+
+
+def test_floats_on_a_device_are_computed_in_the_order_of_those_on_the_cpu():
+    """The device has no values here, but it sees by what it subtracts and divides."""
+    cfg, device = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.25)}, torch.device("meta")
+    mean, std = (clip._per_channel(cfg[name], device) for name in ("mean", "std"))
+    with Operations() as operations:
+        to_floats(torch.zeros(2, 3, 4, 4, dtype=torch.uint8, device=device), cfg)
+    (first, subtracted), (second, divisor) = operations.found
+    assert (first, second) == ("sub_", "div_")
+    assert subtracted is mean
+    assert divisor is std
+    for name, values in (("mean", mean), ("std", std)):
+        assert values.shape == (3, 1, 1)
+        assert clip._per_channel(cfg[name], torch.device("cpu")).flatten().tolist() == pytest.approx(cfg[name])
