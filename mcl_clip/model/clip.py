@@ -52,11 +52,11 @@ def to_floats(
 ) -> Float[Tensor, "batch 3 height width"]:
     """Normalize pixels like torchvision's ToTensor and Normalize: (pixel / 255 - mean) / std."""
     mean, std = (_per_channel(tuple(preprocess_cfg[name]), pixels.device) for name in ("mean", "std"))
-    if pixels.device.type != "cpu":
-        return torch.div(pixels, 255).sub_(mean).div_(std)
-    floats = torch.empty(pixels.shape, dtype=torch.float32)
-    for image, out in zip(pixels, floats, strict=True):  # a single image stays in the CPU cache: half the time
-        torch.div(image, 255, out=out).sub_(mean).div_(std)
+    # On the CPU one image at a time, which stays in its cache: half the time.
+    parts = torch.split(pixels, 1 if pixels.device.type == "cpu" else len(pixels))
+    floats = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    for part, out in zip(parts, torch.split(floats, len(parts[0])), strict=True):
+        torch.div(part, 255, out=out).sub_(mean).div_(std)
     return floats
 
 

@@ -115,14 +115,17 @@ def test_training_is_that_of_a_plain_loop(pool, shards, expected, size, chunk_ro
         assert {name: found[name] for name in record} == pytest.approx(record, rel=1e-7)
 
 
-def dropout_seeds(shards, out) -> list[int]:
-    """The seed of torch's generator at each forward pass of the image tower in three steps of two chunks."""
+def dropout_seeds(shards, out, chunk_rows: int) -> list[int]:
+    """The seed of torch's generator at each forward pass of the image tower in three steps."""
     (make_loader, clip), found = parts(shards), []
     clip.model.visual.register_forward_pre_hook(lambda *_: found.append(torch.initial_seed()))
-    fit(clip, make_loader(), out=out, changes={"grad_cache_rows": 2}, max_steps=3)
+    fit(clip, make_loader(), out=out, changes={"grad_cache_rows": chunk_rows}, max_steps=3)
     return found
 
 
-def test_dropout_differs_by_step_process_and_chunk_and_is_the_same_in_both_passes(pool, shards, tmp_path):
-    for number, seeds in enumerate(pool.run(dropout_seeds, 2, shards, tmp_path / "train")):
-        assert seeds == [seed_of(0, 1, "dropout", step, number, chunk) for step in range(3) for chunk in (0, 1, 0, 1)]
+@pytest.mark.parametrize(("chunk_rows", "passes"), [(0, [0]), (2, [0, 1, 0, 1])])
+def test_dropout_differs_by_step_process_and_chunk_and_is_the_same_in_both_passes(
+    pool, shards, tmp_path, chunk_rows, passes
+):
+    for number, seeds in enumerate(pool.run(dropout_seeds, 2, shards, tmp_path / "train", chunk_rows)):
+        assert seeds == [seed_of(0, 1, "dropout", step, number, chunk) for step in range(3) for chunk in passes]
