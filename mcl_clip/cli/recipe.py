@@ -5,6 +5,7 @@ import os
 import runpy
 import sys
 import sysconfig
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from mcl_clip.config import RunConfig
 from mcl_clip.core.distributed import is_main, world_size
-from mcl_clip.core.errors import PlannedStop, UserError, run_program
+from mcl_clip.core.errors import PlannedStop, UserError, run_program, shorten
 from mcl_clip.core.progress import be_quiet, is_quiet
 from mcl_clip.results.record import data_losses
 from mcl_clip.runs.context import RESULTS
@@ -165,7 +166,15 @@ def load_recipe(path: Path, name: Literal["RECIPE", "EXPERIMENT"], kind: type[T]
     """
     if not path.is_file():
         raise UserError(f"there is no recipe {path}; give the path of a Python file with RECIPE")
-    config = runpy.run_path(str(path)).get(name)
+    try:
+        config = runpy.run_path(str(path)).get(name)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        reason = shorten(error.msg if isinstance(error, SyntaxError) else error, 300)
+        raise UserError(f"{path} cannot be run, line {line}: {type(error).__name__}: {reason}") from error
     if not isinstance(config, kind):
         raise UserError(f"{path} has no {name} = {kind.__name__}(...)")
     return config

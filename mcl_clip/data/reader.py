@@ -72,7 +72,7 @@ class Reader:
         if remote not in ("range", "stage"):
             raise UserError(f"remote is {remote!r}; it must be 'range' or 'stage'")
         if remote == "stage" and cache_dir is None:
-            raise UserError("remote='stage' stores whole shards in a folder; choose one with cache_dir")
+            raise UserError("--machine.remote stage stores whole shards; name a folder as --machine.cache-dir")
         self.index = index
         self.retry = retry or RetryPolicy()
         self.captions_by_line = captions_by_line

@@ -152,7 +152,7 @@ def read_range(location: str, start: int, end: int, retry: RetryPolicy) -> bytes
         if len(data) > end - start:
             raise UserError(
                 f"the server of {redacted(location)} ignores range requests and sends whole files; cache whole shards "
-                f"(remote='stage'), or copy the shards to a local folder"
+                f"(--machine.remote stage), or copy the shards to a local folder"
             )
         if len(data) < end - start:
             raise OSError(f"received {len(data)} of {end - start} bytes")
@@ -207,7 +207,7 @@ class ShardCache:
         if shard.size > self.max_bytes:
             raise UserError(
                 f"{redacted(shard.url)} has {shard.size / 1e9:.3g} GB, above the cache limit of "
-                f"{self.max_bytes / 1e9:.3g} GB; raise cache_gb, or read ranges (remote='range')"
+                f"{self.max_bytes / 1e9:.3g} GB; raise --machine.cache-gb, or read ranges (--machine.remote range)"
             )
         name = hashlib.blake2b(repr((shard.url, shard.size, shard.stamp)).encode(), digest_size=16).hexdigest()
         path = self.folder / f"{name}.shard"
@@ -254,7 +254,7 @@ class ShardCache:
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise UserError(
-                    f"the disk of {self.folder} is full; lower cache_gb or choose another cache_dir"
+                    f"the disk of {self.folder} is full; lower --machine.cache-gb or choose another --machine.cache-dir"
                 ) from error
             raise
         if size > shard.size:

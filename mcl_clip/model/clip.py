@@ -132,7 +132,7 @@ def create_clip(
         UserError: if a name or option is unknown, or the weights are missing or do not fit the model.
     """
     if bool(architecture) == (model_cfg is not None):
-        raise UserError("give either architecture= (a name known to open_clip) or model_cfg= (a model config)")
+        raise UserError("give either an architecture (a name known to open_clip) or a model config, not both or none")
     preprocess = dict(preprocess or {})
     unknown = sorted(set(preprocess) - set(PREPROCESS_NAMES))
     if unknown:
@@ -160,7 +160,7 @@ def create_clip(
             config = json.dumps({"model_cfg": cfg, "preprocess_cfg": {}})
             (Path(folder) / OPEN_CLIP_CONFIG_NAME).write_text(config, encoding="utf-8")
             loads_text = text_weights and not weights and cfg["text_cfg"].get("hf_model_pretrained", True)
-            options = {"label": name or "this model_cfg", "load_weights": False, "pretrained_text": loads_text}
+            options = {"label": name or "the model in the recipe", "load_weights": False, "pretrained_text": loads_text}
             model = _create_model(f"{LOCAL}{folder}", preprocess, seed=seed, text_name=text_name, **options)
     if weights:
         load_weights(model, weights)
@@ -231,7 +231,9 @@ def _find_model_cfg(name: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     if not name:
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
         if missing:
-            raise UserError(f"model_cfg has no {', '.join(missing)}; it must have embed_dim, vision_cfg and text_cfg")
+            raise UserError(
+                f"the model in the recipe has no {', '.join(missing)}; it must have embed_dim, vision_cfg and text_cfg"
+            )
         copy: dict[str, Any] = json.loads(json.dumps(model_cfg))
         return copy
     known = open_clip.list_models()
@@ -254,12 +256,12 @@ def _find_weights(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> P
     """Return the path of a weights file, checked against the activation in the open_clip config next to it."""
     path = Path(pretrained)
     if path.is_dir():
-        raise UserError(f"pretrained={pretrained!r} is a folder; give it as architecture='local-dir:{pretrained}'")
+        raise UserError(f"--tower.pretrained {pretrained} is a folder; use --tower.architecture local-dir:{pretrained}")
     if not path.is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
-        hint = f"its tags are {', '.join(tags)}" if tags else "there are no tags for it"
+        hint = f"its tags are {shorten_list(tags)}" if tags else "there are no tags for it"
         raise UserError(
-            f"pretrained={pretrained!r} is neither a file nor a tag of {name or 'this model_cfg'}"
+            f"{pretrained!r} is neither a file nor a tag of {name or 'the model in the recipe'}"
             f"{_suggest(pretrained, tags)}; {hint}"
         )
     config_path = path.with_name(OPEN_CLIP_CONFIG_NAME)
@@ -271,8 +273,8 @@ def _find_weights(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> P
             raise UserError(message) from error
         if quick_gelu != bool(model_cfg.get("quick_gelu")):
             raise UserError(
-                f"{path} was trained with quick_gelu={quick_gelu}, {name or 'model_cfg'} has "
-                f"quick_gelu={not quick_gelu}; load it as architecture='local-dir:{path.parent}'"
+                f"{path} was trained {'with' if quick_gelu else 'without'} quick_gelu, unlike "
+                f"{name or 'the model in the recipe'}; use --tower.architecture local-dir:{path.parent}"
             )
     return path
 
@@ -280,7 +282,7 @@ def _find_weights(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> P
 def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str, Any]) -> ClipBundle:
     """Load a model with its own config and weights from a folder or the Hub."""
     if pretrained:
-        raise UserError(f"{architecture} brings its own weights; leave out pretrained={pretrained!r}")
+        raise UserError(f"{architecture} brings its own weights; leave out --tower.pretrained {pretrained}")
     folder = Path(architecture.removeprefix(LOCAL)) if architecture.startswith(LOCAL) else None
     if folder:
         if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
@@ -323,7 +325,7 @@ def _create_model(
         requested = f"{label or name} {options.get('pretrained', '')}".strip()
         if isinstance(error, pickle.UnpicklingError):  # torch's own message suggests to load it anyway
             raise UserError(UNSAFE_WEIGHTS.format(requested)) from error
-        offline = "; without a network, give a downloaded file as pretrained= or a folder as local-dir:"
+        offline = "; without a network, name a downloaded file as --tower.pretrained, or a folder as local-dir:FOLDER"
         if text_name and isinstance(error, OSError | HFValidationError):
             offline = (
                 f"; without a network, give a folder with config, weights and tokenizer of {text_name} as "

@@ -79,8 +79,8 @@ def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:
     limit = len(RESNET_GROUPS) if is_resnet else None if blocks is None else len(blocks) + 2
     if unlocked_groups < 0 or (limit is not None and unlocked_groups > limit):
         raise UserError(
-            f"image_unlocked_groups={unlocked_groups} is not between 0 and {limit or 'the number of groups'}; "
-            f"leave it out to train the whole image tower"
+            f"--stages.K.train.lock.image-unlocked-groups {unlocked_groups} is not between 0 and "
+            f"{limit or 'the number of groups'}; leave it out to train the whole image tower"
         )
     if is_resnet:  # open_clip can lock a ResNet only as a whole
         for name in (name for group in RESNET_GROUPS[: len(RESNET_GROUPS) - unlocked_groups] for name in group):

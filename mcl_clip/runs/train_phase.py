@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Integer
 from torch import nn
 
-from mcl_clip.config import RunConfig, StageConfig
+from mcl_clip.config import RunConfig, StageConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, is_main, on_main, seed_of, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import fingerprint, write_json
@@ -74,11 +74,7 @@ def prepare_stage(
     config = run.config.stages[stage].train
     clip.model.to(run.accelerator.device)
     expected = reference_features(clip)
-    _prepare_bias(clip.model, config.loss)
-    lock_parameters(
-        clip.model, text=config.lock.text, image_unlocked_groups=config.lock.image_unlocked_groups,
-        patterns=config.lock.patterns,
-    )  # fmt: skip
+    lock_stage(clip.model, config)
     logger.info("stage %d: %s", stage, trainable_summary(clip.model))
     clip.model = _synchronize_batch_norm(clip.model, stage, config.grad_cache_rows)
     check_contract(clip, expected, name=run.config.tower.name, stage=stage)
@@ -160,19 +156,28 @@ def min_group_size(stage: StageConfig) -> int:
     return stage.train.min_group_size or default_min_group_size(stage.train.global_batch_size)
 
 
-def _prepare_bias(model: nn.Module, loss: str) -> None:
-    """Train `logit_bias` only if the loss uses it, in a form that DistributedDataParallel supports."""
+def lock_stage(model: nn.Module, config: TrainConfig) -> None:
+    """Lock what a stage does not train; a `logit_bias` trains only if the loss uses it, in a form that DDP supports.
+
+    Raises:
+        UserError: if the model cannot be locked as asked, or the loss needs a bias.
+    """
     has_bias = getattr(model, "logit_bias", None) is not None
-    if has_bias and loss == "clip":
+    if has_bias and config.loss == "clip":
         model.logit_bias.requires_grad_(False)
     elif has_bias:
         # The model returns the parameter itself, which DDP regards as unused; a product with it is used.
         model.register_forward_hook(lambda _, __, out: {**out, "logit_bias": out["logit_bias"] * 1})
-    elif loss == "siglip":
+    elif config.loss == "siglip" and config.steps:
         raise UserError(
             "--stages.K.train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, next to "
             "embed_dim in the recipe's TowerConfig(model=...), or use an architecture that has it"
         ).on_every_process()
+    if config.steps:
+        lock_parameters(
+            model, text=config.lock.text, image_unlocked_groups=config.lock.image_unlocked_groups,
+            patterns=config.lock.patterns,
+        )  # fmt: skip
 
 
 def _synchronize_batch_norm(model: nn.Module, stage: int, grad_cache_rows: int) -> nn.Module:

@@ -111,7 +111,7 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
         failures = list(attempt("publish", partial(check_publishing, config)))
         yield from failures or [Finding("ok", "publish", f"to {repo}")]
     if cfg is not None:
-        yield from check_weights(config.tower)
+        yield from check_weights(config.tower, cfg)
         loads_weights = not config.tower.is_pretrained and config.behavior != "0.6"
         yield from check_text_tower(cfg.get("text_cfg", {}), loads_weights=loads_weights)
     if sizes:

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from mcl_clip.data.samples import SampleRule
 from mcl_clip.data.shards import Shard, expand_shards, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.eval.task import Task
-from mcl_clip.model.clip import HUB, LOCAL, create_clip, with_image_size
+from mcl_clip.model.clip import HUB, LOCAL, create_clip, load_weights, with_image_size
 from mcl_clip.model.open_clip_io import (
     OPEN_CLIP_CONFIG_NAME,
     WEIGHT_SUFFIXES,
@@ -37,6 +38,7 @@ from mcl_clip.model.open_clip_io import (
 from mcl_clip.results.text import format_bytes, format_duration
 from mcl_clip.runs.context import check_pairs, open_tasks, sample_rule
 from mcl_clip.tools.doctor_machine import Check, Finding, attempt
+from mcl_clip.tools.estimates import build_on_meta
 
 SHARDS_WITHOUT_INDEX = 8
 REMOTE_SHARDS_TRIED = 16
@@ -266,8 +268,8 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
     return with_image_size(cfg, size) if size else dict(cfg)
 
 
-def check_weights(tower: TowerConfig) -> Iterator[Finding]:
-    """Check whether pretrained weights are on this machine or can be downloaded; nothing is downloaded."""
+def check_weights(tower: TowerConfig, model_cfg: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check whether pretrained weights are on this machine and fit, or can be downloaded; nothing is downloaded."""
     architecture, pretrained = tower.architecture, tower.pretrained
     if architecture.startswith(HUB):
         yield _check_hub(architecture.removeprefix(HUB), HUB_WEIGHTS, f"the weights of {architecture}")
@@ -278,7 +280,9 @@ def check_weights(tower: TowerConfig) -> Iterator[Finding]:
         else:
             yield Finding("ok", "weights", f"in {folder}")
     elif Path(pretrained).is_file():
-        yield Finding("ok", "weights", f"{pretrained}, {format_bytes(Path(pretrained).stat().st_size)}")
+        failures = list(attempt("weights", partial(_try_weights, model_cfg, Path(pretrained))))
+        text = f"{pretrained}, {format_bytes(Path(pretrained).stat().st_size)}"
+        yield from failures or [Finding("ok", "weights", text)]
     elif pretrained:
         cfg = open_clip.get_pretrained_cfg(architecture.replace("/", "-"), pretrained)
         what = f"the weights {pretrained} of {architecture}"
@@ -293,6 +297,11 @@ def check_weights(tower: TowerConfig) -> Iterator[Finding]:
             cached, url = Path("~/.cache/clip").expanduser() / os.path.basename(cfg["url"]), cfg["url"]
             has_it = cached.is_file()
             yield Finding("ok", "weights", str(cached)) if has_it else _check_download([url], what, redacted(url))
+
+
+def _try_weights(model_cfg: Mapping[str, Any], path: Path) -> None:
+    with warnings.catch_warnings(action="ignore"):  # that copies to the meta device do nothing
+        load_weights(build_on_meta(model_cfg), path)
 
 
 def check_text_tower(text_cfg: Mapping[str, Any], *, loads_weights: bool) -> Iterator[Finding]:

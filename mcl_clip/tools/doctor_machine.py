@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mcl_clip.config import MachineConfig, StageConfig
-from mcl_clip.core.errors import UserError, explain_os_error
+from mcl_clip.core.errors import UserError, explain_os_error, shorten
 from mcl_clip.core.files import DONE
 from mcl_clip.data.workers import SHARED_MEMORY
 from mcl_clip.results.text import format_bytes
@@ -43,13 +43,15 @@ Check = Generator[Finding, None, T | None]  # for `result = yield from check`; N
 
 
 def attempt(topic: str, action: Callable[[], T]) -> Check[T]:
-    """Return the result of `action`; yield a `FAIL` finding and return None for a UserError or an OSError."""
+    """Return the result of `action`; yield a `FAIL` finding and return None if it raises an error."""
     try:
         return action()
     except UserError as error:
         yield Finding("FAIL", topic, str(error))
     except OSError as error:
         yield Finding("FAIL", topic, explain_os_error(error))
+    except Exception as error:  # libraries raise errors of many types, which would end the job as well
+        yield Finding("FAIL", topic, f"{type(error).__name__}: {shorten(error, 300)}")
     return None
 
 

@@ -13,12 +13,13 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from mcl_clip.config import LockConfig, StageConfig, TrainConfig
+from mcl_clip.config import StageConfig, TrainConfig
 from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.model.clip import check_image_size
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
-from mcl_clip.model.prepare import check_gradients, lock
-from mcl_clip.train.optim import find_undecayed
+from mcl_clip.model.prepare import check_gradients, prepare_training
+from mcl_clip.runs.train_phase import lock_stage
+from mcl_clip.train.optim import create_optimizer, find_undecayed
 
 FLOAT_BYTES = 4
 FEATURE_BYTES = 2
@@ -68,15 +69,16 @@ def measure_stages(
     Raises:
         UserError: if the model called `name` cannot be built, locked as the recipe asks, or trained.
     """
-    text_name = model_cfg["text_cfg"].get("hf_model_name") if model_cfg else None
+    text_name = (model_cfg["text_cfg"] or {}).get("hf_model_name") if model_cfg else None
     if not model_cfg or (text_name and not has_config(text_name)):
         return [None] * len(stages)
-    sizes: dict[LockConfig | None, TowerSize] = {}
-    locks = [stage.train.lock if stage.train.steps else None for stage in stages]
-    for number, locked in enumerate(locks):
-        if locked not in sizes:
-            sizes[locked] = measure(model_cfg, locked=locked, name=name, stage=number, decays_unlisted=decays_unlisted)
-    return [sizes[locked] for locked in locks]
+    sizes: list[TowerSize | None] = []
+    for number, stage in enumerate(stages):
+        if number and stage.train == stages[number - 1].train:
+            sizes.append(sizes[-1])
+        else:
+            sizes.append(measure(model_cfg, stage.train, name=name, stage=number, decays_unlisted=decays_unlisted))
+    return sizes
 
 
 def has_config(text_name: str) -> bool:
@@ -89,21 +91,11 @@ def has_config(text_name: str) -> bool:
         raise UserError(f"hf_model_name {text_name} is neither a folder nor a model of the Hub; correct it") from error
 
 
-def measure(
-    model_cfg: Mapping[str, Any],
-    *,
-    locked: LockConfig | None,
-    name: str = "the model",
-    stage: int = 0,
-    decays_unlisted: bool = False,
-) -> TowerSize:
-    """Measure the encoders of a model config on the meta device, without allocating weights.
-
-    `locked` is None for a stage that trains nothing.
+def build_on_meta(model_cfg: Mapping[str, Any]) -> nn.Module:
+    """Build the encoders of a model config on the meta device, without allocating weights.
 
     Raises:
-        UserError: if open_clip cannot build the model, its layers cannot be locked as asked, it does not take images of
-            its size, or a parameter that `stage` trains gets no gradient.
+        UserError: if open_clip cannot build the model.
     """
     cfg = json.loads(json.dumps(model_cfg))
     try:
@@ -111,12 +103,29 @@ def measure(
         kind = open_clip.CoCa if "multimodal_cfg" in cfg else open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
         cfg["vision_cfg"]["timm_model_pretrained"] = cfg["text_cfg"]["hf_model_pretrained"] = False
         with torch.device("meta"):
-            model: Any = kind(**cfg, **({} if kind is open_clip.CoCa else {"output_dict": True}))
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
+            model: nn.Module = kind(**cfg, **({} if kind is open_clip.CoCa else {"output_dict": True}))
+    except Exception as error:  # wrong configs raise errors of many types
         reason = shorten(error, 300) or type(error).__name__
         raise UserError(f"open_clip cannot build this model ({type(error).__name__}: {reason})") from error
-    if locked:
-        lock(model, text=locked.text, image_unlocked_groups=locked.image_unlocked_groups, patterns=locked.patterns)
+    return model
+
+
+def measure(
+    model_cfg: Mapping[str, Any],
+    train: TrainConfig,
+    *,
+    name: str = "the model",
+    stage: int = 0,
+    decays_unlisted: bool = False,
+) -> TowerSize:
+    """Measure the encoders of a model config as a stage trains them, on the meta device.
+
+    Raises:
+        UserError: if the model called `name` cannot be built or trained as `stage` asks, does not take images of its
+            size, or a parameter that trains gets no gradient.
+    """
+    model: Any = build_on_meta(model_cfg)
+    lock_stage(model, train)
     sides = model.visual.image_size
     height, width = (sides, sides) if isinstance(sides, int) else sides
     check_image_size(model, model_cfg, (height, width))
@@ -127,7 +136,7 @@ def measure(
         return images, torch.empty(samples, length, dtype=torch.int64, device="meta")
 
     try:
-        if locked:
+        if train.steps:
             check_gradients(model, *batch(2), name=name, stage=stage)
         two, four = (_saved_bytes(model, *batch(samples)) for samples in (2, 4))
     except UserError:
@@ -138,6 +147,11 @@ def measure(
     parameters = list(named.values())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     undecayed = find_undecayed(model, decays_unlisted=decays_unlisted)
+    if train.steps:  # what these refuse, a stage refuses when it starts
+        prepare_training(
+            model, compiled=False, patch_dropout=train.patch_dropout, grad_checkpointing=train.grad_checkpointing
+        )
+        create_optimizer(model, train)
     return TowerSize(
         parameters=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in trained),

@@ -44,7 +44,7 @@ def reshard(
     if not len(index) or groups.shape != (len(index),):
         raise UserError(f"groups has shape {groups.shape} for {len(index)} rows; give one group for each row")
     if rows_per_shard < 1:
-        raise UserError(f"rows_per_shard is {rows_per_shard}; it must be at least 1")
+        raise UserError(f"--rows-per-shard must be at least 1, not {rows_per_shard}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; name a new folder, since nothing is overwritten")
     existing = next(folder for folder in (out, *out.parents) if folder.exists())

@@ -191,9 +191,9 @@ class BadSamples:
             shards = Counter(shard for shard, _ in self._bad.values()).most_common(5)
             raise UserError(
                 f"{len(self._bad)} of about {min(rows_seen, self.rows)} samples could not be decoded "
-                f"{self.by_reason()}, more than max_bad_fraction = {self.max_fraction:g}; most in "
+                f"{self.by_reason()}, more than --data.max-bad-fraction {self.max_fraction:g} allows; most in "
                 f"{', '.join(f'{shard} ({count})' for shard, count in shards)}. Fix or remove these shards, or raise "
-                f"--data.max-bad-fraction"
+                f"the limit"
             ).on_every_process()
 
     def by_reason(self) -> dict[str, int]:

@@ -35,8 +35,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig, *, decays_unlisted: 
     undecayed = set(find_undecayed(model, decays_unlisted=decays_unlisted))
     scale_of = dict.fromkeys(named, 1.0)
     decay_of = {name: 0.0 if name in undecayed else config.weight_decay for name in named}
-    _override(scale_of, config.lr_multipliers, "lr-multipliers")
-    _override(decay_of, config.weight_decays, "weight-decays")
+    _override(scale_of, config.lr_multipliers, "--stages.K.train.lr-multipliers")
+    _override(decay_of, config.weight_decays, "--stages.K.train.weight-decays")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         groups.setdefault((scale_of[name], decay_of[name]), []).append(parameter)

@@ -119,7 +119,7 @@ def test_too_many_corrupt_pictures(recipe, capsys, monkeypatch, tmp_path):
     shards = write_shards(tmp_path / "shards", corrupt=range(0, 60, 2))
     sentence = fail(capsys, monkeypatch, recipe, "--data.train", shards)
     assert "samples could not be decoded" in sentence
-    assert "more than max_bad_fraction = 0.01; most in" in sentence
+    assert "more than --data.max-bad-fraction 0.01 allows; most in" in sentence
     assert str(shards / "0000.tar") in sentence
 
 

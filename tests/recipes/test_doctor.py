@@ -148,7 +148,7 @@ def test_corrupt_pictures(doctor, tmp_path, corrupt, code, level, sentence):
         (("--data.holdout-rows", "1"), "--data.holdout-rows 1 gives 1 held-out rows of 200"),
         (("--stages.1.train.global-batch-size", "3"), "--stages.1.train.global-batch-size 3 does not divide by 2"),
         (("--tower.pretrained", "/nowhere.pt"), "'/nowhere.pt' is neither a file nor a tag"),
-        (("--stages.1.train.lock.image-unlocked-groups", "9"), "image_unlocked_groups=9 is not between 0 and 4"),
+        (("--stages.1.train.lock.image-unlocked-groups", "9"), "image-unlocked-groups 9 is not between 0 and 4"),
     ],
 )
 def test_other_things_that_will_fail(doctor, arguments, sentence):

@@ -138,6 +138,26 @@ def test_nothing_draws_from_a_global_generator(path):
     assert text.count("torch.manual_seed(") == int(seeds_dropout)
 
 
+def messages(path: Path) -> Iterator[str]:
+    """The words of each UserError of a module, without the values in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
+            parts = [part for part in ast.walk(node) if isinstance(part, ast.JoinedStr | ast.Constant)]
+            joined = parts[0].values if parts and isinstance(parts[0], ast.JoinedStr) else parts[:1]
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in joined)
+
+
+OWN_FILES = {"min_group_size"}  # in pairs.json
+
+
+@every_module
+def test_messages_name_options_as_they_are_typed(path):
+    fields = set(re.findall(r"^    (\w+_\w+): ", (PACKAGE / "config.py").read_text(), re.MULTILINE)) - OWN_FILES
+    for text in messages(path):
+        assert not {*re.findall(r"\w+", text)} & fields, text
+        assert not re.search(r"\b[a-z_]+='?\*", text), text
+
+
 def tree() -> str:
     return (REPOSITORY / "CONTRIBUTING.md").read_text().split("## Tree")[1].split("```")[1]
 

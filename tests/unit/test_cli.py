@@ -308,3 +308,20 @@ def test_status_is_coloured_on_a_terminal_alone(run):
 
     assert status_lines(run)[0].startswith("stage 0: train done, embed missing")
     assert "train \033[32mdone\033[0m" in status_lines(run, has_colours=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("x = = 3", r"cannot be run, line 1: SyntaxError: invalid syntax"),
+        ("import nothing_here", r"cannot be run, line 1: ModuleNotFoundError: No module named 'nothing_here'"),
+        ("\nfrom mcl_clip import DataConfig\nDataConfig(rows=3)", r"cannot be run, line 3: TypeError: .*'rows'"),
+        ("raise RuntimeError('x' * 10_000)", r"cannot be run, line 1: RuntimeError: x+ \.\.\. \(10,000 characters\)"),
+        ("RECIPE = 3", r"has no RECIPE = RunConfig\(\.\.\.\)"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run(tmp_path, text, sentence):
+    (tmp_path / "recipe.py").write_text(text)
+    with pytest.raises(UserError, match=sentence) as error:
+        cli.load_recipe(tmp_path / "recipe.py", "RECIPE", RunConfig)
+    assert len(str(error.value)) < 600

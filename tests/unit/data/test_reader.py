@@ -335,7 +335,7 @@ def test_the_cache_keeps_its_limit_and_drops_the_least_recently_used(tmp_path):
         assert fetched([8]) == ["/1.tar"]
         assert len(fetched(list(range(COUNT)))) >= 1  # more shards than room in a single read
         tiny = Reader(index, remote="stage", cache_dir=tmp_path / "cache", cache_gb=1000 / 1e9, retry=QUICK)
-        with pytest.raises(UserError, match="above the cache limit of 1e-06 GB; raise cache_gb"):
+        with pytest.raises(UserError, match=r"above the cache limit of 1e-06 GB; raise --machine.cache-gb"):
             tiny.read(np.array([0]))
         assert foreign.exists()
         assert not abandoned.exists()
@@ -416,7 +416,7 @@ def test_spawned_workers(tmp_path):
 
 def test_settings_that_cannot_work(tmp_path):
     index = build(write_shards(tmp_path))
-    with pytest.raises(UserError, match="choose one with cache_dir"):
+    with pytest.raises(UserError, match=r"name a folder as --machine.cache-dir"):
         Reader(index, remote="stage")
 
 

@@ -193,7 +193,7 @@ def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", fail)
-    with pytest.raises(UserError, match=r"cannot create RN50 openai: .*no route to host; without a network, give a"):
+    with pytest.raises(UserError, match=r"cannot create RN50 openai: .*no route to host; without a network, name a"):
         create_clip(architecture="RN50", pretrained="openai")
 
 
@@ -209,14 +209,14 @@ def test_unknown_names_list_close_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either architecture= .* or model_cfg="),
-        ({"architecture": "RN50", "model_cfg": VIT_CFG}, "either architecture= .* or model_cfg="),
-        ({"model_cfg": {"embed_dim": 8}}, "model_cfg has no vision_cfg, text_cfg"),
-        ({"model_cfg": {**VIT_CFG, "vision_cfg": {"depth": 3}}}, "cannot create this model_cfg: .*depth"),
+        ({}, "either an architecture .* or a model config"),
+        ({"architecture": "RN50", "model_cfg": VIT_CFG}, "either an architecture .* or a model config"),
+        ({"model_cfg": {"embed_dim": 8}}, "the model in the recipe has no vision_cfg, text_cfg"),
+        ({"model_cfg": {**VIT_CFG, "vision_cfg": {"depth": 3}}}, "cannot create the model in the recipe: .*depth"),
         ({"model_cfg": VIT_CFG, "preprocess": {"crop": 3}}, "preprocess has no crop; it may set size"),
         ({"model_cfg": VIT_CFG, "preprocess": {"resize_mode": "crop"}}, "may be shortest, longest, squash"),
         ({"architecture": "local-dir:x", "pretrained": "openai"}, "brings its own weights"),
-        ({"model_cfg": VIT_CFG, "pretrained": "."}, "architecture='local-dir:.'"),
+        ({"model_cfg": VIT_CFG, "pretrained": "."}, "use --tower.architecture local-dir:."),
     ],
 )
 def test_mistakes_are_explained(options, message):
@@ -253,7 +253,7 @@ def test_activation_of_the_tag_is_stored(tmp_path, monkeypatch):
 
 def test_activation_of_a_file_must_be_that_of_its_config(tmp_path):
     save_clip(create_clip(model_cfg={**VIT_CFG, "quick_gelu": True}), tmp_path)
-    with pytest.raises(UserError, match="was trained with quick_gelu=True, model_cfg has quick_gelu=False"):
+    with pytest.raises(UserError, match="was trained with quick_gelu, unlike the model in the recipe"):
         create_clip(model_cfg=VIT_CFG, pretrained=str(tmp_path / "open_clip_model.safetensors"))
 
 
@@ -327,8 +327,8 @@ def test_patterns_lock_by_name():
     [
         ({"patterns": ["nothing_like_it"]}, "no parameter matches the pattern 'nothing_like_it'"),
         ({"patterns": ["("]}, "not a regular expression"),
-        ({"image_unlocked_groups": 6}, "image_unlocked_groups=6 is not between 0 and 5"),
-        ({"image_unlocked_groups": -1}, "image_unlocked_groups=-1"),
+        ({"image_unlocked_groups": 6}, "image-unlocked-groups 6 is not between 0 and 5"),
+        ({"image_unlocked_groups": -1}, "image-unlocked-groups -1 is"),
         ({"text": True, "image_unlocked_groups": 0}, "everything is locked"),
         ({"patterns": ["."]}, "everything is locked"),
     ],

@@ -1,18 +1,20 @@
 """What a stage relies on in its encoders is checked before it trains."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from mcl_clip.config import LockConfig
+from mcl_clip.config import LockConfig, TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.model import prepare
 from mcl_clip.model.clip import create_clip, load_clip, save_clip
 from mcl_clip.model.prepare import check_contract, lock, reference_features, synchronize_batch_norm
 from mcl_clip.tools.estimates import measure
 
+TRAIN = TrainConfig(steps=1, global_batch_size=2, lr=1.0)
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}
 CLIP = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
@@ -56,11 +58,11 @@ def test_coca_is_refused_until_its_decoder_is_locked():
     with pytest.raises(UserError, match=sentence):
         check_contract(clip, reference_features(clip), name="CoCa-tiny", stage=1)
     with pytest.raises(UserError, match=sentence):  # from the doctor, too
-        measure(COCA, locked=LockConfig(), name="CoCa-tiny", stage=1)
+        measure(COCA, TRAIN, name="CoCa-tiny", stage=1)
     lock(clip.model, patterns=["^text_decoder"])
     check(clip)
-    assert measure(COCA, locked=LockConfig(patterns=("^text_decoder",))).saved_bytes > 0
-    assert measure(COCA, locked=None).parameters > 0  # a stage that trains nothing
+    assert measure(COCA, replace(TRAIN, lock=LockConfig(patterns=("^text_decoder",)))).saved_bytes > 0
+    assert measure(COCA, replace(TRAIN, steps=0)).parameters > 0  # a stage that trains nothing
 
 
 def test_a_parameter_that_nothing_uses_is_named():
@@ -128,7 +130,7 @@ def test_a_timm_tower_of_a_fixed_size_is_refused_in_one_sentence(name, tmp_path)
     with pytest.raises(UserError, match=sentence):
         create_clip(model_cfg=timm_cfg(name, 224), preprocess={"size": 32})
     with pytest.raises(UserError, match=sentence):  # from the doctor, too
-        measure(timm_cfg(name, 32), locked=LockConfig())
+        measure(timm_cfg(name, 32), TRAIN)
 
 
 def test_a_name_with_another_number_is_not_a_size(tmp_path):

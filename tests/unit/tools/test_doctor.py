@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mcl_clip.config import (
     ClusterConfig,
@@ -97,8 +98,8 @@ def test_an_attempt_names_what_is_wrong():
     assert result_of(attempt("x", lambda: 3)) == (3, [])
     assert result_of(attempt("x", lambda: fail(UserError("no")))) == (None, [Finding("FAIL", "x", "no")])
     assert only(attempt("x", lambda: Path("/nowhere/x").read_text()), "FAIL").startswith("/nowhere/x: there is no such")
-    with pytest.raises(ZeroDivisionError):
-        list(attempt("x", lambda: 1 / 0))
+    assert only(attempt("x", lambda: 1 / 0), "FAIL") == "ZeroDivisionError: division by zero"
+    assert len(only(attempt("x", lambda: fail(ValueError("y" * 10_000))), "FAIL")) < 400
 
 
 # --- packages and devices
@@ -177,7 +178,7 @@ def test_more_loaders_than_cores():
 
 
 def test_the_size_of_a_tower_is_that_of_the_real_one():
-    size = estimates.measure(MODEL, locked=LockConfig(text=True))
+    size = estimates.measure(MODEL, replace(STAGE.train, lock=LockConfig(text=True)))
     real = open_clip.CLIP(**MODEL)
     assert size.parameters == sum(parameter.numel() for parameter in real.parameters())
     visual = sum(parameter.numel() for parameter in real.visual.parameters())
@@ -186,7 +187,7 @@ def test_the_size_of_a_tower_is_that_of_the_real_one():
 
 
 def test_what_is_kept_for_backward_is_nearly_what_torch_keeps():
-    size, model = estimates.measure(MODEL, locked=LockConfig()), open_clip.CLIP(**MODEL)
+    size, model = estimates.measure(MODEL, STAGE.train), open_clip.CLIP(**MODEL)
     own, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
 
     def keep(tensor):
@@ -202,7 +203,7 @@ def test_what_is_kept_for_backward_is_nearly_what_torch_keeps():
         counts.append(sum(kept.values()))
         del out
     assert size.saved_bytes == pytest.approx((counts[1] - counts[0]) / 32, rel=0.3)
-    assert estimates.measure(MODEL, locked=LockConfig(text=True)).saved_bytes < size.saved_bytes
+    assert estimates.measure(MODEL, replace(STAGE.train, lock=LockConfig(text=True))).saved_bytes < size.saved_bytes
 
 
 def decay_lines(*stages, **options):
@@ -227,7 +228,7 @@ def test_what_the_weight_decay_spares_is_listed():
 
 def test_a_tower_that_cannot_be_made():
     with pytest.raises(UserError, match=r"open_clip cannot build this model .*depth"):
-        estimates.measure({**MODEL, "vision_cfg": {"depth": 3}}, locked=LockConfig())
+        estimates.measure({**MODEL, "vision_cfg": {"depth": 3}}, STAGE.train)
 
 
 def test_memory():
@@ -562,7 +563,7 @@ def hub(monkeypatch):
 
 
 def check_weights(architecture, pretrained="", **options):
-    return data.check_weights(TowerConfig(architecture=architecture, pretrained=pretrained, **options))
+    return data.check_weights(TowerConfig(architecture=architecture, pretrained=pretrained, **options), MODEL)
 
 
 REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
@@ -589,13 +590,45 @@ def test_weights_out_of_reach(hub):
 
 
 def test_weights_on_this_machine(tmp_path, hub):
-    (tmp_path / "w.safetensors").write_bytes(bytes(2_000_000))
-    assert only(check_weights("ViT-B-32", str(tmp_path / "w.safetensors")), "ok").endswith("2.0 MB")
+    save_file(open_clip.CLIP(**MODEL).state_dict(), tmp_path / "w.safetensors")
+    assert only(check_weights("", str(tmp_path / "w.safetensors"), model=MODEL), "ok").endswith(" kB")
     assert only(check_weights(f"local-dir:{tmp_path}", ""), "ok") == f"in {tmp_path}"
     assert "has no weights" in only(check_weights("local-dir:/nowhere", ""), "FAIL")
     assert not list(check_weights("ViT-B-32", ""))
-    assert "neither a file nor a tag of this model_cfg" in only(check_weights("", "x.pt", model=MODEL), "FAIL")
+    assert "neither a file nor a tag of the model in the recipe" in only(check_weights("", "x.pt", model=MODEL), "FAIL")
     assert "'openay' is neither a file nor a tag of ViT-B-32" in only(check_weights("ViT-B-32", "openay"), "FAIL")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("w.pt", b"no weights", "w.pt holds more than tensors"),
+        ("w.safetensors", b"no weights", "the weights in .*w.safetensors do not fit this model: "),
+        ("w.txt", b"x", "w.txt is not one of .safetensors, "),
+        ("w.safetensors", None, "the weights in .*w.safetensors do not fit this model: .*visual"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path, name, content, sentence):
+    if content is None:
+        save_file({"logit_scale": torch.zeros(())}, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    found = only(check_weights("", str(tmp_path / name), model=MODEL), "FAIL")
+    assert re.search(sentence, found)
+    assert len(found) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"loss": "siglip"}, "--stages.K.train.loss siglip needs a tower with a bias"),
+        ({"lr_multipliers": {"nothing": 0.1}}, "--stages.K.train.lr-multipliers"),
+        ({"lock": LockConfig(patterns=("nothing",))}, "nothing"),
+    ],
+)
+def test_training_that_the_model_refuses(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        estimates.measure_stages([stage(steps=0), stage(**changes)], MODEL)
 
 
 def text_tower(text_cfg):

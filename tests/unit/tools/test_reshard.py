@@ -139,7 +139,7 @@ def test_mistakes(index, tmp_path, monkeypatch):
     groups, new = groups_of(index), tmp_path / "new"
     with pytest.raises(UserError, match=r"shape \(3,\) for 32 rows"):
         reshard(index, groups[:3], new, rows_per_shard=7, seed=0)
-    with pytest.raises(UserError, match="rows_per_shard is 0; it must be at least 1"):
+    with pytest.raises(UserError, match="--rows-per-shard must be at least 1, not 0"):
         reshard(index, groups, new, rows_per_shard=0, seed=0)
     with pytest.raises(UserError, match="is not empty; name a new folder"):
         reshard(index, groups, tmp_path / "old", rows_per_shard=7, seed=0)

@@ -88,8 +88,8 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, rows, seen, allowed):
         samples.flush(2, seen)
     assert str(caught.value) == (
         f"{allowed + 1} of about {min(seen, rows)} samples could not be decoded {{'broken_image': {allowed - 1}, "
-        f"'not_utf8': 2}}, more than max_bad_fraction = 0.01; most in first.tar ({allowed - 2}), second.tar (3). "
-        f"Fix or remove these shards, or raise --data.max-bad-fraction"
+        f"'not_utf8': 2}}, more than --data.max-bad-fraction 0.01 allows; most in first.tar ({allowed - 2}), "
+        f"second.tar (3). Fix or remove these shards, or raise the limit"
     )
     assert caught.value.everywhere
 
