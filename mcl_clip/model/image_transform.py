@@ -39,8 +39,8 @@ def make_image_transform(preprocess_cfg: Mapping[str, Any]) -> Callable[[Any], T
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, turned as its EXIF orientation says.
 
-    Transparent pixels are laid on white. Grey of 16 bits (modes `I` and `I;16`) is scaled to 8. An upright RGB image
-    without transparency comes back as it is.
+    Transparent pixels are laid on white. Grey of 16 bits (modes `I` and `I;16`) is scaled to 8, and opaque. An upright
+    RGB image without transparency comes back as it is.
 
     Raises:
         ValueError: for mode `F`, whose range of values is not known.
@@ -55,6 +55,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # Pillow has arithmetic for two of the 16-bit modes, and would clip at 255 when converting.
         image = image if image.mode in ("I", "I;16") else image.convert("I")
         image = image.point(lambda value: value * (1 / 257)).convert("L")
+        image.info.pop("transparency", None)  # a value of 16 bits, which would be taken for one of 8
     if image.mode in WITH_ALPHA or "transparency" in image.info:
         image = image.convert("LA") if image.mode == "La" else image  # Pillow has no direct conversion
         image = image.convert("RGBA")

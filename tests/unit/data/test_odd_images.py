@@ -141,6 +141,12 @@ def test_a_file_that_is_odd_but_whole_shows_what_it_holds(file):
             assert np.abs(pixels[SIZE[1] // 2, x].astype(int) - color).max() < 25, (way, pixels[SIZE[1] // 2, x])
 
 
+def test_a_transparent_value_of_16_bits_is_not_taken_for_one_of_8():
+    values = np.full(SIZE[::-1], 7 * 257, np.uint16)
+    gray = with_chunk(save(Image.fromarray(values), "PNG"), b"tRNS", struct.pack(">H", 7))
+    assert decode_image(gray).getpixel((3, 3)) == (7, 7, 7)
+
+
 @pytest.mark.parametrize("file", REFUSED)
 def test_a_file_that_cannot_be_shown_is_refused_by_reason(file):
     reason, make = REFUSED[file]
