@@ -1,5 +1,7 @@
 import io
 import json
+import re
+import time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mcl_clip.data.loader as loader_module
+import mcl_clip.data.workers as workers_module
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
 from mcl_clip.data.decode import TrainTransform, evaluation_transform
@@ -290,3 +293,15 @@ def test_processes_hold_the_parts_of_the_same_batches(index, pool):
             images = torch.cat([part.images for part in parts if (part.rows >= 0).any()])
             assert torch.equal(images, batch.images)
             assert sorted(bad for part in parts for bad in part.bad) == sorted(batch.bad)
+
+
+def test_a_read_that_does_not_end_names_process_rows_and_shards(index, monkeypatch):
+    monkeypatch.setattr(workers_module, "POLL_S", 0.1)
+    monkeypatch.setattr(Reader, "read", lambda *_: time.sleep(60))
+    batches = make(index, num_workers=1, timeout_s=0.3).steps(0, 1)
+    rows = make(index).plan.batch(0)
+    shards = ", ".join(index.shards[number].url for number in np.unique(index.shard_of[rows]))
+    reads = f"it reads rows {rows.min()} to {rows.max()} of {shards}:"
+    sentence = f"loader process 0 has not delivered a batch for 0.3 s; {reads}"
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
+        next(batches)
