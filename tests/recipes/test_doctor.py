@@ -95,7 +95,7 @@ def test_a_broken_tar(doctor, tmp_path):
 
 @pytest.mark.parametrize(("free", "code", "level"), [(10**3, 1, "FAIL"), (10**11, 0, "ok")])
 def test_too_little_disk(doctor, monkeypatch, free, code, level):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free, total=free))
     ended, found = doctor()
     assert ended == code
     assert "/run needs about " in lines(found, level, "disk")[0]
