@@ -93,7 +93,8 @@ def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:
         parent = visual.get_submodule(parent_name)
         owners = list(layer.parameters()) or list(parent.parameters())  # a layer without weights goes with its parent
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not any(owner.requires_grad for owner in owners):
-            setattr(parent, attribute, freeze_batch_norm_2d(layer))  # type: ignore[no-untyped-call]
+            with owners[0].device:  # the doctor locks models on the meta device
+                setattr(parent, attribute, freeze_batch_norm_2d(layer))  # type: ignore[no-untyped-call]
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:

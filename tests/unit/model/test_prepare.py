@@ -133,6 +133,12 @@ def test_a_timm_tower_of_a_fixed_size_is_refused_in_one_sentence(name, tmp_path)
         measure(timm_cfg(name, 32), TRAIN)
 
 
+def test_the_doctor_locks_batch_norm_without_values():
+    cfg = {**CLIP, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}}
+    size = measure(cfg, replace(TRAIN, lock=LockConfig(image_unlocked_groups=1)))
+    assert 0 < size.trained < size.parameters
+
+
 def test_a_name_with_another_number_is_not_a_size(tmp_path):
     clip = create_clip(model_cfg=timm_cfg("regnety_002", 320))
     assert clip.model_cfg["vision_cfg"] == timm_cfg("regnety_002", 320)["vision_cfg"]
