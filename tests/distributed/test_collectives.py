@@ -42,21 +42,6 @@ def test_the_gradient_of_a_gathered_row_is_the_sum_over_processes(pool, size, ba
         assert torch.equal(second, total[number])
 
 
-def gathered_gradients_as_on_gpus():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "get_backend", lambda: "nccl")  # reduce-scatter, which gloo has too
-        return gathered_gradients()
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_gradient_of_a_gathered_row_is_the_same_by_reduce_scatter(pool, size):
-    for expected, found in zip(
-        pool.run(gathered_gradients, size), pool.run(gathered_gradients_as_on_gpus, size), strict=True
-    ):
-        for one, other in zip(expected, found, strict=True):
-            assert torch.equal(one, other)
-
-
 def outcome(kind: str) -> tuple[str, str, bool]:
     def make() -> str:
         if kind == "user":
