@@ -19,6 +19,7 @@ from typing import Any
 import open_clip
 import torch
 import transformers
+import tyro
 from torch import nn
 from tqdm import tqdm
 
@@ -192,4 +193,4 @@ def check_architecture(name: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_program(check_all)
+    run_program(lambda: tyro.cli(check_all))
