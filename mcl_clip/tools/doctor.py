@@ -113,7 +113,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
     if cfg is not None:
         yield from check_weights(config.tower, cfg)
         loads_weights = not config.tower.is_pretrained and config.behavior != "0.6"
-        yield from check_text_tower(cfg.get("text_cfg", {}), loads_weights=loads_weights)
+        text_cfg = cfg.get("text_cfg")
+        yield from check_text_tower(text_cfg if isinstance(text_cfg, Mapping) else {}, loads_weights=loads_weights)
     if sizes:
         per_epoch = rows.per_epoch(config.data.weights, config.data.holdout_rows) if rows else None
         yield from check_steps(config.stages, rows=per_epoch)
