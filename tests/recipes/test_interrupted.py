@@ -25,7 +25,7 @@ EMBED = "mcl_clip.stages.embed:_embed_batch"
 AT_ONCE = {
     "stage-0/cluster": ("mcl_clip.runs.stage_phases:spherical_kmeans", 1),
     "stage-0/labels": ("mcl_clip.stages.pseudo_labels:PseudoLabels.summary", 1),
-    "stage-0/eval": ("mcl_clip.eval.classification:ClassificationTask.embed", 1),
+    "stage-0/eval": ("mcl_clip.eval.embed:Encoder.embed", 2),
     "stage-1/eval": ("mcl_clip.runs.eval_phase:score_stages", 2),
     "combined": ("mcl_clip.runs.eval_phase:score_stages", 3),
 }

@@ -32,7 +32,7 @@ KILLS = {
     "cluster": ("mcl_clip.runs.stage_phases:spherical_kmeans", 1, True),
     "labels": ("mcl_clip.stages.pseudo_labels:PseudoLabels.summary", 1, False),
     "eval": ("mcl_clip.runs.eval_phase:score_stages", 2, False),
-    "eval between sets": ("mcl_clip.eval.classification:ClassificationTask.embed", 1, False),
+    "eval between sets": ("mcl_clip.eval.embed:Encoder.embed", 2, False),
     "combined": ("mcl_clip.runs.eval_phase:score_stages", 3, False),
     "combined, model written": ("mcl_clip.runs.eval_phase:write_json", 1, True),
     **{f"before DONE {number}": ("mcl_clip.runs.phase:Phase.mark_done", number, False) for number in range(1, 12)},
