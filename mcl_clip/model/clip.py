@@ -182,7 +182,9 @@ def with_image_size(model_cfg: Mapping[str, Any], size: int | Sequence[int]) -> 
     return {**model_cfg, "vision_cfg": vision_cfg}
 
 
-def _resize(model_cfg: dict[str, Any], size: int | None) -> tuple[dict[str, Any], int | None]:
+def _resize(
+    model_cfg: dict[str, Any], size: int | Sequence[int] | None
+) -> tuple[dict[str, Any], int | Sequence[int] | None]:
     """Return the config at another size, and the size that open_clip may resize the loaded weights to.
 
     A timm tower without a name of that size would be resized, too, but could not be loaded again.

@@ -75,9 +75,11 @@ class Interrupt:
                 raise self.stop("what is finished is kept") from error
             raise
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            alarm = before.pop(signal.SIGALRM)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0)  # once no handler is left that starts it
+            signal.signal(signal.SIGALRM, alarm)
             signal.set_wakeup_fd(wakeup)
             os.write(write_end, b"\0")
             thread.join()

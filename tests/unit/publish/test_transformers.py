@@ -564,6 +564,7 @@ def test_text_towers_of_hugging_face_keep_their_weights(compact, tmp_path):
     words = make_word_tokenizer(tmp_path / "words")
     cfg = make_cfg(custom_text=True)
     cfg["text_cfg"] = {"hf_model_name": words, "hf_tokenizer_name": words, "context_length": 8}
+    cfg["text_cfg"]["hf_model_pretrained"] = False
     model = make_model(cfg=cfg)
     texts = ["a dog", "so many words " * 9]
     folder = export(tmp_path / "model", model, compact=compact)
