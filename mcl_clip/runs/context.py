@@ -230,6 +230,7 @@ def _is_current(path: Path, urls: list[str], rule: SampleRule) -> bool:
 def _write_index(path: Path, urls: list[str], rule: SampleRule, kept: Path) -> None:
     """Write the index of the parts that all processes have scanned, and of shards that are not among them."""
     index, run_dir = ShardIndex.build(urls, rule=rule, kept=kept), path.parents[1]
+    shutil.rmtree(kept, ignore_errors=True)  # also where the run is refused
     before = ShardIndex.load(path) if path.exists() else None
     if before is not None and index.digest != before.digest and any(run_dir.glob(f"stage-*/*/{STARTED}")):
         raise StaleArtifactError(
@@ -237,7 +238,6 @@ def _write_index(path: Path, urls: list[str], rule: SampleRule, kept: Path) -> N
             f"sizes); use the earlier --data.train, or another --run-dir"
         )
     index.save(path)
-    shutil.rmtree(kept, ignore_errors=True)
 
 
 def open_tasks(config: RunConfig) -> dict[str, Task]:

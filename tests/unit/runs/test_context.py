@@ -144,7 +144,7 @@ def test_a_stop_while_shards_are_indexed_keeps_what_was_done(tmp_path, monkeypat
     for number in range(5):
         write_tar(tmp_path / f"shards/{number}.tar", pairs(3, prefix=f"s{number}"))
     interrupt = Interrupt()
-    monkeypatch.setattr(interrupt, "noticed", lambda: interrupt._note(signal.SIGTERM, None) or True)
+    monkeypatch.setattr(interrupt, "noticed", lambda: setattr(interrupt, "_signal", signal.SIGTERM) or True)
     monkeypatch.setenv("WORLD_SIZE", "2")  # a single process stops at once
     with pytest.raises(PlannedStop, match="stopped by SIGTERM: what is finished is kept; the same command continues"):
         load(tmp_path, interrupt=interrupt, train=(str(tmp_path / "shards"),))

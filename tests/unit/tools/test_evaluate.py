@@ -273,7 +273,7 @@ def test_a_model_that_is_not_there(here, run):
         str(run)
     )
     (candidate,) = find_models("ViT-B-32/nonsense")
-    with pytest.raises(UserError, match="pretrained='nonsense' is neither a file nor a tag of ViT-B-32"):
+    with pytest.raises(UserError, match="'nonsense' is neither a file nor a tag of ViT-B-32"):
         candidate.load()
 
 
