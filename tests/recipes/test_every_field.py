@@ -396,6 +396,7 @@ def ended(recipe: RunConfig) -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_field_acts(name, observe, grouped):
     case = CASES[name]
