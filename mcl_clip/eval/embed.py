@@ -1,5 +1,6 @@
 """Image and text features of evaluation sets, embedded by all processes together, each sample exactly once."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from mcl_clip.core import distributed
 from mcl_clip.core.errors import UserError, explain_os_error, shorten
@@ -21,11 +21,13 @@ from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.data.index import RULE, ShardIndex
 from mcl_clip.data.reader import RawSample, Reader
 from mcl_clip.data.samples import SampleRule
+from mcl_clip.data.workers import load_batches
 from mcl_clip.eval.task import EvaluationSet, ImageSource
 from mcl_clip.model.clip import autocast, encode_texts
 
 MAX_BOX_PIXELS = 50_000_000
 READ_ROWS = 256
+PREFETCH_BATCHES = 2  # of each loader process
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 T = TypeVar("T")
@@ -161,7 +163,7 @@ class Encoder:
     """A model with all that is needed to embed a set with it.
 
     The model is any object with `encode_image` and `encode_text`. `batch_size` counts images, and texts, per forward
-    pass and process; `num_workers` loader worker processes, 0 for none.
+    pass and process; `num_workers` loader processes, 0 for none, and `timeout_s` the longest wait for one of them.
     """
 
     model: Any
@@ -171,6 +173,7 @@ class Encoder:
     batch_size: int = 64
     num_workers: int = 0
     precision: str = "fp32"
+    timeout_s: float = math.inf
 
     def embed(self, data: EvaluationSet) -> dict[str, Tensor]:
         """Compute the un-normalized float32 `image` and `text` features, on the CPU and identical on all processes.
@@ -183,19 +186,18 @@ class Encoder:
         """
         source, texts, model, device = data.source, data.texts, self.model, self.device
         image_rows, text_rows = (_batches_of_rank(len(part), self.batch_size) for part in (source, texts))
-        loader = DataLoader(
-            _ImageBatches(source, self.image_transform),
-            batch_size=None,
-            sampler=image_rows,
+        pixels_of_batches = load_batches(
+            _ImageBatches(source, self.image_transform).make_batch,
+            image_rows,
             num_workers=min(self.num_workers, len(image_rows)),
+            prefetch_batches=PREFETCH_BATCHES,
             pin_memory=device.type == "cuda",
-            generator=distributed.torch_generator("evaluation"),
+            timeout_s=self.timeout_s,
+            describe=lambda rows: f"images {rows[0]} to {rows[-1]} of an evaluation set",
         )
         dtype = next(model.parameters()).dtype if isinstance(model, nn.Module) else torch.float32
 
-        def encode_images(pixels: Tensor | UserError) -> Tensor:
-            if isinstance(pixels, UserError):
-                raise pixels
+        def encode_images(pixels: Tensor) -> Tensor:
             features: Tensor = model.encode_image(pixels.to(device, dtype, non_blocking=True))
             return features
 
@@ -203,7 +205,7 @@ class Encoder:
             return encode_texts(model, self.tokenizer([texts[row] for row in rows]), device)
 
         with autocast(self.precision, device), _eval_mode(model), torch.no_grad():
-            images = _gather_rows(map(encode_images, loader), image_rows, device)
+            images = _gather_rows(map(encode_images, pixels_of_batches), image_rows, device)
             return {"image": images, "text": _gather_rows(map(encode_rows, text_rows), text_rows, device)}
 
 
@@ -219,22 +221,20 @@ def on_all_processes(make: Callable[[], T]) -> T:
     return result[0]
 
 
-class _ImageBatches(Dataset[Tensor | UserError]):
-    """Map rows to a batch of transformed images, in a loader worker.
+@dataclass(frozen=True)
+class _ImageBatches:
+    """Makes batches of transformed images in a loader process."""
 
-    User errors are returned as values: one raised in a worker would carry the worker's traceback in its message.
-    """
+    source: ImageSource
+    image_transform: Callable[[Any], Tensor]
 
-    def __init__(self, source: ImageSource, image_transform: Callable[[Any], Tensor]):
-        self.source, self.image_transform = source, image_transform
-
-    def __getitem__(self, rows: Int[np.ndarray, " batch"]) -> Float[Tensor, "batch 3 height width"] | UserError:
+    def make_batch(self, rows: Int[np.ndarray, " batch"]) -> Float[Tensor, "batch 3 height width"]:
+        """Read, decode and transform the images of `rows`."""
         try:
             return torch.stack([self.image_transform(image) for image in self.source.images(rows)])
-        except UserError as error:
-            return error
         except OSError as error:
-            return UserError(f"{explain_os_error(error)}; the same command continues when the storage answers")
+            message = f"{explain_os_error(error)}; the same command continues when the storage answers"
+            raise UserError(message) from error
 
 
 def _batches_of_rank(

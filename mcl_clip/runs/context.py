@@ -131,6 +131,7 @@ class RunContext:
             device=self.accelerator.device,
             batch_size=self.config.eval.batch_size,
             num_workers=self.config.machine.workers,
+            timeout_s=self.config.machine.loader_timeout_s,
         )
         return encoder.embed(task.data)
 

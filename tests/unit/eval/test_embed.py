@@ -1,5 +1,6 @@
 import io
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from mcl_clip.core.errors import UserError
+from mcl_clip.data import workers
 from mcl_clip.eval.embed import Encoder, FileImages
 from tests.unit.eval.sets import set_of
 
@@ -23,7 +25,7 @@ def transform(image):
     return torch.from_numpy(np.array(image.resize((4, 4), Image.Resampling.BOX))).permute(2, 0, 1).float()
 
 
-def embed(source, num_workers=0):
+def embed(source, num_workers=0, **options):
     encoder = Encoder(
         model=MeanColour(),
         image_transform=transform,
@@ -31,6 +33,7 @@ def embed(source, num_workers=0):
         device=torch.device("cpu"),
         batch_size=3,
         num_workers=num_workers,
+        **options,
     )
     return encoder.embed(set_of(source))["image"]
 
@@ -105,6 +108,13 @@ def test_other_storage_errors_are_a_users_error(files):
     files[2].mkdir()
     with pytest.raises(UserError, match="the same command continues when the storage answers"):
         embed(FileImages(files))
+
+
+def test_a_loader_process_that_blocks_is_named(files, monkeypatch):
+    monkeypatch.setattr(workers, "POLL_S", 0.1)
+    monkeypatch.setattr(FileImages, "images", lambda *_: time.sleep(60))
+    with pytest.raises(UserError, match=r"not delivered a batch for 0\.5 s; it reads images 0 to 2 of an evaluation set"):
+        embed(FileImages(files), num_workers=1, timeout_s=0.5)
 
 
 def test_each_file_needs_a_box_or_none(files):
