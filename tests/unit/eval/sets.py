@@ -11,6 +11,7 @@ from PIL import Image
 
 from mcl_clip.data.writing import LabelledImage, Pair, write_classification_set, write_retrieval_set
 from mcl_clip.eval.embed import Encoder, FileImages
+from mcl_clip.eval.task import result_record
 from mcl_clip.model.clip import ClipBundle, create_clip, save_clip
 from mcl_clip.model.multistage import MultistageCLIP
 from tests.unit.data.tars import write_tar
@@ -132,6 +133,14 @@ def encoder_of(model, **options) -> Encoder:
         device=torch.device("cpu"),
         **options,
     )
+
+
+def record_of(task, metrics, *, model="ViT", pretrained="run/stage-0", stage=0, seconds=1.0) -> dict:
+    """Return the record of the results of a task under some model."""
+    return result_record(
+        task, metrics, model=model, pretrained=pretrained, stage=stage, combine=None, dtype="fp32", seconds=seconds,
+        outcomes={}, outcomes_file="outcomes.npz",
+    )  # fmt: skip
 
 
 class Constant:

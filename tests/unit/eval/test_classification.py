@@ -13,9 +13,18 @@ from mcl_clip.data.writing import LabelledImage, write_classification_set
 from mcl_clip.eval.classification import ClassificationSet, ClassificationTask
 from mcl_clip.eval.embed import Encoder, FileImages
 from mcl_clip.eval.evaluate import run_task
-from mcl_clip.eval.task import Task, result_record
+from mcl_clip.eval.task import Task
 from tests.unit.data.tars import picture, write_tar
-from tests.unit.eval.sets import CLASSES, Constant, Noise, encoder_of, make_tower, noise_png, write_classification
+from tests.unit.eval.sets import (
+    CLASSES,
+    Constant,
+    Noise,
+    encoder_of,
+    make_tower,
+    noise_png,
+    record_of,
+    write_classification,
+)
 from tests.unit.eval.sets import TEMPLATES as PROMPTS
 
 COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
@@ -243,18 +252,7 @@ def test_a_set_is_read_embedded_and_scored(root):
 def test_the_record_says_what_was_measured(root):
     task = ClassificationTask("colours", ClassificationSet.open(root))
     assert isinstance(task, Task)
-    record = result_record(
-        task,
-        {"acc1": 0.5},
-        model="ViT",
-        pretrained="run/stage-0",
-        stage=0,
-        combine=None,
-        dtype="fp32",
-        seconds=1.0,
-        outcomes={},
-        outcomes_file="outcomes.npz",
-    )
+    record = record_of(task, {"acc1": 0.5})
     assert record["key"] == "classification/colours"
     assert (record["n_images"], record["n_texts"], record["n_classes"]) == (30, 6, 3)
     assert record["metrics"]["main_metric"] == 0.5

@@ -113,7 +113,9 @@ def test_other_storage_errors_are_a_users_error(files):
 def test_a_loader_process_that_blocks_is_named(files, monkeypatch):
     monkeypatch.setattr(workers, "POLL_S", 0.1)
     monkeypatch.setattr(FileImages, "images", lambda *_: time.sleep(60))
-    with pytest.raises(UserError, match=r"not delivered a batch for 0\.5 s; it reads images 0 to 2 of an evaluation set"):
+    with pytest.raises(
+        UserError, match=r"not delivered a batch for 0\.5 s; it reads images 0 to 2 of an evaluation set"
+    ):
         embed(FileImages(files), num_workers=1, timeout_s=0.5)
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from mcl_clip.core.errors import UserError
 from mcl_clip.eval.embed import Encoder, FileImages
 from mcl_clip.eval.pairs import PairItem, PairSet, PairTask
-from mcl_clip.eval.task import Task, result_record
+from mcl_clip.eval.task import Task
+from tests.unit.eval.sets import record_of
 
 PATTERNS = tuple(f"pattern {number}" for number in range(9))
 
@@ -410,18 +411,7 @@ def test_a_choice_of_texts_is_read(root):
 def test_the_record_says_what_was_measured(root):
     task = PairTask("colours", PairSet.open(root))
     assert isinstance(task, Task)
-    record = result_record(
-        task,
-        {"accuracy": 0.5},
-        model="ViT",
-        pretrained="run/stage-0",
-        stage=0,
-        combine=None,
-        dtype="fp32",
-        seconds=1.0,
-        outcomes={},
-        outcomes_file="outcomes.npz",
-    )
+    record = record_of(task, {"accuracy": 0.5})
     assert (record["key"], record["task"], record["rule"]) == ("pairs/colours", "image_text_pairs", "pair_t2i")
     assert (record["n_images"], record["n_texts"], record["n_pairs"]) == (4, 3, 3)
     assert record["groups"] == {"a": 1, "b": 2}

@@ -19,7 +19,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.eval import retrieval
 from mcl_clip.eval.embed import Encoder, _batches_of_rank, _gather_rows
 from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask, recall_metrics
-from mcl_clip.eval.task import result_record
+from tests.unit.eval.sets import record_of
 
 CAPTIONS = [5, 5, 7, 1, 0, 5, 6, 5, 5, 2, 5]
 
@@ -524,18 +524,8 @@ def test_record_is_json_and_says_what_was_measured(tmp_path):
     write_set(tmp_path / "test")
     found = RetrievalSet.open(tmp_path)
     metrics, _ = recall_metrics(*random_features(CAPTIONS))
-    record = result_record(
-        RetrievalTask("wds/flickr30k", found),
-        metrics,
-        model="ViT-B-32",
-        pretrained="stage-2",
-        stage=2,
-        combine=None,
-        dtype="fp32",
-        seconds=1.23456,
-        outcomes={},
-        outcomes_file="outcomes.npz",
-    )
+    task = RetrievalTask("wds/flickr30k", found)
+    record = record_of(task, metrics, model="ViT-B-32", pretrained="stage-2", stage=2, seconds=1.23456)
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     clip_benchmark = {"dataset", "model", "pretrained", "task", "metrics", "language"}
     assert clip_benchmark <= record.keys()
