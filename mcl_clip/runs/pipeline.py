@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mcl_clip.config import RunConfig
+from mcl_clip.config import RunConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, is_main, on_main, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, file_digest, write_json
@@ -44,6 +44,12 @@ from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.trackers import Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
+
+# Fields that came after the first version: at their defaults, which change nothing, they are no part of a fingerprint,
+# so that runs begun before keep theirs.
+LATER_FIELDS: dict[type, tuple[str, ...]] = {
+    TrainConfig: ("compiled", "patch_dropout", "grad_checkpointing"),
+}
 
 
 def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interrupt | None = None) -> None:
@@ -199,24 +205,17 @@ def plan_phases(run: RunContext) -> list[Phase]:
 
 
 def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, Any]:
-    """Return what the weights of a stage depend on, besides earlier phases.
-
-    Fields that were added to the configuration later are left out at the value that earlier versions had, so that runs
-    begun with an earlier version keep their fingerprints.
-    """
+    """Return what the weights of a stage depend on, besides earlier phases."""
     config, stage = run.config, run.config.stages[s]
     settings: dict[str, Any] = {
         "data": {**data, "weights": config.data.weights, "held_out_rows": len(run.held_out)},
-        "train": {**asdict(stage.train), "min_group_size": min_group_size(stage)},
+        "train": {**settings_of(stage.train), "min_group_size": min_group_size(stage)},
         "seed": config.seed,
     }
     if len(run.sources) > 1:
         settings["data"]["rows_of_lists"] = [source.rows for source in run.sources]
     if stage.train.augment.jpeg == "exact":
         settings["train"]["augment"].pop("jpeg")
-    for name in ("compiled", "patch_dropout", "grad_checkpointing"):
-        if not settings["train"][name]:
-            settings["train"].pop(name)
     settings["train"]["lock"].pop("cached_texts")  # does not change the features
     if stage.train.resharded:
         settings["train"]["resharded"] = file_digest(Path(stage.train.resharded) / ROW_MAP)
@@ -225,9 +224,20 @@ def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, 
     return settings
 
 
+def settings_of(section: Any) -> dict[str, Any]:
+    """Return a section of the configuration for a fingerprint: without `LATER_FIELDS` that have their default."""
+    settings = {}
+    for each in fields(section):
+        value = getattr(section, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if each.name not in LATER_FIELDS.get(type(section), ()) or value != default:
+            settings[each.name] = settings_of(value) if is_dataclass(value) else value
+    return settings
+
+
 def _tower_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the tower, with the content of local files in place of their paths."""
-    settings = asdict(config.tower)
+    settings = settings_of(config.tower)
     if Path(config.tower.pretrained).is_file():
         settings["pretrained"] = file_digest(Path(config.tower.pretrained))
     if config.tower.architecture.startswith("local-dir:"):
