@@ -11,7 +11,7 @@ the table; samples are in the order in which their images first appear.
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,44 +19,13 @@ from typing import Annotated, Any
 
 import tyro
 from PIL import Image
-from table_formats import Row, as_captions, read_rows, refuse_url
 
-from mcl_clip.core.errors import UserError, run_program, shorten, shorten_list
+from mcl_clip.core.errors import UserError, run_program, shorten_list
 from mcl_clip.data.decode import BadSampleError, decode_image, open_image
+from mcl_clip.data.tables import group_rows, read_rows
 from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
 
-Splits = dict[str, dict[str, list[str]]]  # split -> image -> captions
 READ_AHEAD = 64
-
-
-def group_rows(
-    rows: Iterable[Row], *, image_column: str, caption_column: str, split_column: str | None, root: Path
-) -> Splits:
-    """Group captions by split and image, in the order of their first rows. Without a split column the split is `all`.
-
-    A path with back-slashes that is no file below `root` is one from Windows. A row without a path becomes an image
-    that is missing.
-    """
-    splits: Splits = {}
-    lists = 0
-    for number, row in enumerate(rows, start=1):
-        image, value = row[image_column], row[caption_column]
-        if image is None or image == "":
-            image = f"row {number}, which has no path"
-        if not isinstance(image, str):
-            raise UserError(
-                f"row {number} has {shorten(repr(image), 60)} in column {image_column!r}; it must be the path of an "
-                f"image (for images within Parquet files: from_hf.py FOLDER OUT --builder parquet)"
-            )
-        refuse_url(image, f"row {number}, column {image_column!r},")
-        if ("\\" in image or image != image.strip()) and not (root / image).is_file():
-            image = image.strip().replace("\\", "/")
-        captions = as_captions(value, f"row {number}, column {caption_column!r},")
-        lists += isinstance(value, str) and captions != [value]
-        splits.setdefault(str(row[split_column]) if split_column else "all", {}).setdefault(image, []).extend(captions)
-    if lists:
-        print(f"{lists:,} cells of column {caption_column!r} are lists of captions; each text in them is a caption")
-    return splits
 
 
 def shrink(data: bytes, max_side_px: int) -> bytes:

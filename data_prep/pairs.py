@@ -23,11 +23,11 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from table_formats import check_columns
 from tqdm import tqdm
 
 from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import read_json, write_json
+from mcl_clip.data.tables import check_columns
 from mcl_clip.data.writing import image_extension, new_folder, refuse_non_empty
 from mcl_clip.eval.pairs import FORMAT, PairSet, json_lines
 

@@ -28,15 +28,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from from_table import group_rows
 from PIL import Image
-from table_formats import read_rows
 from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render, with_article
 
 from mcl_clip.core.distributed import permutation, random_words
 from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import write_json
 from mcl_clip.data.decode import BadSampleError, decode_image
+from mcl_clip.data.tables import group_rows, read_rows
 from mcl_clip.data.tar import IMAGE_FORMATS
 from mcl_clip.data.writing import (
     LabelledImage,

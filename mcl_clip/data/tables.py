@@ -15,18 +15,20 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from mcl_clip.core.errors import UserError, shorten, shorten_list
 from mcl_clip.core.files import read_json
 from mcl_clip.data.tar import IMAGE_FORMATS
 
 Row = dict[str, Any]
+Splits = dict[str, dict[str, list[str]]]  # split -> image -> captions
 TEXT, LINES = (".csv", ".tsv", ".txt", ".token"), (".jsonl", ".ndjson")
 IMAGES = (*(f".{name}" for name in IMAGE_FORMATS), ".gif", ".bmp", ".avif")
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -62,6 +64,38 @@ def read_rows(table: Path, columns: Sequence[str], *, separator: str = "", encod
     else:
         known = ", ".join((*TEXT, *LINES, ".json", ".parquet"))
         raise UserError(f"{table} does not end in one of {known}; convert it to one of them")
+
+
+def group_rows(
+    rows: Iterable[Row], *, image_column: str, caption_column: str, split_column: str | None, root: Path
+) -> Splits:
+    """Group captions by split and image, in the order of their first rows. Without a split column the split is `all`.
+
+    A path with back-slashes that is no file below `root` is one from Windows. A row without a path becomes an image
+    that is missing.
+    """
+    splits: Splits = {}
+    lists = 0
+    for number, row in enumerate(rows, start=1):
+        image, value = row[image_column], row[caption_column]
+        if image is None or image == "":
+            image = f"row {number}, which has no path"
+        if not isinstance(image, str):
+            raise UserError(
+                f"row {number} has {shorten(repr(image), 60)} in column {image_column!r}; it must be the path of an "
+                f"image (for images within Parquet files: from_hf.py FOLDER OUT --builder parquet)"
+            )
+        refuse_url(image, f"row {number}, column {image_column!r},")
+        if ("\\" in image or image != image.strip()) and not (root / image).is_file():
+            image = image.strip().replace("\\", "/")
+        captions = as_captions(value, f"row {number}, column {caption_column!r},")
+        lists += isinstance(value, str) and captions != [value]
+        splits.setdefault(str(row[split_column]) if split_column else "all", {}).setdefault(image, []).extend(captions)
+    if lists:
+        tqdm.write(
+            f"{lists:,} cells of column {caption_column!r} are lists of captions; each text in them is a caption"
+        )
+    return splits
 
 
 def as_captions(value: Any, where: str) -> list[str]:
