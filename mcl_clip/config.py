@@ -102,6 +102,9 @@ class LockConfig:
 
     text: bool = False
     """Freeze the text tower."""
+    text_unlocked_groups: int | None = None
+    """Freeze the text tower except for its last n layer groups; by default all of it trains. The projection of a
+    Hugging Face text tower always trains."""
     image_unlocked_groups: int | None = None
     """Freeze the image tower except for its last n layer groups; by default all of it trains."""
     patterns: tuple[str, ...] = ()
@@ -111,7 +114,7 @@ class LockConfig:
     more, and read them from the run directory (4 bytes per dimension and caption, deleted after the stage)."""
 
     def __post_init__(self) -> None:
-        check_fields("stages.K.train.lock.", self, image_unlocked_groups=0)
+        check_fields("stages.K.train.lock.", self, text_unlocked_groups=0, image_unlocked_groups=0)
         check_patterns("stages.K.train.lock.patterns", self.patterns)
 
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import PatchDropout, VisionTransformer
+from open_clip.transformer import PatchDropout, VisionTransformer, lock_text_tower
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
@@ -36,13 +37,21 @@ MIN_COSINE = 0.99  # rounding in float32, or of TF32 convolutions, stays above i
 
 
 def lock(
-    model: nn.Module, *, text: bool = False, image_unlocked_groups: int | None = None, patterns: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    text: bool = False,
+    text_unlocked_groups: int | None = None,
+    image_unlocked_groups: int | None = None,
+    patterns: Sequence[str] = (),
 ) -> None:
     """Exclude parameters from training. The temperature still trains unless a pattern matches it.
 
     Args:
         model: an open_clip model. Batch norms in locked groups of its image tower are replaced by frozen ones.
         text: lock the whole text tower.
+        text_unlocked_groups: lock the text tower except its last groups. A text transformer of open_clip with L blocks
+            has L + 2 groups, as a ViT has. One of Hugging Face has L + 1, embeddings and layers, which run without
+            dropout while they are locked; its projection always trains, as that of a timm image tower does.
         image_unlocked_groups: lock the image tower except its last groups (LiT, arXiv 2111.07991). A ViT with L
             blocks has L + 2 groups: embeddings, L blocks (the last one with the norm after it), projection. A ResNet
             has 6: stem, four layers, pooling. None locks nothing.
@@ -53,6 +62,8 @@ def lock(
     """
     named = dict(model.named_parameters())
     locked = [name for name in named if text and not name.startswith(NOT_TEXT)]
+    if text_unlocked_groups is not None:
+        _lock_text_tower(model, text_unlocked_groups)
     if image_unlocked_groups is not None:
         _lock_image_tower(model, image_unlocked_groups)
     for pattern in patterns:
@@ -70,6 +81,42 @@ def lock(
         named[name].requires_grad_(False)
     if {name for name, parameter in model.named_parameters() if parameter.requires_grad} <= set(TEMPERATURES):
         raise UserError(f"everything is locked ({trainable_summary(model)}); leave a tower or some groups unlocked")
+
+
+def _lock_text_tower(model: nn.Module, unlocked_groups: int) -> None:
+    tower: Any = getattr(model, "text", model)
+    if isinstance(tower, HFTextEncoder):
+        lists = [module for module in tower.transformer.modules() if isinstance(module, nn.ModuleList)]
+        layers: Any = max(lists, key=len)
+        limit = len(layers) + 1
+    elif blocks := getattr(getattr(tower, "transformer", None), "resblocks", None):
+        limit = len(blocks) + 2
+    else:
+        raise UserError(
+            f"--stages.K.train.lock.text-unlocked-groups cannot be used with a {type(tower).__name__}; lock the whole "
+            f"text tower with --stages.K.train.lock.text, or parameters with --stages.K.train.lock.patterns"
+        )
+    if not 0 <= unlocked_groups <= limit:
+        raise UserError(
+            f"--stages.K.train.lock.text-unlocked-groups {unlocked_groups} is not between 0 and {limit}; leave it out "
+            f"to train the whole text tower"
+        )
+    if not isinstance(tower, HFTextEncoder):
+        lock_text_tower(model, unlocked_groups)
+    elif unlocked_groups < limit:
+        first_unlocked = len(layers) - unlocked_groups
+        tower.transformer.requires_grad_(False)
+        layers[first_unlocked:].requires_grad_(True)
+        unlocked = {part for layer in layers[first_unlocked:] for part in layer.modules()}
+        for module in tower.transformer.modules():
+            if unlocked.isdisjoint(module.modules()):
+                keep_in_eval_mode(module)
+
+
+def keep_in_eval_mode(module: nn.Module) -> None:
+    """Put a module into evaluation mode for good, so that dropout and the like do not act in it."""
+    module.train(mode=False)
+    module.train = lambda mode=True: module  # type: ignore[method-assign]  # noqa: ARG005
 
 
 def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:

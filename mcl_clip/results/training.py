@@ -84,9 +84,10 @@ def pretrained_text(tower: Mapping[str, Any]) -> str:
 
 
 def _frozen(lock: Mapping[str, Any]) -> str:
-    groups, patterns = lock.get("image_unlocked_groups"), lock.get("patterns") or ()
-    parts = ["text tower"] if lock.get("text") else []
-    parts += [f"image tower except its last {groups} layer groups"] if groups is not None else []
+    patterns, parts = lock.get("patterns") or (), ["text tower"] if lock.get("text") else []
+    for side in ("text", "image"):
+        if (groups := lock.get(f"{side}_unlocked_groups")) is not None:
+            parts.append(f"{side} tower except its last {groups} layer groups")
     return "; ".join([*parts, *(f"names that match {safe(pattern)}" for pattern in patterns)])
 
 

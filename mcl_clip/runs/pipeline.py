@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mcl_clip.config import RunConfig, TrainConfig
+from mcl_clip.config import LockConfig, RunConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, is_main, on_main, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, file_digest, write_json
@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 # so that runs begun before keep theirs.
 LATER_FIELDS: dict[type, tuple[str, ...]] = {
     TrainConfig: ("compiled", "patch_dropout", "grad_checkpointing"),
+    LockConfig: ("text_unlocked_groups",),
 }
 
 

@@ -175,8 +175,8 @@ def lock_stage(model: nn.Module, config: TrainConfig) -> None:
         ).on_every_process()
     if config.steps:
         lock_parameters(
-            model, text=config.lock.text, image_unlocked_groups=config.lock.image_unlocked_groups,
-            patterns=config.lock.patterns,
+            model, text=config.lock.text, text_unlocked_groups=config.lock.text_unlocked_groups,
+            image_unlocked_groups=config.lock.image_unlocked_groups, patterns=config.lock.patterns,
         )  # fmt: skip
 
 

@@ -133,6 +133,7 @@ CASES = {
     "augment.horizontal_flip": Case("--stages.0.train.augment.horizontal-flip 1", "batches"),
     "augment.jpeg": Case("--stages.0.train.augment.jpeg exact", "batches"),
     "lock.text": Case("--stages.0.train.lock.text", "trained"),
+    "lock.text_unlocked_groups": Case("--stages.0.train.lock.text-unlocked-groups 1", "trained"),
     "lock.image_unlocked_groups": Case("--stages.0.train.lock.image-unlocked-groups 1", "trained"),
     "lock.patterns": Case("--stages.0.train.lock.patterns ^visual", "trained"),
     "lock.cached_texts": Case(

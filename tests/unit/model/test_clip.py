@@ -287,6 +287,16 @@ def test_vit_is_locked_as_in_open_clip():
     assert "visual.conv1.weight" in trained_names(ours)
 
 
+@pytest.mark.parametrize("cfg", [VIT_CFG, CUSTOM_CFG], ids=["clip", "custom"])
+def test_text_transformer_is_locked_by_groups_as_in_open_clip(cfg):
+    for groups in range(cfg["text_cfg"]["layers"] + 3):
+        ours, plain = (create_clip(model_cfg=cfg).model for _ in range(2))
+        lock(ours, text_unlocked_groups=groups)
+        plain.lock_text_tower(unlocked_layers=groups)
+        assert trained_names(ours) == trained_names(plain)
+    assert any("token_embedding" in name for name in trained_names(ours))
+
+
 @pytest.mark.parametrize(("groups", "first"), [(0, None), (1, "attnpool"), (2, "layer4"), (5, "layer1"), (6, "conv1")])
 def test_resnet_is_locked_from_the_stem_on(groups, first):
     model = create_clip(model_cfg=RESNET_CFG).model
@@ -329,6 +339,8 @@ def test_patterns_lock_by_name():
         ({"patterns": ["("]}, "not a regular expression"),
         ({"image_unlocked_groups": 6}, "image-unlocked-groups 6 is not between 0 and 5"),
         ({"image_unlocked_groups": -1}, "image-unlocked-groups -1 is"),
+        ({"text_unlocked_groups": 5}, "text-unlocked-groups 5 is not between 0 and 4"),
+        ({"text_unlocked_groups": 0, "image_unlocked_groups": 0}, "everything is locked"),
         ({"text": True, "image_unlocked_groups": 0}, "everything is locked"),
         ({"patterns": ["."]}, "everything is locked"),
     ],

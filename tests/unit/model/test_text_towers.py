@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.model import clip as clip_module
@@ -60,6 +61,35 @@ def test_published_weights_are_loaded_if_the_config_asks_for_them(folder, text, 
     state = torch.random.get_rng_state()
     assert is_published(create_clip(model_cfg=model_cfg(folder, **text), **options), folder) == expected
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("groups", "trained"),
+    [
+        (0, {"proj"}),
+        (1, {"proj", "transformer.encoder.layer.1"}),
+        (2, {"proj", "transformer.encoder.layer.0", "transformer.encoder.layer.1"}),
+    ],
+)
+def test_locked_layers_run_without_dropout(folder, groups, trained):
+    text = create_clip(model_cfg=model_cfg(folder)).model.text
+    lock(nn.ModuleDict({"text": text}), text_unlocked_groups=groups)
+    text.train()
+    names = {name for name, parameter in text.named_parameters() if parameter.requires_grad}
+    assert {next(part for part in trained if name.startswith(part)) for name in names} == trained
+    dropouts = {name: part.training for name, part in text.named_modules() if isinstance(part, nn.Dropout)}
+    assert dropouts == {name: name.startswith(tuple(trained)) for name in dropouts}
+    assert len(dropouts) > 3
+    text.eval()
+    assert not any(part.training for part in text.modules())
+
+
+def test_all_groups_of_a_text_tower_are_all_of_it(folder):
+    model = create_clip(model_cfg=model_cfg(folder)).model
+    lock(model, text_unlocked_groups=3)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match="text-unlocked-groups 4 is not between 0 and 3"):
+        lock(model, text_unlocked_groups=4)
 
 
 def test_weights_of_the_whole_model_come_first(folder, tmp_path):
