@@ -205,6 +205,8 @@ class ShardIndex:
                 )
             if not table.schema.equals(SCHEMA):
                 raise KeyError("columns")
+            if any(chunk.buffers()[0] is not None for column in table.columns for chunk in column.chunks):
+                raise ValueError("it has a bitmap of nulls")  # which `build` never writes; counts of nulls can lie
             shards = [_stored_shard(shard, path.parent) for shard in metadata["shards"]]
             index = cls(shards, table, rule=_stored_rule(metadata))
         except FileNotFoundError as error:

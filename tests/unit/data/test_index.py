@@ -6,6 +6,7 @@ import lzma
 import os
 import pickle
 import shutil
+import struct
 import tarfile
 import time
 from pathlib import Path
@@ -445,6 +446,19 @@ def test_shards_of_a_hostile_index_are_not_opened(tmp_path, change, match):
     rewrite_index(path, metadata=lambda stored: {**stored, "shards": [{**stored["shards"][0], **change}]})
     with pytest.raises(UserError, match=match):
         ShardIndex.load(path)
+
+
+@pytest.mark.parametrize("count", [1, -1, -(2**63)])
+def test_nulls_are_refused_whatever_their_count_says(tmp_path, count):
+    shard, path = write_tar(tmp_path / "a.tar", pairs(3)), tmp_path / "index.arrow"
+    build(shard).save(path)
+    rewrite_index(path, sample_size=None)
+    whole = path.read_bytes()
+    assert whole.count(struct.pack("<qq", 3, 1)) == 1  # rows and nulls of the column
+    path.write_bytes(whole.replace(struct.pack("<qq", 3, 1), struct.pack("<qq", 3, count)))
+    for use in (ShardIndex.load, lambda _: build(shard)):
+        with pytest.raises(UserError, match="not a complete index file"):
+            use(path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
