@@ -193,6 +193,12 @@ class TrainConfig:
     groups: Literal["labels", "none", "random"] = "labels"
     """Where negatives come from: the same pseudo-label (`labels`), all rows (`none`), or random groups of the same
     sizes (`random`). The last two are controls."""
+    own_group_share: float = 1.0
+    """Share of the loss whose negatives are the rows of the own group, from 0 to 1. The negatives of the rest are all
+    rows of the batch, so that a stage keeps apart what earlier stages have learned; see also `groups_per_batch`."""
+    groups_per_batch: int = 1
+    """Make a batch of so many equal parts, each of rows of one group where the group is large enough; 1 fills batches
+    with a single group."""
     min_group_size: int | None = None
     """Groups with fewer rows are merged; by default 1/8 of the batch, at least 32."""
     min_negatives: int = 1
@@ -213,10 +219,15 @@ class TrainConfig:
             "stages.K.train.", self, steps=0, global_batch_size=2, lr=0, warmup_steps=0, weight_decay=0,
             betas=(0, 0.999999999), eps=0, lr_multipliers=0, weight_decays=0, max_grad_norm=0, ifm_epsilon=0,
             grad_cache_rows=0, loss_chunk_rows=0, patch_dropout=(0, 0.999999), average_decay=(0, 0.999999),
-            min_group_size=1, min_negatives=1, window_shards=0, run_rows=1,
+            own_group_share=(0, 1), groups_per_batch=1, min_group_size=1, min_negatives=1, window_shards=0, run_rows=1,
         )  # fmt: skip
         check_patterns("stages.K.train.lr-multipliers", self.lr_multipliers)
         check_patterns("stages.K.train.weight-decays", self.weight_decays)
+        if self.global_batch_size % self.groups_per_batch or self.global_batch_size < 2 * self.groups_per_batch:
+            raise UserError(
+                f"--stages.K.train.groups-per-batch {self.groups_per_batch} does not divide a batch of "
+                f"{self.global_batch_size} rows into equal parts of at least 2; use a divisor of it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ needs. An epoch is planned as follows, here for the ten rows of `row_order.py` a
     the epoch              B, C, A                             a seeded order that spreads each group's batches
     rows of the batches    1 3 4 9 | 2 6 -1 -1 | 0 5 7 8       sorted within each batch; fillers are -1
 
+With several groups per batch, the same is done with parts of a batch in place of batches, and that many consecutive
+parts make a batch: the spread of each group over the epoch brings different groups together.
+
 The sizes of the groups alone determine this layout. Hence rows are written to their positions as they come, block by
 block, and never sorted by group as a whole: the n-th row of a group has a known position.
 """
@@ -56,7 +59,8 @@ class BatchPlan:
 
     Every row with a group of at least 0 is in exactly one batch of each epoch (`weight` times, in a mixture). The rows
     of a group are shuffled and split into full batches; the remainders of all groups are packed into batches of several
-    groups. The last packed batch is completed with `FILLER`.
+    groups. The last packed batch is completed with `FILLER`. With `groups_per_batch` above 1, this is how equal parts
+    of batches are made, and batches are made of that many parts, usually of different groups.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class BatchPlan:
         global_batch_size: int,
         seed: int,
         stage: int,
+        groups_per_batch: int = 1,
         sources: Sequence[Source] = (),
         window_shards: int = 0,
         run_rows: int = 1,
@@ -87,6 +92,7 @@ class BatchPlan:
         self.shard_of, self.groups = shard_of, groups
         self.global_batch_size, self.seed, self.stage = global_batch_size, seed, stage
         self.window_shards, self.run_rows = window_shards, run_rows
+        self._part_rows = global_batch_size // groups_per_batch  # a batch is so many rows of one group, several times
         self.cache_dir, self.rows_in_memory = cache_dir, rows_in_memory
         self._row_dtype = np.dtype(np.int32 if len(groups) < 2**31 else np.int64)
         self._row_bits = len(groups).bit_length()
@@ -155,18 +161,19 @@ class BatchPlan:
         )
 
     def _compute(self, epoch: int) -> Int[np.ndarray, "batches batch"]:
-        layout = _Layout(self._group_sizes(epoch), self.global_batch_size, (self.seed, self.stage, epoch))
+        layout = _Layout(self._group_sizes(epoch), self._part_rows, (self.seed, self.stage, epoch))
         batches: np.ndarray = np.empty((self.batches_per_epoch, self.global_batch_size), self._row_dtype)
         sizes = (stop - start for start, stop in block_ranges(0, self.rows_per_epoch))
         for codes in rechunk(self._order(epoch), sizes):
             group = (codes >> self._row_bits).astype(self._group_dtype)
             by_group = np.argsort(group, kind="stable")
             batches.reshape(-1)[layout.next_positions(group[by_group])] = codes[by_group] & (2**self._row_bits - 1)
-        last, rows_of_last = layout.position_of[-1], self.global_batch_size - (batches.size - self.rows_per_epoch)
-        batches[last, rows_of_last:] = len(self.groups)  # above all rows, so that sorting leaves fillers last
+        fillers = layout.empty_positions(self.rows_per_epoch, batches.size)
+        batches.reshape(-1)[fillers] = len(self.groups)  # above all rows, so that sorting leaves fillers last
         for block in _blocks_of_batches(batches):
             block.sort(axis=1)
-        batches[last, rows_of_last:] = FILLER
+        for number in np.unique(fillers // self.global_batch_size):
+            batches[number][batches[number] == len(self.groups)] = FILLER
         return batches
 
     def _group_sizes(self, epoch: int) -> Int[np.ndarray, "groups"]:
@@ -216,7 +223,9 @@ class BatchPlan:
     @cached_property
     def _name(self) -> str:
         """A digest of all inputs of the plan: several runs may share `cache_dir`."""
-        settings = (self.seed, self.stage, self.global_batch_size, self.window_shards, self.run_rows)
+        settings: tuple[int, ...] = (self.seed, self.stage, self.global_batch_size, self.window_shards, self.run_rows)
+        if self._part_rows < self.global_batch_size:  # which earlier versions did not have
+            settings += (self._part_rows,)
         sources = [(source.rows_per_epoch, source.weight) for source in self._sources]
         digest = hashlib.blake2b(repr((settings, sources)).encode(), digest_size=16)
         for column in (self.shard_of, self.groups):
@@ -267,6 +276,13 @@ class _Layout:
         batch, column = np.divmod(numbered, self._batch)
         positions: np.ndarray = self.position_of[batch] * self._batch + column
         return positions
+
+    def empty_positions(self, rows: int, size: int) -> Int[np.ndarray, "fillers"]:
+        """Return the positions that `rows` rows leave empty in a flattened epoch of `size` positions."""
+        batches, last = len(self.position_of), int(self.position_of[-1])
+        rows_of_last = rows - (batches - 1) * self._batch  # the last of the packed batches, wherever it is in the epoch
+        of_last = np.arange(last * self._batch + rows_of_last, (last + 1) * self._batch)
+        return np.concatenate([of_last, np.arange(batches * self._batch, size)])
 
 
 def _packing_order(sizes: Integer[np.ndarray, "groups"], batch: int, name: tuple[Name, ...]) -> list[int]:

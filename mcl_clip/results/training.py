@@ -47,7 +47,7 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
             + (f" with implicit feature modification, epsilon {epsilon:g}" if epsilon else "")
             + (f", weights averaged with decay {decay:g}" if decay else ""),
             "precision": safe(train.get("precision", "")),
-            "negatives from": NEGATIVES.get(train.get("groups", ""), "") if number else "",
+            "negatives from": _negatives(train) if number else "",
         }
     if stage.steps:
         last_tenth = stage.steps[-max(1, len(stage.steps) // 10) :]
@@ -61,6 +61,13 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
         column["groups"] = f"{groups['num_groups']:,}{median}" if groups.get("num_groups", 0) > 1 else "1"
         column["pairs in merged groups"] = f"{groups['rows_relaxed']:,}"
     return column
+
+
+def _negatives(train: Mapping[str, Any]) -> str:
+    """Describe which rows are contrasted with each other."""
+    share = train.get("own_group_share", 1)
+    rest = f" for {100 * share:.0f} % of the loss, all pairs for the rest" if share < 1 else ""
+    return f"{NEGATIVES.get(train.get('groups', ''), '')}{rest}"
 
 
 def _start(run: RunRecord, number: int) -> str:

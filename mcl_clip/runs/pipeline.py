@@ -48,7 +48,13 @@ logger = logging.getLogger(__name__)
 # Fields that came after the first version: at their defaults, which change nothing, they are no part of a fingerprint,
 # so that runs begun before keep theirs.
 LATER_FIELDS: dict[type, tuple[str, ...]] = {
-    TrainConfig: ("compiled", "patch_dropout", "grad_checkpointing"),
+    TrainConfig: (
+        "compiled",
+        "patch_dropout",
+        "grad_checkpointing",
+        "own_group_share",
+        "groups_per_batch",
+    ),
     LockConfig: ("text_unlocked_groups",),
 }
 

@@ -219,6 +219,7 @@ def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Integer[np.ndar
         global_batch_size=settings.global_batch_size,
         seed=config.seed,
         stage=stage,
+        groups_per_batch=settings.groups_per_batch,
         sources=sources,
         window_shards=settings.window_shards,
         run_rows=settings.run_rows,

@@ -177,15 +177,17 @@ def check_groups(stages: Sequence[StageConfig], rows: int) -> Iterator[Finding]:
     problems: dict[int, list[int]] = {}  # stages by the first limit that the rows of a label are below
     for number in grouped:
         train, size = stages[number].train, sizes[number]
-        limits = (size <= train.min_negatives, size < min_group_size(stages[number]), size < train.global_batch_size)
+        part = train.global_batch_size // train.groups_per_batch
+        limits = (size <= train.min_negatives, size < min_group_size(stages[number]), size < part)
         if any(limits):
             problems.setdefault(limits.index(True), []).append(number)
     for limit, affected in problems.items():
         number, size, train = affected[0], sizes[affected[0]], stages[affected[0]].train
+        several = "several" if train.groups_per_batch == 1 else f"more than {train.groups_per_batch}"
         text = (
             f"rows with fewer than {train.min_negatives} negatives get no weight; use fewer clusters in earlier stages",
             f"most are merged, into groups of at least {min_group_size(stages[number])} rows; use fewer clusters",
-            f"a batch of {train.global_batch_size} holds several groups, with about {max(0, round(size) - 1)} "
+            f"a batch of {train.global_batch_size} holds {several} groups, with about {max(0, round(size) - 1)} "
             f"negatives per row; use fewer clusters before this stage, or smaller batches",
         )[limit]
         yield Finding("warning", "groups", f"stage {number} has {size:,.4g} rows per label: {text}{_also(affected)}")

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +22,7 @@ from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.loader import PairBatch, pin
 from mcl_clip.model.clip import autocast, to_floats
 from mcl_clip.model.grad_cache import Outputs, add_gradients
-from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
+from mcl_clip.model.losses import Negatives, clip_loss, find_negatives, siglip_loss
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.metrics import BadSamples, Meter, Spans, StepLog
@@ -186,7 +186,8 @@ def forward_backward(
     the dropout seed of this step and process.
 
     Returns:
-        This process's share of the loss and its counts, named as in `COUNTS`, and values of each row for a `Meter`.
+        This process's share of the loss and its counts, named as in `COUNTS`, and values of each row for a `Meter`;
+        counts and values are of the loss within groups.
     """
     spans = spans or Spans()
     with spans("device"):
@@ -202,25 +203,9 @@ def forward_backward(
             out = {**out, "text_features": batch.text_features[rows]}
         return {name: tensor for name, tensor in out.items() if tensor is not None}
 
-    def at_batch_positions(features: Tensor) -> Tensor:
-        """Put the features of decoded rows at their positions in the batch, with zeros for fillers."""
-        if len(batch.places) == len(batch.rows):
-            return features
-        return features.new_zeros(len(batch.rows), features.shape[1]).index_put((batch.places,), features)
-
     def loss_of(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         with spans("loss"):
-            negatives = find_negatives(
-                rows=batch.rows, groups=batch_groups, text_ids=batch.text_ids, image_ids=batch.image_ids,
-                min_negatives=config.min_negatives, mask_duplicates=config.mask_duplicates,
-                chunk_rows=config.loss_chunk_rows,
-            )  # fmt: skip
-            images, texts = at_batch_positions(out["image_features"]), at_batch_positions(out["text_features"])
-            scale, epsilon = out["logit_scale"], config.ifm_epsilon
-            if config.loss == "siglip":
-                loss = siglip_loss(images, texts, scale, out["logit_bias"], negatives, ifm_epsilon=epsilon)
-            else:
-                loss = clip_loss(images, texts, scale, negatives, ifm_epsilon=epsilon)
+            loss, negatives = contrastive_loss(out, batch, batch_groups, config)
             return loss, {
                 "loss": loss,
                 "rows": (batch.rows >= 0).sum(),
@@ -243,6 +228,40 @@ def forward_backward(
             seed_chunk=lambda chunk: torch.manual_seed(seed_of(*seed, chunk)),  # dropout takes no generator
             backward=backward,
         )
+
+
+def contrastive_loss(
+    out: Outputs, batch: PairBatch, groups: Int64[Tensor, "local"], config: TrainConfig
+) -> tuple[Tensor, Negatives]:
+    """Compute this process's share of the loss from the outputs of the towers; return the negatives by group as well.
+
+    The loss is s L_groups + (1 - s) L_batch, where s is `config.own_group_share`, and the negatives of a row are the
+    rows of its group in L_groups, all rows of the batch in L_batch. Both are means over the rows with enough negatives.
+    """
+
+    def at_batch_positions(features: Tensor) -> Tensor:
+        """Put the features of decoded rows at their positions in the batch, with zeros for fillers."""
+        if len(batch.places) == len(batch.rows):
+            return features
+        return features.new_zeros(len(batch.rows), features.shape[1]).index_put((batch.places,), features)
+
+    images, texts = at_batch_positions(out["image_features"]), at_batch_positions(out["text_features"])
+
+    def loss_among(groups: Tensor) -> tuple[Tensor, Negatives]:
+        negatives = find_negatives(
+            rows=batch.rows, groups=groups, text_ids=batch.text_ids, image_ids=batch.image_ids,
+            min_negatives=config.min_negatives, mask_duplicates=config.mask_duplicates,
+            chunk_rows=config.loss_chunk_rows,
+        )  # fmt: skip
+        scale, epsilon = out["logit_scale"], config.ifm_epsilon
+        if config.loss == "siglip":
+            return siglip_loss(images, texts, scale, out["logit_bias"], negatives, ifm_epsilon=epsilon), negatives
+        return clip_loss(images, texts, scale, negatives, ifm_epsilon=epsilon), negatives
+
+    loss, negatives = loss_among(groups)
+    if (share := config.own_group_share) < 1:
+        loss = share * loss + (1 - share) * loss_among(torch.zeros_like(groups))[0]
+    return loss, negatives
 
 
 def clamp_logit_scale_(model: nn.Module) -> None:

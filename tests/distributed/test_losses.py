@@ -1,6 +1,7 @@
 """Losses and gradients at any number of processes against a full-batch reference."""
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,13 +20,28 @@ from mcl_clip.train.metrics import Meter
 BATCH, CHECKED_GRADIENTS = 8, 20
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.25)}
 CPU = torch.device("cpu")
-CASES = [  # loss, mask_duplicates, min_negatives, ifm_epsilon, steps
-    ("clip", True, 1, 0.0, 200),
-    ("siglip", False, 1, 0.0, 200),
-    ("clip", False, 3, 0.0, 20),
-    ("siglip", True, 3, 0.0, 20),
-    ("clip", True, 1, 0.1, 20),
-    ("siglip", True, 1, 0.1, 20),
+
+
+class Case(NamedTuple):
+    """Fields of `TrainConfig`, and the number of steps that are compared."""
+
+    loss: str = "clip"
+    mask_duplicates: bool = True
+    min_negatives: int = 1
+    ifm_epsilon: float = 0.0
+    own_group_share: float = 1.0
+    steps: int = 20
+
+
+CASES = [
+    Case("clip", steps=200),
+    Case("siglip", mask_duplicates=False, steps=200),
+    Case("clip", mask_duplicates=False, min_negatives=3),
+    Case("siglip", min_negatives=3),
+    Case("clip", ifm_epsilon=0.1),
+    Case("siglip", ifm_epsilon=0.1),
+    Case("clip", min_negatives=3, own_group_share=0.7),
+    Case("siglip", ifm_epsilon=0.1, own_group_share=0.7),
 ]
 
 
@@ -86,7 +102,7 @@ def make(loss: str, dtype: torch.dtype) -> tuple[Towers, torch.optim.Optimizer]:
 
 def add_gradients(model: nn.Module, data: Data, step: int, seed: tuple = (), **options) -> dict[str, Tensor]:
     """A step of the loop up to the gradients, with these fields of `TrainConfig`."""
-    config = TrainConfig(steps=200, global_batch_size=BATCH, lr=0.01, **options)
+    config = TrainConfig(**{"steps": 200, "global_batch_size": BATCH, "lr": 0.01, **options})
     return forward_backward(
         model, data.batch(step), groups=data.groups, preprocess_cfg=CFG, config=config, device=CPU, seed=seed
     )
@@ -96,36 +112,35 @@ def gradients(model: Towers) -> dict[str, np.ndarray]:
     return {name: p.grad.double().numpy().copy() for name, p in model.named_parameters()}
 
 
-def train(
-    loss: str, mask: bool, min_negatives: int, epsilon: float, steps: int, dtype: torch.dtype, chunks: tuple = (0, 0)
-) -> tuple[list, list, dict]:
+def train(case: Case, dtype: torch.dtype, chunks: tuple = (0, 0)) -> tuple[list, list, dict]:
     """Loss of each step, gradients of the first ones, the weights at the end; `chunks` of the towers and the loss."""
-    data, (raw, optimizer) = Data(), make(loss, dtype)
+    data, (raw, optimizer) = Data(), make(case.loss, dtype)
     model = DistributedDataParallel(raw) if world_size() > 1 else raw
-    options = {
-        "loss": loss, "ifm_epsilon": epsilon, "min_negatives": min_negatives, "mask_duplicates": mask,
-        "grad_cache_rows": chunks[0], "loss_chunk_rows": chunks[1],
-    }  # fmt: skip
+    options = {**case._asdict(), "grad_cache_rows": chunks[0], "loss_chunk_rows": chunks[1]}
     losses, grads = [], []
-    for step in range(steps):
+    for step in range(case.steps):
         counts = add_gradients(model, data, step, **options)
         losses.append(float(all_reduce_sum(counts["loss"].detach().clone())) / world_size())
         weights, of_rows = counts["row_weights"].double(), counts["row_losses"].double()
         total, weight = all_reduce_sum(torch.stack([(of_rows * weights).sum(), weights.sum()])).tolist()
-        assert abs(total / max(1, weight) - losses[-1]) < 1e-5  # the mean over rows is the loss
+        # The mean over rows is the loss; in a mixture it is the part within groups.
+        assert abs(total / max(1, weight) - losses[-1]) < 1e-5 or case.own_group_share < 1
         grads += [gradients(raw)] if step < CHECKED_GRADIENTS else []
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return losses, grads, {name: p.detach().numpy() for name, p in raw.named_parameters()}
 
 
-def reference_loss(
-    model: Towers, data: Data, rows: list[int], loss: str, mask: bool, min_negatives: int, epsilon: float
-) -> Tensor:
+def reference_loss(model: Towers, data: Data, rows: list[int], case: Case, *, across_groups: bool = False) -> Tensor:
     """The published losses, row by row, over the rows that are left when fillers are dropped."""
-    if epsilon:  # implicit feature modification: half the loss, half the loss of moved cosines
+    if case.own_group_share < 1:
+        alone, share = case._replace(own_group_share=1), case.own_group_share
+        parts = [reference_loss(model, data, rows, alone, across_groups=across) for across in (False, True)]
+        return share * parts[0] + (1 - share) * parts[1]
+    if case.ifm_epsilon:  # implicit feature modification: half the loss, half the loss of moved cosines
         plain, moved = (
-            reference_loss(_Moved(model, step), data, rows, loss, mask, min_negatives, 0) for step in (0, epsilon)
+            reference_loss(_Moved(model, step), data, rows, case._replace(ifm_epsilon=0), across_groups=across_groups)
+            for step in (0, case.ifm_epsilon)
         )
         return (plain + moved) / 2
     mean, std = torch.tensor(CFG["mean"]).view(3, 1, 1), torch.tensor(CFG["std"]).view(3, 1, 1)
@@ -135,12 +150,13 @@ def reference_loss(
     cosines = cosines + shift - 2 * shift * torch.eye(len(rows), dtype=cosines.dtype)
     logits, losses = out["logit_scale"] * cosines, []
     for i, row in enumerate(rows):
-        others = [j for j, other in enumerate(rows) if j != i and data.groups[row] == data.groups[other]]
+        among = data.groups * (not across_groups)
+        others = [j for j, other in enumerate(rows) if j != i and among[row] == among[other]]
         alike = [j for j in others for ids in (data.text_ids, data.image_ids) if ids[row] == ids[rows[j]]]
-        negatives = [j for j in others if not (mask and j in alike)]
-        if len(negatives) < min_negatives:
+        negatives = [j for j in others if not (case.mask_duplicates and j in alike)]
+        if len(negatives) < case.min_negatives:
             continue
-        if loss == "siglip":
+        if case.loss == "siglip":
             terms = [logsigmoid(-logits[i, j] - out["logit_bias"]) for j in negatives]
             losses.append(-logsigmoid(logits[i, i] + out["logit_bias"]) - sum(terms))
         else:
@@ -161,12 +177,12 @@ class _Moved(nn.Module):
 
 
 @cache
-def reference(loss: str, mask: bool, min_negatives: int, epsilon: float, steps: int) -> tuple[list, list, dict]:
-    data, (model, optimizer) = Data(), make(loss, torch.float64)
+def reference(case: Case) -> tuple[list, list, dict]:
+    data, (model, optimizer) = Data(), make(case.loss, torch.float64)
     losses, grads = [], []
-    for step in range(steps):
+    for step in range(case.steps):
         rows = [row for row in data.rows[step].tolist() if row >= 0]
-        value = reference_loss(model, data, rows, loss, mask, min_negatives, epsilon)
+        value = reference_loss(model, data, rows, case)
         value.backward()
         losses.append(float(value.detach()))
         grads += [gradients(model)] if step < CHECKED_GRADIENTS else []
@@ -184,13 +200,13 @@ def assert_close(found: tuple, expected: tuple, tolerance: float, steps: int) ->
             )
 
 
-@pytest.mark.parametrize(("loss", "mask", "min_negatives", "epsilon", "steps"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_training_equals_the_full_batch_reference(pool, size, loss, mask, min_negatives, epsilon, steps):
-    expected = reference(loss, mask, min_negatives, epsilon, steps)
-    doubles = pool.run(train, size, loss, mask, min_negatives, epsilon, steps, torch.float64)
+def test_training_equals_the_full_batch_reference(pool, size, case):
+    expected = reference(case)
+    doubles = pool.run(train, size, case, torch.float64)
     for found in doubles:
-        assert_close(found, expected, 1e-9, steps)
+        assert_close(found, expected, 1e-9, case.steps)
         for name, weight in expected[2].items():
             np.testing.assert_allclose(found[2][name], weight, rtol=1e-9, atol=1e-9)
 
@@ -217,19 +233,18 @@ def test_the_loss_by_group_is_the_same_at_any_number_of_processes(pool, size, ch
 
 
 @pytest.mark.parametrize("chunks", [(1, 3), (3, 1)], ids="towers {0[0]}, loss {0[1]}".format)
-@pytest.mark.parametrize(("loss", "mask", "min_negatives", "epsilon", "steps"), CASES[2:])
+@pytest.mark.parametrize("case", CASES[2:], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_in_chunks_it_equals_the_reference_too(pool, size, loss, mask, min_negatives, epsilon, steps, chunks):
-    expected = reference(loss, mask, min_negatives, epsilon, steps)
-    for found in pool.run(train, size, loss, mask, min_negatives, epsilon, steps, torch.float64, chunks):
-        assert_close(found, expected, 1e-9, steps)
+def test_in_chunks_it_equals_the_reference_too(pool, size, case, chunks):
+    for found in pool.run(train, size, case, torch.float64, chunks):
+        assert_close(found, reference(case), 1e-9, case.steps)
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_first_steps_in_float32_equal_the_reference(pool, size, loss):
-    for found in pool.run(train, size, loss, True, 1, 0.0, 20, torch.float32):
-        assert_close(found, reference(loss, True, 1, 0.0, 20), 1e-5, 20)
+    for found in pool.run(train, size, Case(loss), torch.float32):
+        assert_close(found, reference(Case(loss)), 1e-5, 20)
 
 
 def test_the_batches_are_of_every_kind():
@@ -242,10 +257,9 @@ def test_the_batches_are_of_every_kind():
     assert any(((rows[:-1] == FILLER) & (rows[1:] != FILLER)).any() for rows in data.rows)  # a bad row in the middle
     duplicates = [len(rows) - len({int(data.text_ids[row]) for row in rows}) for rows in kept]
     assert max(duplicates) >= 2
-    few, many = (reference("siglip", True, number, 0.0, 20)[0] for number in (1, 3))
-    assert few != many  # min_negatives and masking matter here
-    assert reference("siglip", False, 1, 0.0, 200)[0][:20] != few
-    assert reference("siglip", True, 1, 0.1, 20)[0] != few
+    changes = [{"min_negatives": 3}, {"mask_duplicates": False}, {"ifm_epsilon": 0.1}, {"own_group_share": 0.7}]
+    losses = [reference(Case("siglip")._replace(**change))[0] for change in [{}, *changes]]
+    assert len({tuple(of_one) for of_one in losses}) == len(losses)  # each of the settings matters here
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])

@@ -40,6 +40,7 @@ from tests.unit.data.http_ranges import serve
 ROWS = 64
 COMMON = ("--stages.0.train.steps", "2", "--stages.0.train.warmup-steps", "0")
 TWO_STAGES = "--num-stages 2 --stages.1.train.steps 2 --stages.1.train.warmup-steps 0"
+GROUPED = f"{TWO_STAGES} --stages.1.train.min-group-size 8"
 SIGLIP_MODEL = {"init_logit_bias": -10.0, "init_logit_scale": 2.3}
 
 
@@ -122,6 +123,8 @@ CASES = {
     "train.patch_dropout": Case("--stages.0.train.patch-dropout 0.5", "weights"),
     "train.average_decay": Case("--stages.0.train.average-decay 0.9", "weights"),
     "train.groups": Case("--stages.1.train.groups none", "weights", given=TWO_STAGES),
+    "train.own_group_share": Case("--stages.1.train.own-group-share 0.5", "weights", given=GROUPED),
+    "train.groups_per_batch": Case("--stages.1.train.groups-per-batch 2", "batches", given=GROUPED),
     "train.min_group_size": Case("--stages.1.train.min-group-size 60", "weights", given=TWO_STAGES),
     "train.min_negatives": Case("--stages.0.train.min-negatives 15", "weights"),  # some rows have duplicates
     "train.mask_duplicates": Case("--stages.0.train.no-mask-duplicates", "weights"),

@@ -265,8 +265,11 @@ def test_nodes_that_are_killed_and_begin_again_have_the_same_epochs(tmp_path):
     assert nodes.run_with_kills(100, 5, tmp_path) == ""
 
 
-def plain_plan(shard_of, groups, batch: int, epoch: int, sources, *, window_shards: int, run_rows: int) -> np.ndarray:
+def plain_plan(
+    shard_of, groups, batch: int, epoch: int, sources, *, window_shards: int, run_rows: int, groups_per_batch: int
+) -> np.ndarray:
     """The plan of an epoch by its definition: everything is sorted at once, and rows are dealt one by one."""
+    batch //= groups_per_batch  # parts of batches, which are joined at the end
     orders, first = [], 0
     for source in sources:
         rows = first + np.flatnonzero(groups[first : first + source.rows] >= 0)
@@ -296,7 +299,10 @@ def plain_plan(shard_of, groups, batch: int, epoch: int, sources, *, window_shar
     packed = list(itertools.chain(*(remainders[number] for number in _packing_order(np.array(left), batch, name))))
     batches = whole + [packed[start : start + batch] for start in range(0, len(packed), batch)]
     turn = _batch_order(np.array(kinds, np.int64), len(batches) - len(whole), name)
-    return np.array([sorted(batches[number]) + [FILLER] * (batch - len(batches[number])) for number in turn])
+    dealt = [[*batches[number], *[FILLER] * (batch - len(batches[number]))] for number in turn]
+    dealt += [[FILLER] * batch] * (-len(dealt) % groups_per_batch)
+    joined = np.array(dealt).reshape(-1, batch * groups_per_batch).tolist()
+    return np.array([[*sorted(row for row in rows if row >= 0), *(row for row in rows if row < 0)] for rows in joined])
 
 
 def plain_pass(shard_of, groups, rows, source: int, turn: int, window_shards: int, run_rows: int) -> list[int]:
@@ -333,6 +339,8 @@ def test_the_plan_is_what_its_definition_says_in_whatever_parts_it_is_made(case,
     sources = [Source(rows=size, weight=float(draw.choice([0.4, 1, 1, 2.5]))) for size in sizes]
     options = {"window_shards": int(draw.choice([0, 1, 4])), "run_rows": int(draw.choice([1, 1, 3]))}
     batch = int(draw.choice([2, 8, 32, 500]))
+    options["groups_per_batch"] = int(draw.choice([1, 1, 2, batch // 2]))
+    batch -= batch % options["groups_per_batch"]
     plan = BatchPlan(shard_of=shard_of, groups=groups, global_batch_size=batch, sources=sources, **SETTINGS, **options)
     for epoch in (0, 3):
         expected = plain_plan(shard_of, groups, batch, epoch, sources, **options)
@@ -357,6 +365,21 @@ def test_equal_words_leave_rows_in_order(monkeypatch):
         monkeypatch.setattr(order_module, "SORTED_ROWS", limit)
         order = np.concatenate(list(make(np.zeros(40, int), 8)._order(0)))
         assert order.tolist() == sorted(range(40), key=lambda row: row % 3), parts
+
+
+@pytest.mark.parametrize("sizes", [[100] * 8, sizes_like(20, 3000), [40]])
+def test_batches_are_made_of_parts_of_several_groups(sizes):
+    groups = groups_of(sizes)
+    rows = make(groups, 32, groups_per_batch=4).epoch_rows(1)
+    assert rows.shape == (-(-len(groups) // 32), 32)
+    np.testing.assert_array_equal(np.sort(rows[rows != FILLER]), np.arange(len(groups)))
+    found = pieces(rows, groups)
+    assert not any(1 in piece.values() for piece in found)
+    if len(sizes) > 1:
+        assert np.mean([len(piece) for piece in found]) > 3
+    together = {tuple(sorted(piece)) for piece in found}
+    assert len(together) >= min(len(sizes), len(found)) // 2  # other groups in each batch
+    assert make(groups, 32, groups_per_batch=4)._name != make(groups, 32)._name  # of their files
 
 
 def test_a_digest_is_of_64_bit_rows_in_one_piece():

@@ -517,7 +517,7 @@ def test_how_the_stages_were_trained(run):
     def change(config):
         config["stages"][1]["train"].update(
             lock={"text": True, "image_unlocked_groups": 6, "patterns": ["ln_.*|bias"]}, ifm_epsilon=0.1,
-            average_decay=0.99, global_batch_size=2048,
+            average_decay=0.99, global_batch_size=2048, own_group_share=0.6,
         )  # fmt: skip
         config["stages"][1]["cluster"].update(on="product", text_clusters=9)
 
@@ -535,7 +535,7 @@ def test_how_the_stages_were_trained(run):
         "InfoNCE with implicit feature modification, epsilon 0.1, weights averaged with decay 0.99"
     )
     assert rows["final loss"] == ["1.000"] * 2
-    assert rows["negatives from"] == ["-", "the same clusters"]
+    assert rows["negatives from"] == ["-", "the same clusters for 60 % of the loss, all pairs for the rest"]
     assert rows["groups"] == ["1", "4, median 15 pairs"]
     assert rows["pairs in merged groups"] == ["0", "7"]
     assert rows["clusters after it"] == [

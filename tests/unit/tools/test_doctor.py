@@ -398,6 +398,13 @@ def test_groups_that_are_too_small(rows, sentence):
     assert only(doctor.check_groups([STAGE, STAGE], rows), "warning").startswith(sentence)
 
 
+def test_groups_that_are_too_small_for_their_part_of_a_batch():
+    parts = stage(global_batch_size=128, groups_per_batch=2, min_group_size=8)
+    assert [finding.level for finding in doctor.check_groups([STAGE, parts], 640)] == ["ok"]
+    sentence = "stage 1 has 63 rows per label: a batch of 128 holds more than 2 groups"
+    assert only(doctor.check_groups([STAGE, parts], 630), "warning").startswith(sentence)
+
+
 def test_groups_of_a_batch_are_enough():
     found = list(doctor.check_groups([STAGE, STAGE], 640))
     assert [finding.level for finding in found] == ["ok"]
