@@ -1,7 +1,7 @@
 """Checkpoints in safetensors and JSON, which cannot execute code; training resumes from the newest complete one."""
 
-import math
 import shutil
+import sys
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ def _train_state(values: Any) -> TrainState:
     step, samples_seen, seconds = (values[name] for name in ("step", "samples_seen", "seconds"))
     if not all(type(number) is int and number >= 0 for number in (step, samples_seen)):
         raise ValueError(f"state.json holds the step {step!r} and {samples_seen!r} samples")
-    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+    if type(seconds) not in (int, float) or not 0 <= seconds <= sys.float_info.max:
         raise ValueError(f"state.json holds {seconds!r} seconds")
     return TrainState(**{**values, "seconds": float(seconds)})
 

@@ -1,8 +1,11 @@
-from dataclasses import replace
+import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mcl_clip.config import TrainConfig
@@ -62,11 +65,17 @@ def assert_equal(one: Run, other: Run) -> None:
 
 def test_training_goes_on_bit_for_bit(tmp_path):
     first = Run().train(5)
+    first.state.seconds = 12.5
     first.save(tmp_path)
-    second = Run().load(tmp_path)
+    second = Run()
+    places = {name: average.data_ptr() for name, average in second.average.average.items()}
+    second.load(tmp_path)
+    assert {name: average.data_ptr() for name, average in second.average.average.items()} == places
     assert_equal(first, second)
     assert_equal(first.train(4), second.train(4))
-    assert_equal(second, Run().train(9))
+    whole = Run().train(9)
+    whole.state.seconds = 12.5
+    assert_equal(second, whole)
 
 
 def test_the_optimiser_is_kept_by_name(tmp_path):
@@ -85,6 +94,7 @@ def test_the_newest_counts_and_old_ones_go(tmp_path):
     for step in (2, 3, 20, 100):
         run.train(step - run.state.step).save(tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000000020", "step-000000100"]
+    os.utime(tmp_path / "step-000000020", (2e9, 2e9))  # as after a copy of the folder
     assert Run().load(tmp_path).state.step == 100
 
 
@@ -108,6 +118,7 @@ def test_a_half_written_checkpoint_is_invisible(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_goes_with_the_next_checkpoint(tmp_path):
     (tmp_path / ".step-000000001.tmp").mkdir()
     (tmp_path / ".step-000000001.tmp" / "model.safetensors").write_bytes(b"half")
+    assert checkpoints(tmp_path) == []
     Run().train(2).save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000002"]
 
@@ -125,6 +136,60 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="step-000000001"):
         Run().load(tmp_path)
+
+
+def without(name: str):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+DAMAGED_TENSORS = {
+    "a missing weight": ("model", without("2.bias"), 'Missing key.* "2.bias"'),
+    "a missing average": ("average", without("2.bias"), "2.bias"),
+    "an average of another shape": ("average", lambda t: t | {"2.bias": torch.ones(3)}, "size of tensor"),
+    "a state of no parameter": ("optimizer", lambda t: t | {"3.bias|step": torch.ones(())}, "3.bias"),
+    "a missing moment": ("optimizer", without("2.bias|exp_avg_sq"), "the optimizer for 2.bias has exp_avg, step"),
+    "an unknown moment": (
+        "optimizer", lambda t: t | {"2.bias|sum": torch.ones(2)}, "for 2.bias has exp_avg, exp_avg_sq, step, sum"
+    ),
+    "a step of two numbers": ("optimizer", lambda t: t | {"2.bias|step": torch.ones(2)}, "for 2.bias has"),
+    "a step that is an integer": ("optimizer", lambda t: t | {"2.bias|step": torch.tensor(1)}, "another shape or type"),
+    "a moment for all": ("optimizer", lambda t: t | {"2.bias|exp_avg": torch.ones(1)}, "2.bias has another"),
+    "moments in half": ("optimizer", lambda t: t | {"2.bias|exp_avg": torch.ones(2).half()}, "2.bias has another"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED_TENSORS)
+def test_tensors_that_do_not_fit_are_not_made_to_fit(tmp_path, damage):
+    file, change, reason = DAMAGED_TENSORS[damage]
+    path = Run().train(1).save(tmp_path) / f"{file}.safetensors"
+    save_file(change(load_file(path)), path)
+    with pytest.raises(UserError, match=rf"step-000000001 does not fit this model \(.*{reason}.*; use the recipe"):
+        Run().load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"step": -1}, "the step -1 and 0 samples"),
+        ({"step": 1.0}, "the step 1.0 and 0 samples"),
+        ({"step": True}, "the step True and 0 samples"),
+        ({"samples_seen": -8}, "the step 0 and -8 samples"),
+        ({"samples_seen": "8"}, "the step 0 and '8' samples"),
+        ({"seconds": -0.5}, "-0.5 seconds"),
+        ({"seconds": True}, "True seconds"),
+        ({"seconds": 10**400}, r"state\.json holds"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_progress_that_is_none_is_refused(tmp_path, changed, reason):
+    path = Run().save(tmp_path) / "state.json"
+    path.write_text(json.dumps(asdict(TrainState()) | changed))
+    with pytest.raises(UserError, match=rf"step-000000000 does not fit this model \(.*{reason}"):
+        Run().load(tmp_path)
+    for broken in ([], {"step": 1, "seconds": 1.0}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="step-000000000 does not fit this model"):
+            Run().load(tmp_path)
 
 
 def convolutional() -> tuple[nn.Module, torch.optim.Optimizer]:
