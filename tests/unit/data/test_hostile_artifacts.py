@@ -278,9 +278,11 @@ def test_records_without_their_fields(tmp_path):
     append_jsonl(tmp_path / "metrics.jsonl", {"loss": 1})
     with pytest.raises(UserError, match=r"metrics\.jsonl has a record without a step"):
         StepLog(tmp_path / "metrics.jsonl").rewind(3)
-    append_jsonl(tmp_path / "bad_samples.jsonl", {"step": 1, "row": "3", "shard": "a", "reason": "b"})
-    with pytest.raises(UserError, match=r"bad_samples\.jsonl has a record without row, shard and reason"):
-        BadSamples(tmp_path / "bad_samples.jsonl", max_fraction=0.1, rows=10, step=5)
+    for number, changed in enumerate(({"row": "3"}, {"shard": 0}, {"reason": None})):
+        path = tmp_path / f"{number}.jsonl"
+        append_jsonl(path, {"step": 1, "row": 3, "shard": "a", "reason": "b"} | changed)
+        with pytest.raises(UserError, match=rf"{number}\.jsonl has a record without row, shard and reason"):
+            BadSamples(path, max_fraction=0.1, rows=10, step=5)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -22,20 +24,28 @@ def test_a_rewound_log_goes_on_after_its_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_log_whose_records_all_come_after_the_step_is_empty(tmp_path):
+    """Nothing was saved when the job ended."""
+    log = StepLog(tmp_path / "metrics.jsonl")
+    log.add({"step": 10, "loss": 1.0})
+    assert log.rewind(0) == []
+    assert log.path.read_text() == ""
+
+
 def rows(groups=(0,), losses=(1.0,), weights=(1.0,)) -> dict[str, torch.Tensor]:
     return dict(
         zip(("row_groups", "row_losses", "row_weights"), map(torch.tensor, (groups, losses, weights)), strict=True)
     )
 
 
-def test_a_meter_sums_until_it_is_read():
-    meter = Meter(("loss", "rows"), torch.device("cpu"))
+def test_a_meter_sums_until_it_is_read(monkeypatch):
+    clock = iter((100.0, 101.0, 105.0, 107.0, 108.0))  # at the start, then twice for each reading
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    meter, many = Meter(("loss", "rows"), torch.device("cpu")), 2**24 + 1  # not a number of float32
     for step in range(3):
-        meter.add({"loss": torch.tensor(0.5, requires_grad=True) * step, "rows": torch.tensor(7)} | rows())
-    sums, spread, steps, seconds = meter.take()
-    assert (sums, spread, steps) == ({"loss": 1.5, "rows": 21.0}, {}, 3)
-    assert seconds > 0
-    assert meter.take()[:3] == ({"loss": 0.0, "rows": 0.0}, {}, 0)
+        meter.add({"loss": torch.tensor(0.5, requires_grad=True) * step, "rows": torch.tensor(many)} | rows())
+    assert meter.take() == ({"loss": 1.5, "rows": 3.0 * many}, {}, 3, 1.0)
+    assert meter.take() == ({"loss": 0.0, "rows": 0.0}, {}, 0, 2.0)
 
 
 def bad(*rows: int, shard: str = "a.tar", reason: str = "broken_image") -> list[tuple[int, str, str]]:
@@ -94,17 +104,30 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, rows, seen, allowed):
     assert caught.value.everywhere
 
 
-def found_by_processes(path) -> tuple[int, float]:
+def test_bad_samples_are_sent_to_the_other_processes_once(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(metrics, "gather_objects", lambda value: sent.append(list(value)) or [value])
+    samples = BadSamples(tmp_path / "bad.jsonl", max_fraction=0.1, rows=1000)
+    for row in (3, 4):
+        samples.add(bad(row))
+        samples.flush(row, 100)
+    assert sent == [bad(3), bad(4)]
+
+
+def found_by_processes(path) -> tuple[int, float, float]:
     samples = BadSamples(path, max_fraction=0.1, rows=1000)
     samples.add(bad(rank(), 100))
     samples.flush(1, 10)
-    meter = Meter(("rows",), torch.device("cpu"))
-    meter.add({"rows": torch.tensor(rank() + 1)} | rows())
-    return samples.count, meter.take()[0]["rows"]
+    meter = Meter(("rows",), torch.device("cpu"), num_groups=2)
+    # Group 0 has the rows of all processes, with losses of 0 to 3; group 1 is on process 3 alone.
+    weights = (1.0, float(rank() == 3))
+    meter.add({"rows": torch.tensor(rank() + 1)} | rows((0, 1), (float(rank()), 9.5), weights))
+    sums, spread, *_ = meter.take()
+    return samples.count, sums["rows"], spread["p50"]
 
 
 def test_processes_share_counts(tmp_path, pool):
-    assert pool.run(found_by_processes, 4, tmp_path / "bad.jsonl") == [(5, 10.0)] * 4
+    assert pool.run(found_by_processes, 4, tmp_path / "bad.jsonl") == [(5, 10.0, (1.5 + 9.5) / 2)] * 4
     assert sorted(record["row"] for record in read_jsonl(tmp_path / "bad.jsonl")) == [0, 1, 2, 3, 100]
 
 
@@ -124,9 +147,10 @@ def test_all_processes_resume_the_records_that_the_main_process_sees(tmp_path, p
 
 def test_the_spread_of_the_loss_is_over_groups():
     meter = Meter(("row_sum",), torch.device("cpu"), num_groups=4)
-    losses, weights = (1.0, 3.0, 5.0, 7.0, 99.0, 99.0), (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+    losses, weights = (1.0, 3.0, 5.0001, 7.0, 99.0, 99.0), (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
     meter.add({"row_sum": torch.tensor(6)} | rows((0, 0, 1, 2, -1, 2), losses, weights))
-    assert meter.take()[1] == pytest.approx({"p10": 2.6, "p50": 5.0, "p90": 6.6})  # of the means 2, 5 and 7
+    # of the means 2, 5.0001 and 7
+    assert meter.take()[1] == pytest.approx({"p10": 2.60002, "p50": 5.0001, "p90": 6.60002}, abs=1e-6)
     assert meter.take()[1] == {}  # nothing since then
 
 
@@ -168,3 +192,24 @@ def test_a_span_ends_with_an_error_too():
     spans.time += 1
     assert spans.take()["other"] == 1
     assert spans.history == [("other", 0), ("loss", 0), ("other", 1)]
+
+
+def test_a_span_is_marked_for_the_profiler_of_torch():
+    with torch.autograd.profiler.profile() as profile, Spans()("exchange of features"):
+        torch.ones(1)
+    assert "exchange of features" in {event.key for event in profile.key_averages()}
+
+
+def test_only_the_borders_of_a_profile_wait_for_the_gpu(monkeypatch):
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("."))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    for device, expected in ((torch.device("cuda"), [3, 3]), (torch.device("cpu"), [0, 0]), (None, [0, 0])):
+        spans = Spans(device)
+        waited.clear()
+        with spans("loss"):
+            spans.switch("exchange")
+        found = [len(waited)]
+        spans.switch("device", wait=False)
+        spans.now(wait=False)
+        assert [*found, len(waited)] == expected, device
