@@ -1,5 +1,6 @@
 """Settings that change what a stage does, each for a few steps."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from mcl_clip.core.files import DONE, read_json
 from mcl_clip.data import decode as decode_module
 from mcl_clip.model.clip import create_clip
 from mcl_clip.runs.phase import StaleArtifactError
+from mcl_clip.train.optim import lr_at
 from tests.recipes.runs import execute, records, steps, with_stages, write_shards
 
 SHORT = {"steps": 4}
@@ -60,12 +62,18 @@ def test_the_sigmoid_loss(recipe):
     assert MultistageCLIP.load(run / "combined/model").logit_bias.item() == pytest.approx(bias)
 
 
-def test_learning_rates_by_layer_and_a_clipped_gradient(recipe):
-    change = {"lr_multipliers": {"^visual": 0.0}, "weight_decays": {"text": 0.5}, "max_grad_norm": 0.1}
-    run = execute(with_stages(recipe, {**SHORT, **change}))
-    names = moved(random_draw(recipe.tower.model, 0), trained(run))
+def test_learning_rates_by_layer_decay_by_name_and_a_clipped_gradient(recipe):
+    change = {"lr_multipliers": {"^visual": 0.0}, "weight_decays": {"^token_": 0.5}, "max_grad_norm": 0.1}
+    changed = with_stages(recipe, {**SHORT, **change})
+    before, after = random_draw(recipe.tower.model, 0), trained(execute(changed))
+    names = moved(before, after)
     assert "text_projection" in names
     assert not [name for name in names if name.startswith("visual.")]
+    # A token that no caption has is decayed and has no gradient, and nearly all tokens are like that.
+    shrunk = math.prod(1 - 0.5 * lr_at(step, changed.stages[0].train) for step in range(4))
+    ratio = after["token_embedding.weight"].double() / before["token_embedding.weight"].double()
+    assert shrunk < 0.999
+    assert float(ratio.median()) == pytest.approx(shrunk, rel=1e-6)
 
 
 def test_clusters_of_both_sides(recipe):
