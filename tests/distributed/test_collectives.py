@@ -1,5 +1,8 @@
+import os
 import time
+from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +17,7 @@ from mcl_clip.core.distributed import (
     gather_with_grad,
     is_main,
     on_main,
+    place_on_node,
     rank,
     world_size,
 )
@@ -27,9 +31,19 @@ def gathered_gradients(backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.
     other = torch.ones(2, 3, requires_grad=True)
     transposed = local.T.contiguous().T  # not contiguous
     weights = torch.arange(6.0 * world_size()).view(-1, 3) * (rank() + 1)
-    with patch("torch.distributed.get_backend", return_value=backend):  # gloo has the collectives of nccl, too
-        ((gather_with_grad(transposed) + gather_with_grad(other)) * weights).sum().backward()
-    return gather(local.detach()), local.grad, other.grad
+    with ExitStack() as patches:
+        # gloo has the collectives of nccl, too, which takes contiguous tensors alone
+        patches.enter_context(patch("torch.distributed.get_backend", return_value=backend))
+        for name in ("all_gather", "all_reduce", "reduce_scatter_tensor"):
+            patches.enter_context(patch.object(dist, name, partial(collect, getattr(dist, name))))
+        ((gather_with_grad(transposed) + gather_with_grad(other)).T * weights.T).sum().backward()
+        return gather(local.detach()), local.grad, other.grad
+
+
+def collect(collective, *arguments) -> None:
+    tensors = [each for argument in arguments for each in (argument if isinstance(argument, list) else [argument])]
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    collective(*arguments)
 
 
 @pytest.mark.parametrize(("size", "backend"), [(1, "gloo"), (2, "gloo"), (4, "gloo"), (2, "nccl"), (4, "nccl")])
@@ -70,7 +84,7 @@ def agree(values: list[str]) -> str:
     try:
         check_same(values[rank()], "the plan of epoch 3")
     except UserError as error:
-        return str(error)
+        return str(error) if error.everywhere else "on this process alone"
     return ""
 
 
@@ -86,6 +100,18 @@ def objects() -> tuple[list[int], bool]:
 
 def test_objects_come_in_rank_order(pool):
     assert pool.run(objects, 4) == [([0, 10, 20, 30], number == 0) for number in range(4)]
+
+
+def place(processes_of_node: int) -> tuple[int, bool]:
+    with patch.dict(os.environ, LOCAL_RANK=str(rank() % processes_of_node)):
+        return place_on_node()
+
+
+def test_the_first_process_of_a_node_gives_the_node_its_number(pool):
+    assert pool.run(place, 4, 2) == [(0, True), (0, False), (2, True), (2, False)]
+    assert pool.run(place, 1, 1) == [(0, True)]
+    with patch.dict(os.environ, LOCAL_RANK="1"):  # left by a launcher, though no process group was made
+        assert place_on_node() == (0, True)
 
 
 def wait_longer_than_a_collective_may(store: str) -> str:

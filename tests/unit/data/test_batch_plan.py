@@ -382,6 +382,20 @@ def test_batches_are_made_of_parts_of_several_groups(sizes):
     assert make(groups, 32, groups_per_batch=4)._name != make(groups, 32)._name  # of their files
 
 
+def test_words_at_the_borders_of_parts_and_buckets_put_each_row_in_its_place_once(monkeypatch):
+    parts = 3
+    borders = [2**64 * part // parts for part in range(parts)]
+    values = [0, 2**64 - 1, *(border + more for border in borders[1:] for more in (-1, 0, 1))]
+    words = np.array(values, np.uint64)[np.arange(64) * 5 % len(values)]
+    monkeypatch.setattr(order_module, "random_words_between", lambda start, stop, *_: words[start:stop])
+    monkeypatch.setattr(order_module, "MAX_PARTS", parts)
+    monkeypatch.setattr(order_module, "PART_ROWS", 1)
+    for sorted_rows in (1000, 3):
+        monkeypatch.setattr(order_module, "SORTED_ROWS", sorted_rows)
+        order = np.concatenate(list(make(np.zeros(64, int), 8)._order(0)))
+        np.testing.assert_array_equal(order, np.argsort(words, kind="stable"))
+
+
 def test_a_digest_is_of_64_bit_rows_in_one_piece():
     plan = make(groups_of([30, 20]), 8)
     rows = plan.epoch_rows(0).astype("<i8")
