@@ -42,7 +42,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig, *, decays_unlisted: 
         groups.setdefault((scale_of[name], decay_of[name]), []).append(parameter)
     options = [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (scale, decay), parameters in groups.items()
     ]
     return AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -113,6 +113,18 @@ def test_tokens_and_layer_scales_are_vectors():
     assert any(name.endswith("layer_scale.gamma") for name in find_undecayed(build("fastvit_mci0")))
 
 
+def test_what_a_part_of_the_model_lists_is_not_decayed():
+    model = nn.ModuleDict({"tower": Towers()})
+    model.tower.text.bias.requires_grad_(False)
+    listed = [
+        "tower.positions",
+        "tower.logit_scale",
+        *(f"tower.visual.{name}" for name in ("0.bias", "1.weight", "1.bias")),
+    ]
+    assert find_undecayed(model) == listed  # of what trains
+    assert find_undecayed(model, decays_unlisted=True) == listed[1:]
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
