@@ -1,6 +1,6 @@
 """Configuration of a run: frozen, keyword-only dataclasses, set by recipes and overridden on the command line.
 
-Batch sizes are over all processes. `MachineConfig` and `EvalConfig.every_steps` never change a result. Field docstrings
+Batch sizes are over all processes. `MachineConfig` never changes a result. Field docstrings
 are the texts of `--help`.
 """
 
@@ -190,6 +190,11 @@ class TrainConfig:
     Finish with a stage, or a few steps, without it."""
     average_decay: float = 0.0
     """Decay of an exponential moving average of the weights, used for evaluation and export; 0 is off."""
+    keep_best: str = ""
+    """SET:METRIC, such as val:mean_recall@1; SET alone is its main metric. The stage ends with the best of the weights
+    that `--eval.every-steps` evaluates, the first and the last ones included; by default with the last."""
+    patience: int = 0
+    """Evaluations without a better `keep_best` after which the stage stops; 0 is never."""
     groups: Literal["labels", "none", "random"] = "labels"
     """Where negatives come from: the same pseudo-label (`labels`), all rows (`none`), or random groups of the same
     sizes (`random`). The last two are controls."""
@@ -219,8 +224,14 @@ class TrainConfig:
             "stages.K.train.", self, steps=0, global_batch_size=2, lr=0, warmup_steps=0, weight_decay=0,
             betas=(0, 0.999999999), eps=0, lr_multipliers=0, weight_decays=0, max_grad_norm=0, ifm_epsilon=0,
             grad_cache_rows=0, loss_chunk_rows=0, patch_dropout=(0, 0.999999), average_decay=(0, 0.999999),
-            own_group_share=(0, 1), groups_per_batch=1, min_group_size=1, min_negatives=1, window_shards=0, run_rows=1,
+            own_group_share=(0, 1), groups_per_batch=1, patience=0, min_group_size=1, min_negatives=1, window_shards=0,
+            run_rows=1,
         )  # fmt: skip
+        if self.patience and not self.keep_best:
+            raise UserError(
+                f"--stages.K.train.patience {self.patience} needs a metric that should improve; add --stages.K.train."
+                f"keep-best SET:METRIC"
+            )
         check_patterns("stages.K.train.lr-multipliers", self.lr_multipliers)
         check_patterns("stages.K.train.weight-decays", self.weight_decays)
         if self.global_batch_size % self.groups_per_batch or self.global_batch_size < 2 * self.groups_per_batch:
@@ -278,12 +289,17 @@ class EvalConfig:
     """Sets of any kind, detected from their layout: retrieval, classification with one or several labels, image
     folders, pairs.json; as FOLDER or NAME=FOLDER."""
     every_steps: int = 0
-    """Steps between evaluations inside a stage; 0 is never."""
+    """Steps between evaluations inside a stage; 0 is never. It changes the result only with `keep_best`."""
     batch_size: int = 64
     """Images in a forward pass, also when the training rows are embedded."""
 
     def __post_init__(self) -> None:
         check_fields("eval.", self, every_steps=0, batch_size=1)
+
+    @property
+    def all_sets(self) -> tuple[str, ...]:
+        """All sets, as FOLDER or NAME=FOLDER."""
+        return (*self.retrieval, *self.classification, *self.sets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,9 +394,10 @@ class RunConfig:
     """Baseline to run instead of the recipe: a single stage of equal compute (`single`), as many independent models
     (`ensemble`), the same stages without groups or with random groups, or `single` with implicit feature modification
     (`ifm`)."""
-    combine: Literal["mean_cosine", "concat", "best"] = "mean_cosine"
+    combine: Literal["mean_cosine", "concat", "best", "weighted"] = "mean_cosine"
     """How the stages are combined: mean of their cosine similarities (`mean_cosine`), concatenated un-normalized
-    features as in the MCL paper (`concat`), or whichever has the lower loss on held-out rows (`best`)."""
+    features as in the MCL paper (`concat`), whichever of both has the lower loss on held-out rows (`best`), or a mean
+    of the cosine similarities with the weights that have the lowest loss there (`weighted`)."""
     seed: int = 0
     """Random seed."""
     behavior: Literal["0.6", "0.7"] = "0.7"

@@ -160,6 +160,11 @@ class StageRecord:
         """Records of the samples that could not be decoded, by phase."""
         return {phase: read_jsonl(self.folder / phase / "bad_samples.jsonl") for phase in ("train", "embed")}
 
+    @cached_property
+    def best(self) -> Mapping[str, Any]:
+        """Which weights were kept as the best: metric, step, value, and last step; empty where the last ones were."""
+        return _read_object(self.folder / "train" / "best.json")
+
     @property
     def bad_rows(self) -> Mapping[Any, str]:
         """Why each row could not be decoded; rows that failed in both phases are there once."""

@@ -27,6 +27,7 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
     column = {
         "starts from": _start(run, number),
         "steps": f"{planned:,}" if planned else "0 (not trained)",
+        "weights kept": _kept(stage.best, planned),
         **dict.fromkeys(("global batch, pairs", "pairs seen", "learning rate", "loss", "final loss", "precision"), ""),
         "frozen": _frozen(train.get("lock", {})),
         **dict.fromkeys(("negatives from", "groups", "pairs in merged groups", "negatives per pair"), ""),
@@ -88,6 +89,14 @@ def pretrained_text(tower: Mapping[str, Any]) -> str:
     if kind in ("hf-hub", "local-dir"):
         return f"{public_name(name)}{' (a local folder)' if kind == 'local-dir' else ''}"
     return f"{public_name(architecture or 'a model')}, weights {public_name(weights)}" if weights else ""
+
+
+def _kept(best: Mapping[str, Any], planned: int) -> str:
+    """Say which weights a stage kept as the best by its evaluations, and where it stopped early."""
+    if not best:
+        return ""
+    stopped = f"; stopped at {best['last_step']:,}" if best["last_step"] < planned else ""
+    return f"step {best['step']:,}, {safe(best['metric'])} {best['value']:.4g}{stopped}"
 
 
 def _frozen(lock: Mapping[str, Any]) -> str:

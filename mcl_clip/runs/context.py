@@ -241,6 +241,12 @@ def _write_index(path: Path, urls: list[str], rule: SampleRule, kept: Path) -> N
     index.save(path)
 
 
+def name_and_folder(value: str) -> tuple[str, str]:
+    """Split NAME=FOLDER; FOLDER alone has its own name."""
+    name, _, folder = value.partition("=") if "=" in value else ("", "", value)
+    return name or Path(folder).name, folder
+
+
 def open_tasks(config: RunConfig) -> dict[str, Task]:
     """Open evaluation sets by name (default: the folder's); raise UserError if two share one or a layout is wrong."""
     kinds: tuple[tuple[Sequence[str], Callable[[Path, str], Task]], ...] = (
@@ -251,7 +257,7 @@ def open_tasks(config: RunConfig) -> dict[str, Task]:
     tasks: dict[str, Task] = {}
     for values, open_task in kinds:
         for value in values:
-            name, folder = value.split("=", 1) if "=" in value else (Path(value).name, value)
+            name, folder = name_and_folder(value)
             if name in tasks:
                 raise UserError(f"two evaluation sets are both called {name}; write NAME=FOLDER")
             tasks[name] = open_task(Path(folder), name)

@@ -34,7 +34,7 @@ from mcl_clip.report.page import write_report
 from mcl_clip.report.view import RunView
 from mcl_clip.results.record import COMBINED
 from mcl_clip.results.text import format_duration, result_rows
-from mcl_clip.runs.context import RunContext, load_index, open_tasks, with_behavior
+from mcl_clip.runs.context import RunContext, load_index, name_and_folder, open_tasks, with_behavior
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import combine, evaluate, publish
 from mcl_clip.runs.phase import Phase, lock
@@ -54,6 +54,8 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
         "grad_checkpointing",
         "own_group_share",
         "groups_per_batch",
+        "keep_best",
+        "patience",
     ),
     LockConfig: ("text_unlocked_groups",),
 }
@@ -223,6 +225,9 @@ def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, 
         settings["data"]["rows_of_lists"] = [source.rows for source in run.sources]
     if stage.train.augment.jpeg == "exact":
         settings["train"]["augment"].pop("jpeg")
+    if stage.train.keep_best:
+        task = run.tasks[stage.train.keep_best.partition(":")[0]]
+        settings["chosen_on"] = {"every_steps": config.eval.every_steps, "set": task.data.sha256}
     settings["train"]["lock"].pop("cached_texts")  # does not change the features
     if stage.train.resharded:
         settings["train"]["resharded"] = file_digest(Path(stage.train.resharded) / ROW_MAP)
@@ -254,8 +259,8 @@ def _tower_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
-    """Raise UserError for starts and batch sizes that are impossible with `processes` processes; by default, all."""
-    processes = processes or world_size()
+    """Raise UserError for starts, batch sizes and choices that are impossible with `processes` processes (all)."""
+    processes, sets = processes or world_size(), dict(map(name_and_folder, config.eval.all_sets))
     for s, stage in enumerate(config.stages):
         if stage.start == "scratch" and config.tower.is_pretrained:
             raise UserError(
@@ -266,6 +271,18 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
             raise UserError(
                 f"--stages.{s}.train.global-batch-size {stage.train.global_batch_size} does not divide by "
                 f"{processes} processes; use a multiple of {processes}"
+            ).on_every_process()
+        if not stage.train.keep_best:
+            continue
+        if (name := stage.train.keep_best.partition(":")[0]) not in sets:
+            raise UserError(
+                f"--stages.{s}.train.keep-best {stage.train.keep_best} names no evaluation set; there are "
+                f"{', '.join(sets) or 'none'}, and --eval.sets {name}=FOLDER adds one"
+            ).on_every_process()
+        if not config.eval.every_steps:
+            raise UserError(
+                f"--stages.{s}.train.keep-best {stage.train.keep_best} needs evaluations inside the stage; add "
+                f"--eval.every-steps N"
             ).on_every_process()
 
 

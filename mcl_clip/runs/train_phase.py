@@ -43,9 +43,11 @@ from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, 
 from mcl_clip.train.loop import BatchSource, train_stage
 from mcl_clip.train.metrics import Spans
 from mcl_clip.train.optim import create_optimizer
+from mcl_clip.train.validation import BestWeights
 
 logger = logging.getLogger(__name__)
 
+BEST = "best.json"  # which weights of a stage are the best, and their value
 TEXTS = "texts"  # folder of cached caption features, removed at the end of the stage
 CAPTION_SAMPLE_ROWS = 64  # rows from which the number of captions per row is estimated
 ROW_MAP = "row_map.npy"  # in a folder of resharded shards: the original row of each of its rows
@@ -106,7 +108,8 @@ def fit_stage(
 ) -> None:
     """Train a model that `prepare_stage` has set up; see `train_stage` for `spans` and `max_steps`."""
     config = run.config
-    train_stage(
+    best = None if max_steps else _best_weights(run, config.stages[stage].train)
+    state = train_stage(
         run.accelerator,
         clip.model,
         loader=loader,
@@ -120,12 +123,29 @@ def fit_stage(
         max_bad_fraction=config.data.max_bad_fraction,
         evaluate=partial(_evaluate, run, clip),
         evaluate_steps=config.eval.every_steps,
+        best=best,
         track=partial(_track, run, stage),
         interrupt=run.interrupt,
         spans=spans,
         max_steps=max_steps,
     )
     run.accelerator.free_memory()
+    if best is not None:
+        logger.info(
+            "stage %d: the weights of step %d are the best (%s %.4g); training ended at step %d",
+            *(stage, best.step, best.metric, best.value, state.step),
+        )
+        if is_main():
+            record = {name: value for name, value in best.record().items() if name != "stale"}
+            write_json(run.folder(stage, "train") / BEST, {**record, "last_step": state.step})
+
+
+def _best_weights(run: RunContext, settings: TrainConfig) -> BestWeights | None:
+    """Return what keeps the best weights of a stage, if they are asked for."""
+    if not settings.keep_best:
+        return None
+    name, _, metric = settings.keep_best.partition(":")
+    return BestWeights(f"{name}/{metric or run.tasks[name].main_metric}", patience=settings.patience)
 
 
 def start_stage(config: RunConfig, stage: int) -> int | None:

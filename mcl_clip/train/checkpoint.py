@@ -17,6 +17,7 @@ from mcl_clip.core.distributed import on_main
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_dir, read_json, write_json
 from mcl_clip.train.optim import ExponentialAverage
+from mcl_clip.train.validation import BestWeights
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,7 @@ def save_checkpoint(
     average: ExponentialAverage | None,
     state: TrainState,
     keep: int,
+    best: BestWeights | None = None,
 ) -> Path:
     """Write `folder`/step-N atomically and delete all but the newest `keep`. Call it on the main process only."""
     path = folder / f"step-{state.step:09d}"
@@ -43,6 +45,8 @@ def save_checkpoint(
         files = {"model": model.state_dict()}
         if average is not None:
             files["average"] = average.average
+        if best is not None:
+            files["best"] = best.weights
         files["optimizer"] = {
             f"{name}|{key}": torch.as_tensor(value)
             for name, parameter in model.named_parameters()
@@ -51,7 +55,7 @@ def save_checkpoint(
         for file, tensors in files.items():
             contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
             save_file(contiguous, temporary / f"{file}.safetensors")
-        write_json(temporary / "state.json", asdict(state))
+        write_json(temporary / "state.json", asdict(state) | ({} if best is None else {"best": best.record()}))
     for old in [*checkpoints(folder)[:-keep], *folder.glob(".step-*.tmp")]:  # the latter from killed processes
         shutil.rmtree(old)
     return path
@@ -63,9 +67,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(
-    folder: Path, *, model: nn.Module, optimizer: Optimizer, average: ExponentialAverage | None
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: ExponentialAverage | None,
+    best: BestWeights | None = None,
 ) -> TrainState:
-    """Restore model, optimizer and average in place from the newest checkpoint; return a new state if there is none.
+    """Restore all parts in place from the newest checkpoint; return a new state if there is none.
 
     The main process decides which one it is: others may not see the same files at the same time. A collective call.
     Raise UserError if the checkpoint does not fit the model.
@@ -80,7 +89,10 @@ def load_newest(
             saved = load_file(path / "average.safetensors")
             for name, tensor in average.average.items():
                 tensor.copy_(saved[name])
-        return _train_state(read_json(path / "state.json"))
+        values = read_json(path / "state.json")
+        if best is not None:
+            best.load(values.pop("best"), load_file(path / "best.safetensors"))
+        return _train_state(values)
     except (RuntimeError, KeyError, OSError, TypeError, ValueError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 300)  # torch lists every tensor on its own line
         raise UserError(

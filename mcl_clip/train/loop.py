@@ -27,6 +27,7 @@ from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.metrics import BadSamples, Meter, Spans, StepLog
 from mcl_clip.train.optim import ExponentialAverage, lr_at, set_lr
+from mcl_clip.train.validation import BestWeights, Validation
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 COUNTS = ("loss", "rows", "weight", "negatives", "duplicates")
@@ -60,8 +61,9 @@ def train_stage(
     out: Path,
     seed: tuple[str | int, ...],
     max_bad_fraction: float = 0.01,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] = lambda _: {},
     evaluate_steps: int = 0,
+    best: BestWeights | None = None,
     track: Callable[[Mapping[str, Any], int], object] = lambda *_: None,
     interrupt: Interrupt | None = None,
     spans: Spans | None = None,
@@ -69,7 +71,8 @@ def train_stage(
 ) -> TrainState:
     """Train `model` in place, resuming from the newest checkpoint in `out` if there is one.
 
-    With `config.average_decay` above 0 the model ends up with the moving average of its weights.
+    With `config.average_decay` above 0 the model ends up with the moving average of its weights, and with `best` with
+    the best of the weights that were evaluated, the first and the last ones included.
 
     Args:
         groups: the group of each row of the data, shape (rows,); -1 for held-out rows.
@@ -78,6 +81,7 @@ def train_stage(
         out: folder of metrics.jsonl, bad_samples.jsonl and checkpoints.
         seed: name of the random seed of the stage.
         evaluate: returns metrics of the model, logged every `evaluate_steps` steps inside the stage; 0 is never.
+        best: keeps the best weights and says when to stop; by default the last weights are kept.
         track: called with each record and its step.
         spans: timer of the parts of a step; by default one that never waits for the device.
         max_steps: stop after so many steps, without a checkpoint; by default the stage is trained to its end.
@@ -90,7 +94,7 @@ def train_stage(
     device, checkpoints = accelerator.device, out / "checkpoints"
     raw, raw_optimizer = model, optimizer
     average = ExponentialAverage(model, config.average_decay) if config.average_decay else None
-    state = load_newest(checkpoints, model=raw, optimizer=raw_optimizer, average=average)
+    state = load_newest(checkpoints, model=raw, optimizer=raw_optimizer, average=average, best=best)
     check_same(str(state.step), "the step of the newest checkpoint")
     model, optimizer = accelerator.prepare(model, optimizer)  # never the loader, never a scheduler
     log, plan = StepLog(out / "metrics.jsonl"), loader.plan
@@ -100,6 +104,9 @@ def train_stage(
     )
     meter = Meter(COUNTS, device, num_groups=int(groups.max(initial=0)) + 1)
     spans = spans or Spans()
+    validation = Validation(
+        evaluate, every_steps=evaluate_steps, best=best, average=average, log=log, logged=evaluated, spans=spans
+    )
     time_all_reduce(model, spans)
     interrupt, stopping = interrupt or Interrupt(), False
     last_step = config.steps if max_steps is None else min(config.steps, state.step + max_steps)
@@ -113,9 +120,8 @@ def train_stage(
         while state.step < last_step and not stopping:
             with spans("data"):
                 batch = next(batches)
-            if evaluate is not None and _is_due(state.step, evaluate_steps) and state.step not in evaluated:
-                with spans("evaluate"):
-                    log.add({"step": state.step, **_evaluate(raw, average, evaluate)})
+            if validation.says_stop(raw, state.step):
+                break
 
             counts = forward_backward(
                 model, batch, groups=groups, preprocess_cfg=preprocess_cfg, config=config, device=device,
@@ -137,9 +143,9 @@ def train_stage(
             bad.add(batch.bad)
             stopping = interrupt.asked(device)
 
-            # A step that saves logs too, so that no count is lost between a checkpoint and a record.
+            # A step that saves, or is the last one, logs too: no count is lost between a checkpoint and a record.
             is_saving = stopping or state.step == config.steps or _is_due(state.step, machine.save_steps)
-            if is_saving or _is_due(state.step, machine.log_steps):
+            if is_saving or validation.can_stop_at(state.step) or _is_due(state.step, machine.log_steps):
                 with spans("log"):
                     record, seconds = _record(raw, meter, spans, state, lr, grad_norm, plan)
                     _stop_if_diverged(record, checkpoints)
@@ -155,7 +161,7 @@ def train_stage(
                     with spans("save"):
                         save_checkpoint(
                             checkpoints, model=raw, optimizer=raw_optimizer, average=average, state=state,
-                            keep=machine.keep_checkpoints,
+                            keep=machine.keep_checkpoints, best=best,
                         )  # fmt: skip
                     saved_at = time.monotonic()
             bar.update()
@@ -163,8 +169,7 @@ def train_stage(
     if stopping:
         barrier()  # no process leaves before the checkpoint is complete
         raise interrupt.stop(f"step {state.step} of {config.steps} is saved in {checkpoints}")
-    if average is not None:
-        average.swap(raw)
+    validation.finish(raw, state.step, is_last=state.step == config.steps)
     return state
 
 
@@ -325,16 +330,3 @@ def _stop_if_diverged(record: Mapping[str, Any], checkpoints: Path) -> None:
         f"Use a lower --stages.K.train.lr, a longer warmup, or "
         f"--stages.K.train.max-grad-norm 1"
     ).on_every_process()
-
-
-def _evaluate(
-    model: nn.Module, average: ExponentialAverage | None, evaluate: Callable[[nn.Module], dict[str, float]]
-) -> dict[str, float]:
-    """Evaluate the model, or the moving average of its weights, and return to training mode."""
-    if average is not None:
-        average.swap(model)
-    results = evaluate(model)
-    if average is not None:
-        average.swap(model)
-    model.train()
-    return results

@@ -41,6 +41,7 @@ ROWS = 64
 COMMON = ("--stages.0.train.steps", "2", "--stages.0.train.warmup-steps", "0")
 TWO_STAGES = "--num-stages 2 --stages.1.train.steps 2 --stages.1.train.warmup-steps 0"
 GROUPED = f"{TWO_STAGES} --stages.1.train.min-group-size 8"
+EVALUATED = "--eval.sets {path}/colours --eval.every-steps 1"
 SIGLIP_MODEL = {"init_logit_bias": -10.0, "init_logit_scale": 2.3}
 
 
@@ -122,6 +123,12 @@ CASES = {
     "train.compiled": Case("--stages.0.train.compiled", "compiled"),
     "train.patch_dropout": Case("--stages.0.train.patch-dropout 0.5", "weights"),
     "train.average_decay": Case("--stages.0.train.average-decay 0.9", "weights"),
+    "train.keep_best": Case("--stages.0.train.keep-best colours", "best", given=EVALUATED),
+    "train.patience": Case(
+        "--stages.0.train.patience 1",
+        "best",
+        given=f"{EVALUATED} --stages.0.train.keep-best colours --stages.0.train.lr 0",
+    ),
     "train.groups": Case("--stages.1.train.groups none", "weights", given=TWO_STAGES),
     "train.own_group_share": Case("--stages.1.train.own-group-share 0.5", "weights", given=GROUPED),
     "train.groups_per_batch": Case("--stages.1.train.groups-per-batch 2", "batches", given=GROUPED),
@@ -317,6 +324,7 @@ def look(run_recipe: Callable[[], int], run: Path, watch: Watch) -> dict[str, An
             seen["records"].append([record["step"] for record in read_jsonl(stage / "train/metrics.jsonl")])
     if (path := run / "combined/combination.json").exists():
         seen["combination"] = read_json(path)["combine"]
+    seen["best"] += [read_json(path) for path in sorted(run.glob("stage-*/train/best.json"))]
     report = run / "report.html"
     seen["report"] = (report.stat().st_size > 50_000, report.read_text().count("data:image")) if report.exists() else ()
     seen["trackers"] += sorted(path.name for path in (run / "trackers").glob("*"))
