@@ -23,7 +23,7 @@ from .processing_multistage_clip import IS_BEFORE_5, PROCESSING_AUTO_MAP, Multis
 
 # isort: split
 from .image_transform import to_rgb  # noqa: F401 - transformers before 5 copies the files that this one imports, no others
-from .multistage import COMBINATIONS, CONFIG_NAME, MultistageCLIP, normalized, read_config
+from .multistage import COMBINATIONS, CONFIG_NAME, WEIGHTED, MultistageCLIP, normalized, read_config
 from .open_clip_io import DEFAULT_CONTEXT_LENGTH, one_line
 
 MODEL_TYPE = "multistage_clip"
@@ -50,7 +50,8 @@ class MultistageCLIPConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration of a multistage CLIP model. Weights and open_clip configs are in the folders of the stages.
 
     `projection_dim` is the sum of `embed_dims`, the feature dimensions of the stages; `context_length` counts tokens,
-    `image_size` is (height, width) in pixels; `combine` is `concat` or `mean_cosine`, see `join_features`.
+    `image_size` is (height, width) in pixels; `combine` is `concat`, `mean_cosine` or,
+    where the model has weights of its stages, `weighted`: see `join_features`.
     """
 
     model_type = MODEL_TYPE
@@ -327,8 +328,9 @@ def _check_config(config: MultistageCLIPConfig | None, multistage: MultistageCLI
             raise ValueError(
                 f"the config has {key}={value!r}, the weights of {name} have {expected!r}; correct the config"
             )
-    if config.combine not in COMBINATIONS:
-        raise ValueError(f"combine={config.combine!r} is not one of {', '.join(COMBINATIONS)}")
+    known = COMBINATIONS if multistage.weights is None else (*COMBINATIONS, WEIGHTED)
+    if config.combine not in known:
+        raise ValueError(f"combine={config.combine!r} is not one of {', '.join(known)}")
     multistage.combine = config.combine
     return config
 

@@ -33,6 +33,7 @@ except ModuleNotFoundError as missing:
 CONFIG_NAME = "mcl_clip_config.json"
 FORMAT_VERSION = 1
 COMBINATIONS = ("concat", "mean_cosine")
+WEIGHTED = "weighted"  # `mean_cosine` with a weight for each stage
 FOLDER_NAME = re.compile(r"[\w-]+").fullmatch
 VECTOR = "vector"
 VECTOR_NEEDS_SHARED_TEXTS = "combine='vector' needs stages that share a text tower (lock it in later stages)"
@@ -59,9 +60,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"stages is {names!r}; it must be a list of folder names")
     scale, bias = config.get("logit_scale"), config.get("logit_bias")
     are_numbers = isinstance(scale, float) and isinstance(bias, float | None) and math.isfinite(scale + (bias or 0))
-    if not are_numbers or config.get("combine") not in COMBINATIONS:
+    if not are_numbers or config.get("combine") not in (*COMBINATIONS, WEIGHTED):
         raise ValueError(f"combine, logit_scale or logit_bias of {CONFIG_NAME} is missing or has another type")
+    if config["combine"] == WEIGHTED:
+        _check_weights(config.get("weights"), len(names))
     return config
+
+
+def _check_weights(weights: Any, stages: int) -> None:
+    are_numbers = isinstance(weights, list) and all(isinstance(weight, float) and weight >= 0 for weight in weights)
+    if not are_numbers or len(weights) != stages or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise ValueError(f"weights is {weights!r}; it must be a number for each of {stages} stages, with the sum 1")
 
 
 def normalized(features: Tensor) -> Tensor:
@@ -71,15 +80,21 @@ def normalized(features: Tensor) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-def join_features(stage_features: Sequence[Tensor], combine: str) -> Tensor:
+def join_features(stage_features: Sequence[Tensor], combine: str, weights: Sequence[float] | None = None) -> Tensor:
     """Concatenate the features of all stages, [..., sum of dims], before the final normalization.
 
     With `concat`, stages with longer features weigh more: their norms are part of the model. With `mean_cosine`, each
-    stage is normalized first, so that the cosine of the result is the mean of the cosines of the stages.
+    stage is normalized first, so that the cosine of the result is the mean of the cosines of the stages; with
+    `weighted` it is their mean with `weights`, whose sum is 1: the features of stage k get the length sqrt(w_k).
 
     Raises:
-        ValueError: if `combine` is unknown.
+        ValueError: if `combine` is unknown, or needs `weights`.
     """
+    if combine == WEIGHTED:
+        if weights is None:
+            raise ValueError("combine='weighted' needs a model that was saved with weights of its stages")
+        pairs = zip(stage_features, weights, strict=True)
+        return torch.cat([math.sqrt(weight) * normalized(features) for features, weight in pairs], dim=-1)
     if combine not in COMBINATIONS:
         raise ValueError(f"combine={combine!r} is not one of {', '.join(COMBINATIONS)}")
     if combine == "mean_cosine":
@@ -87,19 +102,22 @@ def join_features(stage_features: Sequence[Tensor], combine: str) -> Tensor:
     return torch.cat(list(stage_features), dim=-1)
 
 
-def combine_features(stage_features: Sequence[Tensor], combine: str) -> Tensor:
+def combine_features(stage_features: Sequence[Tensor], combine: str, weights: Sequence[float] | None = None) -> Tensor:
     """Combine unnormalized features of the stages to unit features of the model, [..., sum of dims]."""
-    return normalized(join_features(stage_features, combine))
+    return normalized(join_features(stage_features, combine, weights))
 
 
-def join_to_vector(stage_features: Sequence[Tensor], combine: str) -> Tensor:
+def join_to_vector(stage_features: Sequence[Tensor], combine: str, weights: Sequence[float] | None = None) -> Tensor:
     """Reduce image features of S stages to vectors of the width of one stage, [..., dim], with exact scores.
 
     Scores are inner products with unit features t of the text tower that all stages share. For stage features i_k,
     `concat` returns v = sum_k i_k / |[i_0; ...; i_S-1]|, and <t, v> / sqrt(S) is the cosine of the concatenations;
-    `mean_cosine` returns v = sum_k i_k / |i_k| / S, and <t, v> is the mean of the cosines. The norm of v is part of
-    the score: normalizing v changes the ranking.
+    `mean_cosine` returns v = sum_k i_k / |i_k| / S, and <t, v> is the mean of the cosines; `weighted` has w_k in place
+    of 1 / S. The norm of v is part of the score: normalizing v changes the ranking.
     """
+    if combine == WEIGHTED:
+        pairs = zip(stage_features, weights or (), strict=True)
+        return torch.stack([weight * normalized(features) for features, weight in pairs]).sum(0)
     if combine == "mean_cosine":
         return torch.stack([normalized(features) for features in stage_features]).mean(0)
     length = join_features(stage_features, combine).norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -115,6 +133,7 @@ class MultistageCLIP(nn.Module):
     Args:
         stages: open_clip models in the order of the stages.
         combine: how the features of the stages are combined, see `join_features`.
+        weights: of the stages, for `weighted`.
         logit_scale: logarithm of the factor on the cosine.
         logit_bias: added to the logits; None for models without one.
         preprocess_cfg: open_clip's config of the image transform, the same for all stages.
@@ -130,6 +149,7 @@ class MultistageCLIP(nn.Module):
         stages: Sequence[nn.Module],
         *,
         combine: str = "concat",
+        weights: Sequence[float] | None = None,
         logit_scale: float,
         logit_bias: float | None = None,
         preprocess_cfg: Mapping[str, Any],
@@ -137,13 +157,15 @@ class MultistageCLIP(nn.Module):
         tokenizer: Callable[..., Tensor] | None = None,
     ):
         super().__init__()
-        if combine not in COMBINATIONS:
-            raise ValueError(f"combine={combine!r} is not one of {', '.join(COMBINATIONS)}")
+        if combine not in (*COMBINATIONS, WEIGHTED):
+            raise ValueError(f"combine={combine!r} is not one of {', '.join((*COMBINATIONS, WEIGHTED))}")
+        if weights is not None or combine == WEIGHTED:
+            _check_weights(weights := list(weights or ()), len(stages))
         if not stages or len(stages) != len(model_cfgs):
             raise ValueError(f"{len(stages)} stages with {len(model_cfgs)} model_cfgs; give one for each, at least one")
         if any(_tokenizer_cfg(cfg) != _tokenizer_cfg(model_cfgs[0]) for cfg in model_cfgs):
             raise ValueError("the stages use different tokenizers or context lengths; a multistage model has one")
-        self.combine = combine
+        self.combine, self.weights = combine, weights
         self.model_cfgs = [dict(cfg) for cfg in model_cfgs]
         self.preprocess_cfg = dict(preprocess_cfg)
         self.tokenizer = tokenizer if tokenizer is not None else make_tokenizer(model_cfgs[0])
@@ -203,8 +225,8 @@ class MultistageCLIP(nn.Module):
                 raise ValueError(VECTOR_NEEDS_SHARED_TEXTS)
             if normalize:
                 raise ValueError("combine='vector' with normalize=True would rank otherwise; use the inner product")
-            return join_to_vector(self.encode_image_stages(image), self.combine)
-        features = join_features(self.encode_image_stages(image), combine or self.combine)
+            return join_to_vector(self.encode_image_stages(image), self.combine, self.weights)
+        features = join_features(self.encode_image_stages(image), combine or self.combine, self.weights)
         return normalized(features) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False, combine: str | None = None) -> Tensor:
@@ -220,7 +242,7 @@ class MultistageCLIP(nn.Module):
             if not self.shared_text_tower:
                 raise ValueError(VECTOR_NEEDS_SHARED_TEXTS)
             return normalized(self.encode_text_stages(text)[0])
-        features = join_features(self.encode_text_stages(text), combine or self.combine)
+        features = join_features(self.encode_text_stages(text), combine or self.combine, self.weights)
         return normalized(features) if normalize else features
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor | None]:
@@ -251,6 +273,7 @@ class MultistageCLIP(nn.Module):
             "stages": names,
             "compact": compact,
             "combine": self.combine,
+            **({} if self.weights is None else {"weights": self.weights}),
             "logit_scale": self.logit_scale.item(),
             "logit_bias": None if self.logit_bias is None else self.logit_bias.item(),
             "shared_text_tower": self.shared_text_tower,
@@ -277,6 +300,7 @@ class MultistageCLIP(nn.Module):
         multistage = cls(
             stages,
             combine=config["combine"],
+            weights=config.get("weights"),
             logit_scale=config["logit_scale"],
             logit_bias=config.get("logit_bias"),
             preprocess_cfg=preprocess_cfg,

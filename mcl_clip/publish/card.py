@@ -161,6 +161,7 @@ def _render(subject: _Subject, name: str, repo: str, revision: str, about: About
         datasets=listed(map(public_name, about.datasets)) if about.datasets else "",
         control=CONTROLS.get(run.config.get("control", "none"), ""),
         combine=run.combination.get("combine", ""),
+        stage_weights=", ".join(f"{weight:.2f}" for weight in run.combination.get("weights") or ()),
         stage=subject.stage,
         count=len(run.stages),
         weights=safe(subject.weights),

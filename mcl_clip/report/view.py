@@ -23,7 +23,7 @@ from mcl_clip.data.shards import is_remote
 from mcl_clip.data.storage import load_numbers, load_tensors
 from mcl_clip.eval.datasets import open_set
 from mcl_clip.eval.task import Task
-from mcl_clip.model.multistage import combine_features
+from mcl_clip.model.multistage import WEIGHTED, combine_features
 from mcl_clip.results.record import RunRecord, read_run
 from mcl_clip.stages.shared_metric import Projection
 
@@ -80,11 +80,13 @@ class RunView:
         """Return the stages of which a phase is done."""
         return [s for s, stage in enumerate(self.run.stages) if stage.state(phase) == "done"]
 
-    @property
-    def combine(self) -> str:
-        """How the stages are combined, or will be according to the recipe."""
-        combine = self.run.combination.get("combine") or self.run.config.get("combine")
-        return "concat" if combine == "concat" else "mean_cosine"
+    def combine(self, stage_features: Sequence[Tensor]) -> Tensor:
+        """Combine unnormalized features of stages to unit features, as the run does or, by its recipe, will do."""
+        combine, weights = (self.run.combination.get(name) for name in ("combine", "weights"))
+        if combine == WEIGHTED and len(weights or ()) == len(stage_features):
+            return combine_features(stage_features, combine, weights)
+        is_concat = (combine or self.run.config.get("combine")) == "concat"
+        return combine_features(stage_features, "concat" if is_concat else "mean_cosine")
 
     @cached_property
     def reader(self) -> Reader | None:
@@ -137,7 +139,7 @@ class RunView:
     def combined(self, side: str) -> Float32[np.ndarray, "sample dims"]:
         """Return unit features of the sample under all embedded stages together."""
         stages = [torch.from_numpy(self.features(s, side)) for s in self.stages_with("embed")]
-        return combine_features(stages, self.combine).numpy()
+        return self.combine(stages).numpy()
 
     @property
     def clusterings(self) -> list[tuple[int, str]]:
@@ -185,7 +187,7 @@ class RunView:
     def combined_set_features(self, name: str, stages: Sequence[int]) -> dict[str, Tensor]:
         """Return unit features of an evaluation set under some stages together, as the run combines them."""
         of_stages = [self.set_features(s, name) for s in stages]
-        return {side: combine_features([features[side] for features in of_stages], self.combine) for side in SIDES}
+        return {side: self.combine([features[side] for features in of_stages]) for side in SIDES}
 
 
 def as_markup(rows: Sequence[Sequence[str]]) -> list[list[Markup]]:

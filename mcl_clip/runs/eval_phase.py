@@ -105,6 +105,7 @@ def combine(run: RunContext) -> None:
     model = MultistageCLIP(
         [clip.model for clip in clips],
         combine=fitted.combine,
+        weights=fitted.weights,
         logit_scale=fitted.logit_scale,
         logit_bias=fitted.logit_bias,
         preprocess_cfg=clips[0].preprocess_cfg,
@@ -114,7 +115,7 @@ def combine(run: RunContext) -> None:
     with atomic_dir(out / "model") as folder:
         model.save(folder)
     write_json(out / "combination.json", {**asdict(fitted), "held_out_rows": len(rows)})
-    score_stages(run, out, [("combined", stages, fitted.combine)])
+    score_stages(run, out, [("combined", stages, fitted.combine)], weights=fitted.weights)
     logging.getLogger(RESULTS).info("all stages\n%s", results_table(config.run_dir))
 
 
@@ -131,10 +132,15 @@ def publish(run: RunContext) -> None:
     logger.info("published at %s, commit %s", published.url, published.commit)
 
 
-def score_stages(run: RunContext, out: Path, models: Iterable[tuple[str, Sequence[int], str | None]]) -> None:
+def score_stages(
+    run: RunContext,
+    out: Path,
+    models: Iterable[tuple[str, Sequence[int], str | None]],
+    weights: Sequence[float] | None = None,
+) -> None:
     """Score stages and combinations of stages from their stored features; write results.jsonl and the outcomes.
 
-    `models` are label, stages, and how these are combined (None for a single stage).
+    `models` are label, stages, and how these are combined (None for a single stage); `weights` are for `weighted`.
     """
     records = []
     for label, stages, combination in models:
@@ -142,7 +148,8 @@ def score_stages(run: RunContext, out: Path, models: Iterable[tuple[str, Sequenc
             started = time.perf_counter()
             stored = [load_tensors(run.folder(s, "eval") / f"features-{name}.safetensors", *SIDES) for s in stages]
             image, text = (
-                combine_features([features[side] for features in stored], combination or "concat") for side in SIDES
+                combine_features([features[side] for features in stored], combination or "concat", weights)
+                for side in SIDES
             )
             task = probe_at_stage_width(base_task, [features["image"].shape[1] for features in stored])
             metrics, outcomes = task.score(image, text)

@@ -37,7 +37,7 @@ from mcl_clip.data.decode import BadSampleError, decode_image
 from mcl_clip.eval.classification import ClassificationTask
 from mcl_clip.eval.retrieval import RetrievalTask
 from mcl_clip.model.clip import ClipBundle, load_clip
-from mcl_clip.model.multistage import combine_features, normalized
+from mcl_clip.model.multistage import normalized
 from mcl_clip.report.thumbnails import TRAINING, task_images, training_images
 from mcl_clip.report.view import RunView
 
@@ -119,7 +119,7 @@ class Search:
             words = [texts[0] if texts else "" for texts in captions]
         by_model = {f"stage {s}": features for s, features in zip(stages, images, strict=True)}
         if len(stages) > 1:
-            by_model["all stages"] = combine_features(images, view.combine)
+            by_model["all stages"] = view.combine(images)
         return Gallery(stages=stages, images=by_model, words=words)
 
     def find(self, name: str, query: str | bytes | int) -> list[dict[str, Any]]:
@@ -166,7 +166,7 @@ class Search:
         """Rank the images by cosine similarity to a query of each stage, and to the combination of several stages."""
         found = []
         if len(queries) > 1:
-            queries = [*queries, combine_features(queries, self.view.combine)]
+            queries = [*queries, self.view.combine(queries)]
         for (model, images), query in zip(gallery.images.items(), queries, strict=True):
             scores = normalized(images) @ normalized(query)
             best = torch.argsort(scores, descending=True, stable=True)[:NUM_RESULTS].tolist()

@@ -1,7 +1,9 @@
 """Settings that change what a stage does, each for a few steps."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,11 @@ from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, read_json
 from mcl_clip.data import decode as decode_module
+from mcl_clip.eval.datasets import open_set
 from mcl_clip.model.clip import create_clip
+from mcl_clip.publish.export import Export, export_run
+from mcl_clip.results.record import read_run
+from mcl_clip.results.training import stage_rows
 from mcl_clip.runs.phase import StaleArtifactError
 from mcl_clip.train.optim import lr_at
 from tests.recipes.runs import execute, records, steps, with_stages, write_shards
@@ -145,6 +151,25 @@ def test_best_takes_the_combination_with_the_lower_loss(recipe):
     assert MultistageCLIP.load(run / "combined/model").combine == chosen["combine"]
 
 
+def test_weights_of_the_stages_are_stored_scored_and_exported(recipe, tmp_path):
+    run = execute(with_stages(recipe, SHORT, {**SHORT, "start": "scratch"}), "--combine", "weighted")
+    weights = read_json(run / "combined/combination.json")["weights"]
+    assert (sum(weights), min(weights) > 0) == (pytest.approx(1), True)
+    stored = [load_file(run / f"stage-{s}/eval/features-colours.safetensors") for s in range(2)]
+    joined = [
+        torch.cat([w**0.5 * torch.nn.functional.normalize(of[side]) for w, of in zip(weights, stored, strict=True)], 1)
+        for side in ("image", "text")
+    ]
+    expected = open_set(Path(recipe.eval.classification[0]), "colours").score(*joined)[0]
+    (record,) = [r for r in records(run / "combined/results.jsonl") if r["dataset"] == "colours"]
+    assert record["combine"] == "weighted"
+    assert record["metrics"]["acc1"] == pytest.approx(expected["acc1"])
+    assert {"mcl_clip", "open_clip", "transformers"} == export_run(run, tmp_path / "exported", Export()).keys()
+    assert MultistageCLIP.load(tmp_path / "exported").weights == weights
+    card = (tmp_path / "exported/README.md").read_text()
+    assert f"weighted mean of the cosine similarities of all stages ({weights[0]:.2f}, {weights[1]:.2f})" in card
+
+
 def test_a_run_without_evaluation_sets(recipe):
     nothing = replace(recipe.eval, retrieval=(), classification=())
     run = execute(replace(with_stages(recipe, SHORT), eval=nothing))
@@ -214,3 +239,36 @@ def test_images_are_read_as_the_run_was_begun(recipe, behavior, monkeypatch):
     execute(replace(with_stages(recipe, {"steps": 1}), behavior=behavior, eval=EvalConfig()))
     assert len(read) > 200  # the rows that were trained on, and all that were embedded
     assert set(read) == {behavior == "0.6"}
+
+
+def test_a_stage_keeps_its_best_weights_by_an_evaluation_set(recipe):
+    """With a learning rate of 0 nothing improves, so the first weights are kept and patience ends the stage."""
+    recipe = with_stages(recipe, {"keep_best": "colours", "patience": 2, "lr": 0.0})
+    run = execute(replace(recipe, eval=replace(recipe.eval, every_steps=2)))
+    best = read_json(run / "stage-0/train/best.json")
+    assert best == {"metric": "colours/acc1", "step": 0, "value": best["value"], "last_step": 4}
+    assert not moved(random_draw(recipe.tower.model, 0), trained(run))
+    assert ["weights kept", f"step 0, colours/acc1 {best['value']:.4g}; stopped at 4"] in stage_rows(read_run(run))
+    with pytest.raises(StaleArtifactError, match=r"chosen_on.every_steps was 2 and is now 4"):
+        execute(replace(recipe, eval=replace(recipe.eval, every_steps=4)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "every_steps", "message"),
+    [
+        ({"keep_best": "val:acc1"}, 2, "--stages.0.train.keep-best val:acc1 names no evaluation set; there are "
+         "retrieval, colours, and --eval.sets val=FOLDER adds one"),
+        ({"keep_best": "colours"}, 0, "--stages.0.train.keep-best colours needs evaluations inside the stage; add "
+         "--eval.every-steps N"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_kept_is_refused(recipe, changes, every_steps, message):
+    recipe = with_stages(recipe, changes)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        execute(replace(recipe, eval=replace(recipe.eval, every_steps=every_steps)))
+    assert not recipe.run_dir.exists()
+
+
+def test_patience_needs_a_metric(recipe):
+    with pytest.raises(UserError, match=r"--stages.K.train.patience 3 needs a metric that should improve"):
+        with_stages(recipe, {"patience": 3})

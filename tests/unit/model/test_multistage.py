@@ -183,6 +183,43 @@ def test_saved_model_is_equal_and_each_stage_loads_in_plain_open_clip(shared, tm
     assert config["shared_text_tower"] is shared
 
 
+WEIGHTS = [0.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, [0.2, 0.1, 0.7]])
+@torch.no_grad()
+def test_weighted_cosines_are_kept_by_every_form(weights, tmp_path):
+    clips = make_stages(shared=True)
+    images, tokens = batch()
+    cosines = [F.normalize(c.model.encode_text(tokens)) @ F.normalize(c.model.encode_image(images)).T for c in clips]
+    expected = sum(weight * cosine for weight, cosine in zip(weights, cosines, strict=True))
+    model = combined(clips, combine="weighted", weights=weights)
+    model.save(tmp_path)
+    for each in (model, MultistageCLIP.load(tmp_path)):
+        output = each(image=images, text=tokens)
+        torch.testing.assert_close(output["text_features"] @ output["image_features"].T, expected, rtol=0, atol=1e-6)
+        vectors = each.encode_image(images, combine="vector"), each.encode_text(tokens, combine="vector")
+        torch.testing.assert_close(vectors[1] @ vectors[0].T, expected, rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "mcl_clip_config.json").read_text())["weights"] == weights
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 1.0, -0.5]])
+def test_weights_that_do_not_fit_the_stages_are_refused(weights, tmp_path):
+    clips = make_stages(shared=True)
+    with pytest.raises(ValueError, match=r"must be a number for each of 3 stages, with the sum 1"):
+        combined(clips, combine="weighted", weights=weights)
+    combined(clips, combine="weighted", weights=WEIGHTS).save(tmp_path)
+    path = tmp_path / "mcl_clip_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weights}))
+    with pytest.raises(ValueError, match=r"must be a number for each of 3 stages, with the sum 1"):
+        MultistageCLIP.load(tmp_path)
+
+
+def test_a_model_without_weights_cannot_be_weighted():
+    with pytest.raises(ValueError, match="combine='weighted' needs a model that was saved with weights of its stages"):
+        combined(make_stages(shared=True)).encode_image(batch()[0], combine="weighted")
+
+
 @torch.no_grad()
 def test_halves_and_zero_shot_classifier_work_as_in_open_clip():
     model = combined(make_stages(shared=True))

@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -53,9 +54,37 @@ def test_the_best_way_to_combine_is_chosen():
     assert fitted.losses["mean_cosine"] == min(fitted.losses.values())
 
 
+def weighted_loss(images, texts, loss: str, factors: list[float], bias: float) -> float:
+    cosines = [
+        normalize(i.double(), dim=1) @ normalize(t.double(), dim=1).T for i, t in zip(images, texts, strict=True)
+    ]
+    logits = sum(factor * cosine for factor, cosine in zip(factors, cosines, strict=True))
+    if loss == "clip":
+        target = torch.arange(len(logits))
+        return float(cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+    return float(-logsigmoid((logits + bias) * (2 * torch.eye(len(logits)) - 1)).sum() / len(logits))
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_weights_of_the_stages_are_at_the_minimum(loss):
+    images, texts = features(3, 1.5)
+    images[2] = torch.randn(images[2].shape, generator=torch.Generator().manual_seed(1))  # of no use
+    fitted = fit_combination(images, texts, combine="weighted", loss=loss)
+    assert sum(fitted.weights) == pytest.approx(1)
+    assert fitted.weights[2] < 0.05 < min(fitted.weights[:2])
+    factors, bias = [math.exp(fitted.logit_scale) * weight for weight in fitted.weights], fitted.logit_bias or 0.0
+    best = weighted_loss(images, texts, loss, factors, bias)
+    assert fitted.losses == {"weighted": pytest.approx(best, rel=1e-6)}
+    assert best < min(fit_combination(images, texts, combine="mean_cosine", loss=loss).losses.values())
+    for s, step in product(range(2), (0.9, 1.1)):
+        changed = [factor * step if k == s else factor for k, factor in enumerate(factors)]
+        assert weighted_loss(images, texts, loss, changed, bias) > best
+
+
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 def test_the_factor_stays_between_1_and_100(loss):
     same, _ = features(1, 0.0)
+    assert fit_combination(same, same, combine="weighted", loss=loss).logit_scale <= math.log(100) + 1e-9
     assert fit_combination(same, same, combine="concat", loss=loss).logit_scale <= math.log(100) + 1e-9
     unrelated = [torch.from_numpy(np.random.default_rng(5).normal(size=(60, 8)))]
     assert fit_combination(same, unrelated, combine="concat", loss=loss).logit_scale >= 0
