@@ -17,7 +17,7 @@ from mcl_clip.config import (
     TrainConfig,
 )
 from mcl_clip.core.caches import use_writable_caches
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import UserError, explain_uncaught_errors
 
 if TYPE_CHECKING:
     from mcl_clip.cli.recipe import main
@@ -43,6 +43,7 @@ __all__ = [
     "main",
 ]
 
+explain_uncaught_errors()
 use_writable_caches()  # before torch and transformers are imported, which is on first use
 
 

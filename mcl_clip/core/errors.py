@@ -4,12 +4,15 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from types import TracebackType
 
 MAX_MESSAGE = 1200  # characters; a longer sentence has the content of a file in it
+FEWER_WORKERS = "use fewer workers (--machine.workers of a recipe, --workers of mcl-clip eval)"
 LOST_WORKER = (
-    "a loader process ended unexpectedly; if it printed no error above, memory has run out: use fewer "
-    "--machine.workers, or smaller batches"
+    f"a loader process ended unexpectedly; if it printed no error above, memory has run out: {FEWER_WORKERS}, or "
+    f"smaller batches"
 )
 
 
@@ -110,3 +113,24 @@ def run_program(main: Callable[[], object]) -> None:
             raise
     sys.stderr.write(" ".join(message.splitlines()) + "\n")
     sys.exit(code)
+
+
+def explain_uncaught_errors() -> None:
+    """Print a `UserError` that a script does not catch as one sentence with its line of the script; exit code 2.
+
+    So does a recipe with a wrong value in its file, whose error comes before `main` runs. Other exceptions, and the
+    interactive interpreter, are as before.
+    """
+    before = sys.excepthook
+
+    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, UserError) or hasattr(sys, "ps1") or sys.flags.interactive:
+            before(kind, error, trace)
+            return
+        script = getattr(sys.modules["__main__"], "__file__", None)
+        lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == script]
+        where = f"{script}, line {lines[-1]}: " if lines else ""
+        sys.stderr.write(" ".join(f"error: {where}{error}".splitlines()) + "\n")
+        sys.exit(2)  # from a hook, this sets the exit code of the interpreter
+
+    sys.excepthook = explain

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from mcl_clip.core.errors import UserError, explain_os_error
+from mcl_clip.core.errors import FEWER_WORKERS, UserError, explain_os_error
 
 POLL_S = 5.0  # between looks at the processes while waiting for a batch
 SHARED_MEMORY = Path("/dev/shm")
@@ -121,7 +121,8 @@ def _explain_shared_memory(batch: _NotShared, num_workers: int, prefetch_batches
         f"the batches of the loader processes do not fit {SHARED_MEMORY}, which has {total / 1e6:.0f} MB "
         f"({free / 1e6:.0f} MB free): {num_workers} workers keep {prefetch_batches} batches of "
         f"{batch.nbytes / 1e6:.0f} MB each, {needed / 1e6:.0f} MB; enlarge it (docker run --shm-size "
-        f"{-(-needed * 2 // 10**9)}g, or --ipc host), or use fewer --machine.workers or --machine.prefetch-batches"
+        f"{-(-needed * 2 // 10**9)}g, or --ipc host), or {FEWER_WORKERS}, or in a recipe fewer "
+        f"--machine.prefetch-batches"
     )
 
 

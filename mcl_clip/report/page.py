@@ -31,13 +31,16 @@ SECTIONS: tuple[Callable[[RunView, Thumbnails], Section | None], ...] = (
 )
 
 
-def write_report(run_dir: Path, *, images: bool = True, max_mb: float = 10.0, out: Path | None = None) -> Path:
+def write_report(
+    run_dir: Path, *, images: bool = True, max_mb: float = 10.0, option: str = "--max-mb", out: Path | None = None
+) -> Path:
     """Write the report of a run, finished or not, and return its path.
 
     Args:
         run_dir: the run directory.
         images: whether to include small images of the data.
         max_mb: largest size of the file, in 10^6 bytes; images are made smaller, then fewer.
+        option: what the user sets it with.
         out: the file; by default report.html in the run directory.
 
     Raises:
@@ -55,7 +58,7 @@ def write_report(run_dir: Path, *, images: bool = True, max_mb: float = 10.0, ou
     left = int(max_mb * 1e6) - len(render().encode(errors="backslashreplace"))
     if left < 0:
         raise UserError(
-            f"--max-mb {max_mb:g} is too little: the report of {run_dir} has {max_mb - left / 1e6:.1f} MB of text and "
+            f"{option} {max_mb:g} is too little: the report of {run_dir} has {max_mb - left / 1e6:.1f} MB of text and "
             f"plots alone"
         )
     thumbnails.encode(left)

@@ -135,7 +135,10 @@ def _show_results(run: RunContext, phase: Phase) -> None:
     try:
         page = None
         if config.machine.report and phase.name != f"stage-{last_stage}/eval":  # `combined` follows right after it
-            page = write_report(config.run_dir, images=config.machine.report_images, max_mb=config.machine.report_mb)
+            page = write_report(
+                config.run_dir, images=config.machine.report_images, max_mb=config.machine.report_mb,
+                option="--machine.report-mb",
+            )  # fmt: skip
             logger.info("report: %s", page)
         if run.trackers:
             values = {

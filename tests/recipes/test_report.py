@@ -107,7 +107,7 @@ def test_it_is_written_by_the_run_itself_after_each_stage(recipe, monkeypatch):
     recipe = replace(recipe, machine=replace(recipe.machine, report=True, report_images=False, report_mb=3.0))
     run = execute(with_stages(recipe, {"steps": 2}, {"steps": 2}))
     assert [len(done) for done, _ in written] == [1, 2]
-    assert written[0][1] == {"images": False, "max_mb": 3.0}
+    assert written[0][1] == {"images": False, "max_mb": 3.0, "option": "--machine.report-mb"}
     written.clear()
     execute(replace(with_stages(recipe, {"steps": 2}, {"steps": 2}), run_dir=run))
     assert not written  # nothing was new
@@ -161,6 +161,8 @@ def test_the_size_is_kept(finished, tmp_path, max_mb):
 def test_a_size_below_that_of_the_text_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match=r"--max-mb 0.01 is too little: the report of .* has 0\.\d MB of text"):
         write_report(finished, max_mb=0.01, out=tmp_path / "report.html")
+    with pytest.raises(UserError, match=r"^--machine.report-mb 0.01 is too little"):
+        write_report(finished, max_mb=0.01, option="--machine.report-mb", out=tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 

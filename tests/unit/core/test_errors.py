@@ -15,6 +15,7 @@ from mcl_clip.core.errors import (
     PlannedStop,
     UserError,
     explain_os_error,
+    explain_uncaught_errors,
     run_program,
     shorten,
     shorten_list,
@@ -135,3 +136,35 @@ def test_values_are_shown_on_one_short_line():
     assert shorten_list(["a", "b"]) == "a, b"
     assert shorten_list([]) == "none"
     assert shorten_list(map(str, range(1000)), most=3) == "0, 1, 2, and 997 more"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "printed"),
+    [
+        (
+            "TrainConfig(steps=-1, global_batch_size=2, lr=1)",
+            2,
+            "error: {path}, line 4: --stages.K.train.steps must be ",
+        ),
+        ("{}['x']", 1, "Traceback"),
+    ],
+)
+def test_a_wrong_value_in_a_recipe_is_named_with_its_line(tmp_path, line, code, printed):
+    path = tmp_path / "recipe.py"
+    path.write_text(f"from mcl_clip import TrainConfig\n\n\n{line}\n")
+    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr.startswith(printed.format(path=path))
+    assert (ended.stderr.count("\n") == 1) == (code == 2)
+
+
+def test_the_interactive_interpreter_keeps_its_tracebacks(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: shown.append(error))
+    explain_uncaught_errors()
+    error = UserError("--x is 3")
+    with pytest.raises(SystemExit):
+        sys.excepthook(UserError, error, None)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    sys.excepthook(UserError, error, None)
+    assert shown == [(UserError, error, None)]

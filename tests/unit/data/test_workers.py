@@ -66,8 +66,8 @@ def test_a_batch_that_does_not_fit_the_shared_memory_ends_the_wait(monkeypatch):
         next(load(lambda number: torch.zeros(500_000)))
     assert str(caught.value) == (
         "the batches of the loader processes do not fit /dev/shm, which has 64 MB (4 MB free): 2 workers keep 2 "
-        "batches of 2 MB each, 8 MB; enlarge it (docker run --shm-size 1g, or --ipc host), or use fewer "
-        "--machine.workers or --machine.prefetch-batches"
+        "batches of 2 MB each, 8 MB; enlarge it (docker run --shm-size 1g, or --ipc host), or use fewer workers "
+        "(--machine.workers of a recipe, --workers of mcl-clip eval), or in a recipe fewer --machine.prefetch-batches"
     )
     assert load(lambda number: torch.zeros(1), workers=0)  # which shares nothing
     monkeypatch.setattr(
@@ -115,7 +115,7 @@ def test_a_loader_process_that_is_killed_ends_the_program(capfd):
     text = ended(lambda number: os.kill(os.getpid(), signal.SIGKILL), capfd)
     assert text == (
         "error: a loader process ended unexpectedly; if it printed no error above, memory has run out: use fewer "
-        "--machine.workers, or smaller batches\n"
+        "workers (--machine.workers of a recipe, --workers of mcl-clip eval), or smaller batches\n"
     )
 
 
