@@ -24,10 +24,10 @@ from torch import nn
 from tqdm import tqdm
 
 from mcl_clip.core.errors import UserError, run_program
-from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip
+from mcl_clip.model.clip import TEXTS, ClipBundle, create_clip, load_clip, save_clip
 from mcl_clip.model.fast_paths import slow_paths
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
-from mcl_clip.model.prepare import TEXTS, check_gradients, lock, synchronize_batch_norm
+from mcl_clip.model.prepare import check_gradients, lock, synchronize_batch_norm
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}

@@ -44,6 +44,7 @@ from mcl_clip.model.open_clip_io import (
 TEXT_BATCH_SIZE = {"cpu": 32}  # other devices encode all texts at once
 PREPROCESS_NAMES = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PREPROCESS_CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}
+TEXTS = ("a photo", "a photo of two dogs on a beach")  # to try a text tower; one of them is padded
 LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
@@ -63,7 +64,7 @@ def to_floats(
 @lru_cache(maxsize=16)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "3 1 1"]:
     """Return values on a device, where they stay: the process would wait for the device to copy them in each step."""
-    return torch.tensor(values, device=device).view(3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def encode_texts(model: Any, tokens: Int[Tensor, "texts length"], device: torch.device) -> Float[Tensor, "texts dim"]:
@@ -134,12 +135,7 @@ def create_clip(
     if bool(architecture) == (model_cfg is not None):
         raise UserError("give either an architecture (a name known to open_clip) or a model config, not both or none")
     preprocess = dict(preprocess or {})
-    unknown = sorted(set(preprocess) - set(PREPROCESS_NAMES))
-    if unknown:
-        raise UserError(f"preprocess has no {', '.join(unknown)}; it may set {', '.join(PREPROCESS_NAMES)}")
-    for option, choices in PREPROCESS_CHOICES.items():
-        if option in preprocess and preprocess[option] not in choices:
-            raise UserError(f"preprocess has {option}={preprocess[option]!r}; it may be {', '.join(choices)}")
+    check_preprocess(preprocess)
     if architecture.startswith((LOCAL, HUB)):
         return _load_published(architecture, pretrained, preprocess)
     name = architecture.replace("/", "-")
@@ -167,6 +163,28 @@ def create_clip(
     if size:
         check_image_size(model, cfg, size)
     return _make_bundle(model, cfg, partial(make_tokenizer, cfg), cfg["text_cfg"].get("hf_tokenizer_name"))
+
+
+def check_preprocess(preprocess: Mapping[str, Any]) -> None:
+    """Raise UserError for overrides of the image transform that are unknown, or of which no transform can be made."""
+    unknown = sorted(set(preprocess) - set(PREPROCESS_NAMES))
+    if unknown:
+        raise UserError(f"preprocess has no {', '.join(unknown)}; it may set {', '.join(PREPROCESS_NAMES)}")
+    for option, value in preprocess.items():
+        choices = PREPROCESS_CHOICES.get(option)
+        if choices and value not in choices:
+            raise UserError(f"preprocess sets {option} to {value!r}; it may be {', '.join(choices)}")
+        is_list = isinstance(value, list | tuple)
+        numbers = value if is_list else (value,)
+        are_numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+        if option in ("mean", "std") and not (are_numbers and len(numbers) == (3 if is_list else 1)):
+            raise UserError(
+                f"preprocess sets {option} to {value!r}; it must be a number, or one each of red, green and blue"
+            )
+        if option == "std" and not all(numbers):
+            raise UserError(f"preprocess sets std to {value!r}; pixels are divided by it, so it must not be 0")
+        if option == "size" and not (are_numbers and len(numbers) in (1, 2) and min(numbers) >= 1):
+            raise UserError(f"preprocess sets size to {value!r}; it must be pixels: a side, or height and width")
 
 
 def with_image_size(model_cfg: Mapping[str, Any], size: int | Sequence[int]) -> dict[str, Any]:
@@ -356,8 +374,21 @@ def _make_bundle(
     size = preprocess_cfg["size"]
     if isinstance(size, list) and size[0] == size[1]:  # open_clip gives a number or a pair, as the image tower does
         preprocess_cfg["size"] = size[0]
+    for name in ("mean", "std"):  # open_clip takes one number for all channels, too
+        if not isinstance(preprocess_cfg[name], list):
+            preprocess_cfg[name] = [preprocess_cfg[name]] * 3
     use_fast_paths(model)
     return ClipBundle(model=model, model_cfg=cfg, preprocess_cfg=preprocess_cfg, tokenizer=tokenizer)
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Callable[..., Int[Tensor, "texts context"]]) -> None:
+    """Raise UserError if the tokenizer makes tokens that the text tower has no embedding of."""
+    largest, vocabulary = int(tokenizer(list(TEXTS)).max()), getattr(model, "vocab_size", 0)
+    if vocabulary and largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer makes token {largest}, and the text tower has vocab_size {vocabulary}; give it the "
+            f"vocab_size of the tokenizer, or name the tokenizer that belongs to it as hf_tokenizer_name"
+        )
 
 
 def save_clip(clip: ClipBundle, folder: Path) -> None:

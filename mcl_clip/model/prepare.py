@@ -21,7 +21,7 @@ from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # type: ig
 from torch import Tensor, nn
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.model.clip import ClipBundle, check_image_size, encode_texts, evaluating
+from mcl_clip.model.clip import TEXTS, ClipBundle, check_image_size, encode_texts, evaluating
 from mcl_clip.model.fast_paths import slow_paths
 from mcl_clip.model.grad_cache import FEATURES, TEMPERATURES
 from mcl_clip.model.multistage import NOT_TEXT, normalized
@@ -32,7 +32,6 @@ RESNET_GROUPS = (
     ("attnpool",),
 )
 MIN_CONVOLUTIONS = 8  # of a convolutional image tower; a vision transformer has one
-TEXTS = ("a photo", "a photo of two dogs on a beach")  # of different length, so that one is padded
 MIN_COSINE = 0.99  # rounding in float32, or of TF32 convolutions, stays above it; a lost activation is below 0.6
 
 
@@ -205,17 +204,11 @@ def reference_features(clip: ClipBundle) -> list[Tensor]:
     """Encode two images and texts before a stage prepares its model: what `check_contract` compares with.
 
     Raises:
-        UserError: if the encoders do not take images of the run's size, or tokens of its tokenizer.
+        UserError: if the encoders do not take images of the run's size.
     """
     model: Any = clip.model
     check_image_size(model, clip.model_cfg, clip.preprocess_cfg["size"])
     images, tokens = _sample(clip)
-    vocabulary = getattr(model, "vocab_size", 0)
-    if vocabulary and tokens.max() >= vocabulary:
-        raise UserError(
-            f"the tokenizer makes token {int(tokens.max())}, and the text tower has vocab_size {vocabulary}; give it "
-            f"the vocab_size of the tokenizer, or name the tokenizer that belongs to it as hf_tokenizer_name"
-        )
     with evaluating(model), torch.no_grad(), slow_paths(model):
         return [normalized(model.encode_image(images)), normalized(model.encode_text(tokens))]
 

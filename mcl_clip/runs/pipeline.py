@@ -39,7 +39,7 @@ from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import combine, evaluate, publish
 from mcl_clip.runs.phase import Phase, lock
 from mcl_clip.runs.stage_phases import cluster, embed, label
-from mcl_clip.runs.train_phase import ROW_MAP, min_group_size, start_stage, train
+from mcl_clip.runs.train_phase import min_group_size, row_map_path, start_stage, train
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.trackers import Trackers, check_trackers
 
@@ -233,7 +233,7 @@ def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, 
         settings["chosen_on"] = {"every_steps": config.eval.every_steps, "set": task.data.sha256}
     settings["train"]["lock"].pop("cached_texts")  # does not change the features
     if stage.train.resharded:
-        settings["train"]["resharded"] = file_digest(Path(stage.train.resharded) / ROW_MAP)
+        settings["train"]["resharded"] = file_digest(row_map_path(config, s))
     if start_stage(config, s) is None:
         settings["tower"] = _tower_settings(config)
     return settings

@@ -26,7 +26,7 @@ from mcl_clip.data.loader import TrainingLoader, captioned_batches
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers, save_array
-from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip
+from mcl_clip.model.clip import ClipBundle, check_vocabulary, create_clip, load_clip, save_clip
 from mcl_clip.model.multistage import combine_features
 from mcl_clip.model.prepare import (
     check_contract,
@@ -161,7 +161,7 @@ def start_clip(run: RunContext, stage: int) -> ClipBundle:
     config, tower = run.config, run.config.tower
     if (earlier := start_stage(config, stage)) is not None:
         return load_clip(run.folder(earlier, "train") / "model")
-    return create_clip(
+    clip = create_clip(
         architecture=tower.architecture,
         model_cfg=tower.model or None,
         pretrained=tower.pretrained,
@@ -169,6 +169,8 @@ def start_clip(run: RunContext, stage: int) -> ClipBundle:
         seed=seed_of(config.seed, "tower", stage if config.stages[stage].start == "scratch" else 0),
         text_weights=config.behavior != "0.6",
     )
+    check_vocabulary(clip.model, clip.tokenizer)
+    return clip
 
 
 def min_group_size(stage: StageConfig) -> int:
@@ -229,7 +231,7 @@ def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Integer[np.ndar
     config, settings = run.config, run.config.stages[stage].train
     index, row_map, sources = run.index, None, run.sources
     if settings.resharded:
-        (index, row_map), sources = open_resharded(run, Path(settings.resharded)), ()
+        (index, row_map), sources = open_resharded(run, stage), ()
     record = on_main(partial(_write_groups, run, stage, row_map))
     groups = load_numbers(_groups_path(run, stage), len(index))  # one copy in memory for all processes of a node
     folder = config.machine.cache_dir  # runs may share it, and have equal plans
@@ -281,16 +283,33 @@ def _write_groups(run: RunContext, stage: int, row_map: Integer[np.ndarray, "row
     return {**grouping.record(), "assignment": settings.groups, "held_out_rows": len(run.held_out)}
 
 
-def open_resharded(run: RunContext, folder: Path) -> tuple[ShardIndex, Integer[np.ndarray, "rows"]]:
+def row_map_path(config: RunConfig, stage: int) -> Path:
+    """Return the file that maps the rows of the resharded shards of a stage to those of the run.
+
+    Raises:
+        UserError: if there is none.
+    """
+    folder = Path(config.stages[stage].train.resharded)
+    if not (folder / ROW_MAP).is_file():
+        raise UserError(
+            f"--stages.{stage}.train.resharded {folder} is not a folder that mcl-clip reshard wrote: it has no "
+            f"{ROW_MAP}; correct the path, or leave it out to read the shards of the run"
+        ).on_every_process()
+    return folder / ROW_MAP
+
+
+def open_resharded(run: RunContext, stage: int) -> tuple[ShardIndex, Integer[np.ndarray, "rows"]]:
     """Return the index of resharded shards, and the row in this run of each of its rows.
 
     Raises:
         UserError: if the shards do not hold the samples of this run, or lists of shards have weights.
     """
+    path = row_map_path(run.config, stage)
+    folder = path.parent
     if any(source.weight != 1 for source in run.sources):
         raise UserError(f"--data.weights {run.config.data.weights} cannot be used with resharded shards in {folder}")
     index = ShardIndex.build(expand_shards(folder), rule=run.index.rule)
-    row_map = load_numbers(folder / ROW_MAP, len(index))
+    row_map = load_numbers(path, len(index))
     if len(index) != len(run.index) or row_map.min() < 0 or row_map.max() >= len(index):
         raise UserError(f"{folder} has {len(index)} rows and this run {len(run.index)}; reshard from this run again")
     if not all(np.array_equal(getattr(index, name), getattr(run.index, name)[row_map]) for name in IDENTITY_COLUMNS):

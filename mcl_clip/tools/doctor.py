@@ -29,12 +29,13 @@ from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import diagnosis
 from mcl_clip.runs.phase import Phase
 from mcl_clip.runs.pipeline import check_held_out, check_publishing, check_stages, plan_phases
-from mcl_clip.runs.train_phase import min_group_size
+from mcl_clip.runs.train_phase import min_group_size, open_resharded
 from mcl_clip.stages.diagnose import Diagnosis
 from mcl_clip.tools.doctor_data import (
     RowCounts,
     check_reading,
     check_text_tower,
+    check_tokenizer,
     check_weights,
     find_model_cfg,
     inspect_shards,
@@ -115,6 +116,8 @@ def examine(config: RunConfig, *, processes: int, make_accelerator: Callable[[],
         loads_weights = not config.tower.is_pretrained and config.behavior != "0.6"
         text_cfg = cfg.get("text_cfg")
         yield from check_text_tower(text_cfg if isinstance(text_cfg, Mapping) else {}, loads_weights=loads_weights)
+    if cfg and any(sizes or ()):  # the model can be built here
+        yield from attempt("tower", partial(check_tokenizer, cfg))
     if sizes:
         per_epoch = rows.per_epoch(config.data.weights, config.data.holdout_rows) if rows else None
         yield from check_steps(config.stages, rows=per_epoch)
@@ -274,6 +277,9 @@ def _check_run(
         config=config, accelerator=make_accelerator(), index=rows.index, sources=sources, tasks=dict(tasks)
     )
     yield from attempt("recipe", partial(check_held_out, run))
+    for number, stage in enumerate(config.stages):
+        if stage.train.resharded and stage.train.steps:
+            yield from attempt("shards", partial(open_resharded, run, number))
     if has_begun:
         yield from check_phases(partial(plan_phases, run))
         yield from _check_finished_stages(config, rows.total)

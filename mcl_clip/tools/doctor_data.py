@@ -27,7 +27,15 @@ from mcl_clip.data.samples import SampleRule
 from mcl_clip.data.shards import Shard, expand_shards, is_remote, redacted
 from mcl_clip.data.storage import RetryPolicy, stat
 from mcl_clip.eval.task import Task
-from mcl_clip.model.clip import HUB, LOCAL, create_clip, load_weights, with_image_size
+from mcl_clip.model.clip import (
+    HUB,
+    LOCAL,
+    check_preprocess,
+    check_vocabulary,
+    create_clip,
+    load_weights,
+    with_image_size,
+)
 from mcl_clip.model.open_clip_io import (
     OPEN_CLIP_CONFIG_NAME,
     WEIGHT_SUFFIXES,
@@ -262,6 +270,7 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
         if name not in open_clip.list_models():
             create_clip(architecture=name)  # raises with similar names
         cfg = open_clip.get_model_config(name)
+    check_preprocess(tower.preprocess)
     size, vision_cfg = tower.preprocess.get("size"), cfg.get("vision_cfg")
     if tower.model and isinstance(vision_cfg, dict):
         size = size or vision_cfg.get("image_size")
@@ -321,6 +330,13 @@ def check_text_tower(text_cfg: Mapping[str, Any], *, loads_weights: bool) -> Ite
             "give a folder with its files as hf_model_name, or set hf_model_pretrained to false for random weights"
         )
         yield _check_hub(name, TEXT_WEIGHTS, f"the weights of the text tower {name}", way_out)
+
+
+def check_tokenizer(model_cfg: Mapping[str, Any]) -> None:
+    """Raise UserError if the text tower lacks tokens of its tokenizer; one that may be on the Hub is not tried."""
+    name = model_cfg["text_cfg"].get("hf_tokenizer_name")
+    if not name or Path(name).is_dir():
+        check_vocabulary(build_on_meta(model_cfg), make_tokenizer(model_cfg))
 
 
 def _check_hub(repository: str, names: Sequence[str], what: str, way_out: str = GIVE_WEIGHTS) -> Finding:

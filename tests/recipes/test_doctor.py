@@ -1,14 +1,17 @@
 """`mcl-clip doctor`, and what `mcl-clip status` says was lost, on the tiny recipe."""
 
 import json
+import re
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from mcl_clip.cli import commands
 from mcl_clip.cli import recipe as cli
+from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl
 from mcl_clip.data.decode import TrainTransform
 from mcl_clip.results.record import data_losses
@@ -148,6 +151,10 @@ def test_corrupt_pictures(doctor, tmp_path, corrupt, code, level, sentence):
         (("--data.holdout-rows", "1"), "--data.holdout-rows 1 gives 1 held-out rows of 200"),
         (("--stages.1.train.global-batch-size", "3"), "--stages.1.train.global-batch-size 3 does not divide by 2"),
         (("--tower.pretrained", "/nowhere.pt"), "'/nowhere.pt' is neither a file nor a tag"),
+        (
+            ("--stages.1.train.resharded", "/nowhere"),
+            "--stages.1.train.resharded /nowhere is not a folder that mcl-clip",
+        ),
         (("--stages.1.train.lock.image-unlocked-groups", "9"), "image-unlocked-groups 9 is not between 0 and 4"),
     ],
 )
@@ -155,6 +162,29 @@ def test_other_things_that_will_fail(doctor, arguments, sentence):
     code, found = doctor(*arguments, before=("--processes", "2"))
     assert code == 1
     assert any(sentence in line for line in failures(found)), found
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("49408", "49000", "the tokenizer makes token 49407, and the text tower has vocab_size 49000"),
+        (
+            "model=MODEL",
+            'model=MODEL, preprocess={"mean": [0.5]}',
+            "preprocess sets mean to [0.5]; it must be a number, or",
+        ),
+        ("model=MODEL", 'model=MODEL, preprocess={"crop": 1}', "preprocess has no crop; it may set size, mean"),
+    ],
+)
+def test_a_tower_that_will_fail(path, tmp_path, monkeypatch, capsys, before, after, sentence):
+    other = path.with_name("other.py")
+    other.write_text(path.read_text().replace(before, after))
+    code, found, _ = run_command(monkeypatch, capsys, "doctor", other, "--run-dir", tmp_path / "run")
+    assert code == 1
+    assert any(sentence in line for line in lines(found.splitlines(), "FAIL", "tower")), found
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        execute(replace(load_recipe(other), run_dir=tmp_path / "run"))
+    assert not list(tmp_path.glob("run/stage-*/train/checkpoints"))
 
 
 def test_controls_are_examined_as_they_will_run(doctor):

@@ -38,7 +38,9 @@ def test_a_stage_trains_from_resharded_shards(copy, recipe, tmp_path, monkeypatc
     assert "200 rows in 3 groups" in capsys.readouterr().out
     index, sources = load_index(recipe)
     run = RunContext(config=recipe, accelerator=create_accelerator(), index=index, sources=sources, tasks={})
-    new_index, row_map = open_resharded(run, tmp_path / "grouped")
+    (_, train) = (stage.train for stage in recipe.stages)
+    stages = (recipe.stages[0], replace(recipe.stages[1], train=replace(train, resharded=str(tmp_path / "grouped"))))
+    new_index, row_map = open_resharded(replace(run, config=replace(recipe, stages=stages)), 1)
     groups = run.labels(1).values[row_map]
     by_key = {index.key(row): group for row, group in enumerate(run.labels(1).values)}
     assert [by_key[new_index.key(row)] for row in range(200)] == groups.tolist()
@@ -65,6 +67,13 @@ def test_shards_of_another_run_are_refused(copy, path, recipe, tmp_path, monkeyp
         shutil.rmtree(copy / folder)
     with pytest.raises(UserError, match="holds other samples than this run; reshard from this run again"):
         execute(recipe, "--stages.1.train.resharded", str(tmp_path / "grouped"))
+
+
+def test_a_folder_without_resharded_shards_is_refused_before_anything_is_trained(recipe, tmp_path):
+    sentence = f"--stages.1.train.resharded {tmp_path} is not a folder that mcl-clip reshard wrote: it has no row_map"
+    with pytest.raises(UserError, match=sentence):
+        execute(recipe, "--stages.1.train.resharded", str(tmp_path))
+    assert not list(recipe.run_dir.glob("stage-*"))
 
 
 def test_there_must_be_labels(copy, tmp_path, monkeypatch, capsys):

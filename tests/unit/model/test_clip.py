@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, load_weights, save_clip
+from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, load_weights, save_clip, to_floats
 from mcl_clip.model.prepare import lock, trainable_summary
 
 TEXT_CFG = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -215,6 +215,14 @@ def test_unknown_names_list_close_ones():
         ({"model_cfg": {**VIT_CFG, "vision_cfg": {"depth": 3}}}, "cannot create the model in the recipe: .*depth"),
         ({"model_cfg": VIT_CFG, "preprocess": {"crop": 3}}, "preprocess has no crop; it may set size"),
         ({"model_cfg": VIT_CFG, "preprocess": {"resize_mode": "crop"}}, "may be shortest, longest, squash"),
+        ({"model_cfg": VIT_CFG, "preprocess": {"mean": [0.5, 0.5]}}, r"mean to \[0.5, 0.5\]; it must be a number"),
+        (
+            {"model_cfg": VIT_CFG, "preprocess": {"std": "half"}},
+            "std to 'half'; it must be a number",
+        ),
+        ({"model_cfg": VIT_CFG, "preprocess": {"std": [1, 0.0, 1]}}, "divided by it, so it must not be 0"),
+        ({"model_cfg": VIT_CFG, "preprocess": {"size": [32, 32, 3]}}, r"size to \[32, 32, 3\]; it must be pixels"),
+        ({"model_cfg": VIT_CFG, "preprocess": {"size": 0}}, "size to 0; it must be pixels"),
         ({"architecture": "local-dir:x", "pretrained": "openai"}, "brings its own weights"),
         ({"model_cfg": VIT_CFG, "pretrained": "."}, "use --tower.architecture local-dir:."),
     ],
@@ -232,6 +240,18 @@ def test_size_resizes_the_image_tower_and_is_saved(tmp_path):
     smaller = create_clip(architecture=f"local-dir:{tmp_path}", preprocess={"size": 32})
     assert smaller.model.visual.positional_embedding.shape[0] == 2 * 2 + 1
     assert smaller.image_transform.transforms[1].size == 32
+
+
+def test_a_number_for_all_channels_is_three(tmp_path):
+    clip = create_clip(model_cfg=VIT_CFG, preprocess={"mean": 0.25, "std": 1})
+    assert (clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]) == ([0.25] * 3, [1] * 3)
+    pixels = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    assert torch.equal(to_floats(pixels, clip.preprocess_cfg), torch.full((1, 3, 2, 2), 0.75))
+    save_clip(clip, tmp_path)
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["mean"] = 0.25  # as in a folder of open_clip
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load_clip(tmp_path).preprocess_cfg == clip.preprocess_cfg
 
 
 def test_activation_of_the_tag_is_stored(tmp_path, monkeypatch):

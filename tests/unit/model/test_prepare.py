@@ -10,7 +10,7 @@ from torch import nn
 from mcl_clip.config import LockConfig, TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.model import prepare
-from mcl_clip.model.clip import create_clip, load_clip, save_clip
+from mcl_clip.model.clip import check_vocabulary, create_clip, load_clip, save_clip
 from mcl_clip.model.prepare import check_contract, lock, reference_features, synchronize_batch_norm
 from mcl_clip.tools.estimates import measure
 
@@ -98,9 +98,13 @@ def test_a_wrong_fast_path_is_noticed(monkeypatch):
 
 
 def test_tokens_above_the_vocabulary_are_explained():
-    clip = create_clip(model_cfg={**CLIP, "text_cfg": {**TEXT, "vocab_size": 100}})
-    with pytest.raises(UserError, match="the tokenizer makes token 49407, and the text tower has vocab_size 100"):
-        reference_features(clip)
+    def check_size(vocab_size):
+        clip = create_clip(model_cfg={**CLIP, "text_cfg": {**TEXT, "vocab_size": vocab_size}})
+        check_vocabulary(clip.model, clip.tokenizer)
+
+    check_size(49408)
+    with pytest.raises(UserError, match="the tokenizer makes token 49407, and the text tower has vocab_size 49407"):
+        check_size(49407)
 
 
 @pytest.mark.parametrize("asked", ["in the config", "by preprocess"])
