@@ -12,6 +12,7 @@ COMMANDS = {  # by purpose, with the first lines of their help, since importing 
         "index": "Index shards in one pass over their tar headers.",
     },
     "run": {
+        "finetune": "Fine-tune a model on your own pictures, compare it with the base, and export it.",
         "doctor": "Find what will fail, or perform badly, before a job runs.",
         "launch": "Run a recipe in several processes.",
         "profile": "Measure where a training step spends its time.",

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from mcl_clip.cli.recipe import (
     lost_lines,
     parse,
     split_arguments,
+    split_options,
 )
 from mcl_clip.config import DataConfig, ExperimentConfig, RunConfig
 from mcl_clip.core.checks import check_range
@@ -38,14 +40,20 @@ from mcl_clip.report.page import write_report
 from mcl_clip.results.compare import compare_models, comparison_records, comparison_text
 from mcl_clip.results.text import format_bytes, results_table
 from mcl_clip.runs.context import sample_rule
-from mcl_clip.runs.pipeline import check_stages
+from mcl_clip.runs.pipeline import check_stages, run_pipeline
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
 from mcl_clip.tools.browse import serve
 from mcl_clip.tools.doctor import diagnoses, examine, finding_text, status_lines
 from mcl_clip.tools.experiment import plan_experiment, run_arms, table
+from mcl_clip.tools.finetune import FineTuning, advice, comparison_lines, evaluate_base, export_result
+from mcl_clip.tools.finetune_data import DataOptions
+from mcl_clip.tools.finetune_recipe import find_towers
 from mcl_clip.tools.launch import launch, read_placement, resolve_placement
 from mcl_clip.tools.profile import hints, profile_recipe, profile_text
 from mcl_clip.tools.reshard import reshard
+from mcl_clip.train.interrupt import Interrupt
+
+DATA_OPTIONS = DataOptions()
 
 
 def index(
@@ -370,6 +378,56 @@ def doctor(recipe: Path, /, *, processes: int = 0) -> None:
         sys.exit(1)
 
 
+def finetune(
+    model: str,
+    data: str,
+    /,
+    *,
+    run_dir: Path,
+    seed: int = 0,
+    options: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = DATA_OPTIONS,
+) -> None:
+    """Fine-tune a model on your own pictures, compare it with the base, and export it.
+
+    `mcl-clip finetune MODEL DATA --run-dir RUN [settings of a recipe]`, such as --stages.0.train.steps 200 or
+    --eval.sets SET for zero-shot sets; `python RUN/recipe.py --help` lists them. Writes shards and two retrieval sets
+    to RUN/data, RUN/recipe.py with settings that fit the size of the data, the results, RUN/report.html, and the model
+    to RUN/model. The same command resumes. On several GPUs: stop it once it trains, and go on with `mcl-clip launch
+    RUN/recipe.py`; then the same command again.
+
+    Args:
+        model: ARCHITECTURE/TAG of open_clip such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME, a folder of
+            open_clip, or RUN/stage-K.
+        data: a table (CSV, TSV, JSON, Parquet, captions of COCO or Flickr), a folder of images with .txt or .json
+            beside them, a data set of `datasets` (a folder or ORG/NAME), or shards.
+        run_dir: folder of all output.
+        seed: seed of the split and of training.
+        options: how the data is read and split.
+    """
+    check_range("validation", options.validation, 0)
+    check_range("test", options.test, 0)
+    check_range("max-missing", options.max_missing, 0, 1)
+    if world_size() > 1:
+        raise UserError(
+            f"finetune prepares data in one process; start it without a launcher, and train in several processes with "
+            f"`mcl-clip launch {run_dir / 'recipe.py'}`"
+        )
+    _, arguments = split(sys.argv[1:])
+    job = FineTuning(
+        tower=find_towers(model), data=data, run_dir=run_dir, options=options, seed=seed,
+        override=lambda recipe: parse(recipe, arguments),
+    )  # fmt: skip
+    machine = job.check().machine
+    with Interrupt(machine.preempt_exit_code).listening() as interrupt, all_processes() as accelerator:
+        config, lines = job.set_up(command=["mcl-clip", *sys.argv[1:]])
+        print("\n".join(lines), flush=True)
+        evaluate_base(config, accelerator.device)
+        run_pipeline(config, accelerator, interrupt)
+        print("\n".join([*comparison_lines(run_dir), *lost_lines(run_dir)]))
+        print(f"model: {_export_text(*export_result(run_dir))}")
+        print(f"report: {run_dir / 'report.html'}\n{advice(run_dir)}")
+
+
 def profile(
     recipe: Path, /, *, stage: int | None = None, steps: int = 20, warmup: int = 5, out: Path | None = None
 ) -> None:
@@ -461,17 +519,20 @@ def _export_text(folder: Path, differences: Mapping[str, float]) -> str:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "init": init, "launch": launch_recipe, "doctor": doctor, "profile": profile, "experiment": experiment,
-    "status": status, "report": report, "browse": browse, "eval": evaluate_model, "compare": compare,
-    "export": export, "push": push, "index": index, "reshard": reshard_run,
+    "init": init, "launch": launch_recipe, "doctor": doctor, "finetune": finetune, "profile": profile,
+    "experiment": experiment, "status": status, "report": report, "browse": browse, "eval": evaluate_model,
+    "compare": compare, "export": export, "push": push, "index": index, "reshard": reshard_run,
 }  # fmt: skip
-RECIPE_COMMANDS = ("launch", "doctor", "profile")  # they pass arguments to a recipe
+RECIPE_COMMANDS = ("launch", "doctor", "profile", "finetune")  # they pass arguments to a recipe
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the arguments of a command of `RECIPE_COMMANDS`, and those of the recipe that may stand between them."""
-    parameters = inspect.signature(COMMANDS[arguments[0]]).parameters
-    return split_arguments(arguments, [f"--{name.replace('_', '-')}" for name in parameters])
+    names = [*inspect.signature(COMMANDS[arguments[0]]).parameters]
+    if arguments[0] == "finetune":
+        names += [field.name for field in fields(DataOptions)]
+        return split_options(arguments, [f"--{name.replace('_', '-')}" for name in names])
+    return split_arguments(arguments, [f"--{name.replace('_', '-')}" for name in names])
 
 
 def command() -> None:

@@ -6,7 +6,7 @@ import runpy
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -196,4 +196,19 @@ def split_arguments(arguments: Sequence[str], options: Sequence[str] = ()) -> tu
             following = following if equals else following[1:]
         else:
             of_recipe.append(argument)
+    return own, of_recipe
+
+
+def split_options(arguments: Sequence[str], options: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments of a command that has `options`, and those with other options, which are of a recipe.
+
+    Arguments before the first option, and after one of `options`, are of the command.
+    """
+    own, of_recipe = list[str](), list[str]()
+    current = own
+    for argument in arguments:
+        if argument.startswith("--") or argument == "-h":
+            name = argument.partition("=")[0].replace("_", "-")
+            current = own if name in options or name in ("-h", "--help") else of_recipe
+        current.append(argument)
     return own, of_recipe

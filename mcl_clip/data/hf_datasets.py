@@ -15,7 +15,10 @@ from mcl_clip.data.writing import Pair
 Builder = Literal["auto", "disk", "imagefolder", "parquet", "json"]
 
 
-def open_splits(source: str, builder: Builder, config: str | None, revision: str | None) -> dict[str, Any]:
+def open_splits(
+    source: str, builder: Builder = "auto", config: str | None = None, revision: str | None = None, *,
+    streaming: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Open the splits of a data set by name, streamed unless it is saved on disk; one without splits is `train`.
 
     Raises:
@@ -30,9 +33,9 @@ def open_splits(source: str, builder: Builder, config: str | None, revision: str
         if builder == "disk":
             found = datasets.load_from_disk(source)
         elif builder == "auto":
-            found = datasets.load_dataset(source, name=config, revision=revision, streaming=True)
+            found = datasets.load_dataset(source, name=config, revision=revision, streaming=streaming)
         else:
-            found = datasets.load_dataset(builder, data_dir=source, streaming=True)
+            found = datasets.load_dataset(builder, data_dir=source, streaming=streaming)
     except Exception as error:  # of any library that reads files for `datasets`
         if re.search("[Dd]ataset scripts|trust_remote_code", str(error)):
             raise UserError(
@@ -73,20 +76,10 @@ def read_pairs(
 
 def _rows(dataset: Any, columns: list[str], name: str) -> Iterator[dict[str, Any]]:
     """Yield rows without decoding their images; what goes wrong within `datasets` on the way is a UserError."""
-
-    def undecoded(feature: Any) -> Any:
-        if isinstance(feature, datasets.Image):
-            return datasets.Image(decode=False)
-        return type(feature)(undecoded(feature.feature)) if hasattr(feature, "feature") else feature
-
     number = 0
     try:
         check_columns(f"split {name}", columns, dataset.column_names or list(next(iter(dataset.take(1)), {})))
-        dataset = dataset.select_columns(list(dict.fromkeys(columns)))
-        feature = (dataset.features or {}).get(columns[0])
-        if feature is not None and (plain := undecoded(feature)) != feature:
-            dataset = dataset.cast_column(columns[0], plain)
-        for row in dataset:
+        for row in undecoded(dataset.select_columns(list(dict.fromkeys(columns))), columns[0]):
             yield row
             number += 1
     except UserError:
@@ -96,6 +89,18 @@ def _rows(dataset: Any, columns: list[str], name: str) -> Iterator[dict[str, Any
             f"split {name} cannot be read beyond row {number}: {_reason(error)}; download the data set again, or take "
             f"the rows before it with --max-samples {max(number, 1)}"
         ) from error
+
+
+def undecoded(dataset: Any, column: str) -> Any:
+    """Return a data set whose images in a column, or in its lists, are files and not decoded."""
+
+    def plain(feature: Any) -> Any:
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        return type(feature)(plain(feature.feature)) if hasattr(feature, "feature") else feature
+
+    feature = (dataset.features or {}).get(column)
+    return dataset if feature is None or plain(feature) == feature else dataset.cast_column(column, plain(feature))
 
 
 def _reason(error: Exception) -> str:

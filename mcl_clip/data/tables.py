@@ -52,7 +52,7 @@ def read_rows(table: Path, columns: Sequence[str], *, separator: str = "", encod
     """
     suffix = table.suffix.lower()
     if table.is_dir():
-        yield from _folder_rows(table, columns)
+        yield from _folder_rows(table, columns, encoding or "utf-8-sig")
     elif suffix in TEXT:
         yield from _text_rows(table, columns, {"tab": "\t", "\\t": "\t"}.get(separator, separator), encoding)
     elif suffix in LINES:
@@ -98,6 +98,20 @@ def group_rows(
     return splits
 
 
+def column_names(table: Path, *, separator: str = "", encoding: str = "") -> list[str]:
+    """Return the names of the columns of a table, in order; none if it has no rows.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    if table.suffix.lower() == ".parquet" and not table.is_dir():
+        try:
+            return list(pq.read_schema(table).names)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{table} is not a whole Parquet file ({shorten(error)}); make it anew") from error
+    return list(next(read_rows(table, [], separator=separator, encoding=encoding), {}))
+
+
 def as_captions(value: Any, where: str) -> list[str]:
     """Return the captions in a cell: a text, a text that is a list in JSON or Python, or nested lists of them.
 
@@ -129,15 +143,18 @@ def as_captions(value: Any, where: str) -> list[str]:
     raise UserError(f'{where} has {shorten(value, 60)}, which is not a list in JSON; write one, as ["one", "two"]')
 
 
-def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _folder_rows(folder: Path, columns: Sequence[str], encoding: str) -> Iterator[Row]:
     """Yield the images of a folder with the text beside them: KEY.txt, or `caption` in KEY.json."""
     check_columns(f"{folder}, a folder of images,", columns, ("image", "caption"))
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in IMAGES or path.name.startswith("."):
             continue
-        caption = None
-        if path.with_suffix(".txt").is_file():
-            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+        caption, text = None, path.with_suffix(".txt")
+        if text.is_file():
+            try:
+                caption = text.read_text(encoding=encoding)
+            except (LookupError, UnicodeError) as error:
+                raise _wrong_encoding(text, encoding, error) from error
         elif path.with_suffix(".json").is_file() and isinstance(found := read_json(path.with_suffix(".json")), dict):
             caption = found.get("caption")
         yield {"image": path.relative_to(folder).as_posix(), "caption": caption}
@@ -158,25 +175,23 @@ def _text_rows(table: Path, columns: Sequence[str], separator: str, encoding: st
                 yield from _flickr_rows(table, file, columns)
             else:
                 yield from _csv_rows(table, file, columns, separator)
-    except LookupError as error:
-        raise UserError(
-            f"--encoding {encoding} is not known ({error}); give one such as utf-8, utf-16 or cp1252"
-        ) from error
-    except UnicodeError as error:
-        raise UserError(_guess_encoding(table, encoding, error)) from error
+    except (LookupError, UnicodeError) as error:
+        raise _wrong_encoding(table, encoding, error) from error
 
 
-def _guess_encoding(table: Path, encoding: str, error: UnicodeError) -> str:
-    """Return a sentence that shows the text around a byte that is wrong, in the encoding that it probably has."""
+def _wrong_encoding(table: Path, encoding: str, error: LookupError | UnicodeError) -> UserError:
+    """Return an error that shows the text around a byte that is wrong, in the encoding that it probably has."""
+    if isinstance(error, LookupError):
+        return UserError(f"--encoding {encoding} is not known ({error}); give one such as utf-8, utf-16 or cp1252")
     if not isinstance(error, UnicodeDecodeError):
-        return f"{table} is not text in {encoding} ({error}); save it as UTF-8, or give its --encoding"
+        return UserError(f"{table} is not text in {encoding} ({error}); save it as UTF-8, or give its --encoding")
     data, start = error.object, error.start
     if b"\0" in data[:4096]:
         guess, around = f"utf-16-{'be' if data[0] == 0 else 'le'}", data[:40]
     else:
         guess, around = "cp1252", data[max(start - 20, 0) : start + 20]
     shown = shorten(around.decode(guess, "replace"), 40)
-    return (
+    return UserError(
         f"{table} is not text in {encoding.upper()} ({error.reason}, byte 0x{data[start]:02x}); it may be {guess}, in "
         f"which there is {shown!r}: if that reads well, add --encoding {guess}, else save the table as UTF-8"
     )

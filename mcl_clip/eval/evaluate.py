@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,34 +63,53 @@ def evaluate(
     out = out or Path("evaluations") / models[-1].label
     for candidate in models:
         loaded = on_all_processes(candidate.load)
-        multistage = loaded if isinstance(loaded, MultistageCLIP) else None
-        label = [candidate.label, *([] if precision == "fp32" else [precision])]
-        if multistage and combine:
-            multistage.combine = combine
-            label.insert(1, combine)
-        elif combine and not each:
+        if combine and not isinstance(loaded, MultistageCLIP) and not each:
             raise UserError(f"--combine {combine} has no effect on {name}, which is a single stage; leave it out")
-        sha256 = _model_digest(loaded)
-        check_same(sha256, f"the model {name}")
-        identity = {
-            "label": "-".join(label),
-            "model_sha256": sha256,
-            "dtype": precision,
-            "combine": multistage.combine if multistage else None,
-        }
-        encoder = Encoder(
-            model=_module_of(loaded).to(device),
-            image_transform=loaded.image_transform,
-            tokenizer=loaded.tokenizer,
-            device=device,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            precision=precision,
-        )
-        for task in sets.values():
-            wide = probe_at_stage_width(task, multistage.embed_dims if multistage else [])
-            _evaluate_task(wide, encoder, out, candidate, identity)
+        evaluate_loaded(
+            loaded, candidate, sets, out=out, device=device, batch_size=batch_size, num_workers=num_workers,
+            precision=precision, combine=combine,
+        )  # fmt: skip
     return out
+
+
+def evaluate_loaded(
+    loaded: Loaded,
+    candidate: Candidate,
+    sets: Mapping[str, Task],
+    *,
+    out: Path,
+    device: torch.device,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    combine: str | None = None,
+) -> None:
+    """Evaluate a loaded model on sets, with the names of `candidate` in its records; arguments as for `evaluate`."""
+    multistage = loaded if isinstance(loaded, MultistageCLIP) else None
+    label = [candidate.label, *([] if precision == "fp32" else [precision])]
+    if multistage and combine:
+        multistage.combine = combine
+        label.insert(1, combine)
+    sha256 = _model_digest(loaded)
+    check_same(sha256, f"the model {candidate.label}")
+    identity = {
+        "label": "-".join(label),
+        "model_sha256": sha256,
+        "dtype": precision,
+        "combine": multistage.combine if multistage else None,
+    }
+    encoder = Encoder(
+        model=_module_of(loaded).to(device),
+        image_transform=loaded.image_transform,
+        tokenizer=loaded.tokenizer,
+        device=device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision,
+    )
+    for task in sets.values():
+        wide = probe_at_stage_width(task, multistage.embed_dims if multistage else [])
+        _evaluate_task(wide, encoder, out, candidate, identity)
 
 
 def run_task(task: Task, encoder: Encoder) -> tuple[dict[str, float], dict[str, np.ndarray]]:

@@ -40,6 +40,7 @@ PLACEHOLDERS = {  # in documents, and what stands for them here
     r"\[arguments of the recipe\]": "",
     r"\bRECIPE(\.py)?\b": "recipes/photos.py",
     r"recipes/NAME\.py": "recipes/photos.py",
+    r"runs/mine/recipe\.py": "recipes/photos.py",  # written by `mcl-clip finetune`
     r"stages\.K\b": "stages.0",
     r"--(stage|seeds|workers|num-stages) [KNS]\b": r"--\1 1",
     r"--num-processes N": "--num-processes 2",
@@ -138,7 +139,9 @@ def parse_command(arguments: list[str]) -> None:
     recorders = {known: recorder(function) for known, function in commands.COMMANDS.items()}
     own = [argument for argument in own if argument != "--quiet"]
     tyro.extras.subcommand_cli_from_dict(recorders, prog="mcl-clip", args=own)
-    if takes_recipe:
+    if name == "finetune":
+        assert isinstance(cli.parse(runpy.run_path(str(ROOT / "recipes/photos.py"))["RECIPE"], of_recipe), RunConfig)
+    elif takes_recipe:
         parse_recipe(next(argument for argument in own if argument.endswith(".py")), of_recipe)
 
 
@@ -196,6 +199,7 @@ def test_commands_are_found_in_every_document_that_should_have_some():
         "docs/speed.md",
         "docs/publishing.md",
         "docs/evaluation.md",
+        "docs/finetuning.md",
         "recipes/photos.py",
         "recipes/experiments/codes.py",
     }
@@ -216,6 +220,8 @@ def test_commands_are_found_in_every_document_that_should_have_some():
         "    python data_prep/shortcuts.py cods out",
         "    python benchmarks/kmeans.py --rouns 1",
         "    make quickstat",
+        "    mcl-clip finetune ViT-B-32/openai data.csv --run-dir runs/x --image-colum file",
+        "    mcl-clip finetune ViT-B-32/openai data.csv --run-dir runs/x --stages.0.train.lrr 1",
         "    pip install -e '.[wandbb]'",
     ],
 )
