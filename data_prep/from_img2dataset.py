@@ -8,6 +8,7 @@ outcomes, and names shards whose number of samples differs from the number of do
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -144,10 +145,11 @@ def _from_json(path: Path) -> Statistics:
 
 def _from_parquet(path: Path) -> Statistics | None:
     try:
-        names = pq.read_schema(path).names
+        file = pq.ParquetFile(pa.OSFile(os.fsencode(path)))  # a str would have to be UTF-8
+        names = file.schema_arrow.names
         if "status" not in names:
             return None
-        table = pq.read_table(path, columns=["status", *(["error_message"] if "error_message" in names else [])])
+        table = file.read(columns=["status", *(["error_message"] if "error_message" in names else [])])
     except pa.ArrowInvalid as error:
         raise UserError(f"{path} is not a whole Parquet file ({error}); delete or restore it") from error
     status = _value_counts(table["status"])

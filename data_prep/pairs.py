@@ -212,7 +212,7 @@ def _winoground_image(value: Any, images: Path, name: str) -> str:
 def _parquet_rows(tables: Sequence[Path]) -> Iterator[tuple[Item, str]]:
     for table in tables:
         try:
-            file = pq.ParquetFile(table)
+            file = pq.ParquetFile(pa.OSFile(os.fsencode(table)))
             with tqdm(total=file.metadata.num_rows, desc=f"reading {table.name}", unit="row", disable=None) as bar:
                 for batch in file.iter_batches(batch_size=16):
                     for row in batch.to_pylist():

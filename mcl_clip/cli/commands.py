@@ -325,8 +325,8 @@ def launch_recipe(
 
     `mcl-clip launch RECIPE [--num-processes N] [arguments of the recipe]`; `python RECIPE --help` lists the latter.
     The recipe and its arguments are checked before processes start. SIGTERM and SIGUSR1 stop the job with a checkpoint
-    and exit code 0 (or --machine.preempt-exit-code), Ctrl-C with 130; a second signal stops it immediately. If a
-    process fails, the job ends with its message and exit code. All processes end with the command.
+    and exit code 0 (or --machine.preempt-exit-code), Ctrl-C with 130, a closed terminal with 129; a second signal stops
+    it immediately. If a process fails, the job ends with its message and exit code. All processes end with the command.
 
     Args:
         recipe: a file with RECIPE; its own arguments follow it.
@@ -345,7 +345,7 @@ def launch_recipe(
     config, arguments = _resolve(recipe)
     check_stages(config, processes=placement.num_processes)
     command = [sys.executable, str(recipe), *arguments]
-    sys.exit(launch(command, placement, planned_codes={0, 130, config.machine.preempt_exit_code}))
+    sys.exit(launch(command, placement, planned_codes={0, 129, 130, config.machine.preempt_exit_code}))
 
 
 def _resolve(recipe: Path) -> tuple[RunConfig, list[str]]:

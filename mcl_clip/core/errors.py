@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 
 MAX_MESSAGE = 1200  # characters; a longer sentence has the content of a file in it
@@ -111,7 +112,8 @@ def run_program(main: Callable[[], object]) -> None:
             message, code = f"error: {LOST_WORKER}", 2
         else:
             raise
-    sys.stderr.write(" ".join(message.splitlines()) + "\n")
+    with suppress(OSError):  # the terminal may have been closed
+        sys.stderr.write(" ".join(message.splitlines()) + "\n")
     sys.exit(code)
 
 

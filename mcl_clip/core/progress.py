@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +15,10 @@ LINE_FORMAT = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {rate_fmt}, {
 
 
 class Progress(tqdm):  # type: ignore[misc]
-    """tqdm that prints whole lines, at most one a minute, if stderr is not a terminal."""
+    """tqdm that prints whole lines, at most one a minute, if stderr is not a terminal.
+
+    What cannot be written, as to a log on a full disk, is left out: the loop goes on.
+    """
 
     def __init__(self, iterable: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> None:
         """Follow a loop, or calls of `update`; `show` is False on all processes but one, `options` are tqdm's."""
@@ -25,18 +29,20 @@ class Progress(tqdm):  # type: ignore[misc]
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Draw the bar, or print a line once the first interval has passed."""
-        if not self._in_lines:
-            shown: bool = super().display(msg, pos)
-            return shown
-        if self.n > self.initial and self._time() - self.start_t >= self.mininterval and msg is None:
-            self.fp.write(f"{self}\n")
+        with suppress(OSError):
+            if not self._in_lines:
+                shown: bool = super().display(msg, pos)
+                return shown
+            if self.n > self.initial and self._time() - self.start_t >= self.mininterval and msg is None:
+                self.fp.write(f"{self}\n")
         return True
 
     def close(self) -> None:
         """Remove the bar; printed lines stay."""
         if self._in_lines and not self.disable:
             self.fp = io.StringIO()  # tqdm would overwrite the last line with spaces
-        super().close()
+        with suppress(OSError):
+            super().close()
 
 
 def be_quiet() -> None:

@@ -169,7 +169,7 @@ class ShardIndex:
         table = self._table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
         with (
             atomic_path(path) as temporary,
-            pa.OSFile(str(temporary), "wb") as file,
+            pa.OSFile(os.fsencode(temporary), "wb") as file,
             pa.ipc.new_file(file, table.schema) as writer,
         ):
             writer.write_table(table)
@@ -197,7 +197,7 @@ class ShardIndex:
     def _read(cls, path: Path) -> "ShardIndex":
         try:
             status = path.stat()
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
             metadata = json.loads(table.schema.metadata[_METADATA])
             if metadata["version"] != _VERSION:
                 raise UserError(

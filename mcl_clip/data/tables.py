@@ -14,6 +14,7 @@ import ast
 import codecs
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -310,7 +311,7 @@ def _karpathy_row(image: Any) -> Any:
 
 def _parquet_rows(table: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
-        file = pq.ParquetFile(table)
+        file = pq.ParquetFile(pa.OSFile(os.fsencode(table)))  # a str would have to be UTF-8
         check_columns(str(table), columns, file.schema_arrow.names)
         for batch in file.iter_batches(columns=list(dict.fromkeys(columns)), batch_size=1024):
             yield from batch.to_pylist()

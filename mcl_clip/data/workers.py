@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from mcl_clip.core.errors import FEWER_WORKERS, UserError, explain_os_error
 
 POLL_S = 5.0  # between looks at the processes while waiting for a batch
 SHARED_MEMORY = Path("/dev/shm")
+MAX_TEMPORARY_CHARS = 70  # multiprocessing adds 32 characters, and the path of a socket has at most 103
 
 
 class _NotShared(NamedTuple):
@@ -129,6 +131,8 @@ def _explain_shared_memory(batch: _NotShared, num_workers: int, prefetch_batches
 def _start_worker(worker: int) -> None:  # noqa: ARG001
     torch.set_num_threads(1)
     leave_signals_to_parent()
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY_CHARS:  # as that of a job on a cluster
+        tempfile.tempdir = "/tmp"  # of this process alone: for the socket through which it hands over its batches
     # A queue drops what it cannot send; the process that trains would wait for it until its time limit.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
@@ -139,7 +143,7 @@ def _end_worker(error: Exception, batch: object) -> None:  # noqa: ARG001
 
 
 def leave_signals_to_parent() -> None:
-    """Ignore, in a child process, Ctrl-C and the signals that a scheduler sends to every process of a job.
+    """Ignore, in a child process, the signals that a terminal or a scheduler sends to every process of a job.
 
     The parent handles them. SIGTERM ends the child only if the parent sent it.
     """
@@ -149,7 +153,7 @@ def leave_signals_to_parent() -> None:
             pass
         os._exit(0)
 
-    for name in ("SIGINT", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # a signal handler does not know the sender

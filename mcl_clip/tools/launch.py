@@ -112,9 +112,9 @@ def resolve_placement(settings: Mapping[str, Any], *, gpus: int) -> Placement:
 def launch(command: Sequence[str], placement: Placement, *, planned_codes: Collection[int] = (0,)) -> int:
     """Run a command in all processes of this machine and return the exit code of the job. For the main thread.
 
-    The first SIGTERM, SIGUSR1 or Ctrl-C is forwarded; a second one kills all processes. When a process fails, the
-    others are killed after a grace period. After one of the `planned_codes` they are left to finish, for a minute if a
-    signal was forwarded. On Linux, the processes also die with this one, however it ends.
+    The first of `SIGNALS` is forwarded; a second one kills all processes. When a process fails, the others are killed
+    after a grace period. After one of the `planned_codes` they are left to finish, for a minute if a signal was
+    forwarded. On Linux, the processes also die with this one, however it ends.
     """
     if not hasattr(os, "killpg"):
         raise UserError(f"mcl-clip launch needs Linux or macOS, not {sys.platform}; use accelerate launch")

@@ -1,6 +1,6 @@
 """Planned stops: after a signal, the job ends at the next safe point and the same command resumes it.
 
-Schedulers send SIGTERM or SIGUSR1 before they reclaim a machine; Ctrl-C is SIGINT.
+Schedulers send SIGTERM or SIGUSR1 before they reclaim a machine; Ctrl-C is SIGINT, a terminal that is closed SIGHUP.
 """
 
 import os
@@ -21,7 +21,9 @@ from torch import Tensor
 from mcl_clip.core.distributed import gather_objects, is_main, world_size
 from mcl_clip.core.errors import PlannedStop
 
-SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__)
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+SIGNALS = tuple(signal.Signals[name] for name in NAMES if name in signal.Signals.__members__)
+OF_A_TERMINAL = {"SIGINT": "Ctrl-C", "SIGHUP": "the end of its terminal"}  # their exit codes are those of a shell
 GIVE_UP_S = 10.0  # schedulers leave half a minute or more between SIGTERM and SIGKILL
 TICK_S = 1.0
 SAME_REQUEST_S = 2.0  # a launcher and a scheduler may both forward one request
@@ -39,7 +41,7 @@ class Interrupt:
     has been waiting for data for 10 s, stops on its own. A second request ends a process immediately.
 
     Attributes:
-        exit_code: of the job after SIGTERM or SIGUSR1; after Ctrl-C it is 130.
+        exit_code: of the job after SIGTERM or SIGUSR1; after Ctrl-C it is 130, after SIGHUP 129.
         phase: name of the running phase, for the message.
     """
 
@@ -153,8 +155,8 @@ class Interrupt:
 
     def stop(self, kept: str) -> PlannedStop:
         """Create the exception that ends the job; `kept` says what is saved."""
-        name = "Ctrl-C" if self._signal == signal.SIGINT else signal.Signals(self._signal).name
-        code = 128 + signal.SIGINT if self._signal == signal.SIGINT else self.exit_code
+        name = signal.Signals(self._signal).name
+        code, name = (128 + self._signal if name in OF_A_TERMINAL else self.exit_code), OF_A_TERMINAL.get(name, name)
         where = f" in {self.phase}" if self.phase else ""
         return PlannedStop(f"stopped by {name}{where}: {kept}; the same command continues", code)
 

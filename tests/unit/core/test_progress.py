@@ -12,9 +12,15 @@ class Stream(io.StringIO):
     def __init__(self, is_terminal: bool) -> None:
         super().__init__()
         self.is_terminal = is_terminal
+        self.is_full = False
 
     def isatty(self) -> bool:
         return self.is_terminal
+
+    def write(self, text: str) -> int:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
 
 
 @pytest.fixture
@@ -59,6 +65,18 @@ def test_nothing_is_shown_where_nobody_looks_or_quiet_was_asked_for(stream_of, m
     assert run_through(stream_of(is_terminal), show=False) == ""
     monkeypatch.setenv(progress.QUIET, "1")
     assert run_through(stream_of(is_terminal)) == ""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_loop_goes_on_when_the_disk_of_its_log_is_full(stream_of, monkeypatch, is_terminal):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    stream, done = stream_of(is_terminal), []
+    with Progress(total=3, desc="loop", unit="step", file=stream, mininterval=0) as bar:
+        stream.is_full = True
+        for number in range(3):
+            bar.update()
+            done.append(number)
+    assert done == [0, 1, 2]
 
 
 def test_it_goes_through_what_it_is_given(stream_of):

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -347,6 +348,16 @@ def test_save_and_load(tmp_path):
     assert not loaded.image_offset.flags.writeable
     with pytest.raises(IndexError, match="row 7"):
         loaded.key(7)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take only names in UTF-8")
+def test_names_that_are_not_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"Z\xfcrich")
+    folder.mkdir()
+    index = build(write_tar(folder / os.fsdecode(b"\xe4.tar"), pairs(3)))
+    index.save(folder / "index.arrow")
+    assert_equal(ShardIndex.load(folder / "index.arrow"), index)
+    assert_equal(build(folder / os.fsdecode(b"\xe4.tar")), index)  # by way of the file beside the shard
 
 
 def test_an_index_moves_with_its_shards(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -29,7 +30,7 @@ def test_a_child_process_heeds_no_signal_but_its_parents_sigterm():
     child = context.Process(target=_child, args=(ready,), daemon=True)
     child.start()
     assert ready.wait(30)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         os.kill(child.pid, number)
     subprocess.run(["kill", "-TERM", str(child.pid)], check=True)  # of another process
     child.join(0.5)
@@ -52,6 +53,13 @@ def test_batches_come_in_the_order_of_their_requests(workers):
         return torch.tensor([number])
 
     assert [int(batch) for batch in load(make, workers=workers)] == list(range(6))
+
+
+def test_batches_come_where_the_path_of_temporary_files_is_too_long_for_a_socket(tmp_path, monkeypatch):
+    folder = tmp_path / ("job" * 40)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert [int(batch) for batch in load(lambda number: torch.tensor([number]))] == list(range(6))
 
 
 def test_a_batch_that_does_not_fit_the_shared_memory_ends_the_wait(monkeypatch):

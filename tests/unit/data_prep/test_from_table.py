@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import os
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,6 +69,14 @@ def test_every_kind_of_table_gives_the_same_sets(table, tmp_path, images, pictur
     assert [one["txt"].decode().splitlines() for one in test] == [['a "quoted" one', "another t"]]
     assert len(ShardIndex.load(tmp_path / "out" / "train" / "index.arrow")) == 2
     assert (tmp_path / "out" / "test" / "dataset_type.txt").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take only names in UTF-8")
+def test_a_folder_whose_name_is_not_utf_8(table, tmp_path, images, read_tars):
+    path = write_table(images / "table.parquet")
+    path = images.rename(tmp_path / os.fsdecode(b"Z\xfcrich")) / path.name
+    table.make_from_table(path, tmp_path / "out", image_column="file", caption_column="caption")
+    assert len(read_tars(tmp_path / "out" / "train")) == 3
 
 
 def test_without_a_split_column_everything_is_for_training(table, tmp_path, images, read_tars):

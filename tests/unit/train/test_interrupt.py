@@ -33,7 +33,13 @@ def send(number):
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 85), (signal.SIGUSR1, "SIGUSR1", 85), (2, "Ctrl-C", 130)]
+    ("number", "name", "code"),
+    [
+        (signal.SIGTERM, "SIGTERM", 85),
+        (signal.SIGUSR1, "SIGUSR1", 85),
+        (2, "Ctrl-C", 130),
+        (signal.SIGHUP, "the end of its terminal", 129),
+    ],
 )
 def test_a_process_on_its_own_stops_at_once(number, name, code):
     before = [signal.getsignal(known) for known in module.SIGNALS]
@@ -69,10 +75,12 @@ def test_nothing_happens_without_a_signal():
         assert not interrupt.asked(CPU)
 
 
-def test_signals_that_a_shell_keeps_away_stay_away():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # of `&` and of `nohup`
+def test_signals_that_a_shell_keeps_away_stay_away(number):
+    before = signal.signal(number, signal.SIG_IGN)
     with Interrupt().listening():
-        send(signal.SIGINT)
+        send(number)
+    signal.signal(number, before)
 
 
 def test_a_held_back_signal_is_let_through():
