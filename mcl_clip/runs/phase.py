@@ -22,6 +22,7 @@ NOT_OUTPUTS = {DONE, STARTED, "checkpoints", "texts"}  # a finished phase no lon
 LOCK_WRITE_S = 10.0  # an incomplete lock file older than this belongs to a process that died while writing it
 HEARTBEAT_S = 30.0
 SILENT_S = 600.0  # a job on another host without a heartbeat for this long is considered dead
+SILENT_HERE_S = 75.0  # one on this host whose process cannot be seen; two heartbeats and some delay
 
 
 class StaleArtifactError(UserError):
@@ -167,11 +168,13 @@ def lock(run_dir: Path) -> Iterator[None]:
     """Create the run directory and hold it for this job; raise UserError if a living job holds it.
 
     The lock of a dead process on this host is taken over. Processes on other hosts cannot be observed, so a job updates
-    the modification time of its lock every 30 s, and a lock is taken over after 10 minutes without an update.
+    the modification time of its lock every 30 s, and a lock is taken over after 10 minutes without an update; that of
+    another container on this host, which may have its name and its PIDs, after 75 s, which are waited for.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "lock"
-    token = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "process": _start_time(os.getpid())})
+    owner = {"host": socket.gethostname(), "namespace": _pid_namespace(), "pid": os.getpid()}
+    token = json.dumps({**owner, "process": _start_time(os.getpid())})
     released = threading.Event()
 
     def is_ours() -> bool:  # a job that was suspended for long may have lost the lock
@@ -205,7 +208,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 def _remove_if_dead(path: Path) -> None:
     try:
-        age_s = time.time() - path.stat().st_mtime
+        age_s = _age_s(path)
         text = path.read_text(errors="replace")
     except FileNotFoundError:
         return
@@ -220,8 +223,10 @@ def _remove_if_dead(path: Path) -> None:
             raise UserError(f"another job is just starting in {path.parent}; give this job another --run-dir")
         path.unlink(missing_ok=True)
         return
-    if owner["host"] == socket.gethostname():
+    if owner["host"] == socket.gethostname() and owner.get("namespace", _pid_namespace()) == _pid_namespace():
         is_dead = _start_time(owner["pid"]) != owner["process"]
+    elif owner["host"] == socket.gethostname():
+        is_dead = _stays_silent(path, SILENT_HERE_S)
     elif is_dead := age_s > SILENT_S:
         logger.warning(
             "%s: taking over from process %d on %s, which has not updated its lock for %d minutes",
@@ -233,6 +238,36 @@ def _remove_if_dead(path: Path) -> None:
             f"another --run-dir (if you are sure that process is dead, delete {path})"
         )
     path.unlink(missing_ok=True)
+
+
+def _age_s(path: Path) -> float:
+    """Return the seconds since a file was updated, by the clock of its file system, which may not be that of a host."""
+    probe = path.with_name(f".{path.name}-clock-{socket.gethostname()}-{os.getpid()}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _stays_silent(path: Path, limit_s: float) -> bool:
+    """Wait until a lock has not been updated for `limit_s`; return False as soon as it is updated."""
+    before, age_s = path.stat().st_mtime_ns, _age_s(path)
+    deadline = time.monotonic() + limit_s - age_s
+    if age_s < limit_s:
+        logger.info("%s: waiting for %.0f s to see whether the job that holds it is alive", path, limit_s - age_s)
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, limit_s / 10))
+        if not path.exists() or path.stat().st_mtime_ns != before:
+            return False
+    return True
+
+
+def _pid_namespace() -> str:
+    """Return what distinguishes processes of this container from those of others with the same PIDs; may be empty."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _start_time(pid: int) -> str:

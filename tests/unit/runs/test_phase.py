@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -193,6 +194,44 @@ def test_a_silent_job_on_another_host_loses_the_lock(tmp_path, caplog):
     with lock(tmp_path):
         assert read_json(path)["pid"] == os.getpid()
     assert "taking over from process 7 on elsewhere, which has not updated its lock for 11 minutes" in caplog.text
+
+
+def other_container(folder: Path) -> Path:
+    """The lock of a job in another container that has the name of this host, and where this PID is another process."""
+    path = folder / "lock"
+    record = {"host": socket.gethostname(), "namespace": "pid:[5]", "pid": os.getpid(), "process": "1"}
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_a_living_job_in_another_container_of_the_same_name_keeps_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SILENT_HERE_S", 5.0)
+    path = other_container(tmp_path)
+    heartbeat = threading.Timer(0.5, lambda: os.utime(path))
+    heartbeat.start()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"), lock(tmp_path):
+        pass
+    heartbeat.join()
+    assert names(tmp_path) == ["lock"]
+
+
+def test_a_silent_job_in_another_container_loses_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SILENT_HERE_S", 0.5)
+    path = other_container(tmp_path)
+    started = time.monotonic()
+    with lock(tmp_path):
+        assert read_json(path)["process"] != "1"
+    assert time.monotonic() - started > 0.4
+
+
+def test_the_age_of_a_lock_is_that_by_the_clock_of_its_file_system(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "process": "1"}))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)  # this host is an hour ahead
+    with pytest.raises(UserError, match="in use by process 7 on elsewhere"), lock(tmp_path):
+        pass
+    assert names(tmp_path) == ["lock"]
 
 
 def test_a_living_job_touches_its_lock(tmp_path, monkeypatch):
