@@ -86,9 +86,17 @@ def _reusable_texts(run: RunContext, stage: int, clip: ClipBundle) -> EmbeddingT
 
 def cluster(run: RunContext, stage: int) -> None:
     """Cluster the image features of a stage, its text features, or both; a restart continues from the folder `work`."""
+    work = run.folder(stage, "cluster") / "work"
+    _cluster_sides(run, stage, work)
+    barrier()  # a network file system does not delete files that any process has mapped
+    if is_main():
+        shutil.rmtree(work)
+
+
+def _cluster_sides(run: RunContext, stage: int, work: Path) -> None:
     settings, out = run.config.stages[stage].cluster, run.folder(stage, "cluster")
     num_clusters = {"image": settings.num_clusters, "text": settings.text_clusters or settings.num_clusters}
-    table, work, device = run.embeddings(stage), out / "work", run.accelerator.device
+    table, device = run.embeddings(stage), run.accelerator.device
     stops: dict[str, Any] = {"is_stopping": run.interrupt.noticed, "check_stop": run.interrupt.check}
     features: dict[str, ReadRows] = {side: partial(table.rows, column=side) for side in SIDES}
     if is_main():
@@ -123,7 +131,6 @@ def cluster(run: RunContext, stage: int) -> None:
             stored |= load_tensors(work / f"{side}.safetensors")
         _save(out / "centroids.safetensors", stored)
         write_json(out / "trace.json", {side: read_json(work / f"{side}.json") for side in sides})
-        shutil.rmtree(work)
 
 
 def _shared_metric(

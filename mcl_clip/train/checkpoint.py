@@ -56,8 +56,10 @@ def save_checkpoint(
             contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
             save_file(contiguous, temporary / f"{file}.safetensors")
         write_json(temporary / "state.json", asdict(state) | ({} if best is None else {"best": best.record()}))
-    for old in [*checkpoints(folder)[:-keep], *folder.glob(".step-*.tmp")]:  # the latter from killed processes
-        shutil.rmtree(old)
+    for old in checkpoints(folder)[:-keep]:
+        old.rename(folder / f".{old.name}.tmp")  # half of a folder must not pass for a checkpoint
+    for old in folder.glob(".step-*.tmp"):  # also those of killed processes
+        shutil.rmtree(old, ignore_errors=True)  # a network file system keeps what any process has open; try again later
     return path
 
 
@@ -126,4 +128,4 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str
             raise ValueError(f"the state of the optimizer for {name} has another shape or type")
         # The fused kernel assumes that moments have the strides of the parameter, and needs the step on its device.
         moments = {slot: torch.empty_like(parameter).copy_(moment) for slot, moment in state.items()}
-        optimizer.state[parameter] = {**moments, "step": step.to(parameter.device)}
+        optimizer.state[parameter] = {**moments, "step": step.to(parameter.device, copy=True)}  # `step` maps the file

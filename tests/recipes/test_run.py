@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,22 @@ TRAIN_FILES = {
     "model/open_clip_config.json",
     "model/open_clip_model.safetensors",
 }
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the maps of this process")
+def test_nothing_is_mapped_when_it_is_deleted(recipe, monkeypatch):
+    """A network file system would keep it, under another name, and its folder with it."""
+    remove, removed, mapped = shutil.rmtree, [], []
+
+    def look(path, **options):
+        removed.append(Path(path).name)
+        mapped.extend(line for line in Path("/proc/self/maps").read_text().splitlines() if f"{path}/" in line)
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    execute(recipe, "--num-stages", "1", "--machine.keep-checkpoints", "1")
+    assert {"work", ".step-000000003.tmp"} <= {*removed}
+    assert mapped == []
 
 
 def test_all_artefacts_are_there(finished):

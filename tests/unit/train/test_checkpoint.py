@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from dataclasses import asdict, replace
@@ -121,6 +122,29 @@ def test_what_a_killed_process_left_goes_with_the_next_checkpoint(tmp_path):
     assert checkpoints(tmp_path) == []
     Run().train(2).save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000002"]
+
+
+def test_what_a_network_file_system_does_not_delete_yet_is_no_checkpoint_and_no_error(tmp_path, monkeypatch):
+    run = Run().train(1)
+    run.save(tmp_path, keep=1)
+
+    def busy(path, **_):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        run.train(1).save(tmp_path, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000002"]
+    run.train(1).save(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the maps of this process")
+def test_a_resumed_run_has_no_file_of_its_checkpoint_mapped(tmp_path):
+    Run().train(1).save(tmp_path)
+    run = Run().load(tmp_path)
+    assert run.state.step == 1
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
