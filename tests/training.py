@@ -112,7 +112,15 @@ def parts(
     return partial(StoppingLoader, plan, Reader(index), transform=transform, tokenizer=tower.tokenizer), tower
 
 
-def fit(tower: ClipBundle, loader: BatchSource, *, out: Path, changes: Mapping[str, Any] = {}, **options) -> None:
+def fit(
+    tower: ClipBundle,
+    loader: BatchSource,
+    *,
+    out: Path,
+    changes: Mapping[str, Any] = {},
+    machine: MachineConfig | None = None,
+    **options,
+) -> None:
     """Train the towers in place."""
     config = TrainConfig(
         steps=STEPS, global_batch_size=BATCH, lr=1e-3, warmup_steps=3, weight_decay=0.1, max_grad_norm=1.0,
@@ -127,7 +135,7 @@ def fit(tower: ClipBundle, loader: BatchSource, *, out: Path, changes: Mapping[s
         groups=np.arange(ROWS) % 3,
         preprocess_cfg=tower.preprocess_cfg,
         config=config,
-        machine=MachineConfig(log_steps=1, save_steps=SAVE, progress=False),
+        machine=machine or MachineConfig(log_steps=1, save_steps=SAVE, progress=False),
         optimizer=create_optimizer(tower.model, config),
         out=out,
         seed=(0, 1),

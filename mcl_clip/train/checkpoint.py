@@ -93,7 +93,8 @@ def load_newest(
                 tensor.copy_(saved[name])
         values = read_json(path / "state.json")
         if best is not None:
-            best.load(values.pop("best"), load_file(path / "best.safetensors"))
+            weights = load_file(path / "best.safetensors")  # which maps the file
+            best.load(values.pop("best"), {name: tensor.clone() for name, tensor in weights.items()})
         return _train_state(values)
     except (RuntimeError, KeyError, OSError, TypeError, ValueError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 300)  # torch lists every tensor on its own line

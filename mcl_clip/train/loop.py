@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mcl_clip.config import MachineConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, check_same, is_main, on_main, rank, seed_of, world_size
-from mcl_clip.core.errors import UserError
+from mcl_clip.core.errors import PlannedStop, UserError
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.loader import PairBatch, pin
@@ -48,7 +48,7 @@ class BatchSource(Protocol):
         ...
 
 
-def train_stage(
+def train_stage(  # noqa: C901  # the loop is read from top to bottom
     accelerator: Accelerator,
     model: nn.Module,
     *,
@@ -87,7 +87,8 @@ def train_stage(
         max_steps: stop after so many steps, without a checkpoint; by default the stage is trained to its end.
 
     Raises:
-        PlannedStop: if `interrupt` was asked to stop; the current step is saved, unless it waits for data in vain.
+        PlannedStop: if `interrupt` was asked to stop; the current step is saved, unless one of several processes waits
+            for data in vain, when others may be in the middle of the next step.
         TrainingDivergedError: if the loss or the gradient is not finite.
         UserError: if too many samples are bad, or processes disagree on the batch plan.
     """
@@ -114,12 +115,39 @@ def train_stage(
     bar = Progress(
         total=config.steps, initial=state.step, unit="step", desc="train", show=machine.progress and is_main()
     )
-    model.train()
+    saved_step, lr, grad_norm = state.step, 0.0, torch.zeros(())
 
+    def log_step() -> dict[str, Any]:
+        with spans("log"):
+            record, seconds = _record(raw, meter, spans, state, lr, grad_norm, plan)
+            _stop_if_diverged(record, checkpoints)
+            bad.flush(state.step, plan.rows_per_epoch * state.step // plan.batches_per_epoch)
+            log.add({**record, "bad_samples": bad.count, "spans": seconds})
+            track(record, state.step)
+        return record
+
+    def save() -> None:
+        if is_main():
+            with spans("save"):
+                save_checkpoint(
+                    checkpoints, model=raw, optimizer=raw_optimizer, average=average, state=state,
+                    keep=machine.keep_checkpoints, best=best,
+                )  # fmt: skip
+
+    model.train()
     with bar, interrupt.deferred():  # signals wait for the end of a step
         while state.step < last_step and not stopping:
-            with spans("data"):
-                batch = next(batches)
+            try:
+                with spans("data"):
+                    batch = next(batches)
+            except PlannedStop:  # as it does not come; of several processes, others may be in the next step
+                if world_size() > 1 or state.step == saved_step:
+                    raise
+                if meter.steps:
+                    log_step()
+                save()
+                stopping = True
+                break
             if validation.says_stop(raw, state.step):
                 break
 
@@ -146,24 +174,15 @@ def train_stage(
             # A step that saves, or is the last one, logs too: no count is lost between a checkpoint and a record.
             is_saving = stopping or state.step == config.steps or _is_due(state.step, machine.save_steps)
             if is_saving or validation.can_stop_at(state.step) or _is_due(state.step, machine.log_steps):
-                with spans("log"):
-                    record, seconds = _record(raw, meter, spans, state, lr, grad_norm, plan)
-                    _stop_if_diverged(record, checkpoints)
-                    bad.flush(state.step, plan.rows_per_epoch * state.step // plan.batches_per_epoch)
-                    log.add({**record, "bad_samples": bad.count, "spans": seconds})
-                    track(record, state.step)
+                record = log_step()
                 bar.set_postfix(
                     {"loss": f"{record['loss']:.3f}", "samples/s": f"{record['samples_per_s']:.0f}"}, refresh=False
                 )
                 # Saves by minutes wait for a record; the clock is that of the main process.
                 is_saving |= 0 < machine.save_minutes <= (time.monotonic() - saved_at) / 60
-                if is_saving and is_main() and math.isfinite(float(grad_norm)):
-                    with spans("save"):
-                        save_checkpoint(
-                            checkpoints, model=raw, optimizer=raw_optimizer, average=average, state=state,
-                            keep=machine.keep_checkpoints, best=best,
-                        )  # fmt: skip
-                    saved_at = time.monotonic()
+                if is_saving:
+                    save()
+                    saved_at, saved_step = time.monotonic(), state.step
             bar.update()
 
     if stopping:

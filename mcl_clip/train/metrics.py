@@ -90,18 +90,18 @@ class Spans:
 
 
 class Meter:
-    """Sums over the steps since the last record, kept on the device so that a step never waits for the host."""
+    """Sums over the `steps` since the last record, kept on the device so that a step never waits for the host."""
 
     def __init__(self, names: Iterable[str], device: torch.device, *, num_groups: int = 1) -> None:
         self._names = tuple(names)
         self._groups = torch.zeros(2, num_groups, dtype=torch.float64, device=device)  # weighted losses, and weights
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
-        self._steps, self._started = 0, time.perf_counter()
+        self.steps, self._started = 0, time.perf_counter()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add this process's values of one step, and its `row_losses` by `row_groups` with `row_weights`."""
         self._sums += torch.stack([values[name].detach().double() for name in self._names])
-        self._steps += 1
+        self.steps += 1
         weights = values["row_weights"].double()
         groups = values["row_groups"].clamp(min=0)  # rows without a group have weight 0
         self._groups.index_add_(1, groups, torch.stack([values["row_losses"].double() * weights, weights]))
@@ -119,10 +119,10 @@ class Meter:
             losses, rows = all_reduce_sum(self._groups.clone())
             means = (losses / rows)[rows > 0].cpu().numpy()
             spread = {name: float(np.quantile(means, q)) for name, q in QUANTILES.items()} if len(means) else {}
-        seconds, steps = time.perf_counter() - self._started, self._steps
+        seconds, steps = time.perf_counter() - self._started, self.steps
         self._sums.zero_()
         self._groups.zero_()
-        self._steps, self._started = 0, time.perf_counter()
+        self.steps, self._started = 0, time.perf_counter()
         return dict(zip(self._names, sums, strict=True)), spread, steps, seconds
 
 

@@ -1,11 +1,18 @@
 import math
+import os
+import signal
+import time
 
 import pytest
 import torch
 
+from mcl_clip.config import MachineConfig
 from mcl_clip.core.distributed import seed_of
+from mcl_clip.core.errors import PlannedStop
 from mcl_clip.core.files import read_jsonl
+from mcl_clip.train import interrupt as module_of_interrupt
 from mcl_clip.train import loop
+from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.loop import TrainingDivergedError, clamp_logit_scale_
 from tests import training
 
@@ -82,3 +89,52 @@ def test_the_seed_of_dropout_names_stage_step_process_and_chunk(pool, tmp_path):
     assert pool.run(seeds_of_dropout, 2, shards, tmp_path / "out") == [
         [(0, 1, "dropout", step, rank, 0) for step in range(2)] for rank in range(2)
     ]
+
+
+class StallingLoader(training.StoppingLoader):
+    """Once, after `most_steps` batches, a request to stop comes, and no further batch."""
+
+    def steps(self, start_step, stop_step):
+        try:
+            yield from super().steps(start_step, stop_step)
+        except training.StoppedError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while True:
+                time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("machine", "logged"),
+    [({"log_steps": 2, "save_steps": 0}, [2, 3]), ({"log_steps": 1, "save_steps": 2}, [1, 2, 3])],
+)
+def test_a_stop_while_no_data_come_saves_the_last_step(tmp_path, monkeypatch, machine, logged):
+    monkeypatch.setattr(module_of_interrupt, "GIVE_UP_S", 0.2)
+    monkeypatch.setattr(module_of_interrupt, "TICK_S", 0.05)
+    monkeypatch.setattr(training, "StoppingLoader", StallingLoader)
+    shards, out = training.write_shards(tmp_path / "shards"), tmp_path / "out"
+    machine = MachineConfig(progress=False, **machine)
+    make_loader, clip = training.parts(shards)
+    with (
+        pytest.raises(PlannedStop, match=f"step 3 of {training.STEPS} is saved in {out / 'checkpoints'}"),
+        Interrupt().listening() as interrupt,
+    ):
+        training.fit(clip, make_loader(most_steps=3), out=out, machine=machine, interrupt=interrupt)
+    assert [record["step"] for record in read_jsonl(out / "metrics.jsonl")] == logged
+    for folder, most_steps in ((out, 2), (tmp_path / "undisturbed", 5)):
+        make_loader, clip = training.parts(shards)
+        training.fit(clip, make_loader(most_steps=6), out=folder, machine=machine, max_steps=most_steps)
+        weights = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
+        if folder == out:
+            resumed = weights
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_a_stop_while_no_data_come_saves_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(module_of_interrupt, "GIVE_UP_S", 0.2)
+    monkeypatch.setattr(module_of_interrupt, "TICK_S", 0.05)
+    monkeypatch.setattr(training, "StoppingLoader", StallingLoader)
+    make_loader, clip = training.parts(training.write_shards(tmp_path / "shards"))
+    machine = MachineConfig(progress=False, save_steps=3)
+    with pytest.raises(PlannedStop, match="its data did not come"), Interrupt().listening() as interrupt:
+        training.fit(clip, make_loader(most_steps=3), out=tmp_path / "out", machine=machine, interrupt=interrupt)
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000000003"]
