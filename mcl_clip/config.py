@@ -112,6 +112,10 @@ class LockConfig:
     cached_texts: bool = True
     """With a frozen text tower, compute the features of all captions once if the stage sees each caption about twice or
     more, and read them from the run directory (4 bytes per dimension and caption, deleted after the stage)."""
+    cached_trunks: bool = True
+    """Compute what locked lower parts of the towers make of each image (of `augment.views`) and caption only once, if
+    the stage sees it about twice or more and the disk has room, and read it from the run directory, where it is kept
+    for later stages until the run ends."""
 
     def __post_init__(self) -> None:
         check_fields("stages.K.train.lock.", self, text_unlocked_groups=0, image_unlocked_groups=0)
@@ -131,9 +135,12 @@ class AugmentConfig:
     jpeg: Literal["fast", "exact"] = "fast"
     """`fast` decodes JPEGs at a reduced size where that is enough and resizes with torchvision; `exact` uses Pillow as
     open_clip does. Evaluation and embedding are always exact."""
+    views: int = 0
+    """Fixed views of each image, used in turn over the epochs: the one of the evaluation, then augmented ones; 1 turns
+    augmentation off. By default, 0, each epoch has a new augmented view."""
 
     def __post_init__(self) -> None:
-        check_fields("stages.K.train.augment.", self, scale=(1e-6, 1), ratio=1e-6, horizontal_flip=(0, 1))
+        check_fields("stages.K.train.augment.", self, scale=(1e-6, 1), ratio=1e-6, horizontal_flip=(0, 1), views=0)
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if low > high:
                 raise UserError(

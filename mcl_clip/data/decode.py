@@ -325,6 +325,8 @@ class TrainTransform:
         jpeg: `fast` decodes JPEGs at a reduced size where that is enough and resizes with torchvision; `exact` uses
             Pillow for both, as open_clip does.
         legacy: Decode as versions up to 0.6 did; see `decode_image`.
+        views: Number of fixed views of each image, of which the first is that of the evaluation; 0 is without limit.
+        evaluation: The evaluation transform, for the first of fixed views.
     """
 
     size_px: tuple[int, int]
@@ -334,6 +336,20 @@ class TrainTransform:
     interpolation: str = "bicubic"
     jpeg: str = "fast"
     legacy: bool = False
+    views: int = 0
+    evaluation: EvaluationTransform | None = None
+
+    def view(self, epoch: int, row: int) -> int:
+        """Return the view of a row in an epoch: its own in each, or one of the fixed ones in turn."""
+        return (epoch + row) % self.views if self.views else epoch
+
+    def decode_view(
+        self, data: bytes, view: int, *, row: int, name: tuple[Name, ...], max_pixels: int = MAX_PIXELS
+    ) -> UInt8[Tensor, "3 height width"]:
+        """Decode a view of an image file; raise as `decode`. `name` and the row identify the draws."""
+        if self.evaluation is not None and view == 0:
+            return self.evaluation.decode(data, max_pixels=max_pixels)
+        return self.decode(data, *name, view, row, "augment", max_pixels=max_pixels)
 
     def decode(self, data: bytes, *name: Name, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 height width"]:
         """Decode and augment an image file; `name` identifies the draw.
@@ -394,9 +410,14 @@ class TrainTransform:
         return result.contiguous()
 
 
-def train_transform(preprocess_cfg: Mapping[str, Any], **augment: Any) -> TrainTransform:
+def train_transform(
+    preprocess_cfg: Mapping[str, Any], *, views: int = 0, legacy: bool = False, **augment: Any
+) -> TrainTransform:
     """Create a `TrainTransform` with the size and interpolation of a model; `augment` sets its other fields."""
     cfg = PreprocessCfg(**preprocess_cfg)
     size = (cfg.size, cfg.size) if isinstance(cfg.size, int) else (cfg.size[0], cfg.size[1])
     interpolation = cfg.interpolation if cfg.interpolation in _RESAMPLING else "bicubic"
-    return TrainTransform(size_px=size, interpolation=interpolation, **augment)
+    evaluation = evaluation_transform(preprocess_cfg, legacy=legacy) if views else None
+    return TrainTransform(
+        size_px=size, interpolation=interpolation, legacy=legacy, views=views, evaluation=evaluation, **augment
+    )

@@ -1,12 +1,12 @@
 """The feature store: one safetensors file a shard, its readers, and the file layout that both stores share.
 
-`EmbeddingTable` reads the image and text features of all rows under the model of a stage. `TextFeatures` reads the
-text features of single captions, for stages whose text encoder is locked.
+`EmbeddingTable` reads the image and text features of all rows under the model of a stage. `TextFeatures` and
+`ImageOutputs` read what locked encoders, or their locked lower parts, compute of single captions and images.
 """
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ def part_name(shard: int) -> str:
 def text_part_name(shard: int) -> str:
     """Return the file name of the caption features of a shard."""
     return f"texts-{shard:06d}.safetensors"
+
+
+def image_part_name(shard: int) -> str:
+    """Return the file name of what the frozen part of an image tower makes of the images of a shard."""
+    return f"images-{shard:06d}.safetensors"
 
 
 def first_rows(index: ShardIndex) -> Int64[np.ndarray, "shards_and_end"]:
@@ -161,64 +166,137 @@ class EmbeddingTable:
         return result
 
 
-class TextFeatures:
-    """The captions of an index: for each a unit feature in float32 and a hash of its tokens.
+class _PartReader:
+    """Columns of part files, mapped in the process that reads them, so that it can be pickled and survives a fork."""
 
-    Parts hold `features` [captions, dim], `ids` [captions] and `first` [rows + 1], the position of the first caption of
-    each row of the shard. A bad row has no captions. Files are mapped in the process that reads them, so the object can
-    be pickled and survives a fork.
-    """
-
-    def __init__(self, folder: Path, index: ShardIndex, dim: int) -> None:
-        self.folder, self.dim = folder, dim
+    def __init__(self, folder: Path, index: ShardIndex) -> None:
+        self.folder = folder
         self.first_row = first_rows(index)
-        self._mapped: OrderedDict[int, tuple[Any, Any, Any]] = OrderedDict()  # least recently used first
+        self._mapped: OrderedDict[str, tuple[Any, ...]] = OrderedDict()  # least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": OrderedDict()}
 
+    def place(self, row: int) -> tuple[int, int]:
+        """Return the shard of a row, and its number in the shard."""
+        shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        return shard, int(row - self.first_row[shard])
+
+    def columns(self, name: str, columns: Sequence[str], check: Callable[..., bool]) -> tuple[Any, ...]:
+        """Return lazy slices of columns of a part; the most recently used parts stay mapped.
+
+        `check` takes the slices and returns whether their shapes are right.
+
+        Raises:
+            UserError: if the part is missing or damaged.
+        """
+        if name in self._mapped:
+            self._mapped.move_to_end(name)
+            return self._mapped[name]
+        try:
+            file: Any = safe_open(self.folder / name, framework="pt")
+            part = tuple(file.get_slice(column) for column in columns)
+            if not check(*part):
+                raise ValueError(f"its columns have the shapes {[column.get_shape() for column in part]}")
+        except Exception as error:  # damaged files raise errors of several types
+            raise self.damaged(name, str(error)) from error
+        self._mapped[name] = part
+        if len(self._mapped) > MAX_MAPPED_PARTS:
+            self._mapped.popitem(last=False)
+        return part
+
+    def damaged(self, name: str, reason: str) -> UserError:
+        """Return the error for a part that cannot be used."""
+        return UserError(
+            f"{self.folder / name} does not hold the features of its shard ({reason}); delete it and run the recipe "
+            f"again"
+        )
+
+
+class TextFeatures(_PartReader):
+    """The captions of an index: for each a vector in float32 and a hash of its tokens.
+
+    Parts hold `features` [captions, dim], `ids` [captions] and `first` [rows + 1], the position of the first caption of
+    each row of the shard. A bad row has no captions. The vectors are unit features of a locked text tower or, with
+    `of_trunk`, outputs of the frozen part of a text tower.
+    """
+
+    def __init__(self, folder: Path, index: ShardIndex, dim: int, *, of_trunk: bool = False) -> None:
+        super().__init__(folder, index)
+        self.dim, self.of_trunk = dim, of_trunk
+
     def take(
         self, rows: Sequence[int], captions: Sequence[int]
     ) -> tuple[Float32[Tensor, "texts dim"], Int64[Tensor, "texts"]]:
-        """Return feature and id of one caption of each row, by its number among the captions of the row.
+        """Return vector and id of one caption of each row, by its number among the captions of the row.
 
         Raises:
             UserError: if a part is missing or damaged, or a row has no such caption.
         """
         features, ids = [torch.zeros(0, self.dim)], [torch.zeros(0, dtype=torch.int64)]
         for row, caption in zip(rows, captions, strict=True):
-            shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
-            part_features, part_ids, firsts = self._part(shard)
-            row_in_shard = int(row - self.first_row[shard])
-            first, end = firsts[row_in_shard : row_in_shard + 2].tolist()
+            part_features, part_ids, first, end = self._captions(row)
             position = first + caption
             if position >= end:
-                raise self._damaged(shard, f"row {row} has no caption {caption}")
+                raise self.damaged(text_part_name(self.place(row)[0]), f"row {row} has no caption {caption}")
             features.append(part_features[position : position + 1])
             ids.append(part_ids[position : position + 1])
         return torch.cat(features), torch.cat(ids)
 
-    def _part(self, shard: int) -> tuple[Any, Any, Any]:
-        """Return lazy slices of the mapped features, ids and first; the most recently used parts stay mapped."""
-        if shard in self._mapped:
-            self._mapped.move_to_end(shard)
-            return self._mapped[shard]
-        rows = int(self.first_row[shard + 1] - self.first_row[shard])
-        try:
-            file: Any = safe_open(self.folder / text_part_name(shard), framework="pt")
-            part = (file.get_slice("features"), file.get_slice("ids"), file.get_slice("first"))
-            shapes, captions = [column.get_shape() for column in part], part[1].get_shape()[0]
-            if shapes != [[captions, self.dim], [captions], [rows + 1]] or int(part[2][rows:][0]) != captions:
-                raise ValueError(f"its columns have the shapes {shapes}, for {rows} rows")
-        except Exception as error:  # damaged files raise errors of several types
-            raise self._damaged(shard, str(error)) from error
-        self._mapped[shard] = part
-        if len(self._mapped) > MAX_MAPPED_PARTS:
-            self._mapped.popitem(last=False)
-        return part
+    def take_all(self, rows: Sequence[int]) -> Float32[Tensor, "texts dim"]:
+        """Return the vectors of all captions of the rows; raise as `take`."""
+        parts = [features[first:end] for features, _, first, end in map(self._captions, rows)]
+        return torch.cat([torch.zeros(0, self.dim), *parts])
 
-    def _damaged(self, shard: int, reason: str) -> UserError:
-        return UserError(
-            f"{self.folder / text_part_name(shard)} does not hold the text features of its shard ({reason}); delete it "
-            f"and run the recipe again"
-        )
+    def num_captions(self, row: int) -> int:
+        """Return the number of captions of a row; raise as `take`."""
+        _, _, first, end = self._captions(row)
+        return end - first
+
+    def _captions(self, row: int) -> tuple[Any, Any, int, int]:
+        """Return features and ids of the shard of a row, and the positions of its first caption and of the next row."""
+        shard, row_in_shard = self.place(row)
+        rows = int(self.first_row[shard + 1] - self.first_row[shard])
+
+        def check(features: Any, ids: Any, firsts: Any) -> bool:
+            captions = ids.get_shape()[0]
+            shapes = [features.get_shape(), ids.get_shape(), firsts.get_shape()]
+            return shapes == [[captions, self.dim], [captions], [rows + 1]] and int(firsts[rows:][0]) == captions
+
+        features, ids, firsts = self.columns(text_part_name(shard), ("features", "ids", "first"), check)
+        first, end = firsts[row_in_shard : row_in_shard + 2].tolist()
+        return features, ids, first, end
+
+
+class ImageOutputs(_PartReader):
+    """What the frozen part of an image tower computes of fixed views of each image, in float32.
+
+    Each view has a folder, whose parts hold `outputs` [rows, *shape], `ids` [rows], hashes of the image files, and `ok`
+    [rows]: whether image and captions of the row could be decoded.
+    """
+
+    def __init__(self, folder: Path, index: ShardIndex, shape: Sequence[int], views: Sequence[str]) -> None:
+        super().__init__(folder, index)
+        self.shape, self.views = list(shape), tuple(views)
+
+    def take(self, row: int, view: int) -> tuple[Float32[Tensor, "..."] | None, int]:
+        """Return the output of a view of a row, or None if the row is bad, and the hash of the image.
+
+        Raises:
+            UserError: if a part is missing or damaged.
+        """
+        shard, row_in_shard = self.place(row)
+        rows = int(self.first_row[shard + 1] - self.first_row[shard])
+
+        def check(*columns: Any) -> bool:
+            return [column.get_shape() for column in columns] == [[rows, *self.shape], [rows], [rows]]
+
+        name = f"{self.views[view]}/{image_part_name(shard)}"
+        outputs, ids, ok = self.columns(name, ("outputs", "ids", "ok"), check)
+        here = slice(row_in_shard, row_in_shard + 1)
+        return (outputs[here][0] if bool(ok[here][0]) else None), int(ids[here][0])
+
+    def reason(self, row: int, view: int) -> str:
+        """Return why a row is bad."""
+        path = self.folder / self.views[view] / image_part_name(self.place(row)[0])
+        return next(str(reason) for number, _, reason in read_counts(path)["bad_samples"] if number == row)

@@ -22,8 +22,8 @@ from mcl_clip.core.distributed import Name, check_same, random_words, rank, worl
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
 from mcl_clip.data.decode import MAX_PIXELS, BadSampleError, EvaluationTransform, TrainTransform, decode_captions
-from mcl_clip.data.features import TextFeatures
-from mcl_clip.data.reader import RawSample, Reader
+from mcl_clip.data.features import ImageOutputs, TextFeatures
+from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import redacted
 from mcl_clip.data.workers import load_batches
 
@@ -73,15 +73,16 @@ class PairBatch(_Batch):
 
     `rows`, `text_ids` and `image_ids` have an entry for every row, fillers (row -1) included. `images` and `tokens`
     hold decoded samples only, and `places` the index of each among `rows`. Ids are hashes of the tokens and of the
-    image bytes. Where text features come from disk, `text_features` holds them and `tokens` have length 0.
+    image bytes. Where text features come from disk, `text_features` holds them and `tokens` have length 0. Where what
+    the frozen part of a tower computes comes from disk, it is in place of pixels or tokens, in float32.
     """
 
     step: int
     rows: Int64[Tensor, "local"]
     text_ids: Int64[Tensor, "local"]
     image_ids: Int64[Tensor, "local"]
-    images: UInt8[Tensor, "decoded 3 height width"]
-    tokens: Int[Tensor, "decoded length"]
+    images: UInt8[Tensor, "decoded 3 height width"] | Float32[Tensor, "decoded ..."]
+    tokens: Int[Tensor, "decoded length"] | Float32[Tensor, "decoded dim"]
     places: Int64[Tensor, "decoded"]
     text_features: Float32[Tensor, "decoded dim"] | None = None
     bad: tuple[BadSample, ...]
@@ -91,13 +92,14 @@ class PairBatch(_Batch):
 class CaptionedBatch(_Batch):
     """Rows with all their captions: `tokens[j]` belongs to `rows[caption_of[j]]`. Bad rows are left out.
 
-    `full_captions` counts captions without padding, that is, those that may have been truncated.
+    `full_captions` counts captions without padding, that is, those that may have been truncated. As in `PairBatch`,
+    outputs of frozen parts may be in place of pixels and tokens.
     """
 
     rows: Int64[Tensor, "images"]
-    images: UInt8[Tensor, "images 3 height width"]
+    images: UInt8[Tensor, "images 3 height width"] | Float32[Tensor, "images ..."]
     image_ids: Int64[Tensor, "images"]
-    tokens: Int[Tensor, "captions length"]
+    tokens: Int[Tensor, "captions length"] | Float32[Tensor, "captions dim"]
     caption_of: Int64[Tensor, "captions"]
     text_ids: Int64[Tensor, "images"]
     full_captions: int
@@ -115,6 +117,7 @@ class TrainingLoader:
         transform: TrainTransform,
         tokenizer: Tokenizer,
         short_texts: bool = False,
+        images: ImageOutputs | None = None,
         texts: TextFeatures | None = None,
         num_workers: int = 0,
         prefetch_batches: int = 4,
@@ -125,7 +128,8 @@ class TrainingLoader:
     ) -> None:
         """Prepare a loader; raise UserError if the global batch is not divisible by the number of processes.
 
-        `short_texts` trims the padding after the longest caption of a batch; features `texts` replace tokens. Each of
+        `short_texts` trims the padding after the longest caption of a batch. Stored `images` replace pixels and stored
+        `texts` replace tokens, and nothing is read from the shards that these have. Each of
         `num_workers` keeps `prefetch_batches` ready and must deliver one within `timeout_s`; 0 decodes in this process.
         Images are copied to `device`; the rest of a batch stays on the CPU, page-locked if that is a GPU. Images over
         `max_pixels` are bad samples; `json_key` is the key of the captions in a .json member.
@@ -138,7 +142,7 @@ class TrainingLoader:
         self.plan = plan
         maker = _PairBatches(
             reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,
-            json_key=json_key, texts=texts, name=(plan.seed, plan.stage),
+            json_key=json_key, images=images, texts=texts, name=(plan.seed, plan.stage),
         )  # fmt: skip
         self._local_rows = plan.global_batch_size // world_size()
         self._parts = -(-self._local_rows // PART_ROWS)
@@ -207,15 +211,19 @@ def captioned_batches(
     timeout_s: float = LOADER_TIMEOUT_S,
     max_pixels: int = MAX_PIXELS,
     json_key: str = "caption",
+    images: ImageOutputs | None = None,
+    texts: TextFeatures | None = None,
+    view: int = 0,
+    name: tuple[Name, ...] = (),
 ) -> Iterator[CaptionedBatch]:
     """Yield one `CaptionedBatch` for each array of rows, in order; raise UserError if a shard cannot be read.
 
     See `TrainingLoader` for the arguments. Without a `transform` images are not decoded and have no pixels; without a
-    `tokenizer` texts have no tokens.
+    `tokenizer` texts have no tokens. A `TrainTransform` gives the `view` that it draws under a `name`.
     """
     maker = _CaptionedBatches(
         reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,
-        json_key=json_key,
+        json_key=json_key, images=images, texts=texts, name=name, view=view,
     )  # fmt: skip
     yield from load_batches(
         maker.make_batch, batches, describe=maker.describe, num_workers=num_workers, prefetch_batches=prefetch_batches,
@@ -223,9 +231,19 @@ def captioned_batches(
     )  # fmt: skip
 
 
+class _Sample(NamedTuple):
+    """A decoded row: pixels or stored output, text member and captions, which are empty if nothing was read."""
+
+    row: int
+    image: Tensor
+    image_id: int
+    text: bytes
+    captions: list[str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _BatchMaker:
-    """Makes batches in a loader process."""
+    """Makes batches in a loader process; `name` and the row name every random draw."""
 
     reader: Reader
     transform: EvaluationTransform | TrainTransform | None
@@ -233,6 +251,9 @@ class _BatchMaker:
     short_texts: bool
     max_pixels: int
     json_key: str
+    images: ImageOutputs | None
+    texts: TextFeatures | None
+    name: tuple[Name, ...]
 
     def describe(self, request: Any) -> str:
         """Name the rows of a request and the shards they are in."""
@@ -243,32 +264,48 @@ class _BatchMaker:
         more = f" and {len(shards) - 3} more shards" if len(shards) > 3 else ""
         return f"rows {rows.min(initial=len(index))} to {rows.max(initial=0)} of {urls}{more}"
 
-    def decode(
-        self, rows: Int[np.ndarray, "rows"], *name: Name
-    ) -> Iterator[tuple[RawSample, Tensor, list[str]] | BadSample]:
-        """Yield (raw sample, pixels, captions) or a BadSample for each row; `name` identifies random transforms."""
-        pixels = torch.zeros(3, 0, 0, dtype=torch.uint8)
-        for raw in self.reader.read(rows):
+    def samples(
+        self, rows: Int[np.ndarray, "rows"], views: Iterable[int], *, needs_texts: bool = True
+    ) -> Iterator[_Sample | BadSample]:
+        """Yield a sample, or a BadSample, for each row, with the given view of its image.
+
+        Stored images are not read from the shards, and texts only if they are needed.
+        """
+        if self.images is None:
+            read = [((raw.text, raw.text_format), raw.image) for raw in self.reader.read(rows)]
+        else:
+            texts = self.reader.read_texts(rows) if needs_texts else [(b"", "")] * len(rows)
+            read = [(text, b"") for text in texts]
+        for row, view, ((text, text_format), image) in zip(rows.tolist(), views, read, strict=True):
             try:
-                if isinstance(self.transform, TrainTransform):
-                    pixels = self.transform.decode(raw.image, *name, raw.row, "augment", max_pixels=self.max_pixels)
-                elif self.transform is not None:
-                    pixels = self.transform.decode(raw.image, max_pixels=self.max_pixels)
-                yield raw, pixels, decode_captions(raw.text, raw.text_format, json_key=self.json_key)
+                pixels, image_id = self._image(row, view, image)
+                captions = decode_captions(text, text_format, json_key=self.json_key) if text_format else []
+                yield _Sample(row, pixels, image_id, text, captions)
             except BadSampleError as error:
                 index = self.reader.index
-                shard = redacted(index.shards[int(index.shard_of[raw.row])].url)
-                yield BadSample(raw.row, shard, error.reason)
+                yield BadSample(row, redacted(index.shards[int(index.shard_of[row])].url), error.reason)
+
+    def _image(self, row: int, view: int, data: bytes) -> tuple[Tensor, int]:
+        """Return pixels or stored output of an image, and the hash of its file; raise BadSampleError without them."""
+        if self.images is not None:
+            output, image_id = self.images.take(row, view)
+            if output is None:
+                raise BadSampleError(self.images.reason(row, view))
+            return output, image_id
+        pixels = torch.zeros(3, 0, 0, dtype=torch.uint8)
+        if isinstance(self.transform, TrainTransform):
+            pixels = self.transform.decode_view(data, view, row=row, name=self.name, max_pixels=self.max_pixels)
+        elif self.transform is not None:
+            pixels = self.transform.decode(data, max_pixels=self.max_pixels)
+        return pixels, content_id(data)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _PairBatches(_BatchMaker):
-    """Makes parts of local batches; `name` and the row name every random draw."""
+    """Makes parts of local batches."""
 
     transform: TrainTransform
     tokenizer: Tokenizer
-    texts: TextFeatures | None
-    name: tuple[Name, ...]
 
     def make_batch(self, request: tuple[int, int, Int[np.ndarray, "_part"]]) -> PairBatch:
         step, epoch, planned_rows = request
@@ -276,29 +313,32 @@ class _PairBatches(_BatchMaker):
         planned = np.flatnonzero(planned_rows != FILLER)
         image_ids, text_ids = torch.zeros_like(rows), torch.zeros_like(rows)
         places, images, captions, caption_numbers, bad = [], [], [], [], []
-        samples = self.decode(planned_rows[planned], *self.name, epoch)
+        views = [self.transform.view(epoch, row) for row in planned_rows[planned].tolist()]
+        samples = self.samples(planned_rows[planned], views, needs_texts=self.texts is None)
         for place, sample in zip(planned.tolist(), samples, strict=True):
             if isinstance(sample, BadSample):
                 bad.append(sample)
                 rows[place] = FILLER
                 continue
-            raw, pixels, texts = sample
             places.append(place)
-            images.append(pixels)
-            word = random_words(1, *self.name, epoch, raw.row, "caption")[0]
-            caption_numbers.append(int(word % np.uint64(len(texts))))
-            captions.append(texts[caption_numbers[-1]])
-            image_ids[place] = content_id(raw.image)
-        # A process with nothing but fillers still takes part in the backward pass: one black image of weight 0.
-        images = images or [torch.zeros(3, *self.transform.size_px, dtype=torch.uint8)]
+            images.append(sample.image)
+            num_captions = len(sample.captions) if self.texts is None else self.texts.num_captions(sample.row)
+            word = random_words(1, *self.name, epoch, sample.row, "caption")[0]
+            caption_numbers.append(int(word % np.uint64(num_captions)))
+            captions += sample.captions[caption_numbers[-1] :][:1]
+            image_ids[place] = sample.image_id
+        # A process with nothing but fillers still takes part in the backward pass: one image of zeros of weight 0.
+        empty = torch.zeros(3, *self.transform.size_px, dtype=torch.uint8)
+        images = images or [empty if self.images is None else torch.zeros(self.images.shape)]
         tokens, text_features = torch.zeros(len(images), 0, dtype=torch.int64), None
         if self.texts is None:
             tokens = self.tokenizer(captions or [""])
             text_ids[places] = content_ids(tokens[: len(places)])
             tokens = trim_padding(tokens) if self.short_texts else tokens
         else:
-            text_features, text_ids[places] = self.texts.take(rows[places].tolist(), caption_numbers)
-            text_features = text_features if places else torch.zeros(1, self.texts.dim)
+            stored, text_ids[places] = self.texts.take(rows[places].tolist(), caption_numbers)
+            stored = stored if places else torch.zeros(1, self.texts.dim)
+            tokens, text_features = (stored, None) if self.texts.of_trunk else (tokens, stored)
         return PairBatch(
             step=step,
             rows=rows,
@@ -312,26 +352,31 @@ class _PairBatches(_BatchMaker):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
 class _CaptionedBatches(_BatchMaker):
     """Makes batches with all captions of their rows."""
+
+    view: int
 
     def make_batch(self, request: Int[np.ndarray, "_rows"]) -> CaptionedBatch:
         rows: list[int] = []
         images, image_ids, text_ids, captions, caption_of, bad = [], [], [], [], [], []
-        for sample in self.decode(request):
+        for sample in self.samples(request, [self.view] * len(request)):
             if isinstance(sample, BadSample):
                 bad.append(sample)
                 continue
-            raw, pixels, texts = sample
-            caption_of += [len(rows)] * len(texts)
-            captions += texts
-            rows.append(raw.row)
-            images.append(pixels)
-            image_ids.append(content_id(raw.image))
-            text_ids.append(content_id(raw.text))
-        tokens = torch.zeros(len(captions), 0, dtype=torch.int64)
-        if self.tokenizer is not None and captions:
+            caption_of += [len(rows)] * len(sample.captions)
+            captions += sample.captions
+            rows.append(sample.row)
+            images.append(sample.image)
+            image_ids.append(sample.image_id)
+            text_ids.append(content_id(sample.text))
+        tokens, full_captions = torch.zeros(len(captions), 0, dtype=torch.int64), 0
+        if self.texts is not None:
+            tokens = self.texts.take_all(rows)
+        elif self.tokenizer is not None and captions:
             tokens = self.tokenizer(captions)
+            full_captions = int(tokens[:, -1].ne(0).sum())
         return CaptionedBatch(
             rows=torch.tensor(rows, dtype=torch.int64),
             images=torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
@@ -339,7 +384,7 @@ class _CaptionedBatches(_BatchMaker):
             tokens=trim_padding(tokens) if self.short_texts else tokens,
             caption_of=torch.tensor(caption_of, dtype=torch.int64),
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
-            full_captions=int(tokens[:, -1].ne(0).sum()) if tokens.numel() else 0,
+            full_captions=full_captions,
             bad=tuple(bad),
         )
 

@@ -49,9 +49,14 @@ LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
 def to_floats(
-    pixels: UInt8[Tensor, "batch 3 height width"], preprocess_cfg: Mapping[str, Any]
-) -> Float[Tensor, "batch 3 height width"]:
-    """Normalize pixels like torchvision's ToTensor and Normalize: (pixel / 255 - mean) / std."""
+    pixels: UInt8[Tensor, "batch 3 height width"] | Float[Tensor, "batch ..."], preprocess_cfg: Mapping[str, Any]
+) -> Float[Tensor, "batch ..."]:
+    """Normalize pixels like torchvision's ToTensor and Normalize: (pixel / 255 - mean) / std.
+
+    Floats, which are stored outputs of a frozen part, are returned as they are.
+    """
+    if pixels.is_floating_point():
+        return pixels
     mean, std = (_per_channel(tuple(preprocess_cfg[name]), pixels.device) for name in ("mean", "std"))
     # On the CPU one image at a time, which stays in its cache: half the time.
     parts = torch.split(pixels, 1 if pixels.device.type == "cpu" else len(pixels))
@@ -67,8 +72,10 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Float[Tenso
     return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
-def encode_texts(model: Any, tokens: Int[Tensor, "texts length"], device: torch.device) -> Float[Tensor, "texts dim"]:
-    """Encode texts to unnormalized features on `device`.
+def encode_texts(
+    model: Any, tokens: Int[Tensor, "texts length"] | Float[Tensor, "texts width"], device: torch.device
+) -> Float[Tensor, "texts dim"]:
+    """Encode tokens, or stored outputs of a frozen part, to unnormalized features on `device`.
 
     If the model accepts texts without padding, texts are sorted by length and each batch is cut to its longest text.
     """

@@ -8,6 +8,7 @@ that was made from other settings is refused.
 
 import logging
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mcl_clip.config import LockConfig, RunConfig, TrainConfig
+from mcl_clip.config import AugmentConfig, LockConfig, RunConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, is_main, on_main, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, file_digest, write_json
@@ -37,6 +38,7 @@ from mcl_clip.results.text import format_duration, result_rows
 from mcl_clip.runs.context import RunContext, load_index, name_and_folder, open_tasks, with_behavior
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import combine, evaluate, publish
+from mcl_clip.runs.frozen import TRUNKS
 from mcl_clip.runs.phase import Phase, lock
 from mcl_clip.runs.stage_phases import cluster, embed, label
 from mcl_clip.runs.train_phase import min_group_size, row_map_path, start_stage, train
@@ -58,6 +60,7 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
         "patience",
     ),
     LockConfig: ("text_unlocked_groups",),
+    AugmentConfig: ("views",),
 }
 
 
@@ -106,6 +109,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
                     _run_phase(run, phase)
         finally:
             run.trackers.finish()
+        on_main(lambda: shutil.rmtree(config.run_dir / TRUNKS, ignore_errors=True))
 
 
 def _check_phases(phases: Sequence[Phase]) -> list[str]:
@@ -231,7 +235,8 @@ def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, 
     if stage.train.keep_best:
         task = run.tasks[stage.train.keep_best.partition(":")[0]]
         settings["chosen_on"] = {"every_steps": config.eval.every_steps, "set": task.data.sha256}
-    settings["train"]["lock"].pop("cached_texts")  # does not change the features
+    for name in ("cached_texts", "cached_trunks"):  # do not change the features
+        settings["train"]["lock"].pop(name)
     if stage.train.resharded:
         settings["train"]["resharded"] = file_digest(row_map_path(config, s))
     if start_stage(config, s) is None:

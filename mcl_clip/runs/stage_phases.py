@@ -20,6 +20,8 @@ from mcl_clip.data.storage import load_numbers, load_tensors, save_array
 from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import have_same_text_tower
 from mcl_clip.runs.context import RunContext
+from mcl_clip.runs.frozen import TRUNKS, stored_outputs
+from mcl_clip.runs.train_phase import lock_stage
 from mcl_clip.stages.embed import embed_shards, read_losses
 from mcl_clip.stages.kmeans import ReadRows, all_chunks, spherical_kmeans
 from mcl_clip.stages.pseudo_labels import PseudoLabels
@@ -34,7 +36,12 @@ def embed(run: RunContext, stage: int) -> None:
     config, out = run.config, run.folder(stage, "embed")
     clip = run.clip(stage)
     texts = _reusable_texts(run, stage, clip)
-    options = run.batch_options(clip) | ({} if texts is None else {"tokenizer": None})
+    options = run.batch_options(clip)
+    if on_main((config.run_dir / TRUNKS).is_dir):
+        lock_stage(clip.model, config.stages[stage].train)
+        options["images"], options["texts"] = stored_outputs(run, stage, clip)
+    if texts is not None:
+        options |= {"tokenizer": None, "texts": None}
     transform = evaluation_transform(clip.preprocess_cfg, legacy=config.behavior == "0.6")
     reader = run.reader(run.index)
     with run.interrupt.deferred():  # a stop waits for the end of a piece of a shard, which is what can be resumed

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from jaxtyping import Integer
 from torch import nn
 
 from mcl_clip.config import RunConfig, StageConfig, TrainConfig
-from mcl_clip.core.distributed import barrier, is_main, on_main, seed_of, world_size
+from mcl_clip.core.distributed import is_main, on_main, seed_of, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import fingerprint, write_json
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.decode import train_transform
-from mcl_clip.data.features import SIDES, TextFeatures
+from mcl_clip.data.features import SIDES
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.loader import TrainingLoader, captioned_batches
+from mcl_clip.data.loader import TrainingLoader
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers, save_array
@@ -38,7 +37,7 @@ from mcl_clip.model.prepare import (
 from mcl_clip.model.prepare import lock as lock_parameters
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
-from mcl_clip.stages.embed import write_text_features
+from mcl_clip.runs.frozen import TEXTS, store_outputs
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, no_labels
 from mcl_clip.train.loop import BatchSource, train_stage
 from mcl_clip.train.metrics import Spans
@@ -48,8 +47,6 @@ from mcl_clip.train.validation import BestWeights
 logger = logging.getLogger(__name__)
 
 BEST = "best.json"  # which weights of a stage are the best, and their value
-TEXTS = "texts"  # folder of cached caption features, removed at the end of the stage
-CAPTION_SAMPLE_ROWS = 64  # rows from which the number of captions per row is estimated
 ROW_MAP = "row_map.npy"  # in a folder of resharded shards: the original row of each of its rows
 IDENTITY_COLUMNS = ("image_size", "text_size")  # bytes of each row: recognize samples without reading them
 
@@ -85,13 +82,10 @@ def prepare_stage(
         grad_checkpointing=config.grad_checkpointing,
     )  # fmt: skip
     plan, groups, reader = _batch_plan(run, stage)
+    transform = train_transform(clip.preprocess_cfg, legacy=run.config.behavior == "0.6", **asdict(config.augment))
+    images, texts = store_outputs(run, stage, clip, reader.index, transform)
     make_loader = partial(
-        TrainingLoader,
-        plan,
-        reader,
-        transform=train_transform(clip.preprocess_cfg, legacy=run.config.behavior == "0.6", **asdict(config.augment)),
-        texts=_cached_texts(run, stage, clip, reader.index),
-        **run.batch_options(clip),
+        TrainingLoader, plan, reader, transform=transform, images=images, texts=texts, **run.batch_options(clip)
     )
     return make_loader, groups
 
@@ -315,45 +309,6 @@ def open_resharded(run: RunContext, stage: int) -> tuple[ShardIndex, Integer[np.
     if not all(np.array_equal(getattr(index, name), getattr(run.index, name)[row_map]) for name in IDENTITY_COLUMNS):
         raise UserError(f"{folder} holds other samples than this run; reshard from this run again")
     return index, row_map
-
-
-def _cached_texts(run: RunContext, stage: int, clip: ClipBundle, index: ShardIndex) -> TextFeatures | None:
-    """Embed all captions once if the text tower is locked and that takes less work than embedding them in each step."""
-    settings, out = run.config.stages[stage].train, run.folder(stage, "train") / TEXTS
-    named_modules = clip.model.named_modules()
-    has_dropout = any(isinstance(m, nn.Dropout) and m.p for name, m in named_modules if "visual" not in name)
-    runs_without_texts = isinstance(clip.model, open_clip.CLIP | open_clip.CustomTextCLIP)  # CoCa needs tokens
-    if not settings.lock.text or not settings.lock.cached_texts or has_dropout or not runs_without_texts:
-        return None
-    # Tokens keep their padding and stay on the CPU: the features are stored with hashes of the whole token sequence.
-    options = run.batch_options(clip) | {"transform": None, "short_texts": False, "device": torch.device("cpu")}
-    sample_rows = np.unique(np.linspace(0, len(index) - 1, CAPTION_SAMPLE_ROWS).astype(np.int64))
-    without_tokens = options | {"tokenizer": None, "num_workers": 0}
-
-    def captions_per_row() -> float:
-        (sample,) = captioned_batches(run.reader(index), [sample_rows], **without_tokens)
-        return max(1.0, len(sample.caption_of) / max(1, len(sample.rows)))
-
-    # Each row of a batch embeds one caption. Caching pays when the stage sees each caption about twice.
-    if settings.steps * settings.global_batch_size < 2 * len(index) * on_main(captions_per_row):
-        return None
-    with run.interrupt.deferred():
-        write_text_features(
-            clip.model,
-            index,
-            batches=lambda rows: run.interrupt.waiting_for(captioned_batches(run.reader(index), rows, **options)),
-            dim=clip.model_cfg["embed_dim"],
-            out=out,
-            device=run.accelerator.device,
-            batch_size=run.config.eval.batch_size,
-            precision=settings.precision,
-            show_progress=run.config.machine.progress,
-            is_stopping=run.interrupt.noticed,
-        )
-    barrier()
-    run.interrupt.check()
-    logger.info("stage %d: the text tower is locked; caption features are read from %s", stage, out)
-    return TextFeatures(out, index, clip.model_cfg["embed_dim"])
 
 
 def _evaluate(run: RunContext, clip: ClipBundle, model: nn.Module) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The embedding pass: features of every row, or of every caption, under the model of one stage."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from mcl_clip.core.distributed import barrier, is_main, on_main, rank, world_size
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.features import EmbeddingTable, part_name, read_counts, read_piece, text_part_name, write_part
+from mcl_clip.data.features import (
+    EmbeddingTable,
+    image_part_name,
+    part_name,
+    read_counts,
+    read_piece,
+    text_part_name,
+    write_part,
+)
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.loader import BadSample, CaptionedBatch, content_ids
 from mcl_clip.model.clip import autocast, encode_texts, to_floats
@@ -65,29 +73,24 @@ def embed_shards(
 
 @torch.inference_mode()
 def write_text_features(
-    model: nn.Module,
+    encode: Callable[[Tensor], Tensor],
     index: ShardIndex,
     *,
     batches: Batches,
     dim: int,
     out: Path,
-    device: torch.device,
     batch_size: int,
-    precision: str = "fp32",
     show_progress: bool = True,
     is_stopping: Callable[[], bool] | None = None,
 ) -> None:
     """Write the files of `TextFeatures` for all shards that have none yet; arguments as in `embed_shards`.
 
-    The batches contain the tokens of all captions, with padding, and need no images.
+    `encode` maps tokens to what is stored of each caption, [captions, dim]. The batches contain the tokens of all
+    captions, with padding, and need no images.
     """
-    model.eval()
 
     def embed(rows: np.ndarray, batch: CaptionedBatch) -> Piece:
-        features = torch.zeros(0, dim)
-        if len(batch.tokens):
-            with autocast(precision, device):  # normalized inside, as in a training step
-                features = F.normalize(encode_texts(model, batch.tokens, device), dim=1)
+        features = encode(batch.tokens) if len(batch.tokens) else torch.zeros(0, dim)
         captions = torch.bincount(batch.rows[batch.caption_of] - int(rows[0]), minlength=len(rows))
         columns = {"features": features.float().cpu(), "ids": content_ids(batch.tokens), "captions": captions}
         return {name: column.numpy() for name, column in columns.items()}, {}
@@ -97,6 +100,39 @@ def write_text_features(
         return {**columns, "first": first}, {}
 
     _write_parts(index, out, text_part_name, embed, finish, batches, batch_size, "texts", show_progress, is_stopping)
+
+
+@torch.inference_mode()
+def write_image_outputs(
+    encode: Callable[[Tensor], Tensor],
+    index: ShardIndex,
+    *,
+    batches: Batches,
+    shape: Sequence[int],
+    out: Path,
+    batch_size: int,
+    show_progress: bool = True,
+    is_stopping: Callable[[], bool] | None = None,
+) -> None:
+    """Write the parts of a view of `ImageOutputs` for all shards that have none yet; arguments as in `embed_shards`.
+
+    `encode` maps pixels to what is stored of each image, [images, *shape]. The batches need no tokens.
+    """
+
+    def embed(rows: np.ndarray, batch: CaptionedBatch) -> Piece:
+        position = batch.rows - int(rows[0])
+        outputs = encode(batch.images).float().cpu() if len(batch.rows) else torch.zeros(0, *shape)
+        columns = {"outputs": outputs, "ids": batch.image_ids, "ok": torch.ones(len(position), dtype=torch.bool)}
+        scattered = {
+            name: values.new_zeros(len(rows), *values.shape[1:]).index_copy_(0, position, values).numpy()
+            for name, values in columns.items()
+        }
+        return scattered, {"bad_samples": list(batch.bad), "full_captions": 0}
+
+    def finish(_: int, columns: dict[str, np.ndarray], counts: dict[str, Any]) -> Piece:
+        return columns, counts
+
+    _write_parts(index, out, image_part_name, embed, finish, batches, batch_size, "images", show_progress, is_stopping)
 
 
 def _write_parts(

@@ -135,7 +135,7 @@ def test_few_steps_leave_captions_to_the_tower(recipe, caplog):
     ("target", "call", "after"),
     [
         ("mcl_clip.stages.embed:text_part_name", 10, False),
-        pytest.param("mcl_clip.runs.train_phase:write_text_features", 1, True, marks=pytest.mark.slow),
+        pytest.param("mcl_clip.runs.frozen:write_text_features", 1, True, marks=pytest.mark.slow),
         pytest.param("mcl_clip.train.loop:save_checkpoint", 6, True, marks=pytest.mark.slow),
     ],
     ids=["between shards", "before the training", "after a checkpoint"],

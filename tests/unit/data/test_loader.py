@@ -17,12 +17,12 @@ import mcl_clip.data.loader as loader_module
 import mcl_clip.data.workers as workers_module
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
-from mcl_clip.data.decode import TrainTransform, evaluation_transform
-from mcl_clip.data.features import TextFeatures
+from mcl_clip.data.decode import TrainTransform, evaluation_transform, train_transform
+from mcl_clip.data.features import ImageOutputs, TextFeatures
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.loader import PairBatch, TrainingLoader, captioned_batches
 from mcl_clip.data.reader import Reader
-from mcl_clip.stages.embed import write_text_features
+from mcl_clip.stages.embed import write_image_outputs, write_text_features
 from tests.unit.data.tars import write_tar
 
 ROWS, BATCH = 22, 5
@@ -78,8 +78,8 @@ def make(index: ShardIndex, *, seed: int = 0, stage: int = 0, **options) -> Trai
     plan = BatchPlan(
         shard_of=index.shard_of, groups=np.zeros(ROWS, np.int64), global_batch_size=BATCH, seed=seed, stage=stage
     )
-    transform = TrainTransform(size_px=SIZE, scale=(0.5, 1.0), horizontal_flip=0.5)
-    return TrainingLoader(plan, reader_of(index), transform=transform, tokenizer=tokenize, **options)
+    options.setdefault("transform", TrainTransform(size_px=SIZE, scale=(0.5, 1.0), horizontal_flip=0.5))
+    return TrainingLoader(plan, reader_of(index), tokenizer=tokenize, **options)
 
 
 class Sums(nn.Module):
@@ -127,12 +127,11 @@ def test_short_texts_lose_padding_alone(index):
 
 def test_features_of_the_same_captions_take_the_place_of_tokens(index, tmp_path):
     write_text_features(
-        Sums(),
+        lambda tokens: F.normalize(Sums().encode_text(tokens), dim=1),
         index,
         batches=lambda grid: captioned_batches(reader_of(index), grid, transform=None, tokenizer=tokenize),
         dim=2,
         out=tmp_path,
-        device=torch.device("cpu"),
         batch_size=4,
         show_progress=False,
     )
@@ -145,6 +144,88 @@ def test_features_of_the_same_captions_take_the_place_of_tokens(index, tmp_path)
         assert other.tokens.shape == (len(one.tokens), 0)
         torch.testing.assert_close(other.text_features, F.normalize(Sums().encode_text(one.tokens), dim=1))
         assert one.bad == other.bad
+
+
+PREPROCESS = {"size": SIZE, "mean": (0, 0, 0), "std": (1, 1, 1)}
+
+
+def colors(pixels: torch.Tensor) -> torch.Tensor:
+    """Stand-in for the frozen part of an image tower."""
+    return pixels.float().mean((2, 3))
+
+
+@pytest.fixture
+def stored(index, tmp_path):
+    """Stored outputs of two views of each image and of all captions, and the transform that draws the views."""
+    transform = train_transform(PREPROCESS, views=2, scale=(0.3, 0.6))
+    read = partial(captioned_batches, reader_of(index), name=(0, 0))
+    common = {"batch_size": 4, "show_progress": False}
+    for view in range(2):
+        batches = partial(read, transform=transform, tokenizer=None, view=view)
+        write_image_outputs(colors, index, batches=batches, shape=(3,), out=tmp_path / f"v{view}", **common)
+    batches = partial(read, transform=None, tokenizer=tokenize)
+    write_text_features(Sums().encode_text, index, batches=batches, dim=2, out=tmp_path / "texts", **common)
+    images = ImageOutputs(tmp_path, index, (3,), ["v0", "v1"])
+    return transform, images, TextFeatures(tmp_path / "texts", index, 2, of_trunk=True)
+
+
+@pytest.mark.parametrize("has_texts", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stored_outputs_take_the_place_of_pixels_and_tokens(index, stored, has_texts, workers, monkeypatch):
+    transform, images, texts = stored
+    plain = list(make(index, transform=transform).steps(0, 12))
+    if has_texts:  # then nothing is read from the shards
+        monkeypatch.setattr(Reader, "_fetch", lambda *_: pytest.fail("a shard was read"))
+    options = {"images": images, "texts": texts if has_texts else None, "num_workers": workers}
+    for one, other in zip(plain, make(index, transform=transform, **options).steps(0, 12), strict=True):
+        torch.testing.assert_close(other.images, colors(one.images))
+        expected = Sums().encode_text(one.tokens) if has_texts else one.tokens
+        assert torch.equal(other.tokens, expected)
+        assert other.text_features is None
+        for name in ("rows", "image_ids", "text_ids", "places", "bad"):
+            mine, theirs = getattr(one, name), getattr(other, name)
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, name
+
+
+def test_stored_outputs_of_all_captions(index, stored):
+    _, images, texts = stored
+    grid = [np.arange(0, 7), np.array([3]), np.arange(7, ROWS)]
+    read = partial(captioned_batches, reader_of(index), grid, tokenizer=tokenize)
+    evaluation = evaluation_transform(PREPROCESS)
+    for one, other in zip(read(transform=evaluation), read(transform=None, images=images, texts=texts), strict=True):
+        for name in ("rows", "image_ids", "text_ids", "caption_of"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert one.bad == other.bad
+        if len(one.rows):
+            torch.testing.assert_close(other.images, colors(one.images))
+            assert torch.equal(other.tokens, Sums().encode_text(one.tokens))
+
+
+def test_a_batch_without_a_decoded_row_has_one_output_of_zeros(index, stored):
+    transform, images, texts = stored
+    groups = np.where(np.isin(np.arange(ROWS), list(BAD)), 0, -1)
+    plan = BatchPlan(shard_of=index.shard_of, groups=groups, global_batch_size=BATCH, seed=0, stage=0)
+    options = {"transform": transform, "tokenizer": tokenize, "images": images, "texts": texts}
+    (batch,) = TrainingLoader(plan, reader_of(index), **options).steps(0, 1)
+    assert {bad.row: bad.reason for bad in batch.bad} == BAD
+    assert (batch.images.tolist(), batch.tokens.tolist()) == ([[0.0] * 3], [[0.0] * 2])
+
+
+def test_fixed_views_are_seen_in_turn(index):
+    transform = train_transform(PREPROCESS, views=3, scale=(0.3, 0.6))
+    seen = [drawn(index, epoch, transform=transform) for epoch in range(6)]
+    row = 1
+    pixels = [one[row][1] for one in seen]
+    assert pixels[:3] == pixels[3:]
+    assert len(set(pixels)) == 3
+    (batch,) = captioned_batches(
+        reader_of(index), [np.array([row])], transform=evaluation_transform(PREPROCESS), tokenizer=tokenize
+    )
+    assert pixels[2] == batch.images[0].numpy().tobytes()  # row 1 has the view of the evaluation in epoch 2
+    others = [one[2][1] for one in seen]
+    assert others[1] != others[0] == others[3]
+    alone = train_transform(PREPROCESS, views=1, scale=(0.3, 0.6))
+    assert drawn(index, 0, transform=alone)[row][1] == drawn(index, 4, transform=alone)[row][1] == pixels[2]
 
 
 @pytest.mark.parametrize("start", [1, 5, 7])

@@ -227,9 +227,10 @@ def test_text_features_are_taken_over(tmp_path):
 
 
 def write_texts(out, batches: Batches, is_stopping=None) -> TextFeatures:
-    index, cpu = make_index(), torch.device("cpu")
+    index, towers = make_index(), Towers()
     options = {"batch_size": 3, "show_progress": False, "is_stopping": is_stopping}
-    write_text_features(Towers(), index, batches=batches, dim=DIM, out=out, device=cpu, **options)
+    encode = lambda tokens: F.normalize(towers.encode_text(tokens), dim=1)  # noqa: E731
+    write_text_features(encode, index, batches=batches, dim=DIM, out=out, **options)
     return TextFeatures(out, index, DIM)
 
 
@@ -272,7 +273,7 @@ def test_damaged_text_features_are_named(tmp_path):
     (tmp_path / names[1]).write_bytes((tmp_path / names[0]).read_bytes())
     (tmp_path / names[2]).write_bytes(b"nothing")
     for row, shard in ((7, 2), (11, 3)):
-        with pytest.raises(UserError, match=rf"texts-00000{shard}.safetensors does not hold the text features of its"):
+        with pytest.raises(UserError, match=rf"texts-00000{shard}.safetensors does not hold the features of its"):
             TextFeatures(tmp_path, make_index(), DIM).take([row], [0])
 
 

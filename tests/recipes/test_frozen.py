@@ -1,0 +1,88 @@
+"""Runs with locked towers under trained projections: what the locked parts compute is read from disk."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from mcl_clip.config import AugmentConfig, LockConfig, TowerConfig
+from mcl_clip.data.features import part_name, read_part
+from mcl_clip.runs import frozen
+from tests.recipes.runs import COLOURS, PLACES, SHAPES, execute, records, with_stages
+
+LOCKED = LockConfig(text_unlocked_groups=0, image_unlocked_groups=0)
+STAGE = {"steps": 52, "lock": LOCKED, "augment": AugmentConfig(views=2, scale=(0.5, 0.9))}  # 832 rows of 200
+
+
+@pytest.fixture
+def pair(recipe, tmp_path):
+    """The recipe with a timm image tower and a Hugging Face text tower, both with projections."""
+    words = ["[UNK]", "[PAD]", "a", "on", "the", *COLOURS, *SHAPES, *PLACES]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.RobertaConfig(vocab_size=len(words), max_position_embeddings=20, **sizes)
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "words")
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "words")
+    name = str(tmp_path / "words")
+    text = {"context_length": 12, "vocab_size": len(words), "hf_model_name": name, "hf_tokenizer_name": name}
+    image = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "mlp", "image_size": 32}
+    text |= {"hf_proj_type": "mlp"}
+    return replace(recipe, tower=TowerConfig(model={"embed_dim": 16, "vision_cfg": image, "text_cfg": text}))
+
+
+def losses(run, stage=0):
+    return [r["loss"] for r in records(run / f"stage-{stage}/train/metrics.jsonl") if "loss" in r]
+
+
+def counted(monkeypatch):
+    """Names of the calls that write outputs, in order."""
+    calls = []
+    for name in ("write_image_outputs", "write_text_features"):
+        function = getattr(frozen, name)
+        monkeypatch.setattr(
+            frozen, name, lambda *of, f=function, n=name, **options: calls.append(n) or f(*of, **options)
+        )
+    return calls
+
+
+def test_outputs_from_disk_train_and_embed_as_the_locked_towers_do(pair, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    calls = counted(monkeypatch)
+    runs = []
+    for is_cached in (True, False):
+        stage = STAGE | {"lock": replace(LOCKED, cached_trunks=is_cached)}
+        runs.append(execute(with_stages(replace(pair, run_dir=pair.run_dir / str(is_cached)), stage, stage)))
+    # Both views in stage 0, the augmented one in stage 1; the captions once.
+    assert sorted(calls) == ["write_image_outputs"] * 3 + ["write_text_features"]
+    assert caplog.text.count("outputs of the locked part of the image tower are read from") == 2
+    for stage in (0, 1):
+        assert losses(runs[0], stage) == pytest.approx(losses(runs[1], stage), abs=1e-4)
+        for number in range(4):
+            cached, plain = (read_part(run / f"stage-{stage}/embed" / part_name(number), 50) for run in runs)
+            for side in ("image", "text"):
+                np.testing.assert_allclose(getattr(cached, side), getattr(plain, side), atol=2e-3)
+                np.testing.assert_array_equal(getattr(cached, f"{side}_id"), getattr(plain, f"{side}_id"))
+    assert not (runs[0] / frozen.TRUNKS).exists()
+
+
+def test_outputs_are_stored_only_where_that_pays_and_fits(pair, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    calls = counted(monkeypatch)
+    few = STAGE | {"steps": 49}  # 784 rows: not each of 400 views twice, but each caption
+    execute(with_stages(replace(pair, run_dir=pair.run_dir / "few"), few))
+    assert calls == ["write_text_features"]
+    calls.clear()
+    moving = STAGE | {"augment": AugmentConfig()}
+    execute(with_stages(replace(pair, run_dir=pair.run_dir / "moving"), moving))
+    assert calls == ["write_text_features"]
+    calls.clear()
+    monkeypatch.setattr(frozen, "DISK_SHARE", 0.0)
+    execute(with_stages(replace(pair, run_dir=pair.run_dir / "full"), STAGE | {"steps": 50}))
+    assert not calls
+    assert "of the locked part of the image tower would take 0.0 GB, more than" in caplog.text
