@@ -336,7 +336,9 @@ def test_the_plan_is_what_its_definition_says_in_whatever_parts_it_is_made(case,
     groups = groups.astype(draw.choice([np.int16, np.int64]))
     shard_of = draw.permutation(30)[np.sort(draw.integers(0, 30, rows))]
     sizes = np.diff([0, *np.sort(draw.integers(0, rows, int(draw.integers(0, 3)))), rows]).tolist()
-    sources = [Source(rows=size, weight=float(draw.choice([0.4, 1, 1, 2.5]))) for size in sizes]
+    weights = [float(draw.choice([0, 0.4, 1, 2.5])) for _ in sizes]
+    weights[-1] = weights[-1] or 1.0
+    sources = [Source(rows=size, weight=weight) for size, weight in zip(sizes, weights, strict=True)]
     options = {"window_shards": int(draw.choice([0, 1, 4])), "run_rows": int(draw.choice([1, 1, 3]))}
     batch = int(draw.choice([2, 8, 32, 500]))
     options["groups_per_batch"] = int(draw.choice([1, 1, 2, batch // 2]))

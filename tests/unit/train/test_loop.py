@@ -2,18 +2,24 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from mcl_clip.config import MachineConfig
-from mcl_clip.core.distributed import seed_of
-from mcl_clip.core.errors import PlannedStop
+from mcl_clip.core.distributed import rank, seed_of
+from mcl_clip.core.errors import PlannedStop, UserError
 from mcl_clip.core.files import read_jsonl
+from mcl_clip.data.loader import BadSample
 from mcl_clip.train import interrupt as module_of_interrupt
 from mcl_clip.train import loop
+from mcl_clip.train.checkpoint import TrainState, checkpoints
 from mcl_clip.train.interrupt import Interrupt
-from mcl_clip.train.loop import TrainingDivergedError, clamp_logit_scale_
+from mcl_clip.train.loop import TrainingDivergedError, clamp_logit_scale_, time_all_reduce
+from mcl_clip.train.metrics import Spans
 from tests import training
 
 
@@ -138,3 +144,153 @@ def test_a_stop_while_no_data_come_saves_nothing_twice(tmp_path, monkeypatch):
     with pytest.raises(PlannedStop, match="its data did not come"), Interrupt().listening() as interrupt:
         training.fit(clip, make_loader(most_steps=3), out=tmp_path / "out", machine=machine, interrupt=interrupt)
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000000003"]
+
+
+QUIET = MachineConfig(progress=False, log_steps=1, save_steps=0, save_minutes=0, keep_checkpoints=10)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return training.write_shards(tmp_path_factory.mktemp("loop") / "shards")
+
+
+def train(shards, out, *, steps=7, **options):
+    """Train on batches of 8 rows, of which the seventh has 4 fillers; the logged records."""
+    make_loader, clip = training.parts(shards)
+    training.fit(clip, make_loader(), out=out, changes={"steps": steps}, **{"machine": QUIET, **options})
+    return read_jsonl(out / "metrics.jsonl")
+
+
+def test_a_record_of_several_steps_is_their_mean_and_their_sum(shards, tmp_path):
+    single, tracked = train(shards, tmp_path / "single"), []
+    joined = train(
+        shards, tmp_path / "joined", machine=replace(QUIET, log_steps=3), track=lambda *call: tracked.append(call)
+    )
+    assert [record["step"] for record in joined] == [3, 6, 7]
+    for record, steps in zip(joined, (single[:3], single[3:6], single[6:]), strict=True):
+        assert record["loss"] == pytest.approx(sum(step["loss"] for step in steps) / len(steps))
+        for name in ("rows_without_weight", "duplicates"):
+            assert record[name] == sum(step[name] for step in steps)
+        assert record["group_loss"].keys() == {"p10", "p50", "p90"}
+    assert joined[0]["group_loss"]["p10"] < joined[0]["group_loss"]["p90"]
+    assert [record["duplicates"] for record in single] == [0] * 7  # captions and images differ
+    seconds = 0.0
+    for record, rows in zip(joined, (24, 24, 4), strict=True):
+        of_record = record["seconds"] - seconds
+        assert record["samples_per_s"] == pytest.approx(rows / of_record)
+        assert sum(record["spans"].values()) == pytest.approx(of_record, rel=0.2)
+        assert record["data_wait_share"] * of_record == pytest.approx(record["spans"]["data"], abs=1e-5)
+        seconds = record["seconds"]
+    shown = [({**record, "bad_samples": None, "spans": None}, record["step"]) for record in joined]
+    assert [({**record, "bad_samples": None, "spans": None}, step) for record, step in tracked] == shown
+
+
+def test_checkpoints_by_minutes_are_counted_from_the_last_one(shards, tmp_path, monkeypatch):
+    times = iter(range(0, 10_000, 40))  # the clock is read at the start, at each record and after each checkpoint
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    train(shards, tmp_path / "out", machine=replace(QUIET, save_minutes=2))
+    saved = [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path / "out/checkpoints")]
+    assert saved == [3, 6, 7]  # after 120 seconds, after 120 more, and at the end
+
+
+def test_a_limit_of_steps_counts_from_the_checkpoint(shards, tmp_path):
+    train(shards, tmp_path / "out", machine=replace(QUIET, save_steps=2), max_steps=3)
+    assert [record["step"] for record in train(shards, tmp_path / "out", max_steps=3)] == [1, 2, 3, 4, 5]
+
+
+class WithBadSample(training.StoppingLoader):
+    """Loads a sample that cannot be decoded in the first step."""
+
+    def steps(self, start_step, stop_step):
+        for batch in super().steps(start_step, stop_step):
+            bad = (BadSample(3, "a.tar", "broken_image"),) if batch.step == 0 else ()
+            yield replace(batch, bad=bad)
+
+
+def test_bad_samples_are_counted_from_the_first_step_on_and_judged_by_what_was_seen(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "StoppingLoader", WithBadSample)
+    seen, flush = [], loop.BadSamples.flush
+    monkeypatch.setattr(loop.BadSamples, "flush", lambda self, *call: seen.append(call) or flush(self, *call))
+    machine = replace(QUIET, save_steps=2)
+    train(shards, tmp_path / "out", machine=machine, max_bad_fraction=0.02, max_steps=3)
+    records = train(shards, tmp_path / "out", machine=machine, max_bad_fraction=0.02, max_steps=3)
+    assert [record["bad_samples"] for record in records] == [1] * 5
+    assert seen == [(step, 52 * step // 7) for step in (1, 2, 3, 3, 4, 5)]  # 52 rows in 7 batches
+    with pytest.raises(UserError, match="1 of about 7 samples could not be decoded"):
+        train(shards, tmp_path / "strict", max_bad_fraction=0.01, max_steps=1)
+
+
+def test_an_evaluation_leaves_the_model_in_training_mode(shards, tmp_path):
+    modes, evaluated_at = [], []
+
+    def evaluate(model):
+        evaluated_at.append(len(modes))
+        return {"acc1": float(not model.eval().training)}
+
+    make_loader, clip = training.parts(shards)
+    clip.model.eval().visual.register_forward_pre_hook(lambda tower, _: modes.append(tower.training))
+    training.fit(
+        clip, make_loader(), out=tmp_path / "out", changes={"steps": 4, "average_decay": 0},
+        evaluate=evaluate, evaluate_steps=2, machine=QUIET,
+    )  # fmt: skip
+    assert (modes, evaluated_at) == ([True] * 4, [2])
+
+
+def resumed_at_different_steps(shards, out) -> tuple[str, bool]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load_newest", lambda *_, **__: TrainState(step=4 + rank()))
+        try:
+            train(shards, out)
+        except UserError as error:
+            return str(error), error.everywhere
+    return "", False
+
+
+def test_processes_that_resume_at_different_steps_stop(pool, shards, tmp_path):
+    for message, everywhere in pool.run(resumed_at_different_steps, 2, shards, tmp_path / "out"):
+        assert message.startswith("the step of the newest checkpoint differs between process 0 (4) and processes [1];")
+        assert everywhere
+
+
+def stopped(shards, out) -> tuple[list[str], bool]:
+    """The checkpoints when a process leaves a stage that was asked to stop, and whether this process wrote one."""
+    interrupt, save, wrote = Interrupt(), loop.save_checkpoint, []
+    interrupt._signal = signal.SIGTERM * rank()  # to one process
+
+    def slowly(*arguments, **options):
+        wrote.append(time.sleep(0.5))
+        return save(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", slowly)
+        with pytest.raises(PlannedStop):
+            train(shards, out, interrupt=interrupt)
+    return [path.name for path in checkpoints(out / "checkpoints")], bool(wrote)
+
+
+def test_no_process_leaves_before_the_main_process_has_saved_the_step(pool, shards, tmp_path):
+    found = pool.run(stopped, 2, shards, tmp_path / "out")
+    assert found == [(["step-000000001"], True), (["step-000000001"], False)]
+
+
+def exchanged(device: torch.device | None) -> tuple[list[float], list[str]]:
+    """Gradients of two layers in buckets of their own, and the spans of the backward pass."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(600, 600), torch.nn.Linear(600, 600))
+    model, spans = DistributedDataParallel(layers, bucket_cap_mb=1), Spans(device)
+    time_all_reduce(model, spans)
+    for step in range(2):  # the buckets of the first step are not yet those of the others
+        model.zero_grad()
+        spans.history.clear()
+        with spans("backward"):
+            model(torch.full((2, 600), rank() + step + 1.0)).sum().backward()
+    return [float(p.grad.abs().sum()) for p in model.parameters()], [name for name, _ in spans.history]
+
+
+def test_a_profile_names_the_exchange_of_gradients_once_and_changes_nothing(pool):
+    plain, profiled = (pool.run(exchanged, 2, device) for device in (None, torch.device("cpu")))
+    assert [gradients for gradients, _ in profiled] == [gradients for gradients, _ in plain]
+    assert plain[0][0] == plain[1][0]
+    assert [history for _, history in plain] == [[], []]
+    assert [history for _, history in profiled] == [["other", "backward", "exchange"]] * 2
