@@ -1,11 +1,13 @@
 import hashlib
 import itertools
+import os
 from collections import Counter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from mcl_clip.core.distributed import random_words, random_words_between
+from mcl_clip.core.distributed import random_words, random_words_between, rank
 from mcl_clip.core.errors import UserError
 from mcl_clip.data import row_order as order_module
 from mcl_clip.data.batch_plan import FILLER, BatchPlan, _batch_order, _packing_order
@@ -246,9 +248,48 @@ def test_a_large_plan_is_the_same_from_its_file(tmp_path, monkeypatch):
         assert isinstance(stored.epoch_rows(epoch), np.memmap)
         assert stored.digest(epoch) == make(groups, 16).digest(epoch)
         assert len(list(tmp_path.iterdir())) == 1  # earlier epochs are not kept
-    other = make(groups[::-1].copy(), 16, cache_dir=tmp_path, rows_in_memory=10)
-    assert other.digest(0) != stored.digest(0)
-    assert len(list(tmp_path.iterdir())) == 2  # another run does not write to the same file
+
+
+def test_plans_that_differ_in_anything_share_no_file(tmp_path):
+    groups, base = groups_of([30, 20]), {"cache_dir": tmp_path, "rows_in_memory": 10}
+    plans = [
+        make(groups, 16, **base),
+        make(groups[::-1].copy(), 16, **base),
+        make(groups, 8, **base),
+        make(groups, 16, **base, groups_per_batch=2),
+        make(groups, 16, **base, rows_per_shard=7),
+        *(make(groups, 16, **base | {name: 3}) for name in ("seed", "stage", "window_shards", "run_rows")),
+        *(make(groups, 16, **base, sources=[Source(rows=50, weight=weight)]) for weight in (2, 2.001)),
+        make(groups, 16, **base, sources=[Source(rows=20), Source(rows=30)]),
+    ]
+    digests = [plan.digest(0) for plan in plans]
+    assert len(list(tmp_path.iterdir())) == len(plans)
+    assert [plan.digest(0) for plan in plans] == digests
+
+
+def computed_epochs(folder) -> int:
+    plan = make(groups_of([30, 20]), 16, cache_dir=folder, rows_in_memory=10)
+    with patch.dict(os.environ, LOCAL_RANK=str(rank())), patch.object(plan, "_compute", wraps=plan._compute) as compute:
+        plan.epoch_rows(0)
+    return compute.call_count
+
+
+def test_one_process_of_a_node_computes_a_stored_plan(pool, tmp_path):
+    assert pool.run(computed_epochs, 2, tmp_path) == [1, 0]
+
+
+def test_an_epoch_that_could_not_be_planned_is_planned_again():
+    plan, expected = make(groups_of([30, 20]), 16), make(groups_of([30, 20]), 16).digest(1)
+    plan.epoch_rows(0)
+    with patch.object(plan, "_compute", side_effect=OSError("no space")), pytest.raises(OSError, match="no space"):
+        plan.epoch_rows(1)
+    assert plan.digest(1) == expected
+
+
+def test_numbers_of_groups_may_be_large():
+    groups = groups_of(sizes_like(20, 300))
+    expected = make(groups, 16).epoch_rows(0)
+    np.testing.assert_array_equal(make(groups * 4000, 16).epoch_rows(0), expected)  # up to 76,000
 
 
 def test_nodes_that_share_a_folder_have_files_of_their_own(pool, tmp_path):
