@@ -336,7 +336,7 @@ def count_shared_blocks(stages: Sequence[nn.Module], model_cfgs: Sequence[Mappin
     """
     visuals: list[Any] = [stage.visual for stage in stages]
     known = all(isinstance(stage, (open_clip.CLIP, open_clip.CustomTextCLIP)) for stage in stages)
-    if not known or not all(type(visual) is VisionTransformer and not visual.output_tokens for visual in visuals):
+    if not known or not all(type(visual) is VisionTransformer for visual in visuals):
         return 0
     image_cfgs = [(cfg["vision_cfg"], bool(cfg.get("quick_gelu"))) for cfg in model_cfgs]
     if any(image_cfg != image_cfgs[0] for image_cfg in image_cfgs):
@@ -357,11 +357,9 @@ def encode_images_over_trunk(stages: Sequence[nn.Module], image: Tensor, shared_
     """
 
     def run_blocks(visual: Any, tokens: Tensor, blocks: slice) -> Tensor:
-        transformer = visual.transformer
-        tokens = tokens if transformer.batch_first else tokens.transpose(0, 1)
-        for block in list(transformer.resblocks)[blocks]:
+        for block in visual.transformer.resblocks[blocks]:
             tokens = block(tokens)
-        return tokens if transformer.batch_first else tokens.transpose(0, 1)
+        return tokens
 
     visuals: list[Any] = [stage.visual for stage in stages]
     trunk = run_blocks(visuals[0], visuals[0]._embeds(image), slice(shared_blocks))

@@ -249,7 +249,7 @@ def _embed_batch(
     if has_texts:
         columns["text_id"] = scatter(batch.text_ids)
         owner = batch.caption_of.to(device)
-        count = torch.bincount(owner, minlength=len(position)).clamp(min=1)
+        count = torch.bincount(owner, minlength=len(position))
         text = torch.zeros_like(image).index_add_(0, owner, F.normalize(captions, dim=1)) / count[:, None]
         norm = torch.zeros(len(position), device=device).index_add_(0, owner, captions.norm(dim=1)) / count
         sides["text"] = (text, norm)

@@ -1,5 +1,6 @@
 """For given features, clusters do not depend on the number of processes."""
 
+import time
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_clip.core.distributed import world_size
+from mcl_clip.core.distributed import rank, world_size
 from mcl_clip.stages import kmeans as cluster
 from mcl_clip.stages import shared_metric
 from mcl_clip.stages.kmeans import Clustering, spherical_kmeans
@@ -113,6 +114,30 @@ def count_work() -> tuple[int, int]:
     with patch.object(cluster, "CHUNK_ROWS", CHUNK), patch.object(cluster, "_plus_plus", counted):
         cluster._fit_sample(rows, 1000, 6, (0, "test"), 3, 500)
     return sum(read), len(started)
+
+
+def project_late(path: Path) -> tuple[int, np.ndarray]:
+    """Project the planted rows, process 1 late; return how many rows this process projected, and all of them."""
+    features, read = planted(1.1)[0], []
+
+    def rows(first, last):
+        time.sleep(0.05 * rank())
+        read.append(last - first)
+        return features[first:last]
+
+    with patch.object(shared_metric, "CHUNK_ROWS", CHUNK), patch.object(shared_metric, "PART_ROWS", CHUNK):
+        metric, _ = fit_shared_metric(rows, rows, 1000)
+        read.clear()
+        projected = project_rows(rows, 1000, metric, path)(0, 1000).copy()
+    return sum(read), projected
+
+
+def test_processes_share_the_projection_and_wait_for_each_other(pool, tmp_path):
+    ((everything, alone),) = pool.run(project_late, 1, tmp_path / "one")
+    (first, mine), (second, others) = pool.run(project_late, 2, tmp_path / "two")
+    assert (everything, first, second) == (1000, 512, 488)
+    np.testing.assert_array_equal(mine, alone)
+    np.testing.assert_array_equal(others, alone)
 
 
 def test_processes_share_the_sample_and_the_starts(pool):

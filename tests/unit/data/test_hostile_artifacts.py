@@ -179,6 +179,7 @@ def test_labels_that_are_no_labels(tmp_path, canary, kind):
         ([3, 2], [0, 6], "holds labels from 0 to 6, with"),
         ([3, 2], [-1, 1], "holds labels from -1 to 1"),
         ([2**40, 2**40], [0, 1], "holds labels from 0 to 1"),
+        ([-2, -3], [0, 1], r"has no list of clusters \('radix'\)"),
         ([3, "2"], [0, 1], r"has no list of clusters \('radix'\)"),
         (None, [0, 1], r"has no list of clusters"),
     ],

@@ -197,6 +197,12 @@ def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
         create_clip(architecture="RN50", pretrained="openai")
 
 
+def test_a_tag_without_a_file_is_an_error_not_a_random_model(monkeypatch):
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "")
+    with pytest.raises(UserError, match="cannot create RN50 openai"):
+        create_clip(architecture="RN50", pretrained="openai")
+
+
 def test_unknown_names_list_close_ones():
     with pytest.raises(UserError, match=r"no architecture 'ViT-B-23' \(close: .*ViT-B-32.*list_models"):
         create_clip(architecture="ViT-B-23")
@@ -368,6 +374,11 @@ def test_patterns_lock_by_name():
 def test_impossible_locks_are_explained(options, message):
     with pytest.raises(UserError, match=message):
         lock(create_clip(model_cfg=VIT_CFG).model, **options)
+
+
+def test_a_temperature_and_a_bias_alone_are_nothing_to_train():
+    with pytest.raises(UserError, match="everything is locked"):
+        lock(create_clip(model_cfg=CUSTOM_CFG).model, patterns=["^visual", "^text"])
 
 
 def test_summary_counts_by_part():

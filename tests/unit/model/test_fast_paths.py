@@ -164,3 +164,11 @@ def test_texts_are_encoded_with_texts_of_similar_length():
     assert [length for _, length in lengths] == [used[31], used[63], used[69]]
     assert torch.equal(encode_texts(plain, tokens, torch.device("cpu")), plain.encode_text(tokens))
     assert encode_texts(fast, torch.zeros(2, 32, dtype=torch.int64), torch.device("cpu")).shape == (2, 24)
+
+
+@pytest.mark.parametrize("name", ["plain", "custom"])
+def test_both_towers_are_compiled(name):
+    _, model = make(name)
+    prepare_training(model, compiled=True, patch_dropout=0, grad_checkpointing=False)
+    towers = model.visual, model.text if name == "custom" else model.transformer
+    assert all(tower._compiled_call_impl is not None for tower in towers)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mcl_clip.model.clip import create_clip
-from mcl_clip.model.multistage import MultistageCLIP, combine_features, have_same_text_tower
+from mcl_clip.model.multistage import MultistageCLIP, combine_features, have_same_text_tower, join_to_vector
 
 SCALES = (1.0, 3.0, 0.5)
 
@@ -150,6 +150,12 @@ def test_any_difference_of_a_text_tower_stops_the_sharing(custom):
         weight[-1] = kept
     assert have_same_text_tower(stages, cfgs)
     assert not have_same_text_tower(stages, [*cfgs[:2], {**cfgs[2], "quick_gelu": True}])
+    heads = {**cfgs[2], "text_cfg": {**cfgs[2]["text_cfg"], "heads": 1}}  # the same weights in other heads
+    assert not have_same_text_tower(stages, [*cfgs[:2], heads])
+    source = {**cfgs[2], "text_cfg": {**cfgs[2]["text_cfg"], "hf_model_pretrained": False}}
+    assert have_same_text_tower(stages, [*cfgs[:2], source])  # weights that were replaced since
+    stages[2].register_parameter("adapter", torch.nn.Parameter(torch.zeros(1)))
+    assert not have_same_text_tower(stages, cfgs)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
@@ -282,6 +288,9 @@ def test_stages_that_do_not_fit_together_are_refused(tmp_path):
     clips[1].model_cfg["text_cfg"]["context_length"] = 20
     with pytest.raises(ValueError, match="different tokenizers or context lengths"):
         combined(clips)
+    clips[1].model_cfg["text_cfg"] = {**clips[0].model_cfg["text_cfg"], "tokenizer_kwargs": {"clean": "whitespace"}}
+    with pytest.raises(ValueError, match="different tokenizers or context lengths"):
+        combined(clips)
     combined(make_stages(shared=True)).save(tmp_path)
     config = json.loads((tmp_path / "mcl_clip_config.json").read_text())
     (tmp_path / "mcl_clip_config.json").write_text(json.dumps({**config, "format_version": 2}))
@@ -326,6 +335,11 @@ def test_vectors_of_one_width_score_exactly_as_the_combination(combine):
     assert torch.equal((texts @ vectors.T).argsort(1), scores.argsort(1))
     cosine = texts @ F.normalize(vectors, dim=1).T
     assert not torch.equal(cosine.argsort(1), scores.argsort(1))
+
+
+@pytest.mark.parametrize("combine", ["concat", "mean_cosine"])
+def test_the_vector_of_an_image_without_features_is_zero(combine):
+    assert torch.equal(join_to_vector([torch.zeros(2, 3)] * 2, combine), torch.zeros(2, 3))
 
 
 @torch.no_grad()

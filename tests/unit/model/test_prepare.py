@@ -11,6 +11,7 @@ from mcl_clip.config import LockConfig, TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.model import prepare
 from mcl_clip.model.clip import check_vocabulary, create_clip, load_clip, save_clip
+from mcl_clip.model.fast_paths import FirstTokenBlock
 from mcl_clip.model.prepare import check_contract, lock, reference_features, synchronize_batch_norm
 from mcl_clip.tools.estimates import measure
 
@@ -95,6 +96,30 @@ def test_a_wrong_fast_path_is_noticed(monkeypatch):
     monkeypatch.setattr(prepare, "encode_texts", lambda model, tokens, device: encode(model, tokens.flip(0), device))
     with pytest.raises(UserError, match="changes what its text tower computes"):
         check(clip)
+
+
+def test_images_of_another_size_than_the_tower_takes_are_explained():
+    clip = create_clip(model_cfg=CLIP)
+    clip.preprocess_cfg["size"] = 48
+    with pytest.raises(UserError, match="does not take images of 48 x 48 pixels"):
+        reference_features(clip)
+
+
+def test_a_wrong_fast_path_of_images_is_noticed(monkeypatch):
+    clip = create_clip(model_cfg=CLIP)
+    monkeypatch.setattr(FirstTokenBlock, "forward", lambda self, tokens, **_: -tokens[:, :1])
+    with pytest.raises(UserError, match="changes what its image tower computes"):
+        check(clip)
+
+
+def test_a_single_sample_that_changes_is_noticed():
+    clip = create_clip(model_cfg=CLIP)
+    image, text = reference_features(clip)
+    other = torch.randn(1, image.shape[1], generator=torch.Generator().manual_seed(0))
+    other -= (other @ image[1:].T) * image[1:]  # orthogonal to the feature, which it turns by a cosine of 0.9
+    spoiled = torch.cat([image[:1], 0.9 * image[1:] + 0.19**0.5 * torch.nn.functional.normalize(other)])
+    with pytest.raises(UserError, match=r"image tower computes \(cosine 0\.900 to"):
+        check(clip, [spoiled, text])
 
 
 def test_tokens_above_the_vocabulary_are_explained():

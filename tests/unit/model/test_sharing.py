@@ -59,6 +59,17 @@ def test_a_difference_below_the_blocks_stops_the_sharing(name):
     assert combined(clips).shared_blocks == 0
 
 
+@torch.no_grad()
+def test_blocks_are_shared_below_pooling_that_differs():
+    clips = make_stages(vision={**VISION, "attentional_pool": True, "attn_pooler_heads": 2})
+    clips[1].model.visual.attn_pool.query += 0.1
+    expected = [clip.model.eval().encode_image(images()) for clip in clips]
+    model = combined(clips)
+    assert model.shared_blocks == 3
+    for stage, wanted in zip(model.encode_image_stages(images()), expected, strict=True):
+        torch.testing.assert_close(stage, wanted, rtol=0, atol=1e-6)
+
+
 def test_blocks_that_compute_otherwise_are_not_shared():
     clips = make_stages()
     models = [clip.model for clip in clips]

@@ -88,3 +88,14 @@ def test_the_factor_stays_between_1_and_100(loss):
     assert fit_combination(same, same, combine="concat", loss=loss).logit_scale <= math.log(100) + 1e-9
     unrelated = [torch.from_numpy(np.random.default_rng(5).normal(size=(60, 8)))]
     assert fit_combination(same, unrelated, combine="concat", loss=loss).logit_scale >= 0
+
+
+@pytest.mark.parametrize("combine", ["concat", "weighted"])
+def test_the_bias_is_the_best_one_at_the_largest_factor(combine):
+    images, texts = features(1, 0.05)
+    fitted = fit_combination(images, texts, combine=combine, loss="siglip")
+    scale, bias = fitted.logit_scale, fitted.logit_bias
+    assert scale == pytest.approx(math.log(100))
+    best = losses_around(images, texts, "concat", "siglip", scale, bias)
+    for step in (-0.05, 0.05):
+        assert losses_around(images, texts, "concat", "siglip", scale, bias + step) > best

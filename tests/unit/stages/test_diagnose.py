@@ -35,3 +35,21 @@ def test_the_loss_is_judged_against_the_negatives_of_a_row():
     assert few.kind == "learning"
     assert many.kind == "suppressed"
     assert "about 25 clusters" in many.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"), [(0.2, "suppressed"), (0.22, "neither"), (1.03, "neither"), (1.05, "learning")]
+)
+def test_solved_is_below_a_twentieth_of_guessing_and_learning_above_a_quarter(loss, kind):
+    assert diagnose(loss=loss, scores={"shape": 0.2}, **STAGE).kind == kind  # guessing among 63 negatives: 4.16
+
+
+def test_a_score_is_poor_below_a_half():
+    said = diagnose(loss=0.01, scores={"shape": 0.49, "texture": 0.51}, **STAGE)
+    assert "(shape 49 %)" in said.text
+
+
+def test_few_rows_or_no_negatives():
+    said = diagnose(loss=0.0, negatives=0.0, scores={"shape": 0.1}, rows=10, global_batch_size=64)
+    assert said.kind == "suppressed"
+    assert "about 2 clusters" in said.text

@@ -1,4 +1,5 @@
 import pickle
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from unittest.mock import patch
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mcl_clip.core.distributed import rank
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.features import EmbeddingTable, TextFeatures, part_name
 from mcl_clip.data.index import ShardIndex
@@ -40,12 +42,16 @@ class Towers(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.image, self.text = nn.Linear(12, DIM), nn.Embedding(100, DIM)
+        self.dropout = nn.Dropout(0.5)  # in training
+        self.autocast: set[bool] = set()  # whether it was on
 
     def encode_image(self, images: Tensor) -> Tensor:
-        return self.image(images.flatten(1))
+        self.autocast.add(torch.is_autocast_enabled("cpu"))
+        return self.dropout(self.image(images.flatten(1)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        return self.text(tokens).sum(1)
+        self.autocast.add(torch.is_autocast_enabled("cpu"))
+        return self.dropout(self.text(tokens).sum(1))
 
 
 def pixels(row: int) -> Tensor:
@@ -60,11 +66,13 @@ def tokens(row: int) -> Tensor:
 class Batches:
     """Makes the decoded batches, and stops the run, as a lost machine would, at some shard."""
 
-    def __init__(self, stop_at: int = 99) -> None:
-        self.stop_at, self.rows = stop_at, list[int]()
+    def __init__(self, stop_at: int = 99, delay_s: float = 0.0) -> None:
+        self.stop_at, self.delay_s, self.rows, self.starts = stop_at, delay_s, list[int](), list[int]()
 
     def __call__(self, grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
         for rows in grid:
+            time.sleep(self.delay_s)
+            self.starts.append(int(rows[0]))
             if self.stop_at in rows:
                 raise KeyboardInterrupt
             self.rows += rows.tolist()
@@ -82,11 +90,17 @@ class Batches:
 
 
 def embed(
-    out, batches: Batches, batch_size: int = 3, texts: EmbeddingTable | None = None, is_stopping=None
+    out,
+    batches: Batches,
+    batch_size: int = 3,
+    texts: EmbeddingTable | None = None,
+    is_stopping=None,
+    towers: Towers | None = None,
+    precision: str = "fp32",
 ) -> EmbeddingTable:
     index = make_index()
     embed_shards(
-        Towers(),
+        towers or Towers(),
         index,
         batches=batches,
         preprocess_cfg=CFG,
@@ -97,6 +111,7 @@ def embed(
         show_progress=False,
         texts=texts,
         is_stopping=is_stopping,
+        precision=precision,
     )
     return EmbeddingTable(out, index)
 
@@ -105,8 +120,9 @@ def embed(
 def expected(row: int) -> dict[str, np.ndarray]:
     """Un-normalised image feature; unit text feature and mean norm over the captions."""
     mean, std = (torch.tensor(CFG[name]).view(3, 1, 1) for name in ("mean", "std"))
-    image = Towers().encode_image((pixels(row)[None] / 255 - mean) / std)[0].double().numpy()
-    captions = Towers().encode_text(tokens(row)).double().numpy()
+    towers = Towers().eval()
+    image = towers.encode_image((pixels(row)[None] / 255 - mean) / std)[0].double().numpy()
+    captions = towers.encode_text(tokens(row)).double().numpy()
     norms = np.linalg.norm(captions, axis=1, keepdims=True)
     text = (captions / norms).mean(0)
     return {"image": image, "text": text / np.linalg.norm(text) * norms.mean()}
@@ -207,6 +223,43 @@ def test_processes_share_the_pieces_of_a_shard_and_join_them_to_the_same_part(tm
     assert {path.name for path in (tmp_path / "some").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_towers_run_in_the_precision_of_the_stage(tmp_path, precision):
+    towers = Towers()
+    embed(tmp_path, Batches(), towers=towers, precision=precision)
+    assert towers.autocast == {precision == "bf16"}
+
+
+@pytest.mark.parametrize("piece_rows", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_batches_are_on_a_grid_from_the_start_of_each_shard(tmp_path, batch_size, piece_rows):
+    batches, again = Batches(), Batches()
+    with patch.object(embed_module, "PIECE_ROWS", piece_rows):
+        table = embed(tmp_path, batches, batch_size)
+        embed(tmp_path, again, batch_size)
+    assert batches.starts == [*range(0, 7, batch_size), *range(7, 11, batch_size), 11]
+    assert again.starts == []  # all parts are whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == [part_name(shard) for shard in (0, 2, 3)]
+    assert_features(table)
+
+
+def embed_one_late(out, sees_nothing: bool) -> list[int]:
+    """Embed pieces; process 1 is late, or sees nothing to do, as on a file system whose listings lag."""
+    batches = Batches(delay_s=0.3 * rank())
+    missing = embed_module._Pieces.missing
+    lagging = (lambda _: []) if sees_nothing and rank() == 1 else missing
+    with patch.object(embed_module, "PIECE_ROWS", 3), patch.object(embed_module._Pieces, "missing", lagging):
+        embed(out, batches)
+    return batches.rows
+
+
+@pytest.mark.parametrize("sees_nothing", [False, True])
+def test_processes_wait_for_all_pieces_and_agree_on_what_is_missing(tmp_path, pool, sees_nothing):
+    rows = pool.run(embed_one_late, 2, tmp_path, sees_nothing)
+    assert sorted(rows[0] + rows[1]) == list(range(12))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [part_name(shard) for shard in (0, 2, 3)]
+
+
 class OtherTexts(Batches):
     """The same pictures with other captions, which nobody should look at."""
 
@@ -227,7 +280,7 @@ def test_text_features_are_taken_over(tmp_path):
 
 
 def write_texts(out, batches: Batches, is_stopping=None) -> TextFeatures:
-    index, towers = make_index(), Towers()
+    index, towers = make_index(), Towers().eval()
     options = {"batch_size": 3, "show_progress": False, "is_stopping": is_stopping}
     encode = lambda tokens: F.normalize(towers.encode_text(tokens), dim=1)  # noqa: E731
     write_text_features(encode, index, batches=batches, dim=DIM, out=out, **options)
@@ -244,7 +297,7 @@ def test_text_features_of_each_caption_are_read_from_disk(tmp_path):
     wanted = [(row, n) for row in range(12) if row not in BAD for n in range(len(tokens(row)))][::-1]
     features, ids = texts.take(*zip(*wanted, strict=True))
     captions = torch.stack([tokens(row)[n] for row, n in wanted])
-    torch.testing.assert_close(features, F.normalize(Towers().encode_text(captions), dim=1))
+    torch.testing.assert_close(features, F.normalize(Towers().eval().encode_text(captions), dim=1))
     assert torch.equal(ids, content_ids(captions))
     assert texts.take([], [])[0].shape == (0, DIM)
     for row, caption in [(0, 1), (2, 0), (11, 0)]:

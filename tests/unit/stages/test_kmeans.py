@@ -144,6 +144,59 @@ def test_a_start_does_not_depend_on_those_beside_it():
     assert not torch.equal(together[0], together[1])
 
 
+def test_starts_reach_small_clusters_and_take_no_row_twice():
+    """Candidates are drawn by their distance to the nearest row so far: rarely from a thousand equal rows."""
+    rare = torch.eye(5)[1:]
+    features = torch.cat([torch.eye(5)[:1].expand(1000, 5), rare])
+    for start in range(3):
+        (found,) = cluster._plus_plus(features, 5, [torch_generator("test", start)])
+        assert len(found.unique(dim=0)) == 5
+    shorter = 0.5 * unit_rows(5)  # as far from themselves as from others, nearly
+    (found,) = cluster._plus_plus(shorter, 5, [torch_generator("test")])
+    assert len(found.unique(dim=0)) == 5
+
+
+def unit_rows(rows: int) -> torch.Tensor:
+    return torch.from_numpy(planted(rows, rows, 1.0)[0]).float()
+
+
+def test_starts_have_generators_of_their_own(monkeypatch):
+    seeds, plus_plus = [], cluster._plus_plus
+
+    def recorded(features, num_clusters, generators):
+        seeds.extend(generator.initial_seed() for generator in generators)
+        return plus_plus(features, num_clusters, generators)
+
+    monkeypatch.setattr(cluster, "_plus_plus", recorded)
+    fit(planted(200, 5, 0.5)[0], 5, num_starts=4)
+    assert len(set(seeds)) == 4
+
+
+def test_an_empty_cluster_starts_at_the_farthest_row_of_the_largest():
+    features, _ = planted(1000, 30, 1.0)
+    directions = unit_rows(3)
+    far = -torch.nn.functional.normalize(directions.sum(0, keepdim=True))
+    centroids = torch.cat([directions, 1e3 * far, 1e3 * far])
+    centroids[3:] = 0  # nearer than these to no row but those that point away from all
+    members = cluster._Members(lambda a, b: features[a:b], [(0, 400), (400, 1000)], centroids)
+    members.move_to(centroids)
+    members.clusters = [clusters.clamp(max=2) for clusters in members.clusters]
+    sizes = members.sizes()
+    found = cluster._new_centroids(members, members.sums(), sizes)
+    largest, assigned = int(sizes.argmax()), torch.cat(members.clusters)
+    cosines = torch.from_numpy(features).double() @ centroids[largest].double()
+    farthest = cosines.where(assigned == largest, torch.inf).argsort()[:2]
+    assert sizes[3:].tolist() == [0, 0]
+    assert farthest.max() >= 400
+    expected = torch.nn.functional.normalize(torch.from_numpy(features)[farthest].float())
+    torch.testing.assert_close(found[3:], expected, rtol=0, atol=0)
+
+
+def test_a_cluster_without_rows_keeps_its_direction_in_the_sample():
+    found = cluster._directions(torch.tensor([[3, 4], [0, 0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert found.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 1.0]]
+
+
 def test_the_draw_is_seeded_and_leaves_the_global_generator_alone():
     features, _ = planted(800, 30, 1.0)
     state = torch.get_rng_state()
@@ -176,12 +229,18 @@ def test_many_rows_are_fitted_on_the_sample_alone(monkeypatch):
     found = fit(features, 5, sample_rows=300)
     assert len(found.trace) == 1
     assert len({*zip(truth, found.assignments, strict=True)}) == 5
+    hard, _ = planted(2000, 30, 1.0)
+    alone = fit(hard, 12, sample_rows=2000, num_starts=1)
+    monkeypatch.setattr(cluster, "ROWS_IN_FULL_FIT", 2000)
+    whole = fit(hard, 12, sample_rows=2000, num_starts=1)
+    assert alone.trace[-1]["objective"] < 1.005 * whole.trace[-1]["objective"]  # it has converged on the sample
 
 
 def test_one_cluster_and_as_many_as_rows():
     features, _ = planted(40, 3, 0.5)
     assert not fit(features, 1).assignments.any()
     assert sorted(fit(features, 40).assignments) == list(range(40))
+    assert sorted(fit(np.array([[0.6, 0.8, 0], [0.6, 0, 0.8]], np.float16), 2).assignments) == [0, 1]
 
 
 def test_too_few_distinct_rows_are_refused():
@@ -239,6 +298,8 @@ def test_projected_features_are_unit_vectors_and_bad_rows_stay_zeros():
     projected = image_side(image)
     assert projected.dtype == np.float16
     assert not projected[5].any()
+    moved = (image.astype(np.float64) - image_side.mean) @ image_side.matrix
+    np.testing.assert_allclose(projected[:5], (moved / np.linalg.norm(moved, axis=1, keepdims=True))[:5], atol=1e-3)
     assert np.allclose(np.linalg.norm(np.delete(projected, 5, 0).astype(np.float64), axis=1), 1, atol=2e-3)
     assert text_side(text)[5].any()
 
@@ -249,6 +310,36 @@ def test_a_row_with_one_bad_side_does_not_move_the_metric():
     absurd[5] = 100
     for found, expected in zip(shared_metric(image, absurd), shared_metric(image, text), strict=True):
         np.testing.assert_array_equal(found.matrix, expected.matrix)
+
+
+def test_the_metric_is_finite_where_both_sides_agree_entirely_or_nothing_varies():
+    image, _, _ = two_views(400)
+    for text in (image, image[:, ::-1]):  # all correlations are 1
+        for projection in shared_metric(image, np.ascontiguousarray(text)):
+            assert np.isfinite(projection.matrix).all()
+            assert 1 < np.abs(projection.matrix).max() < 1e4
+    constant = np.full((100, 4), 0.5, np.float16)
+    projection, _ = shared_metric(constant, constant)
+    assert np.isfinite(projection.matrix).all()
+    assert not projection(constant).any()  # a row at the mean has no direction
+
+
+def test_products_are_added_in_blocks_that_float64_holds():
+    """A sum of more rows, each a product of almost 2^40, would be rounded."""
+    rows = np.full((16_384, 1), 0.9995, np.float16)
+    found = shared_metric_module._add_products(lambda a, b: rows[a:b], lambda a, b: rows[a:b], 1, [(0, 16_384)], None)
+    unit = round(float(rows[0, 0]) * 2**20)
+    assert found[0, 1] == 4 * ((4096 * unit**2 + 128) // 256)
+    assert shared_metric_module.BLOCK_ROWS * 2**40 <= 2**53
+
+
+def test_parts_are_whole_chunks_and_at_most_256():
+    chunk, most = shared_metric_module.CHUNK_ROWS, shared_metric_module.MAX_PARTS
+    for rows in (1, 10**6, 8 * chunk * most, 8 * chunk * most + 1, 4 * 10**8, 10**9):
+        size = shared_metric_module.part_rows(rows)
+        assert size % chunk == 0
+        assert -(-rows // size) <= most
+        assert size == 8 * chunk or -(-rows // (size - chunk)) > most  # no larger than that takes
 
 
 def test_directions_of_noise_are_not_raised():
@@ -368,7 +459,12 @@ def test_the_sums_of_products_are_exact_on_the_grid():
     assert (found == expected).all()
 
 
-def test_clusters_do_not_presume_exact_float32(monkeypatch):
+def set_per_backend():
+    raise RuntimeError("mix of the legacy and new APIs")
+
+
+@pytest.mark.parametrize("precision", [lambda: "medium", set_per_backend])
+def test_clusters_do_not_presume_exact_float32(monkeypatch, precision):
     """TF32 and bfloat16 err by more than the margin within which ties are decided in float64."""
     features, _ = planted(2000, 30, 1.0)
     expected = fit(features, 7)
@@ -381,7 +477,7 @@ def test_clusters_do_not_presume_exact_float32(monkeypatch):
     start = before(lambda a, b: features[a:b], 2000, 7, (0, "test"), 8, 20_000)
     monkeypatch.setattr(cluster, "_fit_sample", lambda *args: start)  # on the main process alone: any start is right
     monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", precision)
     found = fit(features, 7)
     np.testing.assert_array_equal(found.assignments, expected.assignments)
     assert found.centroids.tobytes() == expected.centroids.tobytes()

@@ -51,6 +51,13 @@ def test_labels_that_cannot_be_are_refused():
         labels.refine(np.array([0, 1, 2, 3]), 1000)
 
 
+def test_labels_fill_63_bits():
+    labels = PseudoLabels(values=np.array([2**62 - 1]), radix=(2**31, 2**31))
+    assert labels.refine(np.array([0]), 1).prefix(2**62 - 1) == (2**31 - 1, 2**31 - 1, 0)
+    with pytest.raises(UserError, match=r"make over 2\^63 labels"):
+        labels.refine(np.array([1]), 2)
+
+
 def test_summary_counts():
     summary = PseudoLabels(values=np.repeat([4, 1, 9], [1, 3, 8]), radix=(10,)).summary()
     assert (summary["labels"], summary["smallest"], summary["median"], summary["largest"]) == (3, 1, 3.0, 8)
@@ -113,6 +120,15 @@ def test_pools_grow_as_described():
     record = found.record()
     assert [entry["prefix"] for entry in record["groups"]] == [[0, 0], ["*"], [1, 0], [1, "*"]]
     assert (record["rows_relaxed"], record["num_groups"], record["smallest"]) == (81, 4, 38)
+
+
+def test_a_pool_of_the_minimum_stands_alone_and_the_first_of_equal_siblings_is_taken():
+    sizes = {(0, 0): 10, (0, 1): 10, (0, 2): 30, (1, 0): 20, (2, 0): 5}
+    digits = np.concatenate([np.full((size, 2), prefix) for prefix, size in sizes.items()])
+    labels = no_labels(len(digits)).refine(digits[:, 0], 3).refine(digits[:, 1], 3)
+    found = group_labels(labels, min_group_size=20)
+    members = {tuple(labels.prefix(label) for label in group.labels): group.size for group in found.groups}
+    assert members == {((0, 0), (0, 1), (2, 0)): 25, ((0, 2),): 30, ((1, 0),): 20}
 
 
 def test_before_stage_0_there_is_one_group():
