@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -131,6 +132,10 @@ def _explain_shared_memory(batch: _NotShared, num_workers: int, prefetch_batches
 def _start_worker(worker: int) -> None:  # noqa: ARG001
     torch.set_num_threads(1)
     leave_signals_to_parent()
+    with suppress(ImportError):  # Pillow before 11.3
+        from PIL import AvifImagePlugin
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # by default one for each core, in every loader process
     if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY_CHARS:  # as that of a job on a cluster
         tempfile.tempdir = "/tmp"  # of this process alone: for the socket through which it hands over its batches
     # A queue drops what it cannot send; the process that trains would wait for it until its time limit.

@@ -164,6 +164,7 @@ class Encoder:
 
     The model is any object with `encode_image` and `encode_text`. `batch_size` counts images, and texts, per forward
     pass and process; `num_workers` loader processes, 0 for none, and `timeout_s` the longest wait for one of them.
+    Batches are taken through `waiting_for`, which may give up on one that does not come.
     """
 
     model: Any
@@ -174,6 +175,7 @@ class Encoder:
     num_workers: int = 0
     precision: str = "fp32"
     timeout_s: float = math.inf
+    waiting_for: Callable[[Iterable[Tensor]], Iterator[Tensor]] = iter
 
     def embed(self, data: EvaluationSet) -> dict[str, Tensor]:
         """Compute the un-normalized float32 `image` and `text` features, on the CPU and identical on all processes.
@@ -205,7 +207,7 @@ class Encoder:
             return encode_texts(model, self.tokenizer([texts[row] for row in rows]), device)
 
         with autocast(self.precision, device), _eval_mode(model), torch.no_grad():
-            images = _gather_rows(map(encode_images, pixels_of_batches), image_rows, device)
+            images = _gather_rows(map(encode_images, self.waiting_for(pixels_of_batches)), image_rows, device)
             return {"image": images, "text": _gather_rows(map(encode_rows, text_rows), text_rows, device)}
 
 

@@ -132,6 +132,7 @@ class RunContext:
             batch_size=self.config.eval.batch_size,
             num_workers=self.config.machine.workers,
             timeout_s=self.config.machine.loader_timeout_s,
+            waiting_for=self.interrupt.waiting_for,
         )
         return encoder.embed(task.data)
 

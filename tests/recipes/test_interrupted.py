@@ -129,6 +129,23 @@ def test_an_evaluation_at_the_step_of_a_checkpoint_is_made_once(stop, recipe):
     assert [r["step"] for r in found if "loss" in r] == list(range(1, 9))
 
 
+def test_a_stop_is_answered_while_an_evaluation_within_a_stage_waits_for_its_images(recipe, monkeypatch, capsys):
+    def stalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+        pytest.fail("it was waited for")
+
+    monkeypatch.setattr("mcl_clip.train.interrupt.GIVE_UP_S", 0.2)
+    monkeypatch.setattr("mcl_clip.train.interrupt.TICK_S", 0.05)
+    monkeypatch.setattr("mcl_clip.eval.embed._ImageBatches.make_batch", stalled)
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--eval.every-steps", "2", "--machine.save-steps", "2"])
+    with pytest.raises(SystemExit) as caught:
+        main(recipe)
+    assert caught.value.code == 0
+    assert "stopped by SIGTERM in stage-0/train: its data did not come; what is finished" in capsys.readouterr().err
+    assert [path.name for path in (recipe.run_dir / "stage-0/train/checkpoints").iterdir()] == ["step-000000002"]
+
+
 def test_a_stop_while_embedding_finishes_the_shard(stop, recipe, finished):
     code, said = stop(signal.SIGTERM, EMBED, 2)
     assert (code, said) == (

@@ -62,6 +62,12 @@ def test_batches_come_where_the_path_of_temporary_files_is_too_long_for_a_socket
     assert [int(batch) for batch in load(lambda number: torch.tensor([number]))] == list(range(6))
 
 
+def test_a_loader_process_decodes_avif_in_one_thread():
+    plugin = pytest.importorskip("PIL.AvifImagePlugin")
+    (threads,) = load(lambda _: torch.tensor(plugin._get_default_max_threads()), requests=1)
+    assert int(threads) == 1
+
+
 def test_a_batch_that_does_not_fit_the_shared_memory_ends_the_wait(monkeypatch):
     def full(tensor):
         raise RuntimeError(
