@@ -52,7 +52,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """Image and text tower, by their open_clip name or by a model config in the recipe."""
+    """Image and text tower: by their open_clip name, as a pair of pretrained towers, or by a model config."""
 
     architecture: str = ""
     """An open_clip name such as ViT-B-32, `local-dir:FOLDER` or `hf-hub:ORG/NAME`."""
@@ -64,12 +64,33 @@ class TowerConfig:
     from those, unless `hf_model_pretrained` is false."""
     preprocess: Inline = field(default_factory=dict)
     """Overrides of the preprocessing: mean, std, interpolation, resize_mode."""
+    image: str = ""
+    """Pretrained image tower of a pair, instead of `architecture`: timm:NAME=FILE with a file of its weights, or
+    timm:NAME for those that timm publishes."""
+    text: str = ""
+    """Pretrained text tower of a pair, beside `image`: hf:FOLDER or hf:ORG/NAME, a text model of transformers."""
+    dim: int = 256
+    """Dimension of the features of a pair."""
+    heads: Literal["linear", "mlp"] = "mlp"
+    """Projection heads that join a pair, which start from random weights: matrices, or perceptrons with one hidden
+    layer."""
 
     def __post_init__(self) -> None:
-        check_fields("tower.", self)
-        if bool(self.architecture) == bool(self.model):
+        check_fields("tower.", self, dim=1)
+        if bool(self.image) != bool(self.text):
             raise UserError(
-                "give either --tower.architecture or, in the recipe, TowerConfig(model=...), not both or none"
+                f"--tower.{'image' if self.image else 'text'} is one tower of a pair; give --tower.image "
+                f"timm:NAME=FILE and --tower.text hf:FOLDER together"
+            )
+        if sum(map(bool, (self.architecture, self.model, self.image))) != 1:
+            raise UserError(
+                "give either --tower.architecture, --tower.image with --tower.text or, in the recipe, "
+                "TowerConfig(model=...), not several or none"
+            )
+        if self.image and self.pretrained:
+            raise UserError(
+                f"--tower.pretrained {self.pretrained} is for one file with both towers; give the weights of a pair as "
+                f"--tower.image timm:NAME=FILE and --tower.text hf:FOLDER"
             )
 
     @classmethod
@@ -88,11 +109,11 @@ class TowerConfig:
     @property
     def name(self) -> str:
         """What messages call the towers."""
-        return self.architecture or "the model of the recipe"
+        return self.architecture or " and ".join(filter(None, (self.image, self.text))) or "the model of the recipe"
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the towers start from pretrained weights."""
+        """Whether the model starts from pretrained weights; a pair does not, as its heads are random."""
         return bool(self.pretrained) or self.architecture.startswith(("local-dir:", "hf-hub:"))
 
 

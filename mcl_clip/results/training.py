@@ -85,6 +85,10 @@ def _start(run: RunRecord, number: int) -> str:
 def pretrained_text(tower: Mapping[str, Any]) -> str:
     """Name the weights that a run started from; empty for random ones."""
     architecture, weights = str(tower.get("architecture", "")), str(tower.get("pretrained", ""))
+    if tower.get("image"):
+        names = (str(tower["image"]).partition("=")[0], str(tower.get("text", "")))
+        image, text = (public_name(name.partition(":")[2]) for name in names)
+        return f"{image} and {text}, joined by random projection heads"
     kind, _, name = architecture.partition(":")
     if kind in ("hf-hub", "local-dir"):
         return f"{public_name(name)}{' (a local folder)' if kind == 'local-dir' else ''}"

@@ -29,6 +29,7 @@ from mcl_clip.core.files import DONE, append_jsonl, file_digest, write_json
 from mcl_clip.data.index import RULE
 from mcl_clip.data.shards import redacted as redacted_text
 from mcl_clip.eval.task import label_of, read_results
+from mcl_clip.model.pair import split_image
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token
 from mcl_clip.report.clusters import contact_sheets
 from mcl_clip.report.page import write_report
@@ -262,8 +263,17 @@ def _tower_settings(config: RunConfig) -> dict[str, Any]:
         settings["pretrained"] = file_digest(Path(config.tower.pretrained))
     if config.tower.architecture.startswith("local-dir:"):
         folder = Path(config.tower.architecture.removeprefix("local-dir:"))
-        settings["architecture"] = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        settings["architecture"] = _digests(folder)
+    if config.tower.image:
+        name, weights = split_image(config.tower.image)
+        settings["image"] = {name: file_digest(Path(weights)) if Path(weights).is_file() else weights}
+        folder = Path(config.tower.text.removeprefix("hf:"))
+        settings["text"] = _digests(folder) if folder.is_dir() else config.tower.text
     return settings
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def check_stages(config: RunConfig, *, processes: int | None = None) -> None:

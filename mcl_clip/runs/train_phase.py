@@ -25,7 +25,7 @@ from mcl_clip.data.loader import TrainingLoader
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers, save_array
-from mcl_clip.model.clip import ClipBundle, check_vocabulary, create_clip, load_clip, save_clip
+from mcl_clip.model.clip import ClipBundle, check_vocabulary, load_clip, save_clip
 from mcl_clip.model.multistage import combine_features
 from mcl_clip.model.prepare import (
     check_contract,
@@ -35,6 +35,7 @@ from mcl_clip.model.prepare import (
     trainable_summary,
 )
 from mcl_clip.model.prepare import lock as lock_parameters
+from mcl_clip.model.tower import create_tower
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
 from mcl_clip.runs.frozen import TEXTS, store_outputs
@@ -155,11 +156,8 @@ def start_clip(run: RunContext, stage: int) -> ClipBundle:
     config, tower = run.config, run.config.tower
     if (earlier := start_stage(config, stage)) is not None:
         return load_clip(run.folder(earlier, "train") / "model")
-    clip = create_clip(
-        architecture=tower.architecture,
-        model_cfg=tower.model or None,
-        pretrained=tower.pretrained,
-        preprocess=tower.preprocess,
+    clip = create_tower(
+        tower,
         seed=seed_of(config.seed, "tower", stage if config.stages[stage].start == "scratch" else 0),
         text_weights=config.behavior != "0.6",
     )

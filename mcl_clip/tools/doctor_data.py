@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import open_clip
+import timm
 from huggingface_hub.errors import HFValidationError
 
 from mcl_clip.config import EvalConfig, RunConfig, TowerConfig
@@ -43,6 +44,7 @@ from mcl_clip.model.open_clip_io import (
     make_tokenizer,
     read_object,
 )
+from mcl_clip.model.pair import PUBLISHED, load_trunk, pair_model_cfg, split_image
 from mcl_clip.results.text import format_bytes, format_duration
 from mcl_clip.runs.context import check_pairs, open_tasks, sample_rule
 from mcl_clip.tools.doctor_machine import Check, Finding, attempt
@@ -270,6 +272,8 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
         if name not in open_clip.list_models():
             create_clip(architecture=name)  # raises with similar names
         cfg = open_clip.get_model_config(name)
+    elif tower.image:
+        cfg, _ = pair_model_cfg(tower.image, tower.text, embed_dim=tower.dim, heads=tower.heads)
     check_preprocess(tower.preprocess)
     size, vision_cfg = tower.preprocess.get("size"), cfg.get("vision_cfg")
     if tower.model and isinstance(vision_cfg, dict):
@@ -288,10 +292,10 @@ def check_weights(tower: TowerConfig, model_cfg: Mapping[str, Any]) -> Iterator[
             yield Finding("FAIL", "weights", f"{folder} has no weights; save the model again")
         else:
             yield Finding("ok", "weights", f"in {folder}")
+    elif tower.image:
+        yield from _check_trunk(tower.image, model_cfg)
     elif Path(pretrained).is_file():
-        failures = list(attempt("weights", partial(_try_weights, model_cfg, Path(pretrained))))
-        text = f"{pretrained}, {format_bytes(Path(pretrained).stat().st_size)}"
-        yield from failures or [Finding("ok", "weights", text)]
+        yield from _try_weights(model_cfg, Path(pretrained), lambda model: load_weights(model, Path(pretrained)))
     elif pretrained:
         cfg = open_clip.get_pretrained_cfg(architecture.replace("/", "-"), pretrained)
         what = f"the weights {pretrained} of {architecture}"
@@ -308,9 +312,21 @@ def check_weights(tower: TowerConfig, model_cfg: Mapping[str, Any]) -> Iterator[
             yield Finding("ok", "weights", str(cached)) if has_it else _check_download([url], what, redacted(url))
 
 
-def _try_weights(model_cfg: Mapping[str, Any], path: Path) -> None:
-    with warnings.catch_warnings(action="ignore"):  # that copies to the meta device do nothing
-        load_weights(build_on_meta(model_cfg), path)
+def _check_trunk(image: str, model_cfg: Mapping[str, Any]) -> Iterator[Finding]:
+    name, weights = split_image(image)
+    if weights != PUBLISHED:
+        yield from _try_weights(model_cfg, Path(weights), lambda model: load_trunk(model.visual, name, weights))
+    elif (cfg := timm.get_pretrained_cfg(name)) and (repository := cfg.hf_hub_id):
+        yield _check_hub(repository, HUB_WEIGHTS, f"the weights of {name}", f"give a file as timm:{name}=FILE")
+
+
+def _try_weights(model_cfg: Mapping[str, Any], path: Path, load: Callable[[Any], None]) -> Iterator[Finding]:
+    def load_on_meta() -> None:
+        with warnings.catch_warnings(action="ignore"):  # that copies to the meta device do nothing
+            load(build_on_meta(model_cfg))
+
+    failures = list(attempt("weights", load_on_meta))
+    yield from failures or [Finding("ok", "weights", f"{path}, {format_bytes(path.stat().st_size)}")]
 
 
 def check_text_tower(text_cfg: Mapping[str, Any], *, loads_weights: bool) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 import webdataset as wds
 from huggingface_hub import ModelCard
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from mcl_clip.cli import commands
 from mcl_clip.cli import recipe as cli
-from mcl_clip.config import ExperimentConfig, PublishConfig, RunConfig
+from mcl_clip.config import ExperimentConfig, PublishConfig, RunConfig, TowerConfig
 from mcl_clip.core import progress
 from mcl_clip.core.files import read_json, read_jsonl
 from mcl_clip.data import workers
@@ -34,6 +35,7 @@ from mcl_clip.model import losses
 from mcl_clip.runs import stage_phases, train_phase
 from mcl_clip.tools.experiment import plan_experiment
 from tests.hub import TOKEN, Hub, online
+from tests.parts import write_text_model
 from tests.recipes.runs import COLOURS, execute, load_recipe
 from tests.unit.data.http_ranges import serve
 
@@ -64,6 +66,18 @@ def model(**changes: Any) -> Callable[[RunConfig], RunConfig]:
 def from_folder(recipe: RunConfig) -> RunConfig:
     folder = Path(recipe.data.train[0]).parent / "folder"
     return replace(recipe, tower=replace(recipe.tower, model={}, architecture=f"local-dir:{folder}"))
+
+
+def pair(**changes: Any) -> Callable[[RunConfig], RunConfig]:
+    """A pair of towers, whose files are beside the data."""
+
+    def changed(recipe: RunConfig) -> RunConfig:
+        folder = Path(recipe.data.train[0]).parent
+        given = {"image": "timm:test_vit={}/vit.pth", "text": "hf:{}/words"} | changes
+        given |= {name: given[name].format(folder) for name in ("image", "text")}
+        return replace(recipe, tower=TowerConfig(**given))
+
+    return changed
 
 
 def preprocess(**options: Any) -> Callable[[RunConfig], RunConfig]:
@@ -102,6 +116,10 @@ CASES = {
     "tower.preprocess: fill_color": Case(
         preprocess(resize_mode="longest", fill_color=200), "features", given=preprocess(resize_mode="longest")
     ),
+    "tower.image": Case(pair(image="timm:test_vit={}/other.pth"), "weights", given=pair()),
+    "tower.text": Case(pair(text="hf:{}/other_words"), "weights", given=pair()),
+    "tower.dim": Case(pair(dim=24), "weights", given=pair()),
+    "tower.heads": Case(pair(heads="linear"), "weights", given=pair()),
     "stages.start": Case("--stages.1.start scratch", "weights", given=TWO_STAGES),
     "train.steps": Case("--stages.0.train.steps 3", "batches"),
     "train.global_batch_size": Case("--stages.0.train.global-batch-size 8", "batches"),
@@ -253,6 +271,10 @@ def data(path, tmp_path_factory) -> Path:
     os.truncate(folder / "cut" / "0003.tar", 20_000)
     other = clips.create_clip(model_cfg=load_recipe(path).tower.model, seed=5)
     clips.save_clip(other, folder / "folder")
+    for seed, (image, text) in enumerate((("vit.pth", "words"), ("other.pth", "other_words"))):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_vit").state_dict(), folder / image)
+        write_text_model(folder / text)
     return folder
 
 
