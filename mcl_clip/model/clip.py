@@ -23,6 +23,7 @@ from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.errors import UserError, shorten_list
 from mcl_clip.core.files import atomic_dir, read_json
 from mcl_clip.model.fast_paths import takes_short_texts, use_fast_paths
+from mcl_clip.model.from_transformers import is_transformers_folder, load_clip_weights, read_clip_config
 from mcl_clip.model.image_transform import make_image_transform
 from mcl_clip.model.open_clip_io import (
     DEFAULT_CONTEXT_LENGTH,
@@ -311,6 +312,11 @@ def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str,
     if pretrained:
         raise UserError(f"{architecture} brings its own weights; leave out --tower.pretrained {pretrained}")
     folder = Path(architecture.removeprefix(LOCAL)) if architecture.startswith(LOCAL) else None
+    if folder and is_transformers_folder(folder):
+        cfg, own = read_clip_config(folder)
+        clip = create_clip(model_cfg=cfg, preprocess={**own, **preprocess})
+        load_clip_weights(clip.model, folder)
+        return clip
     if folder:
         if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
             raise UserError(f"{folder} is not an open_clip folder: it has no {OPEN_CLIP_CONFIG_NAME}")

@@ -17,6 +17,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_run_config
 from mcl_clip.model.clip import HUB, LOCAL, ClipBundle, create_clip, load_clip
 from mcl_clip.model.fast_paths import use_fast_paths
+from mcl_clip.model.from_transformers import is_transformers_folder
 from mcl_clip.model.multistage import CONFIG_NAME, MultistageCLIP, read_config
 from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME
 
@@ -91,7 +92,7 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
         return [_stage_of_run(folder.parent, int(folder.name.removeprefix("stage-")))]
     if (folder / CONFIG_NAME).is_file():
         return [_multistage(folder, "multistage model", folder.resolve().name)]
-    if (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() or is_transformers_folder(folder):
         return [_candidate("open_clip model", folder.resolve().name, partial(load_clip, folder))]
     if folder.is_dir():
         raise UserError(

@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPConfig, CL
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_json, write_json
 from mcl_clip.model.clip import ClipBundle
+from mcl_clip.model.from_transformers import clip_tensors
 from mcl_clip.model.modeling_multistage_clip import fit_tokens, write_config_and_code
 from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.processing_multistage_clip import PROCESSING_AUTO_MAP, MultistageCLIPProcessor
@@ -157,7 +158,7 @@ def write_clip_model(folder: Path, clip: ClipBundle) -> None:
             f"or as a multistage model with its code"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in _clip_tensors(clip.model)}
+    tensors = {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in clip_tensors(clip.model)}
     _clip_config(clip).save_pretrained(folder)
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -241,36 +242,6 @@ def _clip_config(clip: ClipBundle) -> Any:
         dtype="float32",
         projection_dim=clip.model_cfg["embed_dim"],
     )
-
-
-def _clip_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of an open_clip model under their names in `CLIPModel`."""
-    visual = model.visual
-    yield "logit_scale", model.logit_scale.reshape(())
-    yield "visual_projection.weight", visual.proj.T
-    yield "text_projection.weight", model.text_projection.T
-    yield "vision_model.embeddings.class_embedding", visual.class_embedding
-    yield "vision_model.embeddings.patch_embedding.weight", visual.conv1.weight
-    yield "vision_model.embeddings.position_embedding.weight", visual.positional_embedding
-    yield "text_model.embeddings.token_embedding.weight", model.token_embedding.weight
-    yield "text_model.embeddings.position_embedding.weight", model.positional_embedding
-    modules = {
-        "vision_model.pre_layrnorm": visual.ln_pre,  # spelled like this in transformers
-        "vision_model.post_layernorm": visual.ln_post,
-        "text_model.final_layer_norm": model.ln_final,
-    }
-    for encoder, transformer in (("vision_model", visual.transformer), ("text_model", model.transformer)):
-        for number, block in enumerate(transformer.resblocks):
-            layer = f"{encoder}.encoder.layers.{number}"
-            for kind in ("weight", "bias"):
-                for letter, tensor in zip("qkv", getattr(block.attn, f"in_proj_{kind}").chunk(3), strict=True):
-                    yield f"{layer}.self_attn.{letter}_proj.{kind}", tensor
-            modules[f"{layer}.self_attn.out_proj"] = block.attn.out_proj
-            modules[f"{layer}.layer_norm1"], modules[f"{layer}.layer_norm2"] = block.ln_1, block.ln_2
-            modules[f"{layer}.mlp.fc1"], modules[f"{layer}.mlp.fc2"] = block.mlp.c_fc, block.mlp.c_proj
-    for name, module in modules.items():
-        yield f"{name}.weight", module.weight
-        yield f"{name}.bias", module.bias
 
 
 def transformers_features(

@@ -62,6 +62,7 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
     ),
     LockConfig: ("text_unlocked_groups",),
     AugmentConfig: ("views",),
+    TowerConfig: ("image", "text", "dim", "heads"),
 }
 
 

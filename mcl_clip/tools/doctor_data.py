@@ -37,6 +37,7 @@ from mcl_clip.model.clip import (
     load_weights,
     with_image_size,
 )
+from mcl_clip.model.from_transformers import is_transformers_folder, read_clip_config
 from mcl_clip.model.open_clip_io import (
     OPEN_CLIP_CONFIG_NAME,
     WEIGHT_SUFFIXES,
@@ -253,20 +254,9 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
     """
     cfg: Any = tower.model
     if tower.architecture.startswith((HUB, LOCAL)):
-        name = tower.architecture.split(":", 1)[1]
-        path = Path(name, OPEN_CLIP_CONFIG_NAME)
-        if tower.architecture.startswith(HUB):
-            cached = huggingface_hub.try_to_load_from_cache(name, OPEN_CLIP_CONFIG_NAME)
-            if not isinstance(cached, str):
-                return {}
-            path = Path(cached)
-        elif not path.is_file():
-            raise UserError(f"{name} is not an open_clip folder: it has no {OPEN_CLIP_CONFIG_NAME}")
-        try:
-            cfg = read_object(path).get("model_cfg")
-            check_model_cfg(cfg)  # refuses anything that is not a dictionary, too
-        except ValueError as error:
-            raise UserError(f"{tower.architecture} is not loaded: {error}; correct it, or use another model") from error
+        cfg = _read_model_cfg(tower.architecture)
+        if not cfg:
+            return {}
     elif tower.architecture:
         name = tower.architecture.replace("/", "-")
         if name not in open_clip.list_models():
@@ -279,6 +269,27 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
     if tower.model and isinstance(vision_cfg, dict):
         size = size or vision_cfg.get("image_size")
     return with_image_size(cfg, size) if size else dict(cfg)
+
+
+def _read_model_cfg(architecture: str) -> Any:
+    """Return the config of a model in a folder or on the Hub; empty if it is not on this machine."""
+    name = architecture.split(":", 1)[1]
+    path = Path(name, OPEN_CLIP_CONFIG_NAME)
+    if architecture.startswith(HUB):
+        cached = huggingface_hub.try_to_load_from_cache(name, OPEN_CLIP_CONFIG_NAME)
+        if not isinstance(cached, str):
+            return {}
+        path = Path(cached)
+    elif is_transformers_folder(Path(name)):
+        return read_clip_config(Path(name))[0]
+    elif not path.is_file():
+        raise UserError(f"{name} is not an open_clip folder: it has no {OPEN_CLIP_CONFIG_NAME}")
+    try:
+        cfg = read_object(path).get("model_cfg")
+        check_model_cfg(cfg)  # refuses anything that is not a dictionary, too
+    except ValueError as error:
+        raise UserError(f"{architecture} is not loaded: {error}; correct it, or use another model") from error
+    return cfg
 
 
 def check_weights(tower: TowerConfig, model_cfg: Mapping[str, Any]) -> Iterator[Finding]:
