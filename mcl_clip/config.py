@@ -144,6 +144,30 @@ class LockConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank updates of frozen towers (LoRA, arXiv 2106.09685), by peft, merged into the weights after the stage."""
+
+    rank: int = 0
+    """Rank of the updates of linear layers and attentions; 0 trains the weights themselves."""
+    alpha: float = 16.0
+    """Factor on the updates, divided by the rank."""
+    dropout: float = 0.0
+    """Probability that an input of an update is 0 in training."""
+    towers: Literal["both", "image", "text"] = "both"
+    """Towers that are frozen except for updates."""
+    patterns: tuple[str, ...] = ()
+    """Regular expressions of the names of layers that get an update; by default all of these towers."""
+    full: tuple[str, ...] = (r"^visual\.head\.", r"^text\.proj\.")
+    """Regular expressions of parameters of these towers that train without updates; by default the projection heads
+    of towers of timm and Hugging Face."""
+
+    def __post_init__(self) -> None:
+        check_fields("stages.K.train.lora.", self, rank=0, alpha=0, dropout=(0, 0.999999))
+        check_patterns("stages.K.train.lora.patterns", self.patterns)
+        check_patterns("stages.K.train.lora.full", self.full)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Random resized crops and flips. Training becomes invariant to what an augmentation varies."""
 
@@ -246,6 +270,7 @@ class TrainConfig:
     """Neighboring rows of a group that stay together, for longer reads from resharded shards."""
     augment: AugmentConfig = AugmentConfig()
     lock: LockConfig = LockConfig()
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
         check_fields(
@@ -260,6 +285,7 @@ class TrainConfig:
                 f"--stages.K.train.patience {self.patience} needs a metric that should improve; add --stages.K.train."
                 f"keep-best SET:METRIC"
             )
+        check_lora(self)
         check_patterns("stages.K.train.lr-multipliers", self.lr_multipliers)
         check_patterns("stages.K.train.weight-decays", self.weight_decays)
         if self.global_batch_size % self.groups_per_batch or self.global_batch_size < 2 * self.groups_per_batch:
@@ -267,6 +293,27 @@ class TrainConfig:
                 f"--stages.K.train.groups-per-batch {self.groups_per_batch} does not divide a batch of "
                 f"{self.global_batch_size} rows into equal parts of at least 2; use a divisor of it"
             )
+
+
+def check_lora(train: TrainConfig) -> None:
+    """Raise UserError if low-rank updates cannot be used with other settings of a stage."""
+    lock, lora = train.lock, train.lora
+    given = {
+        "image-unlocked-groups": lock.image_unlocked_groups is not None and lora.towers != "text",
+        "text": lock.text and lora.towers != "image",
+        "text-unlocked-groups": lock.text_unlocked_groups is not None and lora.towers != "image",
+    }
+    if lora.rank and any(given.values()):
+        option = next(name for name, is_given in given.items() if is_given)
+        raise UserError(
+            f"--stages.K.train.lock.{option} locks a tower that --stages.K.train.lora.towers {lora.towers} trains by "
+            f"low-rank updates; leave it out, or name the other tower in --stages.K.train.lora.towers"
+        )
+    if lora.rank and train.compiled:
+        raise UserError(
+            f"--stages.K.train.compiled cannot be used with --stages.K.train.lora.rank {lora.rank}, whose layers "
+            f"torch.compile does not take; leave one of them out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

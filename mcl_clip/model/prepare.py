@@ -133,6 +133,11 @@ def _lock_image_tower(model: nn.Module, unlocked_groups: int) -> None:
             visual.get_submodule(name).requires_grad_(False)
     else:
         visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=False)
+    freeze_batch_norm(visual)
+
+
+def freeze_batch_norm(visual: nn.Module) -> None:
+    """Replace batch norms of an image tower that do not train, with the statistics that they have, in place."""
     # timm's function, for that of open_clip drops the activation that a BatchNormAct2d holds.
     for name, layer in list(visual.named_modules()):
         parent_name, _, attribute = name.rpartition(".")

@@ -29,7 +29,7 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
         "steps": f"{planned:,}" if planned else "0 (not trained)",
         "weights kept": _kept(stage.best, planned),
         **dict.fromkeys(("global batch, pairs", "pairs seen", "learning rate", "loss", "final loss", "precision"), ""),
-        "frozen": _frozen(train.get("lock", {})),
+        "frozen": _frozen(train),
         **dict.fromkeys(("negatives from", "groups", "pairs in merged groups", "negatives per pair"), ""),
         "clusters after it": _clusters(stage.settings.get("cluster", {})),
         "pairs that could not be decoded": f"{len(stage.bad_rows):,}" if stage.steps else "",
@@ -103,11 +103,15 @@ def _kept(best: Mapping[str, Any], planned: int) -> str:
     return f"step {best['step']:,}, {safe(best['metric'])} {best['value']:.4g}{stopped}"
 
 
-def _frozen(lock: Mapping[str, Any]) -> str:
+def _frozen(train: Mapping[str, Any]) -> str:
+    lock, lora = train.get("lock") or {}, train.get("lora") or {}
     patterns, parts = lock.get("patterns") or (), ["text tower"] if lock.get("text") else []
     for side in ("text", "image"):
         if (groups := lock.get(f"{side}_unlocked_groups")) is not None:
             parts.append(f"{side} tower except its last {groups} layer groups")
+    if lora.get("rank"):
+        towers = "both towers" if lora["towers"] == "both" else f"{lora['towers']} tower"
+        parts.append(f"{towers} except for LoRA of rank {lora['rank']}")
     return "; ".join([*parts, *(f"names that match {safe(pattern)}" for pattern in patterns)])
 
 

@@ -59,6 +59,7 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
         "groups_per_batch",
         "keep_best",
         "patience",
+        "lora",
     ),
     LockConfig: ("text_unlocked_groups",),
     AugmentConfig: ("views",),

@@ -26,6 +26,7 @@ from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers, save_array
 from mcl_clip.model.clip import ClipBundle, check_vocabulary, load_clip, save_clip
+from mcl_clip.model.lora import add_lora, merge_lora
 from mcl_clip.model.multistage import combine_features
 from mcl_clip.model.prepare import (
     check_contract,
@@ -58,6 +59,7 @@ def train(run: RunContext, stage: int) -> None:
     if run.config.stages[stage].train.steps:
         make_loader, groups = prepare_stage(run, stage, clip)
         fit_stage(run, stage, clip, make_loader(), groups)
+        merge_lora(clip.model)
     if is_main():
         save_clip(clip, out / "model")
         shutil.rmtree(out / TEXTS, ignore_errors=True)
@@ -74,7 +76,7 @@ def prepare_stage(
     config = run.config.stages[stage].train
     clip.model.to(run.accelerator.device)
     expected = reference_features(clip)
-    lock_stage(clip.model, config)
+    lock_stage(clip.model, config, seed=seed_of(run.config.seed, "lora", stage))
     logger.info("stage %d: %s", stage, trainable_summary(clip.model))
     clip.model = _synchronize_batch_norm(clip.model, stage, config.grad_cache_rows)
     check_contract(clip, expected, name=run.config.tower.name, stage=stage)
@@ -170,11 +172,13 @@ def min_group_size(stage: StageConfig) -> int:
     return stage.train.min_group_size or default_min_group_size(stage.train.global_batch_size)
 
 
-def lock_stage(model: nn.Module, config: TrainConfig) -> None:
-    """Lock what a stage does not train; a `logit_bias` trains only if the loss uses it, in a form that DDP supports.
+def lock_stage(model: nn.Module, config: TrainConfig, *, seed: int = 0) -> None:
+    """Lock what a stage does not train, and add low-rank updates drawn by `seed`.
+
+    A `logit_bias` trains only if the loss uses it, in a form that DDP supports.
 
     Raises:
-        UserError: if the model cannot be locked as asked, or the loss needs a bias.
+        UserError: if the model cannot be locked or take updates as asked, or the loss needs a bias.
     """
     has_bias = getattr(model, "logit_bias", None) is not None
     if has_bias and config.loss == "clip":
@@ -187,6 +191,8 @@ def lock_stage(model: nn.Module, config: TrainConfig) -> None:
             "--stages.K.train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, next to "
             "embed_dim in the recipe's TowerConfig(model=...), or use an architecture that has it"
         ).on_every_process()
+    if config.steps and config.lora.rank:
+        add_lora(model, config.lora, seed=seed)
     if config.steps:
         lock_parameters(
             model, text=config.lock.text, text_unlocked_groups=config.lock.text_unlocked_groups,

@@ -41,6 +41,7 @@ from tests.unit.data.http_ranges import serve
 
 ROWS = 64
 COMMON = ("--stages.0.train.steps", "2", "--stages.0.train.warmup-steps", "0")
+LORA = "--stages.0.train.lora.rank"
 TWO_STAGES = "--num-stages 2 --stages.1.train.steps 2 --stages.1.train.warmup-steps 0"
 GROUPED = f"{TWO_STAGES} --stages.1.train.min-group-size 8"
 EVALUATED = "--eval.sets {path}/colours --eval.every-steps 1"
@@ -165,6 +166,14 @@ CASES = {
     "lock.text_unlocked_groups": Case("--stages.0.train.lock.text-unlocked-groups 1", "trained"),
     "lock.image_unlocked_groups": Case("--stages.0.train.lock.image-unlocked-groups 1", "trained"),
     "lock.patterns": Case("--stages.0.train.lock.patterns ^visual", "trained"),
+    "lora.rank": Case(f"{LORA} 4", "trained"),
+    "lora.alpha": Case("--stages.0.train.lora.alpha 2", "weights", given=f"{LORA} 4"),
+    "lora.dropout": Case(
+        "--stages.0.train.lora.dropout 0.5", "weights", given=f"{LORA} 4 --stages.0.train.lora.patterns mlp"
+    ),
+    "lora.towers": Case("--stages.0.train.lora.towers text", "trained", given=f"{LORA} 4"),
+    "lora.patterns": Case("--stages.0.train.lora.patterns mlp", "trained", given=f"{LORA} 4"),
+    "lora.full": Case("--stages.0.train.lora.full ln_final", "trained", given=f"{LORA} 4"),
     "lock.cached_texts": Case(
         "--stages.0.train.lock.no-cached-texts",
         "batches",
@@ -439,6 +448,8 @@ def ended(recipe: RunConfig) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_field_acts(name, observe, grouped):
+    if name.startswith("lora."):
+        pytest.importorskip("peft")  # an extra
     case = CASES[name]
     given = (case.given,) if case.given else ()
     before, after = observe(given), observe((*given, case.change))
