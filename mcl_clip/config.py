@@ -74,9 +74,21 @@ class TowerConfig:
     heads: Literal["linear", "mlp"] = "mlp"
     """Projection heads that join a pair, which start from random weights: matrices, or perceptrons with one hidden
     layer."""
+    context_length: int = 0
+    """Tokens per text; by default those of the text tower. The positions of a pretrained tower are stretched: the first
+    20 stay, the others are interpolated (Long-CLIP, arXiv 2403.15378)."""
+    image_size: tuple[int, ...] = ()
+    """Pixels of an image, a side or height and width; by default those of the image tower, whose positions are
+    interpolated for others."""
 
     def __post_init__(self) -> None:
-        check_fields("tower.", self, dim=1)
+        check_fields("tower.", self, dim=1, context_length=0, image_size=1)
+        if len(self.image_size) > 2:
+            raise UserError(
+                f"--tower.image-size {self.image_size} is not a side, or height and width; give 1 or 2 numbers"
+            )
+        if self.image_size and "size" in self.preprocess:
+            raise UserError("--tower.image-size and the size in the recipe's preprocess are the same; give one of them")
         if bool(self.image) != bool(self.text):
             raise UserError(
                 f"--tower.{'image' if self.image else 'text'} is one tower of a pair; give --tower.image "
@@ -149,7 +161,7 @@ class LoraConfig:
 
     rank: int = 0
     """Rank of the updates of linear layers and attentions; 0 trains the weights themselves."""
-    alpha: float = 16.0
+    alpha: int = 16
     """Factor on the updates, divided by the rank."""
     dropout: float = 0.0
     """Probability that an input of an update is 0 in training."""

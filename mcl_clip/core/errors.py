@@ -1,5 +1,6 @@
 """Errors that a user can act on, and the exit codes they end a program with. Only the standard library."""
 
+import difflib
 import errno
 import os
 import re
@@ -65,6 +66,13 @@ def shorten_list(names: Iterable[object], most: int = 10) -> str:
     every = list(names)
     more = [f"and {len(every) - most:,} more"] if len(every) > most else []
     return ", ".join([*(shorten(name, 60) for name in every[:most]), *more]) or "none"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return up to three close names in parentheses, whatever their case; empty if there are none."""
+    by_lower = {word.lower(): word for word in known}
+    close = [by_lower[word] for word in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    return f" (close: {', '.join(close)})" if close else ""
 
 
 def explain_os_error(error: OSError) -> str:

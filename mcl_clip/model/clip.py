@@ -1,11 +1,10 @@
 """Create, load, save and run a pair of CLIP encoders."""
 
-import difflib
 import json
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from mcl_clip.core.distributed import seed_of
-from mcl_clip.core.errors import UserError, shorten_list
+from mcl_clip.core.errors import UserError, shorten_list, suggest
 from mcl_clip.core.files import atomic_dir, read_json
 from mcl_clip.model.fast_paths import takes_short_texts, use_fast_paths
 from mcl_clip.model.from_transformers import is_transformers_folder, load_clip_weights, read_clip_config
@@ -267,17 +266,11 @@ def _find_model_cfg(name: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     known = open_clip.list_models()
     if name not in known:
         raise UserError(
-            f"open_clip has no architecture {name!r}{_suggest(name, known)}; "
+            f"open_clip has no architecture {name!r}{suggest(name, known)}; "
             f'python -c "import open_clip; print(open_clip.list_models())" lists all {len(known)}'
         )
     cfg: dict[str, Any] = open_clip.get_model_config(name)
     return cfg
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    by_lower = {word.lower(): word for word in known}
-    close = [by_lower[word] for word in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
-    return f" (close: {', '.join(close)})" if close else ""
 
 
 def _find_weights(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> Path:
@@ -290,7 +283,7 @@ def _find_weights(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> P
         hint = f"its tags are {shorten_list(tags)}" if tags else "there are no tags for it"
         raise UserError(
             f"{pretrained!r} is neither a file nor a tag of {name or 'the model in the recipe'}"
-            f"{_suggest(pretrained, tags)}; {hint}"
+            f"{suggest(pretrained, tags)}; {hint}"
         )
     config_path = path.with_name(OPEN_CLIP_CONFIG_NAME)
     if config_path.is_file():

@@ -5,7 +5,6 @@ a trained model is a plain one.
 """
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from torch import nn
 from mcl_clip.config import LoraConfig
 from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.errors import UserError
+from mcl_clip.model.grad_cache import TEMPERATURES
 from mcl_clip.model.prepare import freeze_batch_norm
 
 SIDES = {"image": (True,), "text": (False,), "both": (True, False)}
 
 
-def add_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
+def add_lora(model: Any, config: LoraConfig, *, seed: int = 0) -> None:
     """Put low-rank updates into the towers of `config`, in place; of these towers, only they and `config.full` train.
 
     Linear layers get an update, and of an `nn.MultiheadAttention`, as in blocks of open_clip, the matrix of queries,
@@ -34,39 +34,26 @@ def add_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
         raise UserError(
             f"--stages.K.train.lora.rank {config.rank} needs peft; install it with: pip install 'mcl_clip[lora]'"
         ) from error
-    full = [re.compile(pattern) for pattern in config.full]
-    named = [(name, p) for name, p in model.named_parameters() if _is_image(name) in SIDES[config.towers]]
-    for name, parameter in named:
-        if not name.startswith("logit_"):
-            parameter.requires_grad_(any(pattern.search(name) for pattern in full))
     if config.towers != "text":
+        model.visual.requires_grad_(False)
         freeze_batch_norm(model.visual)
-    modules, weights = [], []
-    for is_image in SIDES[config.towers]:
-        found = [(name, layer) for name, layer in _layers(model, config) if _is_image(name) == is_image]
-        if not found:
-            matching = f" that matches {', '.join(map(repr, config.patterns))}" if config.patterns else ""
-            raise UserError(
-                f"--stages.K.train.lora.rank {config.rank} finds no linear layer or attention{matching} in the "
-                f"{'image' if is_image else 'text'} tower; name the other as --stages.K.train.lora.towers, or use 0"
-            )
-        modules += [name for name, layer in found if isinstance(layer, nn.Linear)]
-        weights += [f"{name}.in_proj_weight" for name, layer in found if isinstance(layer, nn.MultiheadAttention)]
-    if config.dropout and weights:
-        raise UserError(
-            f"--stages.K.train.lora.dropout {config.dropout} cannot be used with attention layers such as "
-            f"{weights[0].rpartition('.')[0]}; use 0, or patterns that leave them out"
-        )
-    settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=modules,
-        target_parameters=weights or None,
-    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if name.startswith("visual.") in SIDES[config.towers] and not name.startswith(TEMPERATURES):
+            parameter.requires_grad_(any(re.search(pattern, name) for pattern in config.full))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of("lora", seed))
-        peft.inject_adapter_in_model(settings, model)
+    for is_image in SIDES[config.towers]:
+        root = "visual" if is_image else "text" if hasattr(model, "text") else "transformer"
+        modules, weights = _find_layers(model.get_submodule(root), root, config)
+        settings = peft.LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=modules,
+            target_parameters=weights or None,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of("lora", seed, root))
+            # Into each tower by itself: peft takes a name for the end of a longer one, and a text tower has such names.
+            peft.inject_adapter_in_model(settings, model.get_submodule(root))
     for name, parameter in model.named_parameters():  # peft locks everything else
-        parameter.requires_grad_(name in trained or ".lora_" in name)
+        parameter.requires_grad_(name.replace(".base_layer", "") in trained or ".lora_" in name)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -80,24 +67,41 @@ def merge_lora(model: nn.Module) -> None:
             merged = merged.base_layer
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, merged)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    for module in model.modules():
+        if hasattr(module, "peft_config"):
+            del module.peft_config
 
 
-def _layers(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers that get an update: those that match, and no heads, which train in full."""
-    patterns, full = [re.compile(p) for p in config.patterns], [re.compile(p) for p in config.full]
+def _find_layers(tower: nn.Module, root: str, config: LoraConfig) -> tuple[list[str], list[str]]:
+    """Return the names, within a tower, of linear layers that get an update, and of matrices of attentions.
+
+    Heads, which train in full, get none.
+
+    Raises:
+        UserError: if there are none, or dropout does not fit them.
+    """
+    modules: list[str] = []
     attentions: list[str] = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.MultiheadAttention):
-            attentions.append(f"{name}.")  # which reads the matrix of its output layer, and never calls that layer
-        elif not isinstance(layer, nn.Linear) or name.startswith(tuple(attentions)):
+    inside: list[str] = []  # of an attention, which reads the matrix of its output layer, and never calls that layer
+    for name, layer in tower.named_modules():
+        is_attention = isinstance(layer, nn.MultiheadAttention)
+        if is_attention:
+            inside.append(f"{name}.")
+        elif not isinstance(layer, nn.Linear) or name.startswith(tuple(inside)):
             continue
-        if any(pattern.search(f"{name}.weight") for pattern in full):
-            continue
-        if not patterns or any(pattern.search(name) for pattern in patterns):
-            yield name, layer
-
-
-def _is_image(name: str) -> bool:
-    return name.startswith("visual.")
+        path = f"{root}.{name}"
+        is_full = any(re.search(pattern, f"{path}.weight") for pattern in config.full)
+        if not is_full and (not config.patterns or any(re.search(pattern, path) for pattern in config.patterns)):
+            (attentions if is_attention else modules).append(name)
+    if not modules and not attentions:
+        matching = f" that matches {', '.join(map(repr, config.patterns))}" if config.patterns else ""
+        raise UserError(
+            f"--stages.K.train.lora.rank {config.rank} finds no linear layer or attention{matching} in the "
+            f"{'image' if root == 'visual' else 'text'} tower; name the other as --stages.K.train.lora.towers, or use 0"
+        )
+    if config.dropout and attentions:
+        raise UserError(
+            f"--stages.K.train.lora.dropout {config.dropout} cannot be used with attention layers such as "
+            f"{root}.{attentions[0]}; use 0, or patterns that leave them out"
+        )
+    return modules, [f"{name}.in_proj_weight" for name in attentions]

@@ -15,7 +15,7 @@ from open_clip.hf_configs import arch_dict
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from mcl_clip.core.errors import UserError, shorten_list
+from mcl_clip.core.errors import UserError, shorten_list, suggest
 from mcl_clip.core.files import read_json
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH, WEIGHT_SUFFIXES, check_weights, one_line
 
@@ -45,8 +45,7 @@ def split_image(image: str) -> tuple[str, str]:
     """
     name, _, weights = image.removeprefix(TIMM).partition("=")
     if not image.startswith(TIMM) or not timm.is_model(name):
-        known = timm.list_models(f"*{name.removeprefix(TIMM).split('.')[0][:8]}*") if name else []
-        close = f" (close: {', '.join(known[:3])})" if known else ""
+        close = suggest(name.removeprefix(TIMM), timm.list_models())
         raise UserError(
             f"--tower.image {image} names no architecture of timm{close}; write timm:NAME=WEIGHTS, such as "
             f"timm:resnet50=resnet50.safetensors, or timm:NAME for the weights that timm publishes"
@@ -59,7 +58,7 @@ def split_image(image: str) -> tuple[str, str]:
 
 
 def pair_model_cfg(
-    image: str, text: str, *, embed_dim: int, heads: Literal["linear", "mlp"], context_length: int = 0
+    image: str, text: str, *, embed_dim: int, heads: Literal["linear", "mlp"]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the open_clip config of a pair of towers, and the pixels of the image tower (`mean`, `std`, ...).
 
@@ -69,7 +68,6 @@ def pair_model_cfg(
             sentence-transformers where the folder has it, else the mean.
         embed_dim: dimension of the features of both towers.
         heads: projection of the pooled output of each tower, a matrix or a multilayer perceptron.
-        context_length: tokens per text; 0 is 77, or what the text tower takes, if that is less.
 
     Raises:
         UserError: if a name is unknown, or the text tower cannot be used.
@@ -80,12 +78,6 @@ def pair_model_cfg(
     if not text.startswith(TEXT) or not source:
         raise UserError(f"--tower.text {text!r} is not hf:FOLDER or hf:ORG/NAME, a text model of transformers")
     config = _text_config(source)
-    limit = _most_tokens(config)
-    if context_length > limit:
-        raise UserError(
-            f"--tower.context-length {context_length} is more than the {limit} tokens that the text tower {source} "
-            f"takes; use at most {limit}"
-        )
     return {
         "embed_dim": embed_dim,
         "custom_text": True,
@@ -96,7 +88,7 @@ def pair_model_cfg(
             "timm_proj": heads,
         },
         "text_cfg": {
-            "context_length": context_length or min(DEFAULT_CONTEXT_LENGTH, limit),
+            "context_length": min(DEFAULT_CONTEXT_LENGTH, most_tokens(config)),
             "vocab_size": config.vocab_size,
             "hf_model_name": source,
             "hf_tokenizer_name": source,
@@ -122,7 +114,7 @@ def _text_config(source: str) -> Any:
     return config
 
 
-def _most_tokens(config: Any) -> int:
+def most_tokens(config: Any) -> int:
     """Return how many tokens a text tower takes; those of RoBERTa begin to count after the padding token."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:  # relative positions

@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mcl_clip.config import TowerConfig
 from mcl_clip.core.distributed import random_words
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl, atomic_dir, read_jsonl, read_run_config
-from mcl_clip.model.clip import HUB, LOCAL, ClipBundle, create_clip, load_clip
+from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import MultistageCLIP, normalized
 from mcl_clip.model.open_clip_io import write_open_clip_folder
 from mcl_clip.model.resolve import find_models
+from mcl_clip.model.tower import create_tower
 from mcl_clip.publish.card import About, card
 from mcl_clip.publish.hub import MAIN, MARKER, is_export_file
 
@@ -204,18 +206,13 @@ def _single_model(run: Path, stages: Sequence[Mapping[str, Any]], export: Export
     if export.base:
         base = _load_single(export.base)
     else:
-        start = read_run_config(run)["tower"]
-        if not start.get("pretrained") and not start["architecture"].startswith((LOCAL, HUB)):
+        tower = TowerConfig(**read_run_config(run)["tower"])
+        if not tower.is_pretrained:
             raise UserError(
                 f"--wise-ft interpolates with the weights that the run started from, and {run} started from random "
                 f"ones; name others by --base, such as {run}/stage-0"
             )
-        base = create_clip(
-            architecture=start["architecture"],
-            model_cfg=start.get("model") or None,
-            pretrained=start.get("pretrained", ""),
-            preprocess=start.get("preprocess", {}),
-        )
+        base = create_tower(tower)
     return mix_weights([base, clip], [1 - export.wise_ft, export.wise_ft])
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mcl_clip.config import AugmentConfig, LockConfig, RunConfig, TrainConfig
+from mcl_clip.config import AugmentConfig, LockConfig, RunConfig, TowerConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, is_main, on_main, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, file_digest, write_json
@@ -63,7 +63,7 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
     ),
     LockConfig: ("text_unlocked_groups",),
     AugmentConfig: ("views",),
-    TowerConfig: ("image", "text", "dim", "heads"),
+    TowerConfig: ("image", "text", "dim", "heads", "context_length", "image_size"),
 }
 
 

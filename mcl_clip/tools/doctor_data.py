@@ -265,7 +265,10 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
     elif tower.image:
         cfg, _ = pair_model_cfg(tower.image, tower.text, embed_dim=tower.dim, heads=tower.heads)
     check_preprocess(tower.preprocess)
-    size, vision_cfg = tower.preprocess.get("size"), cfg.get("vision_cfg")
+    if tower.context_length and isinstance(cfg.get("text_cfg"), Mapping):
+        cfg = {**cfg, "text_cfg": {**cfg["text_cfg"], "context_length": tower.context_length}}
+    sides, vision_cfg = list(tower.image_size), cfg.get("vision_cfg")
+    size = (sides[0] if len(sides) == 1 else sides) or tower.preprocess.get("size")
     if tower.model and isinstance(vision_cfg, dict):
         size = size or vision_cfg.get("image_size")
     return with_image_size(cfg, size) if size else dict(cfg)
@@ -295,6 +298,8 @@ def _read_model_cfg(architecture: str) -> Any:
 def check_weights(tower: TowerConfig, model_cfg: Mapping[str, Any]) -> Iterator[Finding]:
     """Check whether pretrained weights are on this machine and fit, or can be downloaded; nothing is downloaded."""
     architecture, pretrained = tower.architecture, tower.pretrained
+    if tower.context_length or tower.image_size:  # the weights have the positions of their own length and size
+        model_cfg = find_model_cfg(replace(tower, context_length=0, image_size=()))
     if architecture.startswith(HUB):
         yield _check_hub(architecture.removeprefix(HUB), HUB_WEIGHTS, f"the weights of {architecture}")
     elif architecture.startswith(LOCAL):

@@ -13,8 +13,9 @@ from mcl_clip.config import RunConfig, TowerConfig
 from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.files import atomic_path
 from mcl_clip.eval.evaluate import evaluate_loaded
-from mcl_clip.model.clip import ClipBundle, create_clip
+from mcl_clip.model.clip import ClipBundle
 from mcl_clip.model.resolve import Candidate
+from mcl_clip.model.tower import create_tower
 from mcl_clip.publish.export import EVERYTHING, Export, export_run
 from mcl_clip.results.record import COMBINED, load_results, read_run
 from mcl_clip.results.scores import compare_metrics, difference_text, set_name
@@ -85,10 +86,7 @@ class FineTuning:
 
 def create_base(tower: TowerConfig, *, seed: int, text_weights: bool = True) -> ClipBundle:
     """Create the model that the run starts from."""
-    return create_clip(
-        architecture=tower.architecture, model_cfg=tower.model or None, pretrained=tower.pretrained,
-        preprocess=tower.preprocess, seed=seed_of(seed, "tower", 0), text_weights=text_weights,
-    )  # fmt: skip
+    return create_tower(tower, seed=seed_of(seed, "tower", 0), text_weights=text_weights)
 
 
 def evaluate_base(config: RunConfig, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from mcl_clip.config import (
 )
 from mcl_clip.core.errors import UserError
 from mcl_clip.model.clip import HUB, LOCAL
+from mcl_clip.model.from_transformers import is_transformers_folder
 from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME
 from mcl_clip.tools.finetune_data import TEST, TRAIN, VALIDATION, PreparedData
 
@@ -60,12 +61,12 @@ def find_towers(name: str) -> TowerConfig:
     """
     folder = Path(name.removeprefix(LOCAL))
     if folder.is_dir():
-        if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        if not (folder / OPEN_CLIP_CONFIG_NAME).is_file() and not is_transformers_folder(folder):
             of_run = folder / "train" / "model"  # RUN/stage-K
             if not (of_run / OPEN_CLIP_CONFIG_NAME).is_file():
                 raise UserError(
                     f"{folder} holds no model to fine-tune: it has no {OPEN_CLIP_CONFIG_NAME}; name a folder of "
-                    f"open_clip, RUN/stage-K, ARCHITECTURE/TAG of open_clip or hf-hub:ORG/NAME"
+                    f"open_clip or a CLIPModel, RUN/stage-K, ARCHITECTURE/TAG of open_clip or hf-hub:ORG/NAME"
                 )
             folder = of_run
         return TowerConfig(architecture=f"{LOCAL}{folder.resolve()}")

@@ -121,6 +121,8 @@ CASES = {
     "tower.text": Case(pair(text="hf:{}/other_words"), "weights", given=pair()),
     "tower.dim": Case(pair(dim=24), "weights", given=pair()),
     "tower.heads": Case(pair(heads="linear"), "weights", given=pair()),
+    "tower.context_length": Case("--tower.context-length 20", "weights"),
+    "tower.image_size": Case("--tower.image-size 48", "batches"),
     "stages.start": Case("--stages.1.start scratch", "weights", given=TWO_STAGES),
     "train.steps": Case("--stages.0.train.steps 3", "batches"),
     "train.global_batch_size": Case("--stages.0.train.global-batch-size 8", "batches"),

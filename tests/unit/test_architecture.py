@@ -100,6 +100,7 @@ def test_files_that_are_shipped_with_models_stand_alone():
 
 LONG_MODULES = {  # modules above the limit, and why
     "cli/commands.py": "help texts of all commands",
+    "config.py": "all fields with their help texts",
 }
 LONG_FUNCTIONS = {  # functions above the limit, and why
     "train/loop.py:train_stage": "the loop is read from top to bottom",

@@ -14,6 +14,7 @@ from mcl_clip.config import (
     EvalConfig,
     ExperimentConfig,
     LockConfig,
+    LoraConfig,
     MachineConfig,
     PublishConfig,
     RunConfig,
@@ -27,7 +28,7 @@ TRAIN = TrainConfig(steps=1, global_batch_size=2, lr=1.0)
 STAGE = StageConfig(train=TRAIN)
 SECTIONS = (
     *(TRAIN, STAGE, AugmentConfig(), ClusterConfig(), DataConfig(), EvalConfig(), ExperimentConfig(figures={})),
-    *(LockConfig(), MachineConfig(), PublishConfig(), TowerConfig(architecture="ViT-B-32")),
+    *(LockConfig(), LoraConfig(), MachineConfig(), PublishConfig(), TowerConfig(architecture="ViT-B-32")),
     RunConfig(run_dir=Path("run"), tower=TowerConfig(architecture="ViT-B-32"), stages=(STAGE,)),
 )
 

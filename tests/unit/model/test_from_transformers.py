@@ -71,7 +71,7 @@ def test_features_are_those_of_transformers(tmp_path, changes):
     with torch.no_grad():
         found = [ours.encode_image(pixels), ours.encode_text(tokenizer(TEXTS))]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert float(ours.logit_scale) == float(theirs.logit_scale)
+    assert ours.logit_scale.item() == theirs.logit_scale.item()
     normalize = transform.transforms[-1]
     assert (list(normalize.mean), list(normalize.std)) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
 
