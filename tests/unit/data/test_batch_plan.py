@@ -137,6 +137,21 @@ def test_single_rows_are_avoided_where_some_order_avoids_them():
             assert not has_order_without_single_rows(sizes.tolist(), batch), (sizes, batch)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "batch", "number", "digest"),
+    [
+        ([9] * 100 + [1] * 3, 10, 5, "2c1b1f5b1f1183b6"),
+        ([3] * 8 + [2] * 33, 4, 0, "70e432b9da37c14e"),
+        ([1, 2, 5, 5, 2, 1, 2, 5, 5, 2, 1], 4, 0, "e230ee86daf9a4cb"),
+        ([1, 5, 5, 8, 2, 4, 2, 8, 5, 5, 1], 7, 0, "981879cd10c9e17c"),
+    ],
+)
+def test_groups_are_packed_in_the_same_order_in_all_versions(sizes, batch, number, digest):
+    """The plan of a run that goes on in another version; these sizes depend on each rule, and on how far it looks."""
+    order = _packing_order(np.array(sizes), batch, ("packing", number))
+    assert hashlib.blake2b(np.array(order, "<i8").tobytes(), digest_size=8).hexdigest() == digest
+
+
 @pytest.mark.parametrize(("count", "batch"), [(1, 8), (10, 8), (100, 16)])
 def test_the_batches_of_each_group_run_through_the_epoch(count, batch):
     """The k-th of c batches of a group lies within [k/c - G/T, (k+1)/c + G/T] of the epoch: G kinds, T batches."""
