@@ -444,13 +444,13 @@ def test_words_at_the_borders_of_parts_and_buckets_put_each_row_in_its_place_onc
     parts = 3
     borders = [2**64 * part // parts for part in range(parts)]
     values = [0, 2**64 - 1, *(border + more for border in borders[1:] for more in (-1, 0, 1))]
-    words = np.array(values, np.uint64)[np.arange(64) * 5 % len(values)]
+    words = np.array(values, np.uint64)[np.arange(1000) * 5 % len(values)]
     monkeypatch.setattr(order_module, "random_words_between", lambda start, stop, *_: words[start:stop])
     monkeypatch.setattr(order_module, "MAX_PARTS", parts)
     monkeypatch.setattr(order_module, "PART_ROWS", 1)
-    for sorted_rows in (1000, 3):
+    for sorted_rows in (10_000, 1):  # in one bucket, and in as many as there may be
         monkeypatch.setattr(order_module, "SORTED_ROWS", sorted_rows)
-        order = np.concatenate(list(make(np.zeros(64, int), 8)._order(0)))
+        order = np.concatenate(list(make(np.zeros(1000, int), 8)._order(0)))
         np.testing.assert_array_equal(order, np.argsort(words, kind="stable"))
 
 
