@@ -157,7 +157,7 @@ class LockConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank updates of frozen towers (LoRA, arXiv 2106.09685), by peft, merged into the weights after the stage."""
+    """Low-rank updates in place of weights that are not locked (LoRA, arXiv 2106.09685), by peft; merged at the end."""
 
     rank: int = 0
     """Rank of the updates of linear layers and attentions; 0 trains the weights themselves."""
@@ -297,7 +297,11 @@ class TrainConfig:
                 f"--stages.K.train.patience {self.patience} needs a metric that should improve; add --stages.K.train."
                 f"keep-best SET:METRIC"
             )
-        check_lora(self)
+        if self.lora.rank and self.compiled:
+            raise UserError(
+                f"--stages.K.train.compiled cannot be used with --stages.K.train.lora.rank {self.lora.rank}, whose "
+                f"layers torch.compile does not take; leave one of them out"
+            )
         check_patterns("stages.K.train.lr-multipliers", self.lr_multipliers)
         check_patterns("stages.K.train.weight-decays", self.weight_decays)
         if self.global_batch_size % self.groups_per_batch or self.global_batch_size < 2 * self.groups_per_batch:
@@ -305,27 +309,6 @@ class TrainConfig:
                 f"--stages.K.train.groups-per-batch {self.groups_per_batch} does not divide a batch of "
                 f"{self.global_batch_size} rows into equal parts of at least 2; use a divisor of it"
             )
-
-
-def check_lora(train: TrainConfig) -> None:
-    """Raise UserError if low-rank updates cannot be used with other settings of a stage."""
-    lock, lora = train.lock, train.lora
-    given = {
-        "image-unlocked-groups": lock.image_unlocked_groups is not None and lora.towers != "text",
-        "text": lock.text and lora.towers != "image",
-        "text-unlocked-groups": lock.text_unlocked_groups is not None and lora.towers != "image",
-    }
-    if lora.rank and any(given.values()):
-        option = next(name for name, is_given in given.items() if is_given)
-        raise UserError(
-            f"--stages.K.train.lock.{option} locks a tower that --stages.K.train.lora.towers {lora.towers} trains by "
-            f"low-rank updates; leave it out, or name the other tower in --stages.K.train.lora.towers"
-        )
-    if lora.rank and train.compiled:
-        raise UserError(
-            f"--stages.K.train.compiled cannot be used with --stages.K.train.lora.rank {lora.rank}, whose layers "
-            f"torch.compile does not take; leave one of them out"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

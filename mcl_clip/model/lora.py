@@ -5,6 +5,7 @@ a trained model is a plain one.
 """
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ SIDES = {"image": (True,), "text": (False,), "both": (True, False)}
 
 
 def add_lora(model: Any, config: LoraConfig, *, seed: int = 0) -> None:
-    """Put low-rank updates into the towers of `config`, in place; of these towers, only they and `config.full` train.
+    """Put low-rank updates in place of the weights that train in the towers of `config`; `config.full` still trains.
 
     Linear layers get an update, and of an `nn.MultiheadAttention`, as in blocks of open_clip, the matrix of queries,
     keys and values. At first the updates are zero. Batch norms of the image tower are replaced by frozen ones.
@@ -34,16 +35,17 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int = 0) -> None:
         raise UserError(
             f"--stages.K.train.lora.rank {config.rank} needs peft; install it with: pip install 'mcl_clip[lora]'"
         ) from error
-    if config.towers != "text":
-        model.visual.requires_grad_(False)
-        freeze_batch_norm(model.visual)
+    unlocked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in model.named_parameters():
         if name.startswith("visual.") in SIDES[config.towers] and not name.startswith(TEMPERATURES):
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in config.full))
+            is_full = any(re.search(pattern, name) for pattern in config.full)
+            parameter.requires_grad_(is_full and name in unlocked)
+    if config.towers != "text":
+        freeze_batch_norm(model.visual)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for is_image in SIDES[config.towers]:
         root = "visual" if is_image else "text" if hasattr(model, "text") else "transformer"
-        modules, weights = _find_layers(model.get_submodule(root), root, config)
+        modules, weights = _find_layers(model.get_submodule(root), root, config, unlocked)
         settings = peft.LoraConfig(
             r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=modules,
             target_parameters=weights or None,
@@ -72,10 +74,12 @@ def merge_lora(model: nn.Module) -> None:
             del module.peft_config
 
 
-def _find_layers(tower: nn.Module, root: str, config: LoraConfig) -> tuple[list[str], list[str]]:
+def _find_layers(
+    tower: nn.Module, root: str, config: LoraConfig, unlocked: Collection[str]
+) -> tuple[list[str], list[str]]:
     """Return the names, within a tower, of linear layers that get an update, and of matrices of attentions.
 
-    Heads, which train in full, get none.
+    Layers whose weights are not `unlocked`, and heads, which train in full, get none.
 
     Raises:
         UserError: if there are none, or dropout does not fit them.
@@ -90,14 +94,17 @@ def _find_layers(tower: nn.Module, root: str, config: LoraConfig) -> tuple[list[
         elif not isinstance(layer, nn.Linear) or name.startswith(tuple(inside)):
             continue
         path = f"{root}.{name}"
+        if f"{path}.{'in_proj_weight' if is_attention else 'weight'}" not in unlocked:
+            continue
         is_full = any(re.search(pattern, f"{path}.weight") for pattern in config.full)
         if not is_full and (not config.patterns or any(re.search(pattern, path) for pattern in config.patterns)):
             (attentions if is_attention else modules).append(name)
     if not modules and not attentions:
         matching = f" that matches {', '.join(map(repr, config.patterns))}" if config.patterns else ""
         raise UserError(
-            f"--stages.K.train.lora.rank {config.rank} finds no linear layer or attention{matching} in the "
-            f"{'image' if root == 'visual' else 'text'} tower; name the other as --stages.K.train.lora.towers, or use 0"
+            f"--stages.K.train.lora.rank {config.rank} finds no unlocked linear layer or attention{matching} "
+            f"in the {'image' if root == 'visual' else 'text'} tower; name the other one as "
+            f"--stages.K.train.lora.towers, or use 0"
         )
     if config.dropout and attentions:
         raise UserError(

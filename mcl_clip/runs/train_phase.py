@@ -191,13 +191,13 @@ def lock_stage(model: nn.Module, config: TrainConfig, *, seed: int = 0) -> None:
             "--stages.K.train.loss siglip needs a tower with a bias: put init_logit_bias, such as -10, next to "
             "embed_dim in the recipe's TowerConfig(model=...), or use an architecture that has it"
         ).on_every_process()
-    if config.steps and config.lora.rank:
-        add_lora(model, config.lora, seed=seed)
     if config.steps:
         lock_parameters(
             model, text=config.lock.text, text_unlocked_groups=config.lock.text_unlocked_groups,
             image_unlocked_groups=config.lock.image_unlocked_groups, patterns=config.lock.patterns,
         )  # fmt: skip
+    if config.steps and config.lora.rank:
+        add_lora(model, config.lora, seed=seed)
 
 
 def _synchronize_batch_norm(model: nn.Module, stage: int, grad_cache_rows: int) -> nn.Module:
