@@ -397,7 +397,7 @@ def finetune(
 
     Args:
         model: ARCHITECTURE/TAG of open_clip such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME, a folder of
-            open_clip, or RUN/stage-K.
+            open_clip or with a CLIPModel, RUN/stage-K, or a pair of towers as timm:NAME=FILE+hf:FOLDER.
         data: a table (CSV, TSV, JSON, Parquet, captions of COCO or Flickr), a folder of images with .txt or .json
             beside them, a data set of `datasets` (a folder or ORG/NAME), or shards.
         run_dir: folder of all output.

@@ -6,7 +6,7 @@ rate 1e-5 and weight decay 0.1, cosine decay after warm-up. Small data gets fewe
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.model.clip import HUB, LOCAL
 from mcl_clip.model.from_transformers import is_transformers_folder
 from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME
+from mcl_clip.model.pair import PUBLISHED, TEXT, TIMM, split_image
 from mcl_clip.tools.finetune_data import TEST, TRAIN, VALIDATION, PreparedData
 
 FEW = 2000  # pictures, below which whole towers memorize them
@@ -34,6 +35,7 @@ EPOCHS = ((5_000, 10), (50_000, 6), (500_000, 3), (10**12, 1))  # up to so many 
 BATCH = (16, 256)  # smallest and largest
 BATCHES_PER_EPOCH = 16  # at least, as long as the batch allows it
 RATE, DECAY = 1e-5, 0.1
+HEADS_RATE = 1e-3  # of the heads of a pair of towers
 LAYER_DECAY = 0.85  # factor on the rate from one block to the one below
 UNLOCKED_GROUPS = 3  # of the image tower with few pictures: the last blocks and the projection
 WARMUP_SHARE = 0.1
@@ -54,11 +56,15 @@ class Default(NamedTuple):
 
 
 def find_towers(name: str) -> TowerConfig:
-    """Return the towers that a user names: ARCHITECTURE/TAG of open_clip, hf-hub:ORG/NAME, or an open_clip folder.
+    """Return the towers that a user names: ARCHITECTURE/TAG of open_clip, hf-hub:ORG/NAME, a folder, or a pair.
+
+    A pair of towers is timm:NAME=FILE+hf:FOLDER.
 
     Raises:
         UserError: if there is no such model, or its weights are not named.
     """
+    if name.startswith(TIMM):
+        return _find_pair(name)
     folder = Path(name.removeprefix(LOCAL))
     if folder.is_dir():
         if not (folder / OPEN_CLIP_CONFIG_NAME).is_file() and not is_transformers_folder(folder):
@@ -86,6 +92,16 @@ def find_towers(name: str) -> TowerConfig:
     if tag not in tags:
         raise UserError(f"{architecture} has no weights {tag!r}; its tags are {', '.join(tags) or 'none'}")
     return TowerConfig(architecture=architecture.replace("/", "-"), pretrained=tag)
+
+
+def _find_pair(name: str) -> TowerConfig:
+    image, plus, text = name.partition(f"+{TEXT}")
+    if not plus:
+        raise UserError(f"{name} is an image tower alone; write timm:NAME=FILE+hf:FOLDER, with a text tower beside it")
+    architecture, weights = split_image(image)
+    file = "" if weights == PUBLISHED else f"={Path(weights).resolve()}"
+    source = Path(text).resolve() if Path(text).is_dir() else text
+    return TowerConfig(image=f"{TIMM}{architecture}{file}", text=f"{TEXT}{source}")
 
 
 def default_recipe(
@@ -122,6 +138,9 @@ def default_recipe(
         lr_multipliers=rates, max_grad_norm=1.0, augment=AugmentConfig(scale=(0.8, 1.0)),
         lock=LockConfig(image_unlocked_groups=UNLOCKED_GROUPS if pictures < FEW else None),
     )  # fmt: skip
+    if tower.image:
+        lock = LockConfig(image_unlocked_groups=0, text_unlocked_groups=0)
+        train = replace(train, lr=HEADS_RATE, augment=AugmentConfig(views=1), lock=lock)
     config = RunConfig(
         run_dir=run_dir,
         tower=tower,
@@ -132,7 +151,11 @@ def default_recipe(
         ),
         machine=MachineConfig(log_steps=max(1, min(10, steps // 20)), save_steps=every),
     )
-    if pictures < FEW:
+    rate_reason = "usual for the loss of CLIP from pretrained weights, with a tenth of warm-up"
+    if tower.image:
+        rate_reason = "for projection heads, which start from random weights"
+        locked, why = "both trunks locked, images not augmented", "what the trunks compute is then needed only once"
+    elif pictures < FEW:
         locked = f"all but the last {UNLOCKED_GROUPS} layer groups of the image tower locked"
         why = f"fewer than {FEW:,} pictures would be memorized by whole towers"
     else:
@@ -143,7 +166,7 @@ def default_recipe(
             f"batches of {usual_batch}",
             f"from {BATCH[0]} to {BATCH[1]}, with {BATCHES_PER_EPOCH} batches or more in an epoch where that allows it",
         ),
-        Default(f"rate {RATE:g}", "usual for the loss of CLIP from pretrained weights, with a tenth of warm-up"),
+        Default(f"rate {train.lr:g}", rate_reason),
         Default(locked, why),
     ]
     if rates:

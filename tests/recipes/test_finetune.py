@@ -4,19 +4,25 @@ import csv
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import mcl_clip
+from mcl_clip.config import TowerConfig
+from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE
 from mcl_clip.model.clip import create_clip, save_clip
 from mcl_clip.results.record import load_results
 from mcl_clip.runs import pipeline
+from mcl_clip.tools.finetune_recipe import find_towers
 from tests.commands import run_command
+from tests.parts import write_text_model
 from tests.photos import write_photos
 from tests.recipes.runs import REPOSITORY, files, write_project
 
@@ -146,3 +152,23 @@ def test_an_interrupted_run_continues_with_the_same_command(project, monkeypatch
     assert finetune(monkeypatch, capsys, "stopped")[0] == 0
     assert "stage-0/train: already done" in caplog.messages
     assert (project / "stopped/model/open_clip_model.safetensors").is_file()
+
+
+def test_a_pair_of_towers_trains_its_heads(project, monkeypatch, capsys):
+    torch.save(timm.create_model("test_efficientnet").state_dict(), "trunk.pth")
+    write_text_model(project / "words")
+    code, output, error = finetune(monkeypatch, capsys, "pair", model="timm:test_efficientnet=trunk.pth+hf:words")
+    assert (code, error.count("error:")) == (0, 0)
+    assert "rate 0.001: for projection heads" in output
+    assert "both trunks locked, images not augmented" in output
+    recipe = runpy.run_path("pair/recipe.py")["RECIPE"]
+    assert recipe.tower == TowerConfig(image=f"timm:test_efficientnet={project}/trunk.pth", text=f"hf:{project}/words")
+    trained = mcl_clip.load("pair/model")[0].state_dict()
+    trunk = {
+        name: trained[f"visual.trunk.{name}"]
+        for name in timm.create_model("test_efficientnet", num_classes=0).state_dict()
+    }
+    saved = torch.load("trunk.pth")
+    assert all(torch.equal(trunk[name], saved[name]) for name in trunk)
+    with pytest.raises(UserError, match=r"is an image tower alone; write timm:NAME=FILE.hf:FOLDER"):
+        find_towers("timm:test_efficientnet=trunk.pth")
