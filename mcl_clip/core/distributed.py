@@ -8,7 +8,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -82,6 +83,44 @@ def _wait_for(store: Any, key: str) -> None:
     while not store.check([key]):
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def shared_counter(what: str) -> Callable[[Name, int], int]:
+    """Return `add(key, amount)`, which adds to a number that all processes share and returns the sum.
+
+    Numbers start at 0 in each call, which is collective but waits for nobody; `add` is not collective.
+    """
+    if world_size() == 1:
+        sums = Counter[Name]()
+
+        def add(key: Name, amount: int) -> int:
+            sums[key] += amount
+            return sums[key]
+
+        return add
+    store = dist.distributed_c10d._get_default_store()
+    name = _next_name(store, what)
+    return lambda key, amount: int(store.add(f"{name}/{key}", amount))
+
+
+def claim(items: Sequence[T], sizes: Sequence[int]) -> Iterator[T]:
+    """Yield the items that this process is to work on; every item is claimed by one process, when it is next.
+
+    A process starts with neighboring items, an equal share of the sum of `sizes`, and then takes what slower processes
+    have not claimed yet from theirs. A collective call, with equal arguments, that waits for nobody.
+    """
+    claimed = shared_counter("claim")
+    middles = np.cumsum(sizes) - np.array(sizes) / 2  # an item is in the share that its middle falls into
+    borders = np.searchsorted(middles * world_size(), np.arange(1, world_size()) * sum(sizes))
+    ends = [0, *borders.tolist(), len(items)]
+
+    def unclaimed() -> Iterator[T]:
+        for owner in (*range(rank(), world_size()), *range(rank())):
+            start, stop = ends[owner : owner + 2]
+            while (number := start + claimed(owner, 1) - 1) < stop:
+                yield items[number]
+
+    return unclaimed()
 
 
 def seed_of(*name: Name) -> int:

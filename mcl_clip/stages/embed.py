@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from mcl_clip.core.distributed import barrier, is_main, on_main, rank, world_size
+from mcl_clip.core.distributed import barrier, claim, is_main, on_main, rank, shared_counter, world_size
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.features import (
     EmbeddingTable,
@@ -48,7 +49,7 @@ def embed_shards(
     is_stopping: Callable[[], bool] | None = None,
     texts: EmbeddingTable | None = None,
 ) -> None:
-    """Write the embeddings of all shards that have no part file yet, each process an equal share of the rows.
+    """Write the embeddings of all shards that have no part file yet; processes share the rows by their speed.
 
     `batches` decodes the batches of an iterable of row arrays and is called once for all of them; they have
     `batch_size` rows, on a fixed grid from the start of each shard. Large shards are kept in pieces until all processes
@@ -155,17 +156,16 @@ def _write_parts(
         return (rows[n : n + batch_size] for n in range(0, len(rows), batch_size))
 
     missing = on_main(pieces.missing)
-    sizes = np.array([len(pieces.rows(piece)) for piece in missing], np.int64)
-    middles = np.cumsum(sizes) - sizes / 2  # a piece belongs to the process in whose share of the rows its middle is
-    mine = [missing[n] for n in np.flatnonzero(middles * world_size() // max(1, sizes.sum()) == rank())]
-    loaded = batches(rows for piece in mine for rows in batch_rows(piece))
-    total = sum(len(pieces.rows(piece)) for piece in mine)
-    with Progress(total=total, unit="row", desc=what, show=show_progress and is_main()) as bar:
-        for piece in mine:
+    sizes = [len(pieces.rows(piece)) for piece in missing]
+    to_load, to_embed = tee(claim(missing, sizes))  # loader processes, which work ahead, need a piece first
+    loaded = batches(rows for piece in to_load for rows in batch_rows(piece))
+    embedded = shared_counter("embedded rows")
+    with Progress(total=sum(sizes), unit="row", desc=what, show=show_progress and is_main()) as bar:
+        for piece in to_embed:
             found = []
             for rows in batch_rows(piece):
                 found.append(embed(rows, next(loaded)))
-                bar.update(len(rows))
+                bar.update(embedded("all", len(rows)) - bar.n)
             is_whole, joined = len(pieces.of(piece[0])) == 1, _join(found)
             write_part(pieces.path(piece), *(finish(piece[0], *joined) if is_whole else joined))
             if is_stopping is not None and is_stopping():

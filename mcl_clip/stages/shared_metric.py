@@ -1,7 +1,7 @@
 """The shared metric: weights each direction of the features by how well image and caption agree in it.
 
-The work is cut into parts of rows that do not depend on the number of processes. Each process does its share of the
-parts and keeps each in a file, so that a run that is killed continues with the next part.
+The work is cut into parts of rows that do not depend on the number of processes. Each part is done by one process,
+which keeps it in a file, so that a run that is killed continues with the next part.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float16, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
-from mcl_clip.core.distributed import all_reduce_sum, barrier, on_main, rank, world_size
+from mcl_clip.core.distributed import all_reduce_sum, barrier, claim, on_main
 from mcl_clip.data.storage import save_array
 from mcl_clip.stages.kmeans import CHUNK_ROWS, ReadRows
 
@@ -72,14 +72,14 @@ def fit_shared_metric(
     (those of probabilistic linear discriminant analysis, Ioffe 2006, with pairs in place of classes).
 
     It needs several rows per dimension: with fewer rows than the two sides have dimensions, all correlations are 1 and
-    features are only whitened. All processes add the products of their rows, as integers, so that the result does not
-    depend on their number; in `folder` those of finished parts are kept. Once `is_stopping()` is True, the rest is left
-    to a later call; then `check_stop()`, a collective call, must raise on all processes.
+    features are only whitened. Processes add the products of the parts that they claim, as integers, so that the result
+    does not depend on their number; in `folder` those of finished parts are kept. Once `is_stopping()` is True, the
+    rest is left to a later call; then `check_stop()`, a collective call, must raise on all processes.
     """
     dim = image(0, 1).shape[1]
     total = torch.zeros(2 * dim + 1, 2 * dim + 1, dtype=torch.int64)
     with suppress(_StoppingError):
-        for start, stop in _own_parts(num_rows):
+        for start, stop in _claim_parts(num_rows):
             path = folder and folder / f"products-{start:012d}.npy"
             if path and path.exists():
                 total += torch.from_numpy(np.load(path, allow_pickle=False))
@@ -93,10 +93,11 @@ def fit_shared_metric(
     return on_main(lambda: _solve(sums, dim))
 
 
-def _own_parts(num_rows: int) -> list[tuple[int, int]]:
-    """Return start and stop of the parts of this process."""
+def _claim_parts(num_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of the parts that this process is to work on."""
     starts = range(0, num_rows, part_rows(num_rows))
-    return [(start, min(start + starts.step, num_rows)) for start in starts[rank() :: world_size()]]
+    parts = [(start, min(start + starts.step, num_rows)) for start in starts]
+    return claim(parts, [stop - start for start, stop in parts])
 
 
 def part_rows(num_rows: int) -> int:
@@ -184,7 +185,7 @@ def project_rows(
         return path.with_name(f"{path.name}-{start:012d}.npy")
 
     with suppress(_StoppingError):
-        for start, stop in _own_parts(num_rows):
+        for start, stop in _claim_parts(num_rows):
             if not part(start).exists():
                 blocks = (projection(rows(a, b), device) for a, b in _chunks(start, stop, is_stopping))
                 save_array(part(start), np.float16, (stop - start, width), blocks)

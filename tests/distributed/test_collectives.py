@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mcl_clip.core.distributed import (
     barrier,
     check_same,
+    claim,
     gather,
     gather_objects,
     gather_with_grad,
@@ -143,3 +144,26 @@ def order_of_a_barrier() -> list[tuple[float, float]]:
 def test_nobody_passes_a_barrier_before_the_last_one_arrives(pool):
     for calls in zip(*pool.run(order_of_a_barrier, 3), strict=True):
         assert min(after for _, after in calls) >= max(before for before, _ in calls)
+
+
+def claimed(sizes: list[int], slow: int) -> tuple[int, list[int]]:
+    """The first item of this process, and all others; the slow one is not done with its first before all are."""
+    items = claim(range(len(sizes)), sizes)
+    first = next(items)
+    barrier()  # everybody has one
+    others = [] if rank() == slow else list(items)
+    barrier()
+    return first, others
+
+
+@pytest.mark.parametrize("slow", [0, 2])
+def test_items_of_a_slow_process_are_taken_by_the_others(pool, slow):
+    shares = pool.run(claimed, 4, [1] * 20, slow)
+    assert [first for first, _ in shares] == [0, 5, 10, 15]
+    assert sorted(item for first, others in shares for item in (first, *others)) == list(range(20))
+    assert shares[slow][1] == []
+
+
+def test_first_shares_are_neighbors_of_equal_size(pool):
+    assert [first for first, _ in pool.run(claimed, 3, [1, 1, 1, 1, 4, 4], 0)] == [0, 4, 5]
+    assert pool.run(claimed, 1, [3, 0, 1], 1) == [(0, [1, 2])]

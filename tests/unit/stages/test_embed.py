@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcl_clip.core.distributed import rank
+from mcl_clip.core.distributed import barrier, rank
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.features import EmbeddingTable, TextFeatures, part_name
 from mcl_clip.data.index import ShardIndex
@@ -177,8 +177,18 @@ def test_finished_shards_are_not_embedded_again(tmp_path):
     assert (tmp_path / part_name(0)).stat().st_mtime_ns == before
 
 
+class BatchesInStep(Batches):
+    """Makes no batch before every process has claimed a piece."""
+
+    def __call__(self, grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
+        for number, batch in enumerate(super().__call__(grid)):
+            if number == 0:
+                barrier()
+            yield batch
+
+
 def embedded_rows(out) -> list[int]:
-    batches = Batches()
+    batches = BatchesInStep()
     embed(out, batches)
     return batches.rows
 
@@ -216,8 +226,6 @@ def test_processes_share_the_pieces_of_a_shard_and_join_them_to_the_same_part(tm
     assert all(".rows-" in name for name in names[:2])
     rest = pool.run(embed_in_pieces, size, tmp_path / "some", 99, texts)
     assert sorted(row for rows in (*first, *rest) for row in rows) == list(range(12))  # nothing twice
-    if size == 3:
-        assert [len(rows) for rows in pool.run(embed_in_pieces, 3, tmp_path / "fresh", 99, texts)] == [3, 4, 5]
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "some" / path.name).read_bytes()
     assert {path.name for path in (tmp_path / "some").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
@@ -258,6 +266,63 @@ def test_processes_wait_for_all_pieces_and_agree_on_what_is_missing(tmp_path, po
     rows = pool.run(embed_one_late, 2, tmp_path, sees_nothing)
     assert sorted(rows[0] + rows[1]) == list(range(12))
     assert sorted(path.name for path in tmp_path.iterdir()) == [part_name(shard) for shard in (0, 2, 3)]
+
+
+class SlowBatches(BatchesInStep):
+    """Makes the first batch of process 0 when all other pieces are on disk."""
+
+    def __init__(self, out) -> None:
+        super().__init__()
+        self.out = out
+
+    def __call__(self, grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
+        for number, batch in enumerate(super().__call__(grid)):
+            deadline = time.monotonic() + 30
+            while number == rank() == 0 and len([*self.out.glob("[!.]*")]) < 11 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            yield batch
+
+
+class LostBatches(BatchesInStep):
+    """Ends the process, as a lost machine would, when it asks for its third batch."""
+
+    def __call__(self, grid: list[np.ndarray]) -> Iterator[CaptionedBatch]:
+        for number, batch in enumerate(super().__call__(grid)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def embed_rows_one_by_one(out, kind: str) -> list[int]:
+    """Embed 12 pieces of one row, and return the rows of this process."""
+    batches = {"slow": SlowBatches, "lost": LostBatches, "": Batches}[kind](*[out] * (kind == "slow"))
+    with patch.object(embed_module, "PIECE_ROWS", 1):
+        embed(out, batches, batch_size=1)
+    return batches.rows
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_pieces_of_a_slow_process_are_embedded_by_the_others(tmp_path, pool, size):
+    embed(tmp_path / "one", Batches(), batch_size=1)
+    slow, *others = pool.run(embed_rows_one_by_one, size, tmp_path / "some", "slow")
+    assert slow == [0]
+    assert sorted(row for rows in others for row in rows) == list(range(1, 12))
+    assert files_of(tmp_path / "some") == files_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_lost_job_continues_with_the_pieces_that_are_missing(tmp_path, pool, size):
+    embed(tmp_path / "one", Batches(), batch_size=1)
+    with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+        pool.run(embed_rows_one_by_one, size, tmp_path / "some", "lost")
+    assert len(list((tmp_path / "some").glob("*.rows-*"))) == 2 * size
+    rest = pool.run(embed_rows_one_by_one, size, tmp_path / "some", "")
+    assert len([row for rows in rest for row in rows]) == 12 - 2 * size
+    assert files_of(tmp_path / "some") == files_of(tmp_path / "one")
 
 
 class OtherTexts(Batches):
