@@ -93,7 +93,7 @@ class BatchPlan:
         self.global_batch_size, self.seed, self.stage = global_batch_size, seed, stage
         self.window_shards, self.run_rows = window_shards, run_rows
         self._part_rows = global_batch_size // groups_per_batch  # a batch is so many rows of one group, several times
-        self.cache_dir, self.rows_in_memory = cache_dir, rows_in_memory
+        self.cache_dir = cache_dir
         self._row_dtype = np.dtype(np.int32 if len(groups) < 2**31 else np.int64)
         self._row_bits = len(groups).bit_length()
         self._num_groups = int(groups.max(initial=FILLER)) + 1
@@ -102,6 +102,7 @@ class BatchPlan:
         self.rows_per_epoch = sum(source.rows_per_epoch for source in self._sources)
         if self.rows_per_epoch == 0:
             raise UserError("there is no row to train on; give shards with image-text pairs and weights above 0")
+        self._is_large = self.rows_per_epoch > rows_in_memory
         self.batches_per_epoch = -(-self.rows_per_epoch // global_batch_size)
         self._epoch, self._rows = -1, np.empty((0, global_batch_size), self._row_dtype)
 
@@ -113,8 +114,7 @@ class BatchPlan:
         """
         if epoch != self._epoch:
             self._epoch, self._rows = -1, self._rows[:0].copy()  # free the memory of the last epoch first
-            is_large = self.rows_per_epoch > self.rows_in_memory and self.cache_dir is not None
-            self._rows = self._stored(epoch) if is_large else self._compute(epoch)
+            self._rows = self._stored(epoch) if self._is_large and self.cache_dir else self._compute(epoch)
             self._epoch = epoch
         return self._rows
 
@@ -219,6 +219,16 @@ class BatchPlan:
             if old != path:
                 old.unlink()  # all processes of the node are past it
         return rows
+
+    def remove_files(self) -> None:
+        """Remove the files of this plan once no process needs it any more. A collective call."""
+        if self.cache_dir is None or not self._is_large:
+            return
+        self._epoch, self._rows = -1, self._rows[:0].copy()
+        barrier()
+        if place_on_node()[1]:
+            for path in self.cache_dir.glob(f"plan-{self._name}-node*.npy"):
+                path.unlink(missing_ok=True)  # nodes that share the folder do the same
 
     @cached_property
     def _name(self) -> str:

@@ -58,7 +58,9 @@ def train(run: RunContext, stage: int) -> None:
     clip, out = start_clip(run, stage), run.folder(stage, "train")
     if run.config.stages[stage].train.steps:
         make_loader, groups = prepare_stage(run, stage, clip)
-        fit_stage(run, stage, clip, make_loader(), groups)
+        loader = make_loader()
+        fit_stage(run, stage, clip, loader, groups)
+        loader.plan.remove_files()
         merge_lora(clip.model)
     if is_main():
         save_clip(clip, out / "model")

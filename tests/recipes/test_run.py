@@ -15,8 +15,9 @@ from mcl_clip import AugmentConfig, MultistageCLIP
 from mcl_clip.cli.commands import command
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, read_json
+from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.model.clip import load_clip
-from mcl_clip.runs import pipeline
+from mcl_clip.runs import pipeline, train_phase
 from mcl_clip.runs.phase import StaleArtifactError
 from tests.recipes.runs import (
     REPOSITORY,
@@ -68,6 +69,18 @@ def test_all_artefacts_are_there(finished):
         assert all((phase / DONE).exists() for phase in made)
     assert not list(finished.rglob("*.tmp*"))
     assert not (finished / "lock").exists()
+
+
+def test_a_stage_with_its_plan_on_disk_is_the_same_and_leaves_no_plan(finished, recipe, monkeypatch):
+    plans = []
+    monkeypatch.setattr(
+        train_phase, "BatchPlan", lambda **options: plans.append(BatchPlan(**options, rows_in_memory=1)) or plans[-1]
+    )
+    run = execute(recipe, "--num-stages", "1")
+    assert len(plans) == 1
+    assert [path.name for path in (run / "index").iterdir()] == ["index.arrow"]
+    weights = [of / "stage-0/train/model/open_clip_model.safetensors" for of in (run, finished)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_labels_refine_from_stage_to_stage(finished):

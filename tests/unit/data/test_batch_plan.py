@@ -2,6 +2,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -263,6 +264,14 @@ def test_a_large_plan_is_the_same_from_its_file(tmp_path, monkeypatch):
         assert isinstance(stored.epoch_rows(epoch), np.memmap)
         assert stored.digest(epoch) == make(groups, 16).digest(epoch)
         assert len(list(tmp_path.iterdir())) == 1  # earlier epochs are not kept
+    other = make(groups[::-1].copy(), 16, cache_dir=tmp_path, rows_in_memory=10)
+    assert other.digest(0) != stored.digest(0)
+    assert len(list(tmp_path.iterdir())) == 2  # another run does not write to the same file
+    stored.remove_files()
+    make(groups, 16, cache_dir=tmp_path).remove_files()  # in memory: no files
+    assert other.digest(0) == make(groups[::-1].copy(), 16).digest(0)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert stored.digest(0) == make(groups, 16).digest(0)
 
 
 def test_plans_that_differ_in_anything_share_no_file(tmp_path):
@@ -305,6 +314,21 @@ def test_numbers_of_groups_may_be_large():
     groups = groups_of(sizes_like(20, 300))
     expected = make(groups, 16).epoch_rows(0)
     np.testing.assert_array_equal(make(groups * 4000, 16).epoch_rows(0), expected)  # up to 76,000
+
+
+def read_and_remove(folder: Path) -> str:
+    plan = nodes.make_plan(cache_dir=folder, rows_in_memory=10)
+    with patch.dict(os.environ, LOCAL_RANK=str(rank() % nodes.PROCESSES_OF_NODE)):
+        digest = plan.digest(3)
+        plan.remove_files()
+    return digest
+
+
+def test_nodes_remove_their_files_when_all_are_done(pool, tmp_path):
+    (tmp_path / "other.npy").touch()
+    processes = nodes.NODES * nodes.PROCESSES_OF_NODE
+    assert pool.run(read_and_remove, processes, tmp_path) == [nodes.make_plan().digest(3)] * processes
+    assert [path.name for path in tmp_path.iterdir()] == ["other.npy"]
 
 
 def test_nodes_that_share_a_folder_have_files_of_their_own(pool, tmp_path):
