@@ -86,12 +86,16 @@ def index(
     )
     built = ShardIndex.build(urls, rule=sample_rule(data, RunConfig.behavior), kept=kept)
     built.write_beside()
-    shutil.rmtree(kept, ignore_errors=True)
     count = len(built.shards)
-    print(f"{count} shard{'s' * (count != 1)}, {len(built)} rows, digest {built.digest}")
-    print(f"captions: {built.text_counts()}")
+    lines = [
+        f"{count} shard{'s' * (count != 1)}, {len(built)} rows, digest {built.digest}",
+        f"captions: {built.text_counts()}",
+    ]
     if built.skipped_by_reason():
-        print(f"left out: {built.describe_skipped()}")
+        lines.append(f"left out: {built.describe_skipped()}")
+    del built  # it is mapped from a file in `kept`
+    shutil.rmtree(kept, ignore_errors=True)
+    print("\n".join(lines))
 
 
 def status(run: Path, /) -> None:

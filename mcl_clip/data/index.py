@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
@@ -19,8 +19,9 @@ from jaxtyping import Int32, Int64, Integer, UInt8
 
 from mcl_clip.core.distributed import count_cores, is_main
 from mcl_clip.core.errors import UserError
-from mcl_clip.core.files import atomic_path, fingerprint
+from mcl_clip.core.files import fingerprint
 from mcl_clip.core.progress import Progress
+from mcl_clip.data.index_file import METADATA, VERSION, number_shards, write_parts, write_table
 from mcl_clip.data.samples import DAMAGED, SampleRule
 from mcl_clip.data.scanning import DTYPES, SCHEMA, THREADS, Part, column_of, make_table, scan_shards
 from mcl_clip.data.shards import Shard, check_location, is_remote, redacted
@@ -29,8 +30,6 @@ from mcl_clip.data.tar import BLOCK, IMAGE_FORMATS, TEXT_FORMATS
 
 INDEX_NAME = "index.arrow"
 
-_VERSION = 1
-_METADATA = b"mcl_clip"
 _CHUNK_ROWS = 1 << 20  # read at a time, in memory that does not grow with the index
 SAVE_S = 30.0  # between writes of what was scanned
 RULE = SampleRule()
@@ -143,38 +142,29 @@ class ShardIndex:
     ) -> "ShardIndex":
         """Index shards, in one pass over their tar headers; locations are those that `expand_shards` returns.
 
-        With `reuse`, the rows of unchanged shards are copied from the `index.arrow` in their folder and from the folder
-        `kept`; what is scanned is kept there as it proceeds, for the next call. Local shards are scanned by `workers`
-        processes, by default one for each core; the result does not depend on their number.
+        With `reuse`, the rows of unchanged shards are taken from the `index.arrow` in their folder and from the folder
+        `kept`; what is scanned is kept there as it proceeds, for the next call, and in the end the result, which then
+        is mapped and takes little memory. Local shards are scanned by `workers` processes, by default one for each
+        core; the result does not depend on their number.
 
         Raises:
             UserError: if a shard is missing, compressed, truncated or damaged, or no sample has an image and a text.
             OSError: if a shard cannot be read after all retries.
         """
-        parts = collect_parts(urls, rule, reuse=reuse, kept=kept, workers=workers, retry=retry)
-        index = _assemble([parts[url] for url in _locations(urls)], rule)
+        locations = _locations(urls)
+        stored = _stored_indexes(locations, rule, kept) if reuse else []
+        index = next((one for one in stored if one._is_of(locations)), None)
+        if index is None:
+            parts = collect_parts(urls, rule, stored=stored, kept=kept, workers=workers, retry=retry)
+            chosen = [parts[url] for url in locations]
+            index = _assemble(chosen, rule) if kept is None else _assemble_in(kept, chosen, rule)
         if not len(index):
             raise UserError(_describe_empty(index))
         return index
 
     def save(self, path: Path) -> None:
-        """Write the index as an Arrow file.
-
-        Paths of local shards below its folder are relative, so that both can be moved together. A file with signed
-        URLs is readable by its owner only.
-        """
-        path = Path(path).absolute()
-        shards = [asdict(shard) | {"url": shard.url.removeprefix(f"{path.parent}{os.sep}")} for shard in self.shards]
-        metadata = {"version": _VERSION, "rule": asdict(self.rule), "shards": shards}
-        table = self._table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
-        with (
-            atomic_path(path) as temporary,
-            pa.OSFile(os.fsencode(temporary), "wb") as file,
-            pa.ipc.new_file(file, table.schema) as writer,
-        ):
-            writer.write_table(table)
-        if any(redacted(shard.url) != shard.url for shard in self.shards):
-            path.chmod(0o600)
+        """Write the index as an Arrow file, see `mcl_clip.data.index_file`."""
+        write_table(path, self._table, self.shards, self.rule)
 
     @classmethod
     def load(cls, path: Path, *, check: bool = True) -> "ShardIndex":
@@ -198,10 +188,10 @@ class ShardIndex:
         try:
             status = path.stat()
             table = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
-            metadata = json.loads(table.schema.metadata[_METADATA])
-            if metadata["version"] != _VERSION:
+            metadata = json.loads(table.schema.metadata[METADATA])
+            if metadata["version"] != VERSION:
                 raise UserError(
-                    f"{path} is an index of version {metadata['version']!r}, expected {_VERSION}; build it again"
+                    f"{path} is an index of version {metadata['version']!r}, expected {VERSION}; build it again"
                 )
             if not table.schema.equals(SCHEMA):
                 raise KeyError("columns")
@@ -232,7 +222,7 @@ class ShardIndex:
             raise UserError("all shards of the index are remote; save the index to a local file instead")
         for folder, numbers in folders.items():
             try:
-                _assemble([self._part(number) for number in numbers], self.rule).save(Path(folder, INDEX_NAME))
+                write_parts(Path(folder, INDEX_NAME), [self._part(number) for number in numbers], self.rule)
             except PermissionError as error:
                 raise UserError(f"{folder} is not writable ({error}); save the index elsewhere") from error
 
@@ -268,6 +258,14 @@ class ShardIndex:
             return _reload, (self._file,)
         return partial(ShardIndex, rule=self.rule), (self.shards, self._table)
 
+    def _is_of(self, locations: Sequence[str]) -> bool:
+        """Return whether this is the index of these shards, and none has changed."""
+        if [shard.url for shard in self.shards] == locations:
+            with suppress(UserError):  # what is wrong with a shard is reported when it is scanned
+                self.check_unchanged(retry=RetryPolicy(retries=0))
+                return True
+        return False
+
     def _part(self, number: int) -> Part:
         shard = self.shards[number]
         return shard, self._table.slice(shard.first_row, shard.rows)
@@ -277,7 +275,7 @@ def collect_parts(
     urls: Sequence[str],
     rule: SampleRule,
     *,
-    reuse: bool = True,
+    stored: Sequence[ShardIndex] | None = None,
     kept: Path | None = None,
     workers: int | None = None,
     retry: RetryPolicy | None = None,
@@ -285,37 +283,45 @@ def collect_parts(
 ) -> dict[str, Part]:
     """Return the rows of each shard by location, without the shards that were left when `is_stopping` was true.
 
-    Arguments and errors are those of `ShardIndex.build`. Several processes may share the folder `kept`.
+    Unchanged shards are those of `stored`, by default of the files that `ShardIndex.build` looks for; other arguments
+    and errors are its own. Several processes may share the folder `kept`, which the rows are read from once they are
+    there.
     """
     locations = _locations(urls)
-    parts = _stored_parts(locations, rule, kept) if reuse else {}
-    missing, unsaved, saved_s = [url for url in locations if url not in parts], list[Part](), time.monotonic()
+    parts = _unchanged_parts(_stored_indexes(locations, rule, kept) if stored is None else stored, set(locations))
+    missing, unsaved, saved_s = [url for url in locations if url not in parts], dict[str, Part](), time.monotonic()
     scans = scan_shards(missing, rule, workers=workers or count_cores(), retry=retry or RetryPolicy())
     bar = Progress(total=len(missing), desc="indexing shards", unit="shard", show=is_main() and bool(missing))
     with bar, closing(scans):
         try:
             for url, part in zip(missing, scans, strict=True):
-                parts[url] = part
-                unsaved.append(part)
+                parts[url] = unsaved[url] = part
                 bar.update()
                 if kept is not None and time.monotonic() - saved_s > SAVE_S:
-                    _keep(unsaved, rule, kept)
-                    unsaved, saved_s = [], time.monotonic()
+                    parts |= _keep_parts(unsaved, rule, kept)
+                    unsaved, saved_s = {}, time.monotonic()
                 if is_stopping():
                     break
         finally:
             if kept is not None and unsaved:
-                _keep(unsaved, rule, kept)
+                parts |= _keep_parts(unsaved, rule, kept)
     return parts
 
 
-def _keep(parts: Sequence[Part], rule: SampleRule, folder: Path) -> None:
-    """Write an index of these shards, named after them."""
-    name = fingerprint([asdict(shard) for shard, _ in parts])
+def _keep_parts(parts: Mapping[str, Part], rule: SampleRule, folder: Path) -> dict[str, Part]:
+    """Write an index of these shards and return its rows by location, which are mapped."""
+    index = _keep(folder, list(parts.values()), rule)
+    return {url: index._part(number) for number, url in enumerate(parts)}
+
+
+def _keep(folder: Path, parts: Sequence[Part], rule: SampleRule) -> ShardIndex:
+    """Write an index of these shards to a file that is named after them, and return it, mapped."""
+    path = folder / f"{fingerprint([asdict(shard) for shard, _ in parts])}.arrow"
     try:
-        _assemble(parts, rule).save(folder / f"{name}.arrow")
+        write_parts(path, parts, rule)
     except PermissionError as error:
         raise UserError(f"{folder.parent} is not writable ({error}); the index cannot be kept there") from error
+    return ShardIndex.load(path, check=False)
 
 
 def _locations(urls: Sequence[str]) -> list[str]:
@@ -324,15 +330,19 @@ def _locations(urls: Sequence[str]) -> list[str]:
     return [url if is_remote(url) else os.path.abspath(url) for url in urls]
 
 
-def _stored_parts(locations: Sequence[str], rule: SampleRule, kept: Path | None) -> dict[str, Part]:
-    """Collect the rows of unchanged shards from `kept`, and from the `index.arrow` in the folders of local ones."""
-    known, wanted = {}, set(locations)
+def _stored_indexes(locations: Sequence[str], rule: SampleRule, kept: Path | None) -> list[ShardIndex]:
+    """Load the `index.arrow` in the folders of local shards, and the indexes in `kept`, if they follow `rule`."""
     files = {Path(os.path.dirname(url), INDEX_NAME) for url in locations if not is_remote(url)}
     stored = [ShardIndex.load(file) for file in sorted(files) if file.exists()]
     for file in sorted(kept.glob("*.arrow")) if kept is not None else ():
         with suppress(UserError):  # what a kill has cut off is scanned again
             stored.append(ShardIndex.load(file))
-    for index in (index for index in stored if index.rule == rule):
+    return [index for index in stored if index.rule == rule]
+
+
+def _unchanged_parts(stored: Sequence[ShardIndex], wanted: Container[str]) -> dict[str, Part]:
+    known = {}
+    for index in stored:
         for number, shard in enumerate(index.shards):
             with suppress(UserError):  # a missing shard is reported when it is scanned
                 if shard.url in wanted and stat(shard.url, RetryPolicy(retries=0)) == (shard.size, shard.stamp):
@@ -341,13 +351,21 @@ def _stored_parts(locations: Sequence[str], rule: SampleRule, kept: Path | None)
 
 
 def _assemble(parts: Sequence[Part], rule: SampleRule) -> ShardIndex:
-    firsts = np.cumsum([0, *(shard.rows for shard, _ in parts)])
-    shards = [replace(shard, first_row=int(first)) for (shard, _), first in zip(parts, firsts, strict=False)]
+    shards = number_shards(parts)
     numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [shard.rows for shard in shards])
     tables = [table.replace_schema_metadata(None) for _, table in parts]
     table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     table = table.set_column(1, SCHEMA.field("shard"), column_of(numbers, "shard"))
     return ShardIndex(shards, table, rule=rule)
+
+
+def _assemble_in(folder: Path, parts: Sequence[Part], rule: SampleRule) -> ShardIndex:
+    """Do as `_assemble`, but in a file, which replaces those that the parts are in."""
+    index = _keep(folder, parts, rule)
+    for file in folder.glob("*.arrow"):
+        if index._file is not None and str(file.absolute()) != index._file[0]:
+            file.unlink()
+    return index
 
 
 def _describe_empty(index: ShardIndex) -> str:

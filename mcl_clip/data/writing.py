@@ -23,7 +23,7 @@ from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.core.files import atomic_dir
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.decode import BadSampleError, decode_image, read_header
-from mcl_clip.data.index import ShardIndex
+from mcl_clip.data.index import INDEX_NAME, ShardIndex
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 
@@ -140,8 +140,8 @@ def write_pairs(
         index = ShardIndex.build(expand_shards(folder))
         if len(index) != checks.images:
             raise RuntimeError(f"{checks.images} samples were written, {len(index)} found: {index.skipped_by_reason()}")
-        index.write_beside()
-    return ShardIndex.build(expand_shards(out))
+        index.save(folder / INDEX_NAME)
+    return ShardIndex.load(out / INDEX_NAME, check=False)
 
 
 def write_retrieval_set(

@@ -232,14 +232,18 @@ def _is_current(path: Path, urls: list[str], rule: SampleRule) -> bool:
 def _write_index(path: Path, urls: list[str], rule: SampleRule, kept: Path) -> None:
     """Write the index of the parts that all processes have scanned, and of shards that are not among them."""
     index, run_dir = ShardIndex.build(urls, rule=rule, kept=kept), path.parents[1]
-    shutil.rmtree(kept, ignore_errors=True)  # also where the run is refused
     before = ShardIndex.load(path) if path.exists() else None
-    if before is not None and index.digest != before.digest and any(run_dir.glob(f"stage-*/*/{STARTED}")):
+    is_other = before is not None and index.digest != before.digest and any(run_dir.glob(f"stage-*/*/{STARTED}"))
+    rows = len(index)
+    if not is_other:
+        index.save(path)
+    del index  # it is mapped from a file in `kept`
+    shutil.rmtree(kept, ignore_errors=True)
+    if before is not None and is_other:
         raise StaleArtifactError(
-            f"{run_dir} was begun with other data ({len(before)} rows then, {len(index)} now, with other keys or "
+            f"{run_dir} was begun with other data ({len(before)} rows then, {rows} now, with other keys or "
             f"sizes); use the earlier --data.train, or another --run-dir"
         )
-    index.save(path)
 
 
 def name_and_folder(value: str) -> tuple[str, str]:

@@ -75,6 +75,15 @@ def test_the_index_of_the_returned_value_points_to_the_final_folder(tmp_path):
     index.check_unchanged()
 
 
+def test_shards_are_indexed_once(tmp_path, monkeypatch):
+    built, build = [], ShardIndex.build
+    monkeypatch.setattr(ShardIndex, "build", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
+    index = write_pairs(pairs(3), tmp_path / "out", samples_per_shard=2)
+    assert len(built) == 1
+    assert (index.digest, len(index.shards)) == (built[0].digest, 2)
+    index.check_unchanged()
+
+
 def test_equal_samples_give_equal_bytes(tmp_path):
     for name in ("a", "b"):
         write_pairs(pairs(5, attributes={"colour": "red"}), tmp_path / name / "pairs", samples_per_shard=2)
