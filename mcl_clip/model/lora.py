@@ -6,6 +6,7 @@ a trained model is a plain one.
 
 import re
 from collections.abc import Collection
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from mcl_clip.model.prepare import freeze_batch_norm
 SIDES = {"image": (True,), "text": (False,), "both": (True, False)}
 
 
+def check_installed(config: LoraConfig) -> None:
+    """Raise UserError if a stage asks for low-rank updates and peft is missing."""
+    if config.rank and find_spec("peft") is None:
+        raise UserError(
+            f"--stages.K.train.lora.rank {config.rank} needs peft; install it with: pip install 'mcl_clip[lora]'"
+        )
+
+
 def add_lora(model: Any, config: LoraConfig, *, seed: int = 0) -> None:
     """Put low-rank updates in place of the weights that train in the towers of `config`; `config.full` still trains.
 
@@ -29,12 +38,9 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int = 0) -> None:
     Raises:
         UserError: without peft, or if a tower has no layer that fits.
     """
-    try:
-        import peft  # an extra
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--stages.K.train.lora.rank {config.rank} needs peft; install it with: pip install 'mcl_clip[lora]'"
-        ) from error
+    check_installed(config)
+    import peft  # an extra
+
     unlocked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in model.named_parameters():
         if name.startswith("visual.") in SIDES[config.towers] and not name.startswith(TEMPERATURES):

@@ -29,6 +29,7 @@ from mcl_clip.core.files import DONE, append_jsonl, file_digest, write_json
 from mcl_clip.data.index import RULE
 from mcl_clip.data.shards import redacted as redacted_text
 from mcl_clip.eval.task import label_of, read_results
+from mcl_clip.model.lora import check_installed
 from mcl_clip.model.pair import split_image
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token
 from mcl_clip.report.clusters import contact_sheets
@@ -282,6 +283,7 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
     """Raise UserError for starts, batch sizes and choices that are impossible with `processes` processes (all)."""
     processes, sets = processes or world_size(), dict(map(name_and_folder, config.eval.all_sets))
     for s, stage in enumerate(config.stages):
+        check_installed(stage.train.lora)
         if stage.start == "scratch" and config.tower.is_pretrained:
             raise UserError(
                 f"--stages.{s}.start scratch means random weights, and the towers of this recipe are pretrained; use "

@@ -1,16 +1,18 @@
 """LoRA: what trains, that nothing changes before and after, and that the merged model is a plain one."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from mcl_clip.config import LockConfig, LoraConfig, TrainConfig
+from mcl_clip.config import LockConfig, LoraConfig, RunConfig, StageConfig, TowerConfig, TrainConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.model.clip import create_clip, load_clip, save_clip
 from mcl_clip.model.lora import add_lora, merge_lora
 from mcl_clip.model.prepare import check_contract, reference_features
 from mcl_clip.publish.hf_clip import write_clip_model
+from mcl_clip.runs.pipeline import check_stages
 from mcl_clip.runs.train_phase import lock_stage
 from mcl_clip.train.optim import create_optimizer
 
@@ -135,6 +137,11 @@ def test_what_cannot_be_adapted_is_refused(monkeypatch):
     )
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     refused(train_config(), r"rank 2 needs peft; install it with: pip install 'mcl_clip\[lora\]'")
+    config = RunConfig(
+        run_dir=Path("run"), tower=TowerConfig(architecture="x"), stages=(StageConfig(train=train_config()),)
+    )
+    with pytest.raises(UserError, match="rank 2 needs peft"):
+        check_stages(config)  # before anything is written
 
 
 def test_locked_layers_get_no_update():
