@@ -1,5 +1,6 @@
 """Read data sets of the `datasets` library: on the Hub, in a local folder, or saved with `save_to_disk`."""
 
+import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ def open_splits(
         builder = "disk"  # what save_to_disk leaves
     if builder != "auto" and not folder.is_dir():
         raise UserError(f"--builder {builder} needs a local folder; {source} is none")
+    if builder != "disk" and folder.is_dir() and glob.has_magic(str(folder.resolve())):
+        raise UserError(
+            f"the path of {source} has one of the characters * ? [, and `datasets` takes it for a pattern, which "
+            f"matches other folders; rename the folder"
+        )
     try:
         if builder == "disk":
             found = datasets.load_from_disk(source)

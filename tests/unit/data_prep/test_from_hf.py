@@ -66,6 +66,17 @@ def test_image_folders_keep_jpeg_bytes(hf, tmp_path, picture, read_tars):
     assert [(one["jpg"], one["txt"].decode()) for one in found] == [(picture(n), f"caption {n}") for n in range(3)]
 
 
+@pytest.mark.parametrize("builder", ["auto", "imagefolder"])
+def test_a_folder_whose_name_is_a_pattern_is_refused(hf, tmp_path, picture, builder):
+    for name in ("[a]*", "ab"):  # the library would read the second in place of the first
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(picture())
+        (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.jpg", "text": name}) + "\n")
+    with pytest.raises(UserError, match=r"has one of the characters \* \? \[, and .*; rename the folder"):
+        hf.make_from_hf(str(tmp_path / "[a]*"), tmp_path / "out", caption_column="text", builder=builder)
+    assert not (tmp_path / "out").exists()
+
+
 def test_json_with_paths_relative_to_its_folder(hf, tmp_path, picture, read_tars):
     folder = tmp_path / "json"
     (folder / "images").mkdir(parents=True)
