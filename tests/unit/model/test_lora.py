@@ -1,5 +1,7 @@
 """LoRA: what trains, that nothing changes before and after, and that the merged model is a plain one."""
 
+import contextlib
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from mcl_clip.publish.hf_clip import write_clip_model
 from mcl_clip.runs.pipeline import check_stages
 from mcl_clip.runs.train_phase import lock_stage
 from mcl_clip.train.optim import create_optimizer
+from tests import training
 
 pytest.importorskip("peft")  # an extra
 
@@ -74,6 +77,24 @@ def test_a_merged_model_is_plain_and_computes_the_same(tmp_path):
     save_clip(clip, tmp_path / "model")
     torch.testing.assert_close(reference_features(load_clip(tmp_path / "model")), merged, rtol=0, atol=1e-6)
     write_clip_model(tmp_path / "transformers", clip)
+
+
+def test_a_stopped_stage_resumes_bit_for_bit(tmp_path):
+    shards = training.write_shards(tmp_path / "shards")
+
+    def weights(out, most_steps=math.inf):
+        make_loader, tower = training.parts(shards)
+        lock_stage(tower.model, train_config(), seed=1)
+        with contextlib.suppress(training.StoppedError):
+            training.fit(
+                tower, make_loader(most_steps=most_steps), out=tmp_path / out, changes={"lora": LoraConfig(rank=2)}
+            )
+        merge_lora(tower.model)
+        return tower.model.state_dict()
+
+    whole, stopped, resumed = weights("whole"), weights("parts", most_steps=10), weights("parts")
+    assert any(not torch.equal(whole[name], stopped[name]) for name in whole)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_updates_are_drawn_by_the_seed_alone():
