@@ -11,6 +11,7 @@ import torch
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, load_weights, save_clip, to_floats
+from mcl_clip.model.fast_paths import FirstTokenBlock, takes_short_texts
 from mcl_clip.model.prepare import lock, trainable_summary
 
 TEXT_CFG = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -90,6 +91,14 @@ def test_seed_decides_the_weights_and_the_global_generator_is_left_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert_equal_models(first.model, same.model)
     assert not torch.equal(first.model.visual.proj, other.model.visual.proj)
+
+
+def test_created_and_loaded_models_have_the_fast_paths(tmp_path):
+    clip = create_clip(model_cfg=VIT_CFG)
+    save_clip(clip, tmp_path)
+    for model in (clip.model, load_clip(tmp_path).model):
+        assert takes_short_texts(model)
+        assert isinstance(model.visual.transformer.resblocks[-1], FirstTokenBlock)
 
 
 def test_loading_leaves_the_global_generator_alone(tmp_path):
