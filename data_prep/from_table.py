@@ -11,7 +11,7 @@ the table; samples are in the order in which their images first appear.
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image
 
 from mcl_clip.core.errors import UserError, run_program, shorten_list
 from mcl_clip.data.decode import BadSampleError, decode_image, open_image
-from mcl_clip.data.tables import group_rows, read_rows
+from mcl_clip.data.tables import Splits, group_rows, read_rows
 from mcl_clip.data.writing import Pair, clean_key, new_folder, refuse_non_empty, write_pairs, write_retrieval_set
 
 READ_AHEAD = 64
@@ -53,6 +53,7 @@ def make_from_table(
     image_column: str = "image",
     caption_column: str = "caption",
     images_root: Path | None = None,
+    negatives_column: str | None = None,
     split_column: str | None = None,
     split: str = "train",
     retrieval_splits: str = "",
@@ -73,6 +74,8 @@ def make_from_table(
         image_column: Column with paths of JPEG, PNG or WebP files.
         caption_column: Column with a caption or a list of captions; in CSV, a list is written as in JSON.
         images_root: Folder that the paths start from; the folder of the table, or TABLE itself, if not given.
+        negatives_column: Column with a wrong caption of the image, or a list of them (hard negatives); training reads
+            them with `--data.negatives-key negatives`.
         split_column: Column that says which split a row belongs to; without it all rows are for training.
         split: Split to write as training shards; '' for none.
         retrieval_splits: Splits to write as retrieval sets, separated by commas.
@@ -92,13 +95,13 @@ def make_from_table(
         raise UserError(f"--max-side-px is {max_side_px}; it must be at least 1")
     columns = [image_column, caption_column, *([split_column] if split_column else [])]
     root = images_root or (table if table.is_dir() else table.parent)
-    splits = group_rows(
-        read_rows(table, columns, separator=separator, encoding=encoding),
-        image_column=image_column,
-        caption_column=caption_column,
-        split_column=split_column,
-        root=root,
-    )
+
+    def grouped(column: str) -> Splits:
+        rows = read_rows(table, list(dict.fromkeys([*columns, column])), separator=separator, encoding=encoding)
+        return group_rows(rows, image_column=image_column, caption_column=column, split_column=split_column, root=root)
+
+    splits = grouped(caption_column)
+    negatives = grouped(negatives_column).get(split if split_column else "all", {}) if negatives_column else {}
     wanted = split_names(split, retrieval_splits)
     if split_column is None:
         if wanted != [split]:
@@ -113,7 +116,10 @@ def make_from_table(
     if shared := [image for image, count in owners.items() if count > 1]:
         print(f"warning: {len(shared)} images are in more than one of the splits {', '.join(wanted)}, e.g. {shared[0]}")
     write_splits(
-        {name: (_read_pairs(splits[name], root, max_side_px, threads), len(splits[name])) for name in wanted},
+        {
+            name: (_read_pairs(splits[name], negatives, root, max_side_px, threads), len(splits[name]))
+            for name in wanted
+        },
         out,
         train=split,
         samples_per_shard=samples_per_shard,
@@ -157,7 +163,13 @@ def write_splits(
     print(f"{out}: {', '.join(reports)}")
 
 
-def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int | None, threads: int) -> Iterator[Pair]:
+def _read_pairs(
+    captions_of: dict[str, list[str]],
+    negatives_of: Mapping[str, Sequence[str]],
+    root: Path,
+    max_side_px: int | None,
+    threads: int,
+) -> Iterator[Pair]:
     """Yield samples in the order of `captions_of`, with files read ahead by threads."""
 
     def read(item: tuple[str, list[str]]) -> tuple[str, bytes, list[str]]:
@@ -172,7 +184,7 @@ def _read_pairs(captions_of: dict[str, list[str]], root: Path, max_side_px: int 
                 key = clean_key(os.path.splitext(name)[0])
                 key = key if key not in used else clean_key(name)
                 used.add(key)
-                yield Pair(key=key, image=data, captions=captions, source=name)
+                yield Pair(key=key, image=data, captions=captions, negatives=negatives_of.get(name, ()), source=name)
 
 
 if __name__ == "__main__":

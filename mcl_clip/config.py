@@ -28,6 +28,9 @@ class DataConfig:
     caption_key: str = ""
     """Key of the caption, or list of captions, in a .json member. Captions then come from there also where a sample has
     a .txt member; by default they are in the .txt or, without one, under `caption`."""
+    negatives_key: str = ""
+    """Key of a wrong caption, or list of wrong captions, in a .json member: negatives of their own image (NegCLIP,
+    arXiv 2210.01936). Captions then come from the .json, too."""
     image_member: str = ""
     """Extension of the images, if it is not that of an image format (as in KEY.img), or if keys have dots (jpg)."""
     text_member: str = ""
@@ -268,6 +271,9 @@ class TrainConfig:
     groups_per_batch: int = 1
     """Make a batch of so many equal parts, each of rows of one group where the group is large enough; 1 fills batches
     with a single group."""
+    negative_captions: int = 1
+    """With `data.negatives_key`, the number of wrong captions of each row in a batch, drawn anew in each epoch; 0 is
+    off."""
     min_group_size: int | None = None
     """Groups with fewer rows are merged; by default 1/8 of the batch, at least 32."""
     min_negatives: int = 1
@@ -289,8 +295,8 @@ class TrainConfig:
             "stages.K.train.", self, steps=0, global_batch_size=2, lr=0, warmup_steps=0, weight_decay=0,
             betas=(0, 0.999999999), eps=0, lr_multipliers=0, weight_decays=0, max_grad_norm=0, ifm_epsilon=0,
             grad_cache_rows=0, loss_chunk_rows=0, patch_dropout=(0, 0.999999), average_decay=(0, 0.999999),
-            own_group_share=(0, 1), groups_per_batch=1, patience=0, min_group_size=1, min_negatives=1, window_shards=0,
-            run_rows=1,
+            own_group_share=(0, 1), groups_per_batch=1, negative_captions=0, patience=0, min_group_size=1,
+            min_negatives=1, window_shards=0, run_rows=1,
         )  # fmt: skip
         if self.patience and not self.keep_best:
             raise UserError(

@@ -107,6 +107,20 @@ def decode_captions(data: bytes, text_format: str, *, json_key: str = "caption")
     return captions
 
 
+def decode_negatives(data: bytes, text_format: str, *, json_key: str) -> list[str]:
+    """Decode the wrong captions in a text member whose captions are valid; none where it has no such key.
+
+    Raises:
+        BadSampleError: `bad_negatives_type` for anything but a string or a list of strings.
+    """
+    content = json.loads(data.decode("utf-8-sig")) if text_format == "json" else None
+    value = content.get(json_key) if isinstance(content, dict) else None
+    negatives = [value or ""] if isinstance(value, str | None) else value
+    if not isinstance(negatives, list) or not all(isinstance(caption, str) for caption in negatives):
+        raise BadSampleError("bad_negatives_type", f"{json_key!r} must be a string or a list of strings")
+    return [caption.strip()[:MAX_CAPTION_CHARS] for caption in negatives if caption.strip()]
+
+
 def missing_caption(data: bytes, text_format: str, *, json_key: str) -> tuple[str, str] | None:
     """Return why a text member has no caption, as reason and details; None if it has one, or is damaged."""
     try:

@@ -14,14 +14,21 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int64, UInt8
+from jaxtyping import Bool, Float32, Int, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcl_clip.core.distributed import Name, check_same, random_words, rank, world_size
+from mcl_clip.core.distributed import Name, check_same, permutation, random_words, rank, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
-from mcl_clip.data.decode import MAX_PIXELS, BadSampleError, EvaluationTransform, TrainTransform, decode_captions
+from mcl_clip.data.decode import (
+    MAX_PIXELS,
+    BadSampleError,
+    EvaluationTransform,
+    TrainTransform,
+    decode_captions,
+    decode_negatives,
+)
 from mcl_clip.data.features import ImageOutputs, TextFeatures
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import redacted
@@ -74,7 +81,9 @@ class PairBatch(_Batch):
     `rows`, `text_ids` and `image_ids` have an entry for every row, fillers (row -1) included. `images` and `tokens`
     hold decoded samples only, and `places` the index of each among `rows`. Ids are hashes of the tokens and of the
     image bytes. Where text features come from disk, `text_features` holds them and `tokens` have length 0. Where what
-    the frozen part of a tower computes comes from disk, it is in place of pixels or tokens, in float32.
+    the frozen part of a tower computes comes from disk, it is in place of pixels or tokens, in float32. With wrong
+    captions, `negative_tokens` has the same number of texts for every sample; those that are not `is_negative` only
+    fill it up.
     """
 
     step: int
@@ -85,6 +94,8 @@ class PairBatch(_Batch):
     tokens: Int[Tensor, "decoded length"] | Float32[Tensor, "decoded dim"]
     places: Int64[Tensor, "decoded"]
     text_features: Float32[Tensor, "decoded dim"] | None = None
+    negative_tokens: Int[Tensor, "decoded number length"] | None = None
+    is_negative: Bool[Tensor, "decoded number"] | None = None
     bad: tuple[BadSample, ...]
 
 
@@ -125,6 +136,8 @@ class TrainingLoader:
         timeout_s: float = LOADER_TIMEOUT_S,
         max_pixels: int = MAX_PIXELS,
         json_key: str = "caption",
+        negatives_key: str = "",
+        num_negatives: int = 0,
     ) -> None:
         """Prepare a loader; raise UserError if the global batch is not divisible by the number of processes.
 
@@ -132,7 +145,8 @@ class TrainingLoader:
         `texts` replace tokens, and nothing is read from the shards that these have. Each of
         `num_workers` keeps `prefetch_batches` ready and must deliver one within `timeout_s`; 0 decodes in this process.
         Images are copied to `device`; the rest of a batch stays on the CPU, page-locked if that is a GPU. Images over
-        `max_pixels` are bad samples; `json_key` is the key of the captions in a .json member.
+        `max_pixels` are bad samples; `json_key` is the key of the captions in a .json member. With `num_negatives`,
+        batches have so many of the wrong captions of each row, which are at `negatives_key`.
         """
         if plan.global_batch_size % world_size():
             raise UserError(
@@ -143,6 +157,7 @@ class TrainingLoader:
         maker = _PairBatches(
             reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,
             json_key=json_key, images=images, texts=texts, name=(plan.seed, plan.stage),
+            negatives_key=negatives_key, num_negatives=num_negatives,
         )  # fmt: skip
         self._local_rows = plan.global_batch_size // world_size()
         self._parts = -(-self._local_rows // PART_ROWS)
@@ -182,16 +197,24 @@ def _join_parts(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch
     def cat(tensors: list[Tensor]) -> Tensor:
         return pin(torch.cat(tensors), device)
 
+    def pad(tokens: Tensor) -> Tensor:
+        return F.pad(tokens, (0, length - tokens.shape[-1]))
+
     starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
     decoded = [(part, start) for part, start in zip(parts, starts, strict=False) if (part.rows != FILLER).any()]
     decoded = decoded or [(parts[0], 0)]  # a part without a decoded row holds one black image
     length = max(part.tokens.shape[1] for part, _ in decoded)
+    negatives = [part.negative_tokens for part, _ in decoded if part.negative_tokens is not None]
     features = [part.text_features for part, _ in decoded if part.text_features is not None]
     return PairBatch(
         step=parts[0].step,
         **{name: cat([getattr(part, name) for part in parts]) for name in ("rows", "text_ids", "image_ids")},
         images=torch.cat([part.images.to(device, non_blocking=True) for part, _ in decoded]),
-        tokens=cat([F.pad(part.tokens, (0, length - part.tokens.shape[1])) for part, _ in decoded]),
+        tokens=cat([pad(part.tokens) for part, _ in decoded]),
+        negative_tokens=cat([pad(tokens) for tokens in negatives]) if negatives else None,
+        is_negative=cat([part.is_negative for part, _ in decoded if part.is_negative is not None])
+        if negatives
+        else None,
         places=cat([part.places + start for part, start in decoded]),
         text_features=cat(features) if features else None,
         bad=tuple(bad for part in parts for bad in part.bad),
@@ -232,13 +255,14 @@ def captioned_batches(
 
 
 class _Sample(NamedTuple):
-    """A decoded row: pixels or stored output, text member and captions, which are empty if nothing was read."""
+    """A decoded row: pixels or stored output, text member, captions and wrong ones; all empty if nothing was read."""
 
     row: int
     image: Tensor
     image_id: int
     text: bytes
     captions: list[str]
+    wrong: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +278,7 @@ class _BatchMaker:
     images: ImageOutputs | None
     texts: TextFeatures | None
     name: tuple[Name, ...]
+    negatives_key: str = ""
 
     def describe(self, request: Any) -> str:
         """Name the rows of a request and the shards they are in."""
@@ -280,7 +305,8 @@ class _BatchMaker:
             try:
                 pixels, image_id = self._image(row, view, image)
                 captions = decode_captions(text, text_format, json_key=self.json_key) if text_format else []
-                yield _Sample(row, pixels, image_id, text, captions)
+                wrong = decode_negatives(text, text_format, json_key=self.negatives_key) if self.negatives_key else []
+                yield _Sample(row, pixels, image_id, text, captions, wrong)
             except BadSampleError as error:
                 index = self.reader.index
                 yield BadSample(row, redacted(index.shards[int(index.shard_of[row])].url), error.reason)
@@ -306,13 +332,14 @@ class _PairBatches(_BatchMaker):
 
     transform: TrainTransform
     tokenizer: Tokenizer
+    num_negatives: int
 
     def make_batch(self, request: tuple[int, int, Int[np.ndarray, "_part"]]) -> PairBatch:
         step, epoch, planned_rows = request
         rows = torch.from_numpy(planned_rows.astype(np.int64))
         planned = np.flatnonzero(planned_rows != FILLER)
         image_ids, text_ids = torch.zeros_like(rows), torch.zeros_like(rows)
-        places, images, captions, caption_numbers, bad = [], [], [], [], []
+        places, images, captions, caption_numbers, negatives, bad = [], [], [], [], list[str](), []
         views = [self.transform.view(epoch, row) for row in planned_rows[planned].tolist()]
         samples = self.samples(planned_rows[planned], views, needs_texts=self.texts is None)
         for place, sample in zip(planned.tolist(), samples, strict=True):
@@ -327,14 +354,26 @@ class _PairBatches(_BatchMaker):
             caption_numbers.append(int(word % np.uint64(num_captions)))
             captions += sample.captions[caption_numbers[-1] :][:1]
             image_ids[place] = sample.image_id
+            if self.num_negatives:
+                candidates = [text for text in dict.fromkeys(sample.wrong) if text not in sample.captions]
+                order = permutation(len(candidates), *self.name, epoch, sample.row, "negatives")[: self.num_negatives]
+                drawn = [candidates[number] for number in order.tolist()]
+                # The caption itself, recognized by its tokens, stands for those that are missing: it is a valid text.
+                negatives += drawn + captions[-1:] * (self.num_negatives - len(drawn))
         # A process with nothing but fillers still takes part in the backward pass: one image of zeros of weight 0.
         empty = torch.zeros(3, *self.transform.size_px, dtype=torch.uint8)
         images = images or [empty if self.images is None else torch.zeros(self.images.shape)]
         tokens, text_features = torch.zeros(len(images), 0, dtype=torch.int64), None
+        negative_tokens = is_negative = None
         if self.texts is None:
-            tokens = self.tokenizer(captions or [""])
-            text_ids[places] = content_ids(tokens[: len(places)])
+            tokens = self.tokenizer([*(captions or [""]), *(negatives or [""] * self.num_negatives)])
+            ids = content_ids(tokens)
+            text_ids[places] = ids[: len(places)]
             tokens = trim_padding(tokens) if self.short_texts else tokens
+            if self.num_negatives:
+                ids, negative_ids = ids[: len(images)], ids[len(images) :].view(len(images), self.num_negatives)
+                is_negative = negative_ids != ids[:, None]
+                tokens, negative_tokens = tokens[: len(images)], tokens[len(images) :].view(*is_negative.shape, -1)
         else:
             stored, text_ids[places] = self.texts.take(rows[places].tolist(), caption_numbers)
             stored = stored if places else torch.zeros(1, self.texts.dim)
@@ -348,6 +387,8 @@ class _PairBatches(_BatchMaker):
             tokens=tokens,
             places=torch.tensor(places or [0]),
             text_features=text_features,
+            negative_tokens=negative_tokens,
+            is_negative=is_negative,
             bad=tuple(bad),
         )
 

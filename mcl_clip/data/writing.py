@@ -36,12 +36,16 @@ Members = dict[str, str | bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`."""
+    """An image and its captions, to be written as `key.jpg|png|webp`, `key.txt` and, with attributes, `key.json`.
+
+    With wrong captions, `key.json` also has the captions at `caption`, and the wrong ones at `negatives`.
+    """
 
     key: str
     image: bytes  # a JPEG, PNG or WebP file, stored as it is; of other formats the first frame as PNG; empty if missing
     captions: Sequence[str]
     attributes: Mapping[str, Any] | None = None
+    negatives: Sequence[str] = ()
     source: str = ""  # path or row that the image comes from, shown in messages in place of the key
 
 
@@ -248,7 +252,10 @@ class _Checks:
         if not extension:
             return None
         text = "\n".join(captions).encode()
-        attributes = b"" if pair.attributes is None else json.dumps(pair.attributes, ensure_ascii=False).encode()
+        stored = pair.attributes
+        if negatives := clean_captions(pair.negatives):
+            stored = {**(stored or {}), "caption": captions, "negatives": negatives}
+        attributes = b"" if stored is None else json.dumps(stored, ensure_ascii=False).encode()
         if not captions or len(text) > MAX_TXT_BYTES or len(attributes) > MAX_JSON_BYTES:
             reason = "samples with too long a text left out" if captions else "samples without captions left out"
             self.left_out[reason] += 1

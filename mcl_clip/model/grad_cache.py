@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-FEATURES = ("image_features", "text_features")  # one row per row of the batch
+FEATURES = ("image_features", "text_features", "negative_features")  # an entry per row of the batch; the last if any
 TEMPERATURES = ("logit_scale", "logit_bias")  # shared by all rows
 
 Outputs = Mapping[str, Tensor]
@@ -59,7 +59,7 @@ def add_gradients(
         for number, chunk in enumerate(chunks):
             seed_chunk(number)
             parts.append(encode(parallel.module if parallel else model, chunk))  # nothing to synchronize
-    outputs = {name: torch.cat([part[name] for part in parts]) for name in FEATURES}
+    outputs = {name: torch.cat([part[name] for part in parts]) for name in FEATURES if name in parts[0]}
     outputs |= {name: parts[0][name] for name in TEMPERATURES if name in parts[0]}
     outputs = {name: output.detach().requires_grad_() for name, output in outputs.items()}
     loss, counts = loss_of(outputs)
@@ -69,7 +69,7 @@ def add_gradients(
         is_last = number == len(chunks) - 1
         with parallel.no_sync() if parallel and not is_last else nullcontext():
             seed_chunk(number)
-            chunk_gradients = {name: gradients[name][chunk] for name in FEATURES}
+            chunk_gradients = {name: gradients[name][chunk] for name in FEATURES if name in gradients}
             if is_last:
                 chunk_gradients |= {name: gradients[name] for name in TEMPERATURES if name in gradients}
             chunk_outputs = encode(model, chunk)

@@ -49,6 +49,17 @@ class Negatives:
         return negatives.scatter_(1, self.own[rows, None], True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WrongCaptions:
+    """Unit features of wrong captions of this process's rows: further negatives of the row's own image.
+
+    As in NegCLIP (Yuksekgonul et al., arXiv 2210.01936), where they are negatives of all images of a batch.
+    """
+
+    features: Float[Tensor, "local number dim"]
+    is_negative: Bool[Tensor, "local number"]  # the others only fill up the tensor
+
+
 def find_negatives(
     *,
     rows: Ids,
@@ -115,21 +126,28 @@ def clip_loss(
     negatives: Negatives,
     *,
     ifm_epsilon: float = 0.0,
+    wrong: WrongCaptions | None = None,
 ) -> Float[Tensor, ""]:
     """Compute this process's share of InfoNCE in both directions (Radford et al., arXiv 2103.00020).
 
     l_i = (CE_i(image -> texts) + CE_i(text -> images)) / 2, over the row itself and its negatives, in float32 or more.
     The features of this process's rows have unit length, and `logit_scale` is the factor on the cosines, not its
-    logarithm. With `ifm_epsilon`, this loss is averaged with the one of perturbed cosines, see `_with_perturbed`.
+    logarithm. With `ifm_epsilon`, this loss is averaged with the one of perturbed cosines, see `_with_perturbed`. The
+    `wrong` captions of a row are further negatives in the direction image -> texts.
     """
     all_images, all_texts = (gather_with_grad(_at_least_float32(side)) for side in (image_features, text_features))
     first = rank() * len(image_features)
 
-    def row_losses(rows: slice, all_images: Tensor, all_texts: Tensor, logit_scale: Tensor) -> Tensor:
-        keep, own = negatives.keep(rows), negatives.own[rows]
+    def row_losses(
+        rows: slice, all_images: Tensor, all_texts: Tensor, logit_scale: Tensor, *wrong_features: Tensor
+    ) -> Tensor:
+        kept, own = negatives.keep(rows), negatives.own[rows]
         columns = slice(first + rows.start, first + rows.stop)
         losses = []
-        for cosines in (all_images[columns] @ all_texts.T, all_texts[columns] @ all_images.T):
+        for side, others in ((all_images, all_texts), (all_texts, all_images)):
+            cosines, keep = side[columns] @ others.T, kept
+            if wrong is not None and side is all_images:
+                cosines, keep = _append(cosines, kept, side[columns], wrong_features[0][rows], wrong.is_negative[rows])
             for perturbed in _with_perturbed(cosines, own, ifm_epsilon):
                 # Not named, so that these logits are freed before the next ones are made.
                 losses.append(
@@ -137,7 +155,7 @@ def clip_loss(
                 )
         return torch.stack(losses).mean(0)
 
-    return _share(row_losses, negatives, all_images, all_texts, logit_scale)
+    return _share(row_losses, negatives, all_images, all_texts, logit_scale, *_features_of(wrong))
 
 
 def siglip_loss(
@@ -148,6 +166,7 @@ def siglip_loss(
     negatives: Negatives,
     *,
     ifm_epsilon: float = 0.0,
+    wrong: WrongCaptions | None = None,
 ) -> Float[Tensor, ""]:
     """Compute this process's share of the pairwise sigmoid loss (SigLIP, Zhai et al., arXiv 2303.15343).
 
@@ -156,9 +175,13 @@ def siglip_loss(
     """
     images, texts = _at_least_float32(image_features), _at_least_float32(text_features)
 
-    def row_losses(rows: slice, images: Tensor, all_texts: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    def row_losses(
+        rows: slice, images: Tensor, all_texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, *wrong_features: Tensor
+    ) -> Tensor:
         keep, own = negatives.keep(rows), negatives.own[rows]
         cosines = images[rows] @ all_texts.T
+        if wrong is not None:
+            cosines, keep = _append(cosines, keep, images[rows], wrong_features[0][rows], wrong.is_negative[rows])
         sign = _pair_signs(cosines, own)
         losses = [
             -F.logsigmoid(sign * (logit_scale * perturbed + logit_bias)).masked_fill(~keep, 0).sum(1)
@@ -166,7 +189,24 @@ def siglip_loss(
         ]
         return torch.stack(losses).mean(0)
 
-    return _share(row_losses, negatives, images, gather_with_grad(texts), logit_scale, logit_bias)
+    all_texts = gather_with_grad(texts)
+    return _share(row_losses, negatives, images, all_texts, logit_scale, logit_bias, *_features_of(wrong))
+
+
+def _features_of(wrong: WrongCaptions | None) -> list[Tensor]:
+    return [] if wrong is None else [_at_least_float32(wrong.features)]
+
+
+def _append(
+    cosines: Float[Tensor, "rows global"],
+    keep: Bool[Tensor, "rows global"],
+    images: Float[Tensor, "rows dim"],
+    wrong: Float[Tensor, "rows number dim"],
+    is_negative: Bool[Tensor, "rows number"],
+) -> tuple[Float[Tensor, "rows columns"], Bool[Tensor, "rows columns"]]:
+    """Append columns of the wrong captions of each row to its cosines and its mask."""
+    of_wrong = (wrong @ images[:, :, None]).squeeze(2)
+    return torch.cat([cosines, of_wrong], dim=1), torch.cat([keep, is_negative], dim=1)
 
 
 def _with_perturbed(
@@ -221,5 +261,5 @@ class _SumOfChunks(torch.autograd.Function):
         return None, None, *(leaf.grad for leaf in leaves)
 
 
-def _at_least_float32(features: Features) -> Features:
+def _at_least_float32(features: Tensor) -> Tensor:
     return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

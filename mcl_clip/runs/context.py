@@ -152,7 +152,7 @@ def sample_rule(data: DataConfig, behavior: str) -> SampleRule:
     """Return which members of the training shards make a pair."""
     if behavior == "0.6":
         return OLD_RULE
-    texts = RULE.texts[::-1] if data.caption_key else RULE.texts
+    texts = RULE.texts[::-1] if data.caption_key or data.negatives_key else RULE.texts
     return SampleRule(
         images=(data.image_member.lower().lstrip("."),) if data.image_member else RULE.images,
         texts=(data.text_member.lower().lstrip("."),) if data.text_member else texts,
@@ -206,9 +206,10 @@ def check_pairs(config: RunConfig, index: ShardIndex) -> None:
     data, skipped = config.data, sum(index.skipped_by_reason().values())
     if config.behavior == "0.6":
         return
-    if data.caption_key and not (index.text_format == TEXT_FORMATS.index("json")).any():
+    option, key = ("caption", data.caption_key) if data.caption_key else ("negatives", data.negatives_key)
+    if key and not (index.text_format == TEXT_FORMATS.index("json")).any():
         raise UserError(
-            f"--data.caption-key {data.caption_key} is a key of .json members, but the captions of all {len(index):,} "
+            f"--data.{option}-key {key} is a key of .json members, but the captions of all {len(index):,} "
             f"samples are {index.text_counts()}; leave it out, or add .json members"
         )
     if skipped > data.max_bad_fraction * (len(index) + skipped):

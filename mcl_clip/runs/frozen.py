@@ -46,10 +46,11 @@ def store_outputs(
     None is for images or captions that are read and encoded in each step. A collective call.
     """
     settings = run.config.stages[stage].train
-    texts = _store_text_features(run, stage, clip, index) if settings.lock.text else None
+    needs_tokens = bool(run.config.data.negatives_key and settings.negative_captions)  # wrong captions are not stored
+    texts = _store_text_features(run, stage, clip, index) if settings.lock.text and not needs_tokens else None
     if not settings.lock.cached_trunks:
         return None, texts
-    if not settings.lock.text and (found := _open_texts(run, clip, index)):
+    if not settings.lock.text and not needs_tokens and (found := _open_texts(run, clip, index)):
         part, store = found
         captions = int(len(index) * on_main(partial(_captions_per_row, run, clip, index)))
         missing = 0 if on_main(lambda: _is_whole(store.folder, text_part_name, index)) else captions

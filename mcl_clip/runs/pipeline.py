@@ -58,6 +58,7 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
         "grad_checkpointing",
         "own_group_share",
         "groups_per_batch",
+        "negative_captions",
         "keep_best",
         "patience",
         "lora",
@@ -232,6 +233,8 @@ def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, 
         "train": {**settings_of(stage.train), "min_group_size": min_group_size(stage)},
         "seed": config.seed,
     }
+    if config.data.negatives_key and stage.train.negative_captions:
+        settings["data"]["negatives_key"] = config.data.negatives_key
     if len(run.sources) > 1:
         settings["data"]["rows_of_lists"] = [source.rows for source in run.sources]
     if stage.train.augment.jpeg == "exact":

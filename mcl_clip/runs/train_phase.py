@@ -40,6 +40,7 @@ from mcl_clip.model.tower import create_tower
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
 from mcl_clip.runs.frozen import TEXTS, store_outputs
+from mcl_clip.runs.negatives import check_negatives
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, no_labels
 from mcl_clip.train.loop import BatchSource, train_stage
 from mcl_clip.train.metrics import Spans
@@ -87,10 +88,21 @@ def prepare_stage(
         grad_checkpointing=config.grad_checkpointing,
     )  # fmt: skip
     plan, groups, reader = _batch_plan(run, stage)
+    negatives_key = run.config.data.negatives_key if config.negative_captions else ""
+    if negatives_key:
+        check_negatives(clip.model, reader, negatives_key)
     transform = train_transform(clip.preprocess_cfg, legacy=run.config.behavior == "0.6", **asdict(config.augment))
     images, texts = store_outputs(run, stage, clip, reader.index, transform)
     make_loader = partial(
-        TrainingLoader, plan, reader, transform=transform, images=images, texts=texts, **run.batch_options(clip)
+        TrainingLoader,
+        plan,
+        reader,
+        transform=transform,
+        images=images,
+        texts=texts,
+        negatives_key=negatives_key,
+        num_negatives=config.negative_captions if negatives_key else 0,
+        **run.batch_options(clip),
     )
     return make_loader, groups
 

@@ -22,7 +22,7 @@ from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.loader import PairBatch, pin
 from mcl_clip.model.clip import autocast, to_floats
 from mcl_clip.model.grad_cache import Outputs, add_gradients
-from mcl_clip.model.losses import Negatives, clip_loss, find_negatives, siglip_loss
+from mcl_clip.model.losses import Negatives, WrongCaptions, clip_loss, find_negatives, siglip_loss
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.metrics import BadSamples, Meter, Spans, StepLog
@@ -30,7 +30,7 @@ from mcl_clip.train.optim import ExponentialAverage, lr_at, set_lr
 from mcl_clip.train.validation import BestWeights, Validation
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
-COUNTS = ("loss", "rows", "weight", "negatives", "duplicates")
+COUNTS = ("loss", "rows", "weight", "negatives", "duplicates", "negative_captions")
 
 
 class TrainingDivergedError(UserError):
@@ -221,8 +221,14 @@ def forward_backward(
     def encode(model: nn.Module, rows: slice) -> Outputs:
         with spans("device"):
             images = to_floats(batch.images[rows], preprocess_cfg)
+            tokens = batch.tokens[rows] if batch.text_features is None else None
+            if batch.negative_tokens is not None:  # in one pass with the captions
+                tokens = torch.cat([batch.tokens[rows], batch.negative_tokens[rows].flatten(0, 1)])
         with spans("forward"), autocast(config.precision, device):
-            out = model(images, batch.tokens[rows] if batch.text_features is None else None)
+            out = model(images, tokens)
+        if batch.negative_tokens is not None:
+            texts, wrong = out["text_features"].tensor_split([len(images)])
+            out = {**out, "text_features": texts, "negative_features": wrong.unflatten(0, (len(images), -1))}
         if batch.text_features is not None:
             out = {**out, "text_features": batch.text_features[rows]}
         return {name: tensor for name, tensor in out.items() if tensor is not None}
@@ -236,6 +242,7 @@ def forward_backward(
                 "weight": negatives.weight.sum(),
                 "negatives": (negatives.num_negatives * negatives.weight).sum(),
                 "duplicates": negatives.duplicates,
+                "negative_captions": loss.new_zeros(()) if batch.is_negative is None else batch.is_negative.sum(),
                 "row_groups": batch_groups,
                 "row_losses": negatives.losses,
                 "row_weights": negatives.weight,
@@ -267,9 +274,15 @@ def contrastive_loss(
         """Put the features of decoded rows at their positions in the batch, with zeros for fillers."""
         if len(batch.places) == len(batch.rows):
             return features
-        return features.new_zeros(len(batch.rows), features.shape[1]).index_put((batch.places,), features)
+        return features.new_zeros(len(batch.rows), *features.shape[1:]).index_put((batch.places,), features)
 
     images, texts = at_batch_positions(out["image_features"]), at_batch_positions(out["text_features"])
+
+    wrong = None
+    if batch.is_negative is not None:
+        wrong = WrongCaptions(
+            features=at_batch_positions(out["negative_features"]), is_negative=at_batch_positions(batch.is_negative)
+        )
 
     def loss_among(groups: Tensor) -> tuple[Tensor, Negatives]:
         negatives = find_negatives(
@@ -279,8 +292,9 @@ def contrastive_loss(
         )  # fmt: skip
         scale, epsilon = out["logit_scale"], config.ifm_epsilon
         if config.loss == "siglip":
-            return siglip_loss(images, texts, scale, out["logit_bias"], negatives, ifm_epsilon=epsilon), negatives
-        return clip_loss(images, texts, scale, negatives, ifm_epsilon=epsilon), negatives
+            bias = out["logit_bias"]
+            return siglip_loss(images, texts, scale, bias, negatives, ifm_epsilon=epsilon, wrong=wrong), negatives
+        return clip_loss(images, texts, scale, negatives, ifm_epsilon=epsilon, wrong=wrong), negatives
 
     loss, negatives = loss_among(groups)
     if (share := config.own_group_share) < 1:
@@ -331,6 +345,7 @@ def _record(
         "negatives_per_row": sums["negatives"] / max(1.0, sums["weight"]),
         "rows_without_weight": sums["rows"] - sums["weight"],
         "duplicates": sums["duplicates"],
+        **({"negative_captions": sums["negative_captions"]} if sums["negative_captions"] else {}),
         "samples_per_s": sums["rows"] / seconds,
         "data_wait_share": by_span["data"] / seconds,
         "seconds": state.seconds,

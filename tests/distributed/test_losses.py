@@ -30,7 +30,12 @@ class Case(NamedTuple):
     min_negatives: int = 1
     ifm_epsilon: float = 0.0
     own_group_share: float = 1.0
+    negative_captions: int = 0
     steps: int = 20
+
+    def __str__(self) -> str:
+        changed = {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
+        return " ".join([self.loss, *(f"{name} {value}" for name, value in changed.items() if name != "loss")])
 
 
 CASES = [
@@ -42,6 +47,8 @@ CASES = [
     Case("siglip", ifm_epsilon=0.1),
     Case("clip", min_negatives=3, own_group_share=0.7),
     Case("siglip", ifm_epsilon=0.1, own_group_share=0.7),
+    Case("clip", negative_captions=2),
+    Case("siglip", ifm_epsilon=0.1, negative_captions=2),
 ]
 
 
@@ -66,7 +73,7 @@ class Towers(nn.Module):
 class Data:
     """61 rows in groups of 24, 20, 10 and 7: batches of one group and packed ones, the last with three fillers."""
 
-    def __init__(self) -> None:
+    def __init__(self, negative_captions: int = 0) -> None:
         draw = np.random.default_rng(0)
         self.groups = np.repeat([0, 1, 2, 3], [24, 20, 10, 7])[draw.permutation(61)]
         self.images = torch.from_numpy(draw.integers(0, 256, (61, 3, 2, 2), np.uint8))
@@ -76,6 +83,10 @@ class Data:
         plan = BatchPlan(shard_of=np.zeros(61, np.int64), groups=self.groups, global_batch_size=BATCH, seed=0, stage=1)
         rows = torch.tensor(np.stack([plan.batch(step) for step in range(200)]))
         self.rows = rows.where(~torch.isin(rows, torch.tensor(self.bad)), FILLER)
+
+        self.negative_captions = negative_captions
+        self.wrong = torch.from_numpy(draw.integers(0, 50, (61, 2, 4)))
+        self.is_wrong = torch.from_numpy(draw.random((61, 2)) < 0.7)  # some rows have one, some none
 
     def batch(self, step: int) -> PairBatch:
         local = BATCH // world_size()
@@ -91,8 +102,14 @@ class Data:
             images=torch.zeros(1, 3, 2, 2, dtype=torch.uint8) if is_empty else self.images[kept],
             tokens=torch.zeros(1, 4, dtype=torch.int64) if is_empty else self.tokens[kept],
             places=torch.tensor([0]) if is_empty else places,
+            **self.wrong_captions(kept) if self.negative_captions else {},
             bad=(),
         )
+
+    def wrong_captions(self, rows: Tensor) -> dict[str, Tensor]:
+        if not len(rows):
+            return {"negative_tokens": self.wrong[:1], "is_negative": torch.zeros(1, 2, dtype=torch.bool)}
+        return {"negative_tokens": self.wrong[rows], "is_negative": self.is_wrong[rows]}
 
 
 def make(loss: str, dtype: torch.dtype) -> tuple[Towers, torch.optim.Optimizer]:
@@ -114,7 +131,7 @@ def gradients(model: Towers) -> dict[str, np.ndarray]:
 
 def train(case: Case, dtype: torch.dtype, chunks: tuple = (0, 0)) -> tuple[list, list, dict]:
     """Loss of each step, gradients of the first ones, the weights at the end; `chunks` of the towers and the loss."""
-    data, (raw, optimizer) = Data(), make(case.loss, dtype)
+    data, (raw, optimizer) = Data(case.negative_captions), make(case.loss, dtype)
     model = DistributedDataParallel(raw) if world_size() > 1 else raw
     options = {**case._asdict(), "grad_cache_rows": chunks[0], "loss_chunk_rows": chunks[1]}
     losses, grads = [], []
@@ -147,6 +164,11 @@ def reference_loss(model: Towers, data: Data, rows: list[int], case: Case, *, ac
     out = model((data.images[rows].float() / 255 - mean) / std, data.tokens[rows])
     cosines = out["image_features"] @ out["text_features"].T
     shift = out.get("shift", 0)
+    wrong = []  # logits of the wrong captions of each row
+    for i, row in enumerate(rows):
+        tokens = data.wrong[row][data.is_wrong[row]][: 2 * case.negative_captions]
+        features = model(data.images[rows].float(), tokens)["text_features"]
+        wrong.append(out["logit_scale"] * (features @ out["image_features"][i] + shift))
     cosines = cosines + shift - 2 * shift * torch.eye(len(rows), dtype=cosines.dtype)
     logits, losses = out["logit_scale"] * cosines, []
     for i, row in enumerate(rows):
@@ -157,11 +179,12 @@ def reference_loss(model: Towers, data: Data, rows: list[int], case: Case, *, ac
         if len(negatives) < case.min_negatives:
             continue
         if case.loss == "siglip":
-            terms = [logsigmoid(-logits[i, j] - out["logit_bias"]) for j in negatives]
+            terms = [logsigmoid(-logit - out["logit_bias"]) for logit in (*logits[i, negatives], *wrong[i])]
             losses.append(-logsigmoid(logits[i, i] + out["logit_bias"]) - sum(terms))
         else:
             among = [i, *negatives]
-            losses.append((logits[i, among].logsumexp(0) + logits[among, i].logsumexp(0)) / 2 - logits[i, i])
+            to_texts = torch.cat([logits[i, among], wrong[i]])
+            losses.append((to_texts.logsumexp(0) + logits[among, i].logsumexp(0)) / 2 - logits[i, i])
     return torch.stack(losses).mean() if losses else sum((0 * p).sum() for p in model.parameters())
 
 
@@ -178,7 +201,7 @@ class _Moved(nn.Module):
 
 @cache
 def reference(case: Case) -> tuple[list, list, dict]:
-    data, (model, optimizer) = Data(), make(case.loss, torch.float64)
+    data, (model, optimizer) = Data(case.negative_captions), make(case.loss, torch.float64)
     losses, grads = [], []
     for step in range(case.steps):
         rows = [row for row in data.rows[step].tolist() if row >= 0]
@@ -257,7 +280,13 @@ def test_the_batches_are_of_every_kind():
     assert any(((rows[:-1] == FILLER) & (rows[1:] != FILLER)).any() for rows in data.rows)  # a bad row in the middle
     duplicates = [len(rows) - len({int(data.text_ids[row]) for row in rows}) for rows in kept]
     assert max(duplicates) >= 2
-    changes = [{"min_negatives": 3}, {"mask_duplicates": False}, {"ifm_epsilon": 0.1}, {"own_group_share": 0.7}]
+    changes = [
+        {"min_negatives": 3},
+        {"mask_duplicates": False},
+        {"ifm_epsilon": 0.1},
+        {"own_group_share": 0.7},
+        {"negative_captions": 2},
+    ]
     losses = [reference(Case("siglip")._replace(**change))[0] for change in [{}, *changes]]
     assert len({tuple(of_one) for of_one in losses}) == len(losses)  # each of the settings matters here
 

@@ -94,6 +94,7 @@ CASES = {
     "data.train": Case("--data.train {data}/json", "batches"),
     "data.weights": Case("--data.weights 1 3", "batches", given="--data.train {data}/shards {data}/json"),
     "data.caption_key": Case("--data.caption-key title", "batches", given="--data.train {data}/both"),
+    "data.negatives_key": Case("--data.negatives-key wrong", "weights", given="--data.train {data}/json"),
     "data.image_member": Case(
         "--data.image-member img", "error", given="--data.train {data}/named --data.text-member cap"
     ),
@@ -153,6 +154,9 @@ CASES = {
     "train.groups": Case("--stages.1.train.groups none", "weights", given=TWO_STAGES),
     "train.own_group_share": Case("--stages.1.train.own-group-share 0.5", "weights", given=GROUPED),
     "train.groups_per_batch": Case("--stages.1.train.groups-per-batch 2", "batches", given=GROUPED),
+    "train.negative_captions": Case(
+        "--stages.0.train.negative-captions 2", "weights", given="--data.train {data}/json --data.negatives-key wrong"
+    ),
     "train.min_group_size": Case("--stages.1.train.min-group-size 60", "weights", given=TWO_STAGES),
     "train.min_negatives": Case("--stages.0.train.min-negatives 15", "weights"),  # some rows have duplicates
     "train.mask_duplicates": Case("--stages.0.train.no-mask-duplicates", "weights"),
@@ -264,7 +268,7 @@ def write_pairs(
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG")
             data = buffer.getvalue()[: 500 if number < first + corrupt else None]
-            captions = {"caption": f"a {colour} bar", "title": f"bar {number}"}
+            captions = {"caption": f"a {colour} bar", "title": f"bar {number}", "wrong": ["no bar", f"{colour} sky"]}
             members = {name: captions if name == "json" else captions["caption"].encode() for name in texts}
             writer.write({"__key__": f"s{number:05d}", image: data, **members})
 

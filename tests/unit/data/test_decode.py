@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mcl_clip.data import decode as decode_module
-from mcl_clip.data.decode import FORMATS, BadSampleError, decode_captions, decode_image
+from mcl_clip.data.decode import FORMATS, BadSampleError, decode_captions, decode_image, decode_negatives
 from tests.unit.data.tars import noise, picture
 
 
@@ -199,6 +199,18 @@ def test_txt_holds_one_caption_and_lines_one_each():
     assert decode_captions(text.encode(), "txt") == ["a cat a dog ein Bär"]
     assert decode_captions(b"\xef\xbb\xbfone", "txt") == ["one"]
     assert decode_captions(b'{"caption": "x"}', "txt") == ['{"caption": "x"}']
+
+
+def test_wrong_captions_are_a_string_or_a_list_and_may_be_missing():
+    def decoded(value) -> list[str]:
+        return decode_negatives(json.dumps(value).encode(), "json", json_key="wrong")
+
+    assert decoded({"wrong": " a "}) == ["a"]
+    assert decoded({"wrong": ["a", " ", "b" * 5000]}) == ["a", "b" * 4000]
+    assert decoded({}) == decoded({"wrong": None}) == decode_negatives(b"text", "txt", json_key="wrong") == []
+    for value in (3, [3], {"a": "b"}):
+        with pytest.raises(BadSampleError, match="bad_negatives_type: 'wrong' must be a string or a list of strings"):
+            decoded({"wrong": value})
 
 
 def test_json_holds_a_string_or_a_list():

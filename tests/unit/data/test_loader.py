@@ -29,6 +29,9 @@ ROWS, BATCH = 22, 5
 reader_of = partial(Reader, captions_by_line=True)
 BAD = {3: "broken_image", 9: "not_utf8", 16: "not_an_image"}
 SIZE = (6, 8)
+WRONG = {  # captions of rows with JSON: those after 8 bytes have the tokens of the first
+    11: ["11 a", "11 b", "11 a", "11 c", "11 1"], 12: ["12 0    cut"], 13: "13 a", 14: [3],
+}  # fmt: skip
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:
@@ -62,7 +65,10 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
             text = b"\xff\xfe"
         if 11 <= row < 15:
             members.append(
-                [(f"{row:04}.jpg", image), (f"{row:04}.json", json.dumps({"caption": captions(row)}).encode())]
+                [
+                    (f"{row:04}.jpg", image),
+                    (f"{row:04}.json", json.dumps({"caption": captions(row), "wrong": WRONG[row]}).encode()),
+                ]
             )
         else:
             members.append([(f"{row:04}.jpg", image), (f"{row:04}.txt", text)])
@@ -226,6 +232,49 @@ def test_fixed_views_are_seen_in_turn(index):
     assert others[1] != others[0] == others[3]
     alone = train_transform(PREPROCESS, views=1, scale=(0.3, 0.6))
     assert drawn(index, 0, transform=alone)[row][1] == drawn(index, 4, transform=alone)[row][1] == pixels[2]
+
+
+def test_wrong_captions_are_drawn_anew_in_each_epoch_and_those_that_are_none_are_marked(index, monkeypatch):
+    options = {"negatives_key": "wrong", "num_negatives": 2, "short_texts": True}
+
+    def drawn(**more) -> dict[int, list[set[str]]]:
+        found: dict[int, list[set[str]]] = {}
+        for batch in make(index, **options, **more).steps(0, 40):
+            assert batch.negative_tokens.shape == (len(batch.tokens), 2, batch.tokens.shape[1])
+            for row, texts, is_negative in zip(
+                batch.rows[batch.places].tolist(), batch.negative_tokens, batch.is_negative, strict=True
+            ):
+                kept = {bytes(text.tolist()).rstrip(b"\0 ").decode() for text in texts[is_negative]}
+                assert len(kept) == is_negative.sum()
+                found.setdefault(row, []).append(kept)
+        return found
+
+    found = drawn()
+    assert 14 not in found  # what is no text makes the sample a bad one
+    assert {row: set.union(*kept) for row, kept in found.items() if set.union(*kept)} == {
+        11: {"11 a", "11 b", "11 c"},  # not 11 1, which is a caption of the row
+        13: {"13 a"},
+    }
+    assert {len(kept) for kept in found[11]} == {2}
+    assert len({tuple(sorted(kept)) for kept in found[11]}) == 3
+    assert found == drawn(num_workers=1)
+    assert {row: kept[:1] for row, kept in drawn(seed=1).items()} != {row: kept[:1] for row, kept in found.items()}
+    plain = list(make(index).steps(0, 40))
+    monkeypatch.setattr(loader_module, "PART_ROWS", 2)
+    assert found == drawn()
+    for one, other in zip(make(index, **options).steps(0, 40), plain, strict=True):
+        assert torch.equal(one.text_ids, torch.where(one.rows == other.rows, other.text_ids, 0))
+
+
+def test_a_batch_of_fillers_has_no_wrong_caption(index):
+    plan = make(index).plan
+    groups = np.where(np.isin(np.arange(ROWS), list(BAD)), 0, -1)
+    plan = BatchPlan(shard_of=index.shard_of, groups=groups, global_batch_size=BATCH, seed=0, stage=0)
+    (batch,) = TrainingLoader(
+        plan, reader_of(index), transform=TrainTransform(size_px=SIZE), tokenizer=tokenize, num_negatives=3
+    ).steps(0, 1)
+    assert batch.negative_tokens.shape == (1, 3, 16)
+    assert batch.is_negative.tolist() == [[False] * 3]
 
 
 @pytest.mark.parametrize("start", [1, 5, 7])

@@ -214,6 +214,20 @@ def test_a_line_that_is_unlike_the_others_is_named(table, tmp_path):
         table.make_from_table(tmp_path / "t.txt", tmp_path / "out")
 
 
+def test_wrong_captions_of_a_column_go_to_the_json(table, tmp_path, images, read_tars):
+    path, out = tmp_path / "table.csv", tmp_path / "out"
+    rows = [("b.jpg", "one", '["no b", "not b"]'), ("a/x.png", "x", ""), ("b.jpg", "two", "never b")]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption", "wrong"), *rows])
+    table.make_from_table(path, out, images_root=images, negatives_column="wrong")
+    first, second = read_tars(out / "train")
+    assert json.loads(first["json"]) == {"caption": ["one", "two"], "negatives": ["no b", "not b", "never b"]}
+    assert first["txt"] == b"one\ntwo"
+    assert "json" not in second
+    with pytest.raises(UserError, match="has no column 'worng'; its columns are image, caption, wrong"):
+        table.make_from_table(path, tmp_path / "other", images_root=images, negatives_column="worng")
+
+
 def test_captions_may_be_lists(table, tmp_path, images, read_tars):
     path = tmp_path / "table.jsonl"
     path.write_text(json.dumps({"image": "b.jpg", "texts": ["one", "", None, "two"]}) + "\n\n")

@@ -97,6 +97,16 @@ def test_a_key_without_json_members(tmp_path):
     write_tar(tmp_path / "a.tar", pairs(3))
     with pytest.raises(UserError, match=r"--data\.caption-key x is a key of .* captions of all 3 samples are 3 \.txt"):
         load(tmp_path, caption_key="x")
+    with pytest.raises(
+        UserError, match=r"--data\.negatives-key x is a key of .* captions of all 3 samples are 3 \.txt"
+    ):
+        load(tmp_path, negatives_key="x")
+
+
+def test_captions_come_from_the_json_with_their_wrong_ones(tmp_path):
+    texts = {"txt": b"alt", "json": json.dumps({"caption": "alt", "wrong": ["tla"]}).encode()}
+    write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), *((f"a.{name}", text) for name, text in texts.items())])
+    assert load(tmp_path, negatives_key="wrong").text_format.tolist() == [1]
 
 
 def test_too_many_samples_without_image_or_caption_are_refused_before_training(tmp_path, caplog):
