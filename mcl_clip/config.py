@@ -280,6 +280,11 @@ class TrainConfig:
     """Rows with fewer negatives in a batch have weight 0 in the loss."""
     mask_duplicates: bool = True
     """Exclude rows with the same caption or the same image from the negatives."""
+    mask_similar: float = 0.0
+    """Exclude rows from the negatives whose cosine is above this, such as 0.9, as they are likely to match, too. The
+    cosine is that of the stage before or, in stage 0, of the pretrained model. 0 is off."""
+    similar_by: Literal["text", "image"] = "text"
+    """Features that `mask_similar` compares; the text feature of a row is the mean over its captions."""
     window_shards: int = 0
     """Shuffle rows within windows of so many shuffled shards; 0 shuffles over all shards, best on local disks."""
     resharded: str = ""
@@ -296,7 +301,7 @@ class TrainConfig:
             betas=(0, 0.999999999), eps=0, lr_multipliers=0, weight_decays=0, max_grad_norm=0, ifm_epsilon=0,
             grad_cache_rows=0, loss_chunk_rows=0, patch_dropout=(0, 0.999999), average_decay=(0, 0.999999),
             own_group_share=(0, 1), groups_per_batch=1, negative_captions=0, patience=0, min_group_size=1,
-            min_negatives=1, window_shards=0, run_rows=1,
+            min_negatives=1, mask_similar=(0, 1), window_shards=0, run_rows=1,
         )  # fmt: skip
         if self.patience and not self.keep_best:
             raise UserError(

@@ -19,13 +19,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float16, Int64
 from torch import Tensor
 
 from mcl_clip.core.distributed import all_reduce_sum, gather, gather_with_grad, rank, world_size
 
 Features = Float[Tensor, "local dim"]
 Ids = Int64[Tensor, "local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity:
+    """Unit features under another model, by which rows that are too similar are no negatives of each other.
+
+    Sums of products of float16 values are exact in float64, so that the mask depends on no order of summation, hence
+    not on the number of processes.
+    """
+
+    features: Float16[Tensor, "local dim"]
+    columns: Float16[Tensor, "global dim"]  # the same for the rows of all processes
+    threshold: float
+
+    def exceeds(self, rows: slice) -> Bool[Tensor, "rows global"]:
+        """Return for `rows` and all columns whether their cosine is above the threshold."""
+        return self.features[rows].double() @ self.columns.double().T > self.threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +53,20 @@ class Negatives:
     columns: Int64[Tensor, "global 4"]  # the same for the rows of all processes
     own: Int64[Tensor, "local"]  # column of the row itself
     mask_duplicates: bool
+    similarity: Similarity | None
     chunk_rows: int
     weight: Float[Tensor, "local"]  # 0 for padding rows and rows with fewer than `min_negatives` negatives, else 1
     total_weight: Float[Tensor, ""]  # sum over all processes, at least 1
     num_negatives: Int64[Tensor, "local"]
     losses: Float[Tensor, "local"]  # filled when the loss is computed
     duplicates: Int64[Tensor, ""]  # candidates of this process's rows with an equal caption or image, masked or not
+    similar: Int64[Tensor, ""]  # candidates masked by `similarity`, without these duplicates
 
     def keep(self, rows: slice) -> Bool[Tensor, "rows global"]:
         """Return the mask of the columns in the loss of `rows`: the row itself and its negatives."""
         negatives, _ = _compare(self.ids[rows], self.columns, self.own[rows], mask_duplicates=self.mask_duplicates)
+        if self.similarity is not None:
+            negatives &= ~self.similarity.exceeds(rows)
         return negatives.scatter_(1, self.own[rows, None], True)
 
 
@@ -68,6 +89,7 @@ def find_negatives(
     image_ids: Ids,
     min_negatives: int = 1,
     mask_duplicates: bool = True,
+    similarity: Similarity | None = None,
     chunk_rows: int = 0,
 ) -> Negatives:
     """Find the negatives of this process's rows among the rows of all processes.
@@ -80,20 +102,27 @@ def find_negatives(
         min_negatives: rows with fewer negatives get weight 0.
         mask_duplicates: exclude other rows with an equal caption or an equal image from the negatives. A second copy
             of the same row, possible in a weighted mixture, is always excluded.
+        similarity: excludes rows that are similar from the negatives.
         chunk_rows: rows compared with all others at a time, here and in the loss; 0 is all.
     """
     ids = torch.stack([rows, groups, text_ids, image_ids], dim=1)
     columns = gather(ids)
     own = rank() * len(ids) + torch.arange(len(ids), device=rows.device)
-    num_negatives, num_duplicates = torch.zeros_like(own), torch.zeros_like(own)
+    num_negatives, num_duplicates, num_similar = (torch.zeros_like(own) for _ in range(3))
     for chunk in _chunks(len(ids), chunk_rows):
         negatives, duplicates = _compare(ids[chunk], columns, own[chunk], mask_duplicates=mask_duplicates)
-        num_negatives[chunk], num_duplicates[chunk] = negatives.sum(1), duplicates.sum(1)
+        num_duplicates[chunk] = duplicates.sum(1)
+        if similarity is not None:
+            similar = negatives & similarity.exceeds(chunk)
+            negatives &= ~similar
+            num_similar[chunk] = (similar & ~duplicates).sum(1)
+        num_negatives[chunk] = negatives.sum(1)
     weight = ((rows >= 0) & (num_negatives >= min_negatives)).float()
     return Negatives(
-        ids=ids, columns=columns, own=own, mask_duplicates=mask_duplicates, chunk_rows=chunk_rows,
-        weight=weight, total_weight=all_reduce_sum(weight.sum()).clamp(min=1),
+        ids=ids, columns=columns, own=own, mask_duplicates=mask_duplicates, similarity=similarity,
+        chunk_rows=chunk_rows, weight=weight, total_weight=all_reduce_sum(weight.sum()).clamp(min=1),
         num_negatives=num_negatives, losses=torch.zeros_like(weight), duplicates=num_duplicates.sum(),
+        similar=num_similar.sum(),
     )  # fmt: skip
 
 

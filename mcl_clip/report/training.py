@@ -129,12 +129,14 @@ def data_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # no
 
 def _losses(view: RunView) -> list[list[str]]:
     """Return what each stage could not use; empty before the first stage."""
-    rows = [["", "could not be decoded", "merged groups", "rows without weight", "masked duplicates"]]
+    rows = [
+        ["", "could not be decoded", "merged groups", "rows without weight", "masked duplicates", "masked as similar"]
+    ]
     for s, stage in enumerate(view.run.stages):
         if stage.steps or stage.groups:
             reasons = dict(Counter(stage.bad_rows.values()).most_common())
             merged = f"{stage.groups.get('rows_relaxed', 0):,} pairs"
-            totals = (f"{stage.total(counter):,}" for counter in ("rows_without_weight", "duplicates"))
+            totals = (f"{stage.total(counter):,}" for counter in ("rows_without_weight", "duplicates", "similar"))
             rows.append([f"stage {s}", count_text(reasons) or "none", merged, *totals])
     return rows if len(rows) > 1 else []
 

@@ -323,9 +323,7 @@ def _stage_losses(stage: StageRecord) -> Iterator[str]:
             yield f"{activity}: {redacted(shard)}: {count_text(dict(reasons.most_common()))}"
         if more := shards[SHARDS_SHOWN:]:
             yield f"{activity}: {len(more)} more shards: {sum(count for _, count in more):,} samples"
-    if duplicates := stage.total("duplicates"):
-        action = "masked" if stage.train_settings.get("mask_duplicates", True) else "kept"
-        yield f"{duplicates:,} negatives with the same caption or image as their row were {action}"
+    yield from _false_negatives(stage)
     if relaxed := stage.groups.get("rows_relaxed", 0):
         total = sum(group["size"] for group in stage.groups["groups"])
         yield f"{relaxed:,} of {total:,} rows are in groups merged from several labels, to have enough rows"
@@ -338,6 +336,16 @@ def _stage_losses(stage: StageRecord) -> Iterator[str]:
         newest, last = max(saved, default=0), stage.steps[-1]["step"]
         if last > newest:
             yield f"steps {newest + 1} to {last} are not in a checkpoint yet; if training stops now, they are repeated"
+
+
+def _false_negatives(stage: StageRecord) -> Iterator[str]:
+    if duplicates := stage.total("duplicates"):
+        action = "masked" if stage.train_settings.get("mask_duplicates", True) else "kept"
+        yield f"{duplicates:,} negatives with the same caption or image as their row were {action}"
+    if similar := stage.total("similar"):
+        of_images = stage.train_settings.get("similar_by") == "image"
+        alike = "an image similar to that" if of_images else "captions similar to those"
+        yield f"{similar:,} negatives with {alike} of their row were masked"
 
 
 def _read_object(path: Path) -> dict[str, Any]:

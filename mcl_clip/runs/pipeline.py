@@ -59,6 +59,8 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
         "own_group_share",
         "groups_per_batch",
         "negative_captions",
+        "mask_similar",
+        "similar_by",
         "keep_best",
         "patience",
         "lora",
@@ -235,6 +237,8 @@ def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, 
     }
     if config.data.negatives_key and stage.train.negative_captions:
         settings["data"]["negatives_key"] = config.data.negatives_key
+    if s == 0 and stage.train.mask_similar:  # features of the pretrained model are computed in such batches
+        settings["eval_batch_size"] = config.eval.batch_size
     if len(run.sources) > 1:
         settings["data"]["rows_of_lists"] = [source.rows for source in run.sources]
     if stage.train.augment.jpeg == "exact":
@@ -291,6 +295,11 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
             raise UserError(
                 f"--stages.{s}.start scratch means random weights, and the towers of this recipe are pretrained; use "
                 f"base or previous"
+            ).on_every_process()
+        if stage.train.mask_similar and not s and not config.tower.is_pretrained:
+            raise UserError(
+                f"--stages.0.train.mask-similar {stage.train.mask_similar:g} compares features under the model that "
+                f"stage 0 starts from, which has random weights here; use it in later stages, or a pretrained tower"
             ).on_every_process()
         if stage.train.global_batch_size % processes:
             raise UserError(

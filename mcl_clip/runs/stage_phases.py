@@ -13,16 +13,15 @@ from torch import Tensor
 
 from mcl_clip.core.distributed import barrier, is_main, on_main
 from mcl_clip.core.files import atomic_path, read_json, write_json
-from mcl_clip.data.decode import evaluation_transform
 from mcl_clip.data.features import SIDES, EmbeddingTable
-from mcl_clip.data.loader import captioned_batches
 from mcl_clip.data.storage import load_numbers, load_tensors, save_array
 from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import have_same_text_tower
 from mcl_clip.runs.context import RunContext
+from mcl_clip.runs.embedding import embed_rows
 from mcl_clip.runs.frozen import TRUNKS, stored_outputs
 from mcl_clip.runs.train_phase import lock_stage
-from mcl_clip.stages.embed import embed_shards, read_losses
+from mcl_clip.stages.embed import read_losses
 from mcl_clip.stages.kmeans import ReadRows, all_chunks, spherical_kmeans
 from mcl_clip.stages.pseudo_labels import PseudoLabels
 from mcl_clip.stages.shared_metric import Projection, fit_shared_metric, project_rows
@@ -42,27 +41,7 @@ def embed(run: RunContext, stage: int) -> None:
         options["images"], options["texts"] = stored_outputs(run, stage, clip)
     if texts is not None:
         options |= {"tokenizer": None, "texts": None}
-    transform = evaluation_transform(clip.preprocess_cfg, legacy=config.behavior == "0.6")
-    reader = run.reader(run.index)
-    with run.interrupt.deferred():  # a stop waits for the end of a piece of a shard, which is what can be resumed
-        embed_shards(
-            clip.model,
-            run.index,
-            batches=lambda rows: run.interrupt.waiting_for(
-                captioned_batches(reader, rows, transform=transform, **options)
-            ),
-            preprocess_cfg=clip.preprocess_cfg,
-            dim=clip.model_cfg["embed_dim"],
-            out=out,
-            device=run.accelerator.device,
-            batch_size=config.eval.batch_size,
-            precision=config.stages[stage].train.precision,
-            show_progress=config.machine.progress,
-            is_stopping=run.interrupt.noticed,
-            texts=texts,
-        )
-    barrier()
-    run.interrupt.check()
+    embed_rows(run, clip, out, precision=config.stages[stage].train.precision, options=options, texts=texts)
     # step -1 discards earlier records: all of them are in the files of the shards
     max_bad = config.data.max_bad_fraction
     bad = BadSamples(out / "bad_samples.jsonl", max_fraction=max_bad, rows=len(run.index), step=-1)

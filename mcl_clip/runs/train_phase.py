@@ -40,7 +40,13 @@ from mcl_clip.model.tower import create_tower
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
 from mcl_clip.runs.frozen import TEXTS, store_outputs
-from mcl_clip.runs.negatives import check_negatives
+from mcl_clip.runs.negatives import (
+    BASE,
+    check_negatives,
+    read_similarity_features,
+    similarity_path,
+    write_similarity_features,
+)
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, no_labels
 from mcl_clip.train.loop import BatchSource, train_stage
 from mcl_clip.train.metrics import Spans
@@ -66,7 +72,9 @@ def train(run: RunContext, stage: int) -> None:
     if is_main():
         save_clip(clip, out / "model")
         shutil.rmtree(out / TEXTS, ignore_errors=True)
+        shutil.rmtree(out / BASE, ignore_errors=True)
         _groups_path(run, stage).unlink(missing_ok=True)
+        similarity_path(run, stage).unlink(missing_ok=True)
 
 
 def prepare_stage(
@@ -78,6 +86,8 @@ def prepare_stage(
     """
     config = run.config.stages[stage].train
     clip.model.to(run.accelerator.device)
+    row_map = open_resharded(run, stage)[1] if config.resharded else None
+    write_similarity_features(run, stage, clip, row_map)
     expected = reference_features(clip)
     lock_stage(clip.model, config, seed=seed_of(run.config.seed, "lora", stage))
     logger.info("stage %d: %s", stage, trainable_summary(clip.model))
@@ -131,6 +141,7 @@ def fit_stage(
         optimizer=create_optimizer(clip.model, config.stages[stage].train, decays_unlisted=config.behavior == "0.6"),
         out=run.folder(stage, "train"),
         seed=(config.seed, stage),
+        similar_by=read_similarity_features(run, stage, len(groups)),
         max_bad_fraction=config.data.max_bad_fraction,
         evaluate=partial(_evaluate, run, clip),
         evaluate_steps=config.eval.every_steps,

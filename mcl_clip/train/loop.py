@@ -9,20 +9,20 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int, Int64
+from jaxtyping import Float16, Int, Int64
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from mcl_clip.config import MachineConfig, TrainConfig
-from mcl_clip.core.distributed import barrier, check_same, is_main, on_main, rank, seed_of, world_size
+from mcl_clip.core.distributed import barrier, check_same, gather, is_main, on_main, rank, seed_of, world_size
 from mcl_clip.core.errors import PlannedStop, UserError
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.loader import PairBatch, pin
 from mcl_clip.model.clip import autocast, to_floats
 from mcl_clip.model.grad_cache import Outputs, add_gradients
-from mcl_clip.model.losses import Negatives, WrongCaptions, clip_loss, find_negatives, siglip_loss
+from mcl_clip.model.losses import Negatives, Similarity, WrongCaptions, clip_loss, find_negatives, siglip_loss
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.metrics import BadSamples, Meter, Spans, StepLog
@@ -30,7 +30,7 @@ from mcl_clip.train.optim import ExponentialAverage, lr_at, set_lr
 from mcl_clip.train.validation import BestWeights, Validation
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
-COUNTS = ("loss", "rows", "weight", "negatives", "duplicates", "negative_captions")
+COUNTS = ("loss", "rows", "weight", "negatives", "duplicates", "negative_captions", "similar")
 
 
 class TrainingDivergedError(UserError):
@@ -60,6 +60,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
     optimizer: torch.optim.Optimizer,
     out: Path,
     seed: tuple[str | int, ...],
+    similar_by: Float16[np.ndarray, "rows dim"] | None = None,
     max_bad_fraction: float = 0.01,
     evaluate: Callable[[nn.Module], dict[str, float]] = lambda _: {},
     evaluate_steps: int = 0,
@@ -80,6 +81,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
         optimizer: with `lr_scale` in each parameter group.
         out: folder of metrics.jsonl, bad_samples.jsonl and checkpoints.
         seed: name of the random seed of the stage.
+        similar_by: unit features of each row of the data, which `config.mask_similar` compares.
         evaluate: returns metrics of the model, logged every `evaluate_steps` steps inside the stage; 0 is never.
         best: keeps the best weights and says when to stop; by default the last weights are kept.
         track: called with each record and its step.
@@ -154,6 +156,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
             counts = forward_backward(
                 model, batch, groups=groups, preprocess_cfg=preprocess_cfg, config=config, device=device,
                 seed=(*seed, "dropout", state.step, rank()), backward=accelerator.backward, spans=spans,
+                similar_by=similar_by,
             )  # fmt: skip
             with spans("optimizer"):
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
@@ -201,6 +204,7 @@ def forward_backward(
     config: TrainConfig,
     device: torch.device,
     seed: tuple[str | int, ...],
+    similar_by: Float16[np.ndarray, "rows dim"] | None = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
     spans: Spans | None = None,
 ) -> dict[str, Tensor]:
@@ -216,6 +220,10 @@ def forward_backward(
     spans = spans or Spans()
     with spans("device"):
         batch_groups = pin(torch.from_numpy(groups[batch.rows.numpy()].astype(np.int64)), device)
+        similarity = None
+        if similar_by is not None:
+            features = pin(torch.from_numpy(similar_by[batch.rows.numpy()]), device).to(device, non_blocking=True)
+            similarity = Similarity(features=features, columns=gather(features), threshold=config.mask_similar)
         batch_groups, batch = batch_groups.to(device, non_blocking=True), batch.to(device)
 
     def encode(model: nn.Module, rows: slice) -> Outputs:
@@ -235,13 +243,14 @@ def forward_backward(
 
     def loss_of(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         with spans("loss"):
-            loss, negatives = contrastive_loss(out, batch, batch_groups, config)
+            loss, negatives = contrastive_loss(out, batch, batch_groups, config, similarity)
             return loss, {
                 "loss": loss,
                 "rows": (batch.rows >= 0).sum(),
                 "weight": negatives.weight.sum(),
                 "negatives": (negatives.num_negatives * negatives.weight).sum(),
                 "duplicates": negatives.duplicates,
+                "similar": negatives.similar,
                 "negative_captions": loss.new_zeros(()) if batch.is_negative is None else batch.is_negative.sum(),
                 "row_groups": batch_groups,
                 "row_losses": negatives.losses,
@@ -262,7 +271,11 @@ def forward_backward(
 
 
 def contrastive_loss(
-    out: Outputs, batch: PairBatch, groups: Int64[Tensor, "local"], config: TrainConfig
+    out: Outputs,
+    batch: PairBatch,
+    groups: Int64[Tensor, "local"],
+    config: TrainConfig,
+    similarity: Similarity | None = None,
 ) -> tuple[Tensor, Negatives]:
     """Compute this process's share of the loss from the outputs of the towers; return the negatives by group as well.
 
@@ -288,7 +301,7 @@ def contrastive_loss(
         negatives = find_negatives(
             rows=batch.rows, groups=groups, text_ids=batch.text_ids, image_ids=batch.image_ids,
             min_negatives=config.min_negatives, mask_duplicates=config.mask_duplicates,
-            chunk_rows=config.loss_chunk_rows,
+            similarity=similarity, chunk_rows=config.loss_chunk_rows,
         )  # fmt: skip
         scale, epsilon = out["logit_scale"], config.ifm_epsilon
         if config.loss == "siglip":
@@ -345,7 +358,7 @@ def _record(
         "negatives_per_row": sums["negatives"] / max(1.0, sums["weight"]),
         "rows_without_weight": sums["rows"] - sums["weight"],
         "duplicates": sums["duplicates"],
-        **({"negative_captions": sums["negative_captions"]} if sums["negative_captions"] else {}),
+        **{name: sums[name] for name in ("negative_captions", "similar") if sums[name]},
         "samples_per_s": sums["rows"] / seconds,
         "data_wait_share": by_span["data"] / seconds,
         "seconds": state.seconds,

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     ifm_epsilon: float = 0.0
     own_group_share: float = 1.0
     negative_captions: int = 0
+    mask_similar: float = 0.0
     steps: int = 20
 
     def __str__(self) -> str:
@@ -49,6 +50,8 @@ CASES = [
     Case("siglip", ifm_epsilon=0.1, own_group_share=0.7),
     Case("clip", negative_captions=2),
     Case("siglip", ifm_epsilon=0.1, negative_captions=2),
+    Case("clip", mask_similar=0.25, own_group_share=0.7),
+    Case("siglip", mask_similar=0.25, mask_duplicates=False, min_negatives=3),
 ]
 
 
@@ -84,6 +87,7 @@ class Data:
         rows = torch.tensor(np.stack([plan.batch(step) for step in range(200)]))
         self.rows = rows.where(~torch.isin(rows, torch.tensor(self.bad)), FILLER)
 
+        self.similar_by = normalize(torch.from_numpy(draw.standard_normal((61, 5))), dim=1).half().numpy()
         self.negative_captions = negative_captions
         self.wrong = torch.from_numpy(draw.integers(0, 50, (61, 2, 4)))
         self.is_wrong = torch.from_numpy(draw.random((61, 2)) < 0.7)  # some rows have one, some none
@@ -121,8 +125,9 @@ def add_gradients(model: nn.Module, data: Data, step: int, seed: tuple = (), **o
     """A step of the loop up to the gradients, with these fields of `TrainConfig`."""
     config = TrainConfig(**{"steps": 200, "global_batch_size": BATCH, "lr": 0.01, **options})
     return forward_backward(
-        model, data.batch(step), groups=data.groups, preprocess_cfg=CFG, config=config, device=CPU, seed=seed
-    )
+        model, data.batch(step), groups=data.groups, preprocess_cfg=CFG, config=config, device=CPU, seed=seed,
+        similar_by=data.similar_by if config.mask_similar else None,
+    )  # fmt: skip
 
 
 def gradients(model: Towers) -> dict[str, np.ndarray]:
@@ -176,6 +181,8 @@ def reference_loss(model: Towers, data: Data, rows: list[int], case: Case, *, ac
         others = [j for j, other in enumerate(rows) if j != i and among[row] == among[other]]
         alike = [j for j in others for ids in (data.text_ids, data.image_ids) if ids[row] == ids[rows[j]]]
         negatives = [j for j in others if not (case.mask_duplicates and j in alike)]
+        close = data.similar_by[rows].astype(np.float64) @ data.similar_by[row].astype(np.float64)
+        negatives = [j for j in negatives if not (case.mask_similar and close[j] > case.mask_similar)]
         if len(negatives) < case.min_negatives:
             continue
         if case.loss == "siglip":

@@ -160,6 +160,10 @@ CASES = {
     "train.min_group_size": Case("--stages.1.train.min-group-size 60", "weights", given=TWO_STAGES),
     "train.min_negatives": Case("--stages.0.train.min-negatives 15", "weights"),  # some rows have duplicates
     "train.mask_duplicates": Case("--stages.0.train.no-mask-duplicates", "weights"),
+    "train.mask_similar": Case("--stages.1.train.mask-similar 0.1", "weights", given=TWO_STAGES),
+    "train.similar_by": Case(
+        "--stages.1.train.similar-by image", "weights", given=f"{TWO_STAGES} --stages.1.train.mask-similar 0.99"
+    ),
     "train.window_shards": Case("--stages.0.train.window-shards 1", "batches"),
     "train.resharded": Case("--stages.1.train.resharded {data}/grouped", "batches", given=TWO_STAGES),
     "train.run_rows": Case("--stages.0.train.run-rows 4", "batches"),

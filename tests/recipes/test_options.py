@@ -17,7 +17,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, read_json
 from mcl_clip.data import decode as decode_module
 from mcl_clip.eval.datasets import open_set
-from mcl_clip.model.clip import create_clip
+from mcl_clip.model.clip import create_clip, save_clip
 from mcl_clip.publish.export import Export, export_run
 from mcl_clip.results.record import read_run
 from mcl_clip.results.training import stage_rows
@@ -58,6 +58,21 @@ def test_a_running_average_is_what_is_evaluated_and_kept(recipe):
     assert "visual.proj" in moved(weights, trained(run))
     without = execute(replace(with_stages(recipe, SHORT), run_dir=run.with_name("without")))
     assert not moved(weights, trained(without))  # nor does averaging change the training
+
+
+def test_similar_rows_are_masked_under_the_model_before(recipe, tmp_path):
+    """In stage 0 that is the pretrained model, whose features are removed when they are no longer needed."""
+    save_clip(create_clip(model_cfg=recipe.tower.model, seed=5), tmp_path / "base")
+    pretrained = replace(recipe, tower=TowerConfig(architecture=f"local-dir:{tmp_path / 'base'}"))
+    run = execute(with_stages(pretrained, *[{**SHORT, "mask_similar": 0.5}] * 2))
+    for stage in (0, 1):
+        assert sum(record["similar"] for record in records(run / f"stage-{stage}/train/metrics.jsonl")) > 0
+    assert not (run / "stage-0/train/base").exists()
+    assert not list((run / "index").glob("similarity*"))
+    with pytest.raises(
+        UserError, match=r"--stages\.0\.train\.mask-similar 0\.5 compares .* random weights here; use it in"
+    ):
+        execute(with_stages(recipe, {**SHORT, "mask_similar": 0.5}))
 
 
 def test_the_sigmoid_loss(recipe):

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.loss_memory import kept_for_backward
 from mcl_clip.core.distributed import random_words
-from mcl_clip.model.losses import clip_loss, find_negatives, siglip_loss
+from mcl_clip.model.losses import Similarity, clip_loss, find_negatives, siglip_loss
 
 ROWS, DIM = 23, 6
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
@@ -31,6 +31,12 @@ def random_negatives(rows=ROWS, **options):
     for name, values in ids.items():
         values[5] = values[9] if name == "groups" else (values[9] + 1) % 9
     return find_negatives(rows=numbers, **ids, **options)
+
+
+def similarity(rows=ROWS, dim=5, threshold=0.3):
+    """Features of which the last two rows are the same, and the first ones at the threshold."""
+    features = normalize(random_integers("similar", size=rows * dim).reshape(rows, dim).double() - 2**15).half()
+    return Similarity(features=features, columns=features, threshold=threshold)
 
 
 def inputs(rows=ROWS, dim=DIM, dtype=torch.float64):
@@ -98,6 +104,31 @@ def test_negatives_and_counts_are_those_of_every_pair_looked_at(chunk_rows, mask
 def test_padding_has_no_weight_where_rows_need_no_negatives():
     weight = random_negatives(min_negatives=0).weight
     assert weight.tolist() == [float(row not in (2, 11, ROWS - 1)) for row in range(ROWS)]
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 5])
+def test_similar_rows_are_no_negatives_and_are_counted_beside_duplicates(chunk_rows):
+    close = similarity()
+    found, plain = (random_negatives(chunk_rows=chunk_rows, similarity=given) for given in (close, None))
+    similar = close.features.double() @ close.features.double().T > 0.3
+    masked = plain.keep(slice(None)) & similar & ~torch.eye(ROWS, dtype=torch.bool)
+    assert torch.equal(found.keep(slice(None)), plain.keep(slice(None)) & ~masked)
+    assert torch.equal(found.keep(slice(3, 8)), found.keep(slice(None))[3:8])
+    assert int(found.similar) == int(masked.sum()) > 10 > int(plain.similar) == 0
+    assert torch.equal(plain.num_negatives - found.num_negatives, masked.sum(1))
+    assert torch.equal(found.duplicates, plain.duplicates)
+    kept = random_negatives(chunk_rows=chunk_rows, similarity=close, mask_duplicates=False)
+    assert int(kept.similar) == int(found.similar)  # without duplicates, which are counted on their own
+
+
+def test_the_mask_of_similar_rows_depends_on_no_order_of_summation():
+    features = normalize(random_integers("exact", size=64 * 700).reshape(64, 700).double() - 2**15).half()
+    exact = features.double() @ features.double().T
+    for order in (torch.arange(700), random_integers("order", size=700).argsort()):
+        of_order = features[:, order].double()
+        assert torch.equal(of_order @ of_order.T, exact)
+        assert torch.equal(torch.stack([(of_order * row).sum(1) for row in of_order]), exact)
+        assert torch.equal(torch.cat([of_order[:7] @ of_order.T, of_order[7:] @ of_order.T]), exact)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -82,6 +82,17 @@ def test_duplicates_that_were_not_masked(run):
     assert data_losses(run) == ["stage 0: 2 negatives with the same caption or image as their row were kept"]
 
 
+@pytest.mark.parametrize(
+    ("side", "words"), [("text", "captions similar to those"), ("image", "an image similar to that")]
+)
+def test_similar_rows_that_were_masked(run, side, words):
+    config = json.loads((run / "config.json").read_text())
+    config["stages"][0]["train"] |= {"mask_similar": 0.9, "similar_by": side}
+    (run / "config.json").write_text(json.dumps(config))
+    write_lines(run / "stage-0/train/metrics.jsonl", step(5, similar=2000.0), step(10))
+    assert data_losses(run) == [f"stage 0: 2,000 negatives with {words} of their row were masked"]
+
+
 def test_merged_groups(run):
     groups = {"rows_relaxed": 30, "groups": [{"size": 30}, {"size": 70}]}
     (run / "stage-1/train/groups.json").write_text(json.dumps(groups))
