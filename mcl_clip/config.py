@@ -373,9 +373,18 @@ class EvalConfig:
     """Steps between evaluations inside a stage; 0 is never. It changes the result only with `keep_best`."""
     batch_size: int = 64
     """Images in a forward pass, also when the training rows are embedded."""
+    select: str = ""
+    """SET:METRIC, such as val:mean_recall@1, by which the stages of a greedy soup and the share of WiSE-FT are chosen;
+    SET alone is its main metric. Choose on a set that is not reported."""
+    guard: tuple[str, ...] = ()
+    """SET:METRIC of what the base can do and the model should not forget, such as cifar10:acc1: the share of WiSE-FT
+    is chosen by the mean of these and `select`."""
+    wise_ft: tuple[float, ...] = ()
+    """Shares of the fine-tuned weights, from 0 to 1, to try in an interpolation with the pretrained ones (WiSE-FT,
+    arXiv 2109.01903); 0 and 1 are always tried. The final model has the best share. For a single model only."""
 
     def __post_init__(self) -> None:
-        check_fields("eval.", self, every_steps=0, batch_size=1)
+        check_fields("eval.", self, every_steps=0, batch_size=1, wise_ft=(0, 1))
 
     @property
     def all_sets(self) -> tuple[str, ...]:
@@ -471,6 +480,10 @@ class RunConfig:
     stages: tuple[StageConfig, ...]
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
+    method: Literal["stages", "single", "plain-stages", "ensemble", "soup", "greedy-soup"] = "stages"
+    """What is trained with the compute of the stages: the stages with groups (`stages`), one stage (`single`), stages
+    without groups (`plain-stages`), as many models from the same start (`ensemble`), or those averaged to one model by
+    their weights (`soup`; `greedy-soup` leaves out those that do not help on `--eval.select`)."""
     control: Literal["none", "single", "ensemble", "no-groups", "random-groups", "ifm"] = "none"
     """Baseline to run instead of the recipe: a single stage of equal compute (`single`), as many independent models
     (`ensemble`), the same stages without groups or with random groups, or `single` with implicit feature modification
@@ -489,6 +502,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields("", self)
+        if self.control != "none" and self.method != "stages":
+            raise UserError(
+                f"--control {self.control} is a baseline of stages with groups, and --method is {self.method}; leave "
+                f"one of them out"
+            )
         if not self.stages:
             raise UserError("a run needs at least one stage")
         for number, stage in enumerate(self.stages):

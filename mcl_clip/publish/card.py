@@ -77,7 +77,7 @@ class _Subject:
     @property
     def is_all_stages(self) -> bool:
         """Whether it is the combination of several stages."""
-        return self.label == COMBINED and len(self.run.stages) > 1
+        return self.label == COMBINED and len(self.run.stages) > 1 and not self.run.averaged
 
     @property
     def labels(self) -> list[str]:
@@ -98,6 +98,7 @@ def card(
     revision: str = "",
     stage: int | None = None,
     weights: str = "",
+    is_final: bool = False,
     about: About | None = None,
 ) -> str:
     """Return the README.md of a model of `run`, finished or not.
@@ -107,6 +108,7 @@ def card(
         repo: ORG/NAME on the Hub; without it the examples load from a folder.
         revision: branch there, if it is not the main one.
         weights: how averaged or interpolated weights, for which there are no results, were made.
+        is_final: whether it is the final model of a run that averages weights, which has results.
 
     Raises:
         UserError: if `run` is not a run directory, a file is damaged, or there is no such stage.
@@ -116,7 +118,9 @@ def card(
     try:
         record = read_run(run)
         last = len(record.stages) - 1
-        if form == "multistage" or weights:
+        if is_final:
+            label, weights = COMBINED, record.averaged
+        elif form == "multistage" or weights:
             label = COMBINED if form == "multistage" else ""
         elif stage is None and last > 0:
             raise UserError(f"a card for {form} is of one stage; say which, from 0 to {last}")
@@ -265,6 +269,8 @@ def _model(subject: _Subject) -> str:
         parts.append(f"{format_parameters(image)} + {format_parameters(text)} parameters{suffix}")
     if s is not None and stage.weights:
         parts.append(f"logit scale {stage.weights.logit_scale:.1f}")
+    elif subject.label == COMBINED and run.averaged:
+        parts.append(f"logit scale {math.exp(run.combination['logit_scale']):.1f}")
     elif subject.label == COMBINED and "logit_scale" in run.combination:
         scale, rows = math.exp(run.combination["logit_scale"]), run.combination["held_out_rows"]
         parts.append(f"logit scale {scale:.1f}, fitted on {rows:,} held-out pairs")
@@ -286,7 +292,7 @@ def _versus(subject: _Subject) -> Mapping[str, str]:
     run, nothing = subject.run, {"verdict": "", "better_stages": ""}
     if len(run.stages) == 1 or not subject.label:
         return nothing
-    found = scores.differences(run, subject.label, "stage-0" if subject.is_all_stages else COMBINED)
+    found = scores.differences(run, subject.label, "stage-0" if subject.label == COMBINED else COMBINED)
     if not found:
         return nothing
     better = []

@@ -1,8 +1,7 @@
 """Export a run as a folder that others can load, verified by loading it back before it is kept."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ from mcl_clip.core.distributed import random_words
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl, atomic_dir, read_jsonl, read_run_config
 from mcl_clip.model.clip import ClipBundle, load_clip
+from mcl_clip.model.mix import mix_weights
 from mcl_clip.model.multistage import MultistageCLIP, normalized
 from mcl_clip.model.open_clip_io import write_open_clip_folder
 from mcl_clip.model.resolve import find_models
 from mcl_clip.model.tower import create_tower
 from mcl_clip.publish.card import About, card
 from mcl_clip.publish.hub import MAIN, MARKER, is_export_file
+from mcl_clip.results.record import COMBINED, read_run
 
 TRANSFORMERS_RESIZED = "transformers, resizing images itself"
 MAX_DIFFERENCE = 1e-5  # of unit features
@@ -43,11 +44,12 @@ class Export:
     as_transformers: bool = False  # write a single model as a CLIPModel of transformers, not as an open_clip folder
     compact: bool = False  # write weights that stages share once; plain open_clip then loads the first stage only
     about: About = field(default_factory=About)  # what the run cannot tell, for the model card
+    is_final: bool = False  # the final model of the run is a single one with averaged weights
 
     @property
     def is_multistage(self) -> bool:
         """Whether all stages are exported, as one multistage model."""
-        return self.stage is None and not self.average
+        return self.stage is None and not self.average and not self.is_final
 
     @property
     def form(self) -> str:
@@ -70,6 +72,7 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "", revis
     """
     folder = folder.resolve()  # a symlink is kept, and `.` gets a name
     stages: list[dict[str, Any]] = read_run_config(run)["stages"]
+    export = replace(export, is_final=export.is_multistage and bool(read_run(run).averaged))
     _check_options(run, stages, export)
     _check_folder(folder)
     with atomic_dir(folder) as temporary:
@@ -78,9 +81,10 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "", revis
         else:
             differences = _write_single(_single_model(run, stages, export), temporary, export)
         if not export.average and export.wise_ft is None:  # the run evaluated no such models
-            folders = [*(run / f"stage-{s}" / "eval" for s in range(len(stages))), run / "combined"]
+            folders = [*(run / f"stage-{s}" / "eval" for s in range(len(stages))), run / COMBINED]
             for record in (record for folder in folders for record in read_jsonl(folder / "results.jsonl")):
-                if export.is_multistage or record.get("label") == f"stage-{export.stage}":
+                label = COMBINED if export.is_final else f"stage-{export.stage}"
+                if export.is_multistage or record.get("label") == label:
                     (temporary / "eval").mkdir(exist_ok=True)
                     append_jsonl(temporary / "eval" / "results.jsonl", {**record, "outcomes": None})  # not exported
         text = card(
@@ -90,6 +94,7 @@ def export_run(run: Path, folder: Path, export: Export, *, repo: str = "", revis
             revision="" if revision == MAIN else revision,
             stage=export.stage,
             weights=_weights_text(stages, export),
+            is_final=export.is_final and export.wise_ft is None,
             about=export.about,
         )
         (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -198,9 +203,12 @@ def _write_single(clip: ClipBundle, folder: Path, export: Export) -> dict[str, f
 
 def _single_model(run: Path, stages: Sequence[Mapping[str, Any]], export: Export) -> ClipBundle:
     """Load one stage or the mean of all, interpolated with the base if asked for."""
-    used = range(len(stages)) if export.stage is None else [export.stage]
-    clips = [_load_single(f"{run}/stage-{s}") for s in used]
-    clip = mix_weights(clips, [1 / len(clips)] * len(clips))
+    if export.is_final:
+        clip = load_clip(run / COMBINED / "model" / "stage_0")
+    else:
+        used = range(len(stages)) if export.stage is None else [export.stage]
+        clips = [_load_single(f"{run}/stage-{s}") for s in used]
+        clip = mix_weights(clips, [1 / len(clips)] * len(clips))
     if export.wise_ft is None:
         return clip
     if export.base:
@@ -223,43 +231,13 @@ def _load_single(name: str) -> ClipBundle:
     return loaded
 
 
-def mix_weights(clips: Sequence[ClipBundle], shares: Sequence[float]) -> ClipBundle:
-    """Average the weights of models into the first one, and return it.
-
-    Equal shares give a uniform soup (Wortsman et al., arXiv 2203.05482), two models WiSE-FT (arXiv 2109.01903). Only
-    models that were fine-tuned from the same weights can be averaged meaningfully. The mean is computed in float64;
-    integers, such as counters of batch norm, are those of the last model. The shares sum to 1.
-
-    Raises:
-        UserError: if the models have different settings or shapes of weights.
-    """
-    if len(clips) != len(shares) or not math.isclose(sum(shares), 1):
-        raise ValueError(f"shares {list(shares)} must be one for each of {len(clips)} models, with the sum 1")
-    first, states = clips[0], [clip.model.state_dict() for clip in clips]
-    shapes = [{name: value.shape for name, value in state.items()} for state in states]
-    if any(clip.model_cfg != first.model_cfg for clip in clips) or any(other != shapes[0] for other in shapes):
-        raise UserError("weights of models with different settings cannot be averaged; use stages of one run")
-    mixed = {}
-    for name, tensor in states[0].items():
-        tensors = [state[name] for state in states]
-        if not tensor.is_floating_point():
-            mixed[name] = tensors[-1]
-        elif all(torch.equal(other, tensor) for other in tensors[1:]):
-            mixed[name] = tensor  # locked weights stay bit-identical
-        else:
-            terms = [share * value.double() for value, share in zip(tensors, shares, strict=True)]
-            mixed[name] = torch.stack(terms).sum(0).to(tensor.dtype)
-    first.model.load_state_dict(mixed)
-    return first
-
-
 def _weights_text(stages: Sequence[object], export: Export) -> str:
     """Describe for the card how averaged or interpolated weights were made; empty for those of a stage."""
     mean = f"the mean of the weights of stages 0 to {len(stages) - 1}" if export.average else ""
     if export.wise_ft is None:
         return mean
     base = f"the weights of {Path(export.base).name}" if export.base else "the weights that the run started from"
-    tuned = mean or f"those of stage {export.stage}"
+    tuned = mean or ("the final model" if export.is_final else f"those of stage {export.stage}")
     return f"{1 - export.wise_ft:g} of {base} and {export.wise_ft:g} of {tuned} (WiSE-FT)"
 
 

@@ -18,7 +18,7 @@ from mcl_clip.report.thumbnails import Thumbnails, shortened
 from mcl_clip.report.view import EXPERIMENT, RunView, Section
 from mcl_clip.results.record import COMBINED, Result, RunRecord, read_run
 from mcl_clip.results.scores import compare, difference_text, headline_metrics, shown_metrics, sizes, verdict
-from mcl_clip.results.text import METRICS, cell, format_percent, label_title, metric_title
+from mcl_clip.results.text import METRICS, cell, format_percent, label_title, metric_title, trade_rows
 
 DIRECTIONS = {"image_retrieval": "text to image", "text_retrieval": "image to text"}
 GROUP_METRIC = "accuracy/"  # of a set of pairs
@@ -192,6 +192,31 @@ def _example(
     name = names[int(task.data.labels[query])]
     image = thumbnails.request(task.name, query, name)
     return {"query": name, "right": image, "first": answers[0], "combined": answers[1]}
+
+
+def trade_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: ARG001
+    """Return what the interpolation with the base gains and costs; None where there is no such choice."""
+    curve = view.run.combination.get("curve") or ()
+    if not curve:
+        return None
+    chosen, terms = view.run.combination["wise_ft"], [name for name in curve[0] if name != "share"]
+    content: dict[str, Any] = {"rows": trade_rows(curve, chosen), "figure": None}
+    if len(terms) > 1:
+        task, guards = terms[0], terms[1:]
+        points = [(100 * sum(point[g] for g in guards) / len(guards), 100 * point[task]) for point in curve]
+        with new_figure() as (figure, axes):
+            axes.plot(*zip(*points, strict=True), color=SERIES[0], marker="o")
+            for (x, y), point in zip(points, curve, strict=True):
+                axes.annotate(f"{point['share']:g}", (x, y), textcoords="offset points", xytext=(4, 4))
+            axes.set_xlabel(f"guard: {', '.join(guards)}, %")
+            axes.set_title(f"{task}, %")
+            ends = "; ".join(
+                f"share {p['share']:g}: {y:.1f} and {x:.1f} %" for (x, y), p in zip(points, curve, strict=True)
+            )
+            content["figure"] = svg(
+                figure, f"{task} over {', '.join(guards)} by share of the fine-tuned weights: {ends}."
+            )
+    return Section(name="trade", title="Fine-tuned against base weights", content=content)
 
 
 def controls_section(view: RunView, thumbnails: Thumbnails) -> Section | None:  # noqa: ARG001

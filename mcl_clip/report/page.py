@@ -24,6 +24,7 @@ SECTIONS: tuple[Callable[[RunView, Thumbnails], Section | None], ...] = (
     clusters.section,
     clusters.neighbours_section,
     evaluation.changes_section,
+    evaluation.trade_section,
     evaluation.controls_section,
     evaluation.section,
     training.section,

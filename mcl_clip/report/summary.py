@@ -10,6 +10,7 @@ from mcl_clip.results.record import COMBINED, PHASES, Result, RunRecord, StageRe
 from mcl_clip.results.scores import LINEAR_PROBE, agreement_text, compare, headline_metrics, verdict
 from mcl_clip.results.text import (
     CONTROLS,
+    METHODS,
     METRICS,
     SIDE_NAMES,
     cell,
@@ -55,6 +56,7 @@ def section(view: RunView, thumbnails: Thumbnails) -> Section:  # noqa: ARG001
     content = {
         "lead": lead,
         "control": f"This run is a control: {control}." if control else "",
+        "method": _method_sentence(run),
         "stages": [
             {"number": s, "state": _stage_state(stage), "sentences": stage_sentences(run, s)}
             for s, stage in enumerate(run.stages)
@@ -65,6 +67,14 @@ def section(view: RunView, thumbnails: Thumbnails) -> Section:  # noqa: ARG001
         "machine_rows": as_markup(machine_rows(run)),
     }
     return Section(name="summary", title="Summary", content=content)
+
+
+def _method_sentence(run: RunRecord) -> str:
+    """Say what the run trains in place of stages with groups, and how the weights of the final model were made."""
+    method = METHODS.get(str(run.config.get("method", "stages")), "")
+    sentences = [f"The method is {method}."] if method else []
+    sentences += [f"The weights of the final model are {run.averaged}."] if run.averaged else []
+    return " ".join(sentences)
 
 
 def _next_phase(stage: StageRecord) -> str:

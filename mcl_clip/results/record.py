@@ -186,7 +186,8 @@ class RunRecord:
     @property
     def labels(self) -> list[str]:
         """The models that tables show: all stages, and their combination where there are several."""
-        return [f"stage-{s}" for s in range(len(self.stages))] + [COMBINED] * (len(self.stages) > 1)
+        is_single = len(self.stages) == 1 and not self.averaged
+        return [f"stage-{s}" for s in range(len(self.stages))] + [COMBINED] * (not is_single)
 
     @property
     def is_finished(self) -> bool:
@@ -208,6 +209,11 @@ class RunRecord:
     def combination(self) -> Mapping[str, Any]:
         """How the stages are combined, and the fitted logit scale; empty before that."""
         return _read_object(self.folder / COMBINED / "combination.json")
+
+    @property
+    def averaged(self) -> str:
+        """How the weights of a final model that is one CLIP were made; empty where the stages are combined."""
+        return str(self.combination.get("averaged") or "")
 
     @property
     def shares_text_tower(self) -> bool:

@@ -24,6 +24,13 @@ CONTROLS = {
     "random-groups": "the same stages with random groups",
     "ifm": "a single stage of equal compute with implicit feature modification",
 }
+METHODS = {
+    "single": "one stage with the compute of all stages",
+    "plain-stages": "stages without groups",
+    "ensemble": "an ensemble of models from the same start",
+    "soup": "a soup: the mean of the weights of models from the same start",
+    "greedy-soup": "a greedy soup: the mean of the weights of the models that help on the set of choices",
+}
 METRICS = {
     "mean_recall@1": "mean R@1",
     "text_retrieval_recall@1": "image-to-text R@1",
@@ -160,6 +167,22 @@ def results_table(folder: Path) -> str:
     Only the main metric comes with its 95 % interval.
     """
     return "\n".join(line for title, rows in result_rows(folder).items() for line in (title, *aligned(rows)))
+
+
+def trade_rows(curve: Sequence[Mapping[str, float]], chosen: float) -> list[list[str]]:
+    """Return the values of an interpolation with the base by share, titles first; the chosen share has a star."""
+    terms = [name for name in curve[0] if name != "share"]
+    rows = [["share of the fine-tuned weights", *terms]]
+    for point in curve:
+        mark = " *" if point["share"] == chosen else ""
+        values = [f"{point[t]:g}" if t.endswith("rank") else format_percent(point[t]) for t in terms]
+        rows.append([f"{point['share']:g}{mark}", *values])
+    return rows
+
+
+def trade_table(curve: Sequence[Mapping[str, float]], chosen: float) -> str:
+    """Format `trade_rows` for a terminal."""
+    return "\n".join(aligned(trade_rows(curve, chosen)))
 
 
 def result_rows(folder: Path) -> dict[str, list[list[str]]]:

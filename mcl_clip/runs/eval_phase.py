@@ -31,6 +31,7 @@ from mcl_clip.publish.hub import upload
 from mcl_clip.results.record import COMBINED
 from mcl_clip.results.text import results_table
 from mcl_clip.runs.context import RESULTS, RunContext
+from mcl_clip.runs.final_model import is_averaged, make_single_model
 from mcl_clip.stages.combine import fit_combination
 from mcl_clip.stages.diagnose import Diagnosis, diagnose
 from mcl_clip.stages.shared_metric import Projection
@@ -87,6 +88,44 @@ def diagnosis(run_dir: Path, stage: int, *, settings: Mapping[str, Any], rows: i
 
 
 def combine(run: RunContext) -> None:
+    """Make the final model of a run, all stages together or the average of their weights; save and score it."""
+    if is_averaged(run.config):
+        _finish_averaged(run)
+    else:
+        on_main(partial(_finish_combined, run))
+
+
+def _finish_averaged(run: RunContext) -> None:
+    """Save and score one model with averaged weights, which has the temperature of its stages. A collective call."""
+    out = run.config.run_dir / COMBINED
+    clip, choice = make_single_model(run)
+    clip.model.to(run.accelerator.device)
+    features = {name: run.embed_task(task, clip.model, clip) for name, task in run.tasks.items()}
+
+    def finish() -> None:
+        bias = getattr(clip.model, "logit_bias", None)
+        model = MultistageCLIP(
+            [clip.model.cpu()],
+            combine="mean_cosine",
+            logit_scale=clip.model.logit_scale.item(),  # type: ignore[operator]
+            logit_bias=None if bias is None else bias.item(),
+            preprocess_cfg=clip.preprocess_cfg,
+            model_cfgs=[clip.model_cfg],
+            tokenizer=clip.tokenizer,
+        )
+        with atomic_dir(out / "model") as folder:
+            model.save(folder)
+        for name, of_set in features.items():
+            with atomic_path(out / f"features-{name}.safetensors") as path:
+                save_file(of_set, path)
+        write_json(out / "combination.json", {**choice.record(), "logit_scale": model.logit_scale.item()})
+        score_stages(run, out, [("combined", [len(run.config.stages) - 1], None)], folders=[out])
+        logging.getLogger(RESULTS).info("final model\n%s", results_table(run.config.run_dir))
+
+    on_main(finish)
+
+
+def _finish_combined(run: RunContext) -> None:
     """Fit the temperature of the multistage model on held-out rows, save and score it. Runs on the main process only.
 
     Raise UserError if fewer than two held-out rows could be decoded.
@@ -136,24 +175,28 @@ def score_stages(
     run: RunContext,
     out: Path,
     models: Iterable[tuple[str, Sequence[int], str | None]],
+    *,
     weights: Sequence[float] | None = None,
+    folders: Sequence[Path] = (),
 ) -> None:
     """Score stages and combinations of stages from their stored features; write results.jsonl and the outcomes.
 
     `models` are label, stages, and how these are combined (None for a single stage); `weights` are for `weighted`.
+    The features are in `folders`, by default those of the evaluations of the stages.
     """
     records = []
     for label, stages, combination in models:
         for name, base_task in run.tasks.items():
             started = time.perf_counter()
-            stored = [load_tensors(run.folder(s, "eval") / f"features-{name}.safetensors", *SIDES) for s in stages]
+            sources = folders or [run.folder(s, "eval") for s in stages]
+            stored = [load_tensors(source / f"features-{name}.safetensors", *SIDES) for source in sources]
             image, text = (
                 combine_features([features[side] for features in stored], combination or "concat", weights)
                 for side in SIDES
             )
             task = probe_at_stage_width(base_task, [features["image"].shape[1] for features in stored])
             metrics, outcomes = task.score(image, text)
-            if combination is None and isinstance(task, ClassificationTask):
+            if combination is None and not folders and isinstance(task, ClassificationTask):
                 metrics |= _cluster_agreement(run, stages[0], task, image)
             outcomes_file = f"outcomes-{name}-{label}.npz"
             with atomic_path(out / outcomes_file) as path, path.open("wb") as file:

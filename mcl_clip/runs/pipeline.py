@@ -40,6 +40,7 @@ from mcl_clip.results.text import format_duration, result_rows
 from mcl_clip.runs.context import RunContext, load_index, name_and_folder, open_tasks, with_behavior
 from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import combine, evaluate, publish
+from mcl_clip.runs.final_model import check_choices, is_averaged
 from mcl_clip.runs.frozen import TRUNKS
 from mcl_clip.runs.phase import Phase, lock
 from mcl_clip.runs.stage_phases import cluster, embed, label
@@ -206,8 +207,8 @@ def plan_phases(run: RunContext) -> list[Phase]:
     combined = Phase(
         name=COMBINED,
         folder=config.run_dir / COMBINED,
-        settings={"combine": config.combine, "loss": config.stages[0].train.loss},
-        run=partial(on_main, partial(combine, run)),
+        settings={"combine": config.combine, "loss": config.stages[0].train.loss, **_choices(config)},
+        run=partial(combine, run),
         inputs=(*trained, *embedded, *evaluated),
         grows=True,
     )
@@ -225,6 +226,14 @@ def plan_phases(run: RunContext) -> list[Phase]:
             )
         )
     return phases
+
+
+def _choices(config: RunConfig) -> dict[str, Any]:
+    """Return what the final model depends on where it is one model of averaged weights."""
+    if not is_averaged(config):
+        return {}
+    choices = {name: getattr(config.eval, name) for name in ("select", "guard", "wise_ft")}
+    return {"method": config.method, **choices}
 
 
 def _train_settings(run: RunContext, s: int, data: dict[str, Any]) -> dict[str, Any]:
@@ -289,6 +298,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
     """Raise UserError for starts, batch sizes and choices that are impossible with `processes` processes (all)."""
     processes, sets = processes or world_size(), dict(map(name_and_folder, config.eval.all_sets))
+    check_choices(config, sets)
     for s, stage in enumerate(config.stages):
         check_installed(stage.train.lora)
         if stage.start == "scratch" and config.tower.is_pretrained:

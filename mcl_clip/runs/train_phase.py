@@ -180,12 +180,17 @@ def start_stage(config: RunConfig, stage: int) -> int | None:
 
 def start_clip(run: RunContext, stage: int) -> ClipBundle:
     """Create or load the model that a stage starts from."""
-    config, tower = run.config, run.config.tower
+    config = run.config
     if (earlier := start_stage(config, stage)) is not None:
         return load_clip(run.folder(earlier, "train") / "model")
+    return base_clip(config, stage if config.stages[stage].start == "scratch" else 0)
+
+
+def base_clip(config: RunConfig, draw: int = 0) -> ClipBundle:
+    """Create the towers of the recipe; `draw` is the number of the draw of random weights."""
     clip = create_tower(
-        tower,
-        seed=seed_of(config.seed, "tower", stage if config.stages[stage].start == "scratch" else 0),
+        config.tower,
+        seed=seed_of(config.seed, "tower", draw),
         text_weights=config.behavior != "0.6",
     )
     check_vocabulary(clip.model, clip.tokenizer)

@@ -45,6 +45,8 @@ LORA = "--stages.0.train.lora.rank"
 TWO_STAGES = "--num-stages 2 --stages.1.train.steps 2 --stages.1.train.warmup-steps 0"
 GROUPED = f"{TWO_STAGES} --stages.1.train.min-group-size 8"
 EVALUATED = "--eval.sets {path}/colours --eval.every-steps 1"
+PRETRAINED = "--tower.pretrained {data}/folder/open_clip_model.safetensors"
+WISE_FT = "--eval.sets {path}/colours --eval.select colours --eval.wise-ft 0.5"
 SIGLIP_MODEL = {"init_logit_bias": -10.0, "init_logit_scale": 2.3}
 
 
@@ -88,6 +90,7 @@ def preprocess(**options: Any) -> Callable[[RunConfig], RunConfig]:
 CASES = {
     "run_dir": Case("--run-dir {tmp}/elsewhere", "run_dir"),
     "control": Case("--control ifm", "weights"),
+    "method": Case("--method soup", "choice", given=f"{PRETRAINED} {TWO_STAGES}"),
     "combine": Case("--combine mean_cosine", "combination"),
     "seed": Case("--seed 1", "weights"),
     "behavior": Case("--behavior 0.6", "made_from"),
@@ -205,6 +208,9 @@ CASES = {
     "eval.retrieval": Case("--eval.retrieval {path}/retrieval", "evaluated"),
     "eval.classification": Case("--eval.classification {path}/colours", "evaluated"),
     "eval.sets": Case("--eval.sets {path}/colours", "evaluated"),
+    "eval.select": Case("--eval.select colours:linear_acc1", "choice", given=f"{PRETRAINED} {WISE_FT}"),
+    "eval.guard": Case("--eval.guard colours:linear_acc1", "choice", given=f"{PRETRAINED} {WISE_FT}"),
+    "eval.wise_ft": Case("--eval.wise-ft 0.3", "choice", given=f"{PRETRAINED} {WISE_FT}"),
     "eval.every_steps": Case("--eval.every-steps 1", "records", given="--eval.sets {path}/colours"),
     "eval.batch_size": Case("--eval.batch-size 10", "encoded"),
     "machine.workers": Case("--machine.workers 1", "loaders"),
@@ -370,7 +376,9 @@ def look(run_recipe: Callable[[], int], run: Path, watch: Watch) -> dict[str, An
             seen["made_from"].append(read_json(stage / "train/DONE.json")["made_from"]["settings"]["data"])
             seen["records"].append([record["step"] for record in read_jsonl(stage / "train/metrics.jsonl")])
     if (path := run / "combined/combination.json").exists():
-        seen["combination"] = read_json(path)["combine"]
+        record = read_json(path)
+        seen["combination"] = record.get("combine")
+        seen["choice"] = {name: record.get(name) for name in ("averaged", "wise_ft", "curve")}
     seen["best"] += [read_json(path) for path in sorted(run.glob("stage-*/train/best.json"))]
     report = run / "report.html"
     seen["report"] = (report.stat().st_size > 50_000, report.read_text().count("data:image")) if report.exists() else ()

@@ -55,6 +55,16 @@ def test_the_same_stages_without_their_groups(name, groups, start):
         assert stage == replace(STAGE, start=start, train=replace(TRAIN, groups=groups))
 
 
+@pytest.mark.parametrize(
+    ("method", "control"),
+    [("single", "single"), ("plain-stages", "no-groups"), ("ensemble", "ensemble"), ("soup", "ensemble"),
+     ("greedy-soup", "ensemble")],
+)  # fmt: skip
+def test_a_method_trains_what_its_control_trains(method, control):
+    for recipe in (SCRATCH, PRETRAINED):
+        assert with_control(replace(recipe, method=method), rows=1920).stages == controlled(recipe, control).stages
+
+
 def test_pretrained_towers_are_fine_tuned_from_the_same_weights():
     (only,) = controlled(PRETRAINED, "single").stages
     assert only.train.steps == 230  # what trains: 2 x 100 steps; all three stages embed

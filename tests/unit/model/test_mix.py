@@ -3,7 +3,7 @@ import torch
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.model.clip import create_clip
-from mcl_clip.publish.export import mix_weights
+from mcl_clip.model.mix import mix_weights
 from tests.unit.eval.sets import MODEL
 
 
