@@ -209,6 +209,20 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation of what the base finds similar, so that fine-tuning does not forget it."""
+
+    weight: float = 0.0
+    """Factor on the distillation, which is added to the loss: the divergence of the softmax over the batch from that of
+    the pretrained model (without one, of stage 0). 0 is off. It takes a forward pass of that model in each step."""
+    temperature: float = 1.0
+    """Temperature of both softmaxes, on top of the logit scales; higher ones compare more than the most similar."""
+
+    def __post_init__(self) -> None:
+        check_fields("stages.K.train.distill.", self, weight=0, temperature=1e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Training of one stage."""
 
@@ -294,6 +308,7 @@ class TrainConfig:
     augment: AugmentConfig = AugmentConfig()
     lock: LockConfig = LockConfig()
     lora: LoraConfig = LoraConfig()
+    distill: DistillConfig = DistillConfig()
 
     def __post_init__(self) -> None:
         check_fields(

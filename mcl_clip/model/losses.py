@@ -13,7 +13,7 @@ Masks and logits have one entry per row and column. With `chunk_rows` they are c
 and recomputed in the backward pass, so that memory grows with the batch and not with its square.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from jaxtyping import Bool, Float, Float16, Int64
 from torch import Tensor
 
 from mcl_clip.core.distributed import all_reduce_sum, gather, gather_with_grad, rank, world_size
+
+MASKED = -1e30  # a logit of no weight, finite so that its share of a divergence is 0
 
 Features = Float[Tensor, "local dim"]
 Ids = Int64[Tensor, "local"]
@@ -236,6 +238,45 @@ def _append(
     """Append columns of the wrong captions of each row to its cosines and its mask."""
     of_wrong = (wrong @ images[:, :, None]).squeeze(2)
     return torch.cat([cosines, of_wrong], dim=1), torch.cat([keep, is_negative], dim=1)
+
+
+def distillation_loss(
+    image_features: Features,
+    text_features: Features,
+    logit_scale: Float[Tensor, ""],
+    teacher: Mapping[str, Tensor],
+    negatives: Negatives,
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Compute this process's share of the distillation of a teacher's similarities (arXiv 1503.02531).
+
+    l_i = T^2 (KL(p_i || q_i) + KL(p*_i || q*_i)) / 2, where p_i is the softmax of the teacher's s <image_i, text_j> / T
+    over the columns j of row i, q_i is that of the model, and p*, q* are those from texts to images. The columns and
+    weights are those of `negatives`; `teacher` has `image_features`, `text_features` and `logit_scale`.
+    """
+    all_images, all_texts = (gather_with_grad(_at_least_float32(side)) for side in (image_features, text_features))
+    names = ("image_features", "text_features")
+    taught_images, taught_texts = (gather(_at_least_float32(teacher[name]).to(all_images.dtype)) for name in names)
+    first = rank() * len(image_features)
+
+    def row_losses(rows: slice, all_images: Tensor, all_texts: Tensor, logit_scale: Tensor) -> Tensor:
+        keep, columns = negatives.keep(rows), slice(first + rows.start, first + rows.stop)
+
+        def log_softmax(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+            logits = scale * (queries[columns] @ keys.T) / temperature
+            return logits.masked_fill(~keep, MASKED).log_softmax(1)
+
+        losses = [
+            F.kl_div(log_softmax(*of_model), log_softmax(*of_teacher), reduction="none", log_target=True).sum(1)
+            for of_model, of_teacher in (
+                ((all_images, all_texts, logit_scale), (taught_images, taught_texts, teacher["logit_scale"])),
+                ((all_texts, all_images, logit_scale), (taught_texts, taught_images, teacher["logit_scale"])),
+            )
+        ]
+        return temperature**2 * torch.stack(losses).mean(0)
+
+    return _share(row_losses, negatives, all_images, all_texts, logit_scale)
 
 
 def _with_perturbed(

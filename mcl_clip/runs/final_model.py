@@ -63,7 +63,7 @@ def check_choices(config: RunConfig, sets: Iterable[str]) -> None:
     if config.method in SOUPS and not config.tower.is_pretrained:
         raise UserError(
             f"--method {config.method} averages weights, which takes models that start from the same pretrained ones, "
-            f"and the towers of this recipe are random; use --method ensemble, or pretrained towers"
+            f"and the towers of this recipe, or their heads, are random; use --method ensemble, or a pretrained CLIP"
         ).on_every_process()
     option = (
         "--method greedy-soup" if config.method == "greedy-soup" else "--eval.wise-ft" if config.eval.wise_ft else ""
@@ -82,7 +82,7 @@ def check_choices(config: RunConfig, sets: Iterable[str]) -> None:
     if not config.tower.is_pretrained:
         raise UserError(
             "--eval.wise-ft interpolates with the pretrained weights that a run starts from, and the towers of this "
-            "recipe are random; leave it out"
+            "recipe, or their heads, are random; leave it out"
         ).on_every_process()
 
 

@@ -46,6 +46,8 @@ def store_outputs(
     None is for images or captions that are read and encoded in each step. A collective call.
     """
     settings = run.config.stages[stage].train
+    if settings.distill.weight:  # the teacher needs images and tokens
+        return None, None
     needs_tokens = bool(run.config.data.negatives_key and settings.negative_captions)  # wrong captions are not stored
     texts = _store_text_features(run, stage, clip, index) if settings.lock.text and not needs_tokens else None
     if not settings.lock.cached_trunks:

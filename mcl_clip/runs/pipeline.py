@@ -65,6 +65,7 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
         "keep_best",
         "patience",
         "lora",
+        "distill",
     ),
     LockConfig: ("text_unlocked_groups",),
     AugmentConfig: ("views",),
@@ -310,6 +311,11 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
             raise UserError(
                 f"--stages.0.train.mask-similar {stage.train.mask_similar:g} compares features under the model that "
                 f"stage 0 starts from, which has random weights here; use it in later stages, or a pretrained tower"
+            ).on_every_process()
+        if stage.train.distill.weight and s == 0 and not config.tower.is_pretrained:
+            raise UserError(
+                f"--stages.0.train.distill.weight {stage.train.distill.weight:g} distills the pretrained model, and "
+                f"the towers of this recipe, or the heads that join them, are random; use 0, or a pretrained CLIP"
             ).on_every_process()
         if stage.train.global_batch_size % processes:
             raise UserError(

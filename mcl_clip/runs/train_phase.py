@@ -146,6 +146,7 @@ def fit_stage(
         evaluate=partial(_evaluate, run, clip),
         evaluate_steps=config.eval.every_steps,
         best=best,
+        teacher=_teacher(run, config.stages[stage].train),
         track=partial(_track, run, stage),
         interrupt=run.interrupt,
         spans=spans,
@@ -160,6 +161,14 @@ def fit_stage(
         if is_main():
             record = {name: value for name, value in best.record().items() if name != "stale"}
             write_json(run.folder(stage, "train") / BEST, {**record, "last_step": state.step})
+
+
+def _teacher(run: RunContext, settings: TrainConfig) -> nn.Module | None:
+    """Return the model that a stage distills: the pretrained one or, without one, that of stage 0."""
+    if not settings.distill.weight:
+        return None
+    clip = base_clip(run.config) if run.config.tower.is_pretrained else run.clip(0)
+    return clip.model.to(run.accelerator.device).eval().requires_grad_(False)
 
 
 def _best_weights(run: RunContext, settings: TrainConfig) -> BestWeights | None:

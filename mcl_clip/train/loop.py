@@ -22,7 +22,15 @@ from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.loader import PairBatch, pin
 from mcl_clip.model.clip import autocast, to_floats
 from mcl_clip.model.grad_cache import Outputs, add_gradients
-from mcl_clip.model.losses import Negatives, Similarity, WrongCaptions, clip_loss, find_negatives, siglip_loss
+from mcl_clip.model.losses import (
+    Negatives,
+    Similarity,
+    WrongCaptions,
+    clip_loss,
+    distillation_loss,
+    find_negatives,
+    siglip_loss,
+)
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
 from mcl_clip.train.metrics import BadSamples, Meter, Spans, StepLog
@@ -30,7 +38,8 @@ from mcl_clip.train.optim import ExponentialAverage, lr_at, set_lr
 from mcl_clip.train.validation import BestWeights, Validation
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
-COUNTS = ("loss", "rows", "weight", "negatives", "duplicates", "negative_captions", "similar")
+PAIR = ("image_features", "text_features")
+COUNTS = ("loss", "distillation", "rows", "weight", "negatives", "duplicates", "negative_captions", "similar")
 
 
 class TrainingDivergedError(UserError):
@@ -65,6 +74,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
     evaluate: Callable[[nn.Module], dict[str, float]] = lambda _: {},
     evaluate_steps: int = 0,
     best: BestWeights | None = None,
+    teacher: nn.Module | None = None,
     track: Callable[[Mapping[str, Any], int], object] = lambda *_: None,
     interrupt: Interrupt | None = None,
     spans: Spans | None = None,
@@ -84,6 +94,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
         similar_by: unit features of each row of the data, which `config.mask_similar` compares.
         evaluate: returns metrics of the model, logged every `evaluate_steps` steps inside the stage; 0 is never.
         best: keeps the best weights and says when to stop; by default the last weights are kept.
+        teacher: a frozen model in evaluation mode whose similarities are distilled, by `config.distill`.
         track: called with each record and its step.
         spans: timer of the parts of a step; by default one that never waits for the device.
         max_steps: stop after so many steps, without a checkpoint; by default the stage is trained to its end.
@@ -156,7 +167,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
             counts = forward_backward(
                 model, batch, groups=groups, preprocess_cfg=preprocess_cfg, config=config, device=device,
                 seed=(*seed, "dropout", state.step, rank()), backward=accelerator.backward, spans=spans,
-                similar_by=similar_by,
+                similar_by=similar_by, teacher=teacher,
             )  # fmt: skip
             with spans("optimizer"):
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
@@ -207,15 +218,18 @@ def forward_backward(
     similar_by: Float16[np.ndarray, "rows dim"] | None = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
     spans: Spans | None = None,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Run towers, masked contrastive loss and backward pass on a batch; gradients add up in the parameters.
+    """Run towers, loss and backward pass on a batch; gradients add up in the parameters.
+
+    The loss is the masked contrastive loss and, with a `teacher`, its distillation by `config.distill`.
 
     `groups` has the group of each row of the data, shape (rows,): rows of other groups are no negatives. `seed` names
     the dropout seed of this step and process.
 
     Returns:
         This process's share of the loss and its counts, named as in `COUNTS`, and values of each row for a `Meter`;
-        counts and values are of the loss within groups.
+        counts and values are of the loss within groups, without distillation.
     """
     spans = spans or Spans()
     with spans("device"):
@@ -244,8 +258,10 @@ def forward_backward(
     def loss_of(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         with spans("loss"):
             loss, negatives = contrastive_loss(out, batch, batch_groups, config, similarity)
-            return loss, {
+            distilled = distillation(out, taught, batch, config) if taught else torch.zeros_like(loss)
+            return loss + config.distill.weight * distilled, {
                 "loss": loss,
+                "distillation": distilled,
                 "rows": (batch.rows >= 0).sum(),
                 "weight": negatives.weight.sum(),
                 "negatives": (negatives.num_negatives * negatives.weight).sum(),
@@ -257,6 +273,8 @@ def forward_backward(
                 "row_weights": negatives.weight,
             }
 
+    with spans("forward"):
+        taught = {} if teacher is None else teacher_outputs(teacher, batch, preprocess_cfg, config, device)
     with spans("backward"):  # less the spans inside it
         return add_gradients(
             model,
@@ -282,19 +300,13 @@ def contrastive_loss(
     The loss is s L_groups + (1 - s) L_batch, where s is `config.own_group_share`, and the negatives of a row are the
     rows of its group in L_groups, all rows of the batch in L_batch. Both are means over the rows with enough negatives.
     """
-
-    def at_batch_positions(features: Tensor) -> Tensor:
-        """Put the features of decoded rows at their positions in the batch, with zeros for fillers."""
-        if len(batch.places) == len(batch.rows):
-            return features
-        return features.new_zeros(len(batch.rows), *features.shape[1:]).index_put((batch.places,), features)
-
-    images, texts = at_batch_positions(out["image_features"]), at_batch_positions(out["text_features"])
+    images, texts = (at_batch_positions(out[name], batch) for name in PAIR)
 
     wrong = None
     if batch.is_negative is not None:
         wrong = WrongCaptions(
-            features=at_batch_positions(out["negative_features"]), is_negative=at_batch_positions(batch.is_negative)
+            features=at_batch_positions(out["negative_features"], batch),
+            is_negative=at_batch_positions(batch.is_negative, batch),
         )
 
     def loss_among(groups: Tensor) -> tuple[Tensor, Negatives]:
@@ -313,6 +325,39 @@ def contrastive_loss(
     if (share := config.own_group_share) < 1:
         loss = share * loss + (1 - share) * loss_among(torch.zeros_like(groups))[0]
     return loss, negatives
+
+
+@torch.no_grad()
+def teacher_outputs(
+    teacher: nn.Module, batch: PairBatch, preprocess_cfg: Mapping[str, Any], config: TrainConfig, device: torch.device
+) -> Outputs:
+    """Encode the images and texts of this process by the teacher, as many rows at a time as the model does."""
+    size = config.grad_cache_rows or len(batch.images)
+    parts = []
+    with autocast(config.precision, device):
+        for start in range(0, len(batch.images), size):
+            rows = slice(start, start + size)
+            parts.append(teacher(to_floats(batch.images[rows], preprocess_cfg), batch.tokens[rows]))
+    features = {name: torch.cat([part[name] for part in parts]) for name in PAIR}
+    return {**features, "logit_scale": parts[0]["logit_scale"]}
+
+
+def distillation(out: Outputs, taught: Outputs, batch: PairBatch, config: TrainConfig) -> Tensor:
+    """Compute this process's share of the distillation among all rows of the batch, of whatever groups they are."""
+    rows = find_negatives(
+        rows=batch.rows, groups=torch.zeros_like(batch.rows), text_ids=batch.text_ids, image_ids=batch.image_ids,
+        min_negatives=0, mask_duplicates=False, chunk_rows=config.loss_chunk_rows,
+    )  # fmt: skip
+    images, texts = (at_batch_positions(out[name], batch) for name in PAIR)
+    targets = {**taught, **{name: at_batch_positions(taught[name], batch) for name in PAIR}}
+    return distillation_loss(images, texts, out["logit_scale"], targets, rows, temperature=config.distill.temperature)
+
+
+def at_batch_positions(features: Tensor, batch: PairBatch) -> Tensor:
+    """Put the features of decoded rows at their positions in the batch, with zeros for fillers."""
+    if len(batch.places) == len(batch.rows):
+        return features
+    return features.new_zeros(len(batch.rows), *features.shape[1:]).index_put((batch.places,), features)
 
 
 def clamp_logit_scale_(model: nn.Module) -> None:
@@ -362,6 +407,7 @@ def _record(
         "samples_per_s": sums["rows"] / seconds,
         "data_wait_share": by_span["data"] / seconds,
         "seconds": state.seconds,
+        **({"distillation": sums["distillation"] / steps / world_size()} if sums["distillation"] else {}),
         **({"group_loss": spread} if spread else {}),
     }
     return record, {name: round(spent, 6) for name, spent in by_span.items()}

@@ -175,6 +175,12 @@ CASES = {
     "augment.horizontal_flip": Case("--stages.0.train.augment.horizontal-flip 1", "batches"),
     "augment.jpeg": Case("--stages.0.train.augment.jpeg exact", "batches"),
     "augment.views": Case("--stages.0.train.augment.views 1", "batches"),
+    "distill.weight": Case("--stages.0.train.distill.weight 1", "weights", given=PRETRAINED),
+    "distill.temperature": Case(
+        "--stages.0.train.distill.temperature 3",
+        "weights",
+        given=f"{PRETRAINED} --stages.0.train.steps 3 --stages.0.train.distill.weight 1",
+    ),
     "lock.text": Case("--stages.0.train.lock.text", "trained"),
     "lock.text_unlocked_groups": Case("--stages.0.train.lock.text-unlocked-groups 1", "trained"),
     "lock.image_unlocked_groups": Case("--stages.0.train.lock.image-unlocked-groups 1", "trained"),
