@@ -135,7 +135,7 @@ def project_late(path: Path) -> tuple[int, np.ndarray]:
 def test_processes_share_the_projection_and_wait_for_each_other(pool, tmp_path):
     ((everything, alone),) = pool.run(project_late, 1, tmp_path / "one")
     (first, mine), (second, others) = pool.run(project_late, 2, tmp_path / "two")
-    assert (everything, first, second) == (1000, 512, 488)
+    assert everything == first + second == 1000  # nothing twice
     np.testing.assert_array_equal(mine, alone)
     np.testing.assert_array_equal(others, alone)
 
