@@ -135,7 +135,7 @@ def default_recipe(
     rates = layer_rates(trained)
     train = TrainConfig(
         steps=steps, global_batch_size=batch, lr=RATE, warmup_steps=round(WARMUP_SHARE * steps), weight_decay=DECAY,
-        lr_multipliers=rates, max_grad_norm=1.0, augment=AugmentConfig(scale=(0.8, 1.0)),
+        lr_multipliers=rates, max_grad_norm=1.0, keep_best=VALIDATION, augment=AugmentConfig(scale=(0.8, 1.0)),
         lock=LockConfig(image_unlocked_groups=UNLOCKED_GROUPS if pictures < FEW else None),
     )  # fmt: skip
     if tower.image:
@@ -168,6 +168,9 @@ def default_recipe(
         ),
         Default(f"rate {train.lr:g}", rate_reason),
         Default(locked, why),
+        Default(
+            "the weights that are best on the validation set", f"of {EVALUATIONS} evaluations and those at the start"
+        ),
     ]
     if rates:
         text = f"rate times {LAYER_DECAY:g} from block to block downwards"

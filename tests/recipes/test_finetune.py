@@ -31,7 +31,10 @@ MODEL = {
     "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
-SETTINGS = ("--machine.workers", "0", "--machine.threads", "1", "--stages.0.train.steps", "4")
+SETTINGS = (
+    *("--machine.workers", "0", "--machine.threads", "1", "--stages.0.train.steps", "4"),
+    *("--stages.0.train.keep-best", ""),  # four steps improve nothing
+)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ def test_settings_fit_the_size_of_the_data(tmp_path, pictures, batch, steps, unl
     assert train.lock.image_unlocked_groups == unlocked
     assert train.warmup_steps == round(steps / 10)
     assert 5 * config.eval.every_steps >= steps
+    assert train.keep_best == "validation"
     assert config.data.holdout_rows == min(1024, pictures // 20)
     assert {f"{steps:,} steps", f"batches of {batch}"} <= {default.setting for default in defaults}
 
