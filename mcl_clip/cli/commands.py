@@ -384,10 +384,12 @@ def doctor(recipe: Path, /, *, processes: int = 0) -> None:
 
 def finetune(
     model: str,
-    data: str,
+    data: str = "",
     /,
     *,
     run_dir: Path,
+    image: str = "",
+    text: str = "",
     seed: int = 0,
     options: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = DATA_OPTIONS,
 ) -> None:
@@ -405,6 +407,8 @@ def finetune(
         data: a table (CSV, TSV, JSON, Parquet, captions of COCO or Flickr), a folder of images with .txt or .json
             beside them, a data set of `datasets` (a folder or ORG/NAME), or shards.
         run_dir: folder of all output.
+        image: image tower of a pair, in place of MODEL: timm:NAME=FILE, or timm:NAME for the weights of timm.
+        text: text tower of a pair, in place of MODEL: hf:FOLDER or hf:ORG/NAME.
         seed: seed of the split and of training.
         options: how the data is read and split.
     """
@@ -416,6 +420,12 @@ def finetune(
             f"finetune prepares data in one process; start it without a launcher, and train in several processes with "
             f"`mcl-clip launch {run_dir / 'recipe.py'}`"
         )
+    if bool(data) == bool(image or text) or bool(image) != bool(text):
+        raise UserError(
+            "finetune takes MODEL and DATA, or DATA with both --image timm:NAME=FILE and --text hf:FOLDER; name the "
+            "model once, and the data"
+        )
+    model, data = (model, data) if data else (f"{image}+{text}", model)
     _, arguments = split(sys.argv[1:])
     job = FineTuning(
         tower=find_towers(model), data=data, run_dir=run_dir, options=options, seed=seed,

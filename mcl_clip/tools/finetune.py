@@ -13,7 +13,8 @@ from mcl_clip.config import RunConfig, TowerConfig
 from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.files import atomic_path
 from mcl_clip.eval.evaluate import evaluate_loaded
-from mcl_clip.model.clip import ClipBundle
+from mcl_clip.model.clip import LOCAL, ClipBundle
+from mcl_clip.model.from_transformers import is_transformers_folder
 from mcl_clip.model.resolve import Candidate
 from mcl_clip.model.tower import create_tower
 from mcl_clip.publish.export import EVERYTHING, Export, export_run
@@ -63,7 +64,8 @@ class FineTuning:
                 data = prepare_data(self.data, (self.run_dir / DATA).resolve(), self.options, seed=self.seed)
                 given = self._recipe(data)[0].stages[0].train
                 lock_stage(model, given)
-                trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+                # Low-rank updates have names and rates of their own.
+                trained = [] if given.lora.rank else [name for name, p in model.named_parameters() if p.requires_grad]
                 config, defaults = self._recipe(data, given=given, trained=trained)
                 text = recipe_text(config, command=shlex.join(command), defaults=defaults)
                 with atomic_path(self.run_dir / RECIPE) as path:
@@ -106,9 +108,16 @@ def evaluate_base(config: RunConfig, device: torch.device) -> None:
 
 
 def export_result(run_dir: Path) -> tuple[Path, dict[str, float]]:
-    """Export the result to RUN/model, a single model where there is one stage; return the folder and differences."""
-    is_single = len(read_run(run_dir).stages) == 1
-    return run_dir / EXPORTED, export_run(run_dir, run_dir / EXPORTED, Export(stage=0) if is_single else EVERYTHING)
+    """Export the result to RUN/model; return the folder and the differences of its features when loaded back.
+
+    One stage is a model of open_clip, or a CLIPModel where training started from one; several are a multistage model.
+    """
+    run = read_run(run_dir)
+    start = Path(str(run.config["tower"].get("architecture", "")).removeprefix(LOCAL))
+    what = EVERYTHING
+    if len(run.stages) == 1:
+        what = Export(stage=0, as_transformers=start.is_dir() and is_transformers_folder(start))
+    return run_dir / EXPORTED, export_run(run_dir, run_dir / EXPORTED, what)
 
 
 def comparison_lines(run_dir: Path) -> list[str]:

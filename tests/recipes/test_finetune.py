@@ -12,12 +12,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from transformers import CLIPModel
 
 import mcl_clip
 from mcl_clip.config import TowerConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE
 from mcl_clip.model.clip import create_clip, save_clip
+from mcl_clip.publish.export import Export, export_run
 from mcl_clip.results.record import load_results
 from mcl_clip.runs import pipeline
 from mcl_clip.tools.finetune_recipe import find_towers
@@ -160,7 +162,12 @@ def test_an_interrupted_run_continues_with_the_same_command(project, monkeypatch
 def test_a_pair_of_towers_trains_its_heads(project, monkeypatch, capsys):
     torch.save(timm.create_model("test_efficientnet").state_dict(), "trunk.pth")
     write_text_model(project / "words")
-    code, output, error = finetune(monkeypatch, capsys, "pair", model="timm:test_efficientnet=trunk.pth+hf:words")
+    arguments = ["finetune", "captions.csv", "--images-root", "images", "--run-dir", "pair", *SETTINGS]
+    code, _, errors = run_command(monkeypatch, capsys, *arguments, "--image", "timm:test_efficientnet=trunk.pth")
+    assert code == 2
+    assert "DATA with both --image timm:NAME=FILE and --text hf:FOLDER" in errors
+    towers = ("--image", "timm:test_efficientnet=trunk.pth", "--text", "hf:words")
+    code, output, error = run_command(monkeypatch, capsys, *arguments, *towers)
     assert (code, error.count("error:")) == (0, 0)
     assert "rate 0.001: for projection heads" in output
     assert "both trunks locked, images not augmented" in output
@@ -175,3 +182,15 @@ def test_a_pair_of_towers_trains_its_heads(project, monkeypatch, capsys):
     assert all(torch.equal(trunk[name], saved[name]) for name in trunk)
     with pytest.raises(UserError, match=r"is an image tower alone; write timm:NAME=FILE.hf:FOLDER"):
         find_towers("timm:test_efficientnet=trunk.pth")
+
+
+def test_a_clip_model_of_transformers_comes_back_as_one(project, monkeypatch, capsys):
+    clip = create_clip(model_cfg={**MODEL, "quick_gelu": True})
+    save_clip(clip, project / "own")
+    assert run_command(monkeypatch, capsys, "finetune", "own", "captions.csv", "--images-root", "images", "--run-dir",
+                       "as-open-clip", *SETTINGS)[0] == 0  # fmt: skip
+    export_run(project / "as-open-clip", project / "hf", Export(stage=0, as_transformers=True))
+    assert finetune(monkeypatch, capsys, "from-hf", model="hf")[0] == 0
+    config = json.loads((project / "from-hf/model/config.json").read_text())
+    assert config["architectures"] == ["CLIPModel"]
+    assert CLIPModel.from_pretrained(project / "from-hf/model").config.projection_dim == 16
