@@ -110,12 +110,13 @@ def evaluate_base(config: RunConfig, device: torch.device) -> None:
 def export_result(run_dir: Path) -> tuple[Path, dict[str, float]]:
     """Export the result to RUN/model; return the folder and the differences of its features when loaded back.
 
-    One stage is a model of open_clip, or a CLIPModel where training started from one; several are a multistage model.
+    One stage is a model of open_clip, or a CLIPModel where training started from one; averaged weights are one of
+    open_clip, and several stages a multistage model.
     """
     run = read_run(run_dir)
     start = Path(str(run.config["tower"].get("architecture", "")).removeprefix(LOCAL))
     what = EVERYTHING
-    if len(run.stages) == 1:
+    if len(run.stages) == 1 and not run.averaged:
         what = Export(stage=0, as_transformers=start.is_dir() and is_transformers_folder(start))
     return run_dir / EXPORTED, export_run(run_dir, run_dir / EXPORTED, what)
 
@@ -153,4 +154,4 @@ def advice(run_dir: Path) -> str:
     if found.kind == "learning":
         steps = 2 * int(run.stages[last].train_settings["steps"])
         return f"next, more steps: the model is {found.text}: {again} --stages.{last}.train.steps {steps}"
-    return f"next, an ensemble rather than stages: {found.text}: {again} --num-stages 3 --control ensemble"
+    return f"next, an ensemble rather than stages: {found.text}: {again} --num-stages 3 --method ensemble"

@@ -19,9 +19,10 @@ from mcl_clip.config import TowerConfig
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE
 from mcl_clip.model.clip import create_clip, save_clip
-from mcl_clip.publish.export import Export, export_run
+from mcl_clip.publish.export import EVERYTHING, Export, export_run
 from mcl_clip.results.record import load_results
 from mcl_clip.runs import pipeline
+from mcl_clip.tools import finetune as finetune_tool
 from mcl_clip.tools.finetune_recipe import find_towers
 from tests.commands import run_command
 from tests.parts import write_text_model
@@ -194,3 +195,14 @@ def test_a_clip_model_of_transformers_comes_back_as_one(project, monkeypatch, ca
     config = json.loads((project / "from-hf/model/config.json").read_text())
     assert config["architectures"] == ["CLIPModel"]
     assert CLIPModel.from_pretrained(project / "from-hf/model").config.projection_dim == 16
+
+
+def test_the_final_model_is_what_is_exported(project, monkeypatch, capsys):
+    """Where weights are averaged, it is not that of the stage."""
+    assert finetune(monkeypatch, capsys, "plain")[0] == 0
+    assert finetune(monkeypatch, capsys, "between", "--eval.select", "validation", "--eval.wise-ft", "0.5")[0] == 0
+    exported = {}
+    monkeypatch.setattr(finetune_tool, "export_run", lambda run, _, what: exported.update({run.name: what}) or {})
+    for name in ("plain", "between"):
+        finetune_tool.export_result(project / name)
+    assert exported == {"plain": Export(stage=0), "between": EVERYTHING}
