@@ -230,7 +230,7 @@ def _remove_if_dead(path: Path) -> None:
     elif is_dead := age_s > SILENT_S:
         logger.warning(
             "%s: taking over from process %d on %s, which has not updated its lock for %d minutes",
-            *(path.parent, owner["pid"], owner["host"], age_s // 60),
+            *(path.parent, owner["pid"], owner["host"], round(age_s / 60)),
         )
     if not is_dead:
         raise UserError(
