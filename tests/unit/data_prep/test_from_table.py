@@ -237,7 +237,7 @@ def test_captions_may_be_lists(table, tmp_path, images, read_tars):
 
 def test_names_that_differ_in_ending_or_folder_get_keys_of_their_own(table, tmp_path):
     names = ("a/x.jpg", "a_x.jpg", "a_x.png", "x.jpg", "x.png", "x.jpeg", "../x.jpg", "ä.jpg")
-    keys = [pair.key for pair in table._read_pairs({name: [""] for name in names}, tmp_path, None, 1)]
+    keys = [pair.key for pair in table._read_pairs({name: [""] for name in names}, {}, tmp_path, None, 1)]
     assert len(set(keys)) == len(keys)
     assert (keys[1], keys[3]) == ("a_x", "x")
 

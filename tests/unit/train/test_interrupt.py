@@ -21,11 +21,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_is_heard():
-    """Also where the tests run in the background, which shells protect from Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _signals_of_a_terminal_are_heard():
+    """Also where the tests run in the background or by `nohup`, which protect from Ctrl-C and the end of a terminal."""
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def send(number):
