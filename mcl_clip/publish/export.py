@@ -214,7 +214,8 @@ def _single_model(run: Path, stages: Sequence[Mapping[str, Any]], export: Export
     if export.base:
         base = _load_single(export.base)
     else:
-        tower = TowerConfig(**read_run_config(run)["tower"])
+        settings = read_run_config(run)["tower"]
+        tower = TowerConfig(**settings | {"image_size": tuple(settings.get("image_size", ()))})
         if not tower.is_pretrained:
             raise UserError(
                 f"--wise-ft interpolates with the weights that the run started from, and {run} started from random "

@@ -238,7 +238,8 @@ def test_the_examples_in_the_documents_run(finished, tmp_path, monkeypatch, caps
     for number in range(6):
         (tmp_path / "photos" / f"{number}.png").write_bytes(draw(number)[0])
     shutil.copy(tmp_path / "photos" / "0.png", tmp_path / "photo.png")
-    shutil.copytree(finished, tmp_path / "runs" / "photos")
+    for name in ("mine", "photos"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
     (zero_shot,), (search,) = examples("README.md", "Use a model"), examples("docs/publishing.md", "Search")
     names: dict[str, object] = {}
