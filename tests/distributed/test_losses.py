@@ -40,8 +40,8 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("clip", steps=200),
-    Case("siglip", mask_duplicates=False, steps=200),
+    Case("clip", steps=100),
+    Case("siglip", mask_duplicates=False, steps=100),
     Case("clip", mask_duplicates=False, min_negatives=3),
     Case("siglip", min_negatives=3),
     Case("clip", ifm_epsilon=0.1),

@@ -99,6 +99,7 @@ def test_one_command_from_a_table_to_a_model_that_open_clip_loads(project, monke
     assert "train.lr was 1e-05 and is now 1" in errors
 
 
+@pytest.mark.slow
 def test_the_written_recipe_repeats_the_run_bit_by_bit(project, monkeypatch, capsys):
     assert finetune(monkeypatch, capsys, "first")[0] == 0
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -197,6 +198,7 @@ def test_a_clip_model_of_transformers_comes_back_as_one(project, monkeypatch, ca
     assert CLIPModel.from_pretrained(project / "from-hf/model").config.projection_dim == 16
 
 
+@pytest.mark.slow
 def test_the_final_model_is_what_is_exported(project, monkeypatch, capsys):
     """Where weights are averaged, it is not that of the stage."""
     assert finetune(monkeypatch, capsys, "plain")[0] == 0

@@ -71,6 +71,7 @@ def test_outputs_from_disk_train_and_embed_as_the_locked_towers_do(pair, monkeyp
     assert not (runs[0] / frozen.TRUNKS).exists()
 
 
+@pytest.mark.slow
 def test_outputs_are_stored_only_where_that_pays_and_fits(pair, monkeypatch, caplog):
     caplog.set_level("INFO")
     calls = counted(monkeypatch)
