@@ -262,9 +262,8 @@ def test_the_loss_by_group_is_the_same_at_any_number_of_processes(pool, size, ch
             assert mine == pytest.approx(theirs, rel=1e-6)
 
 
-@pytest.mark.parametrize("chunks", [(1, 3), (3, 1)], ids="towers {0[0]}, loss {0[1]}".format)
+@pytest.mark.parametrize(("size", "chunks"), [(1, (1, 3)), (2, (3, 1)), (4, (1, 3))])  # rows of towers and of the loss
 @pytest.mark.parametrize("case", CASES[2:], ids=str)
-@pytest.mark.parametrize("size", [1, 2, 4])
 def test_in_chunks_it_equals_the_reference_too(pool, size, case, chunks):
     for found in pool.run(train, size, case, torch.float64, chunks):
         assert_close(found, reference(case), 1e-9, case.steps)

@@ -56,10 +56,10 @@ def test_outputs_from_disk_train_and_embed_as_the_locked_towers_do(pair, monkeyp
     calls = counted(monkeypatch)
     runs = []
     for is_cached in (True, False):
-        stage = STAGE | {"lock": replace(LOCKED, cached_trunks=is_cached)}
+        lock = replace(LOCKED, cached_trunks=is_cached)
+        stage = STAGE | {"steps": 26, "lock": lock, "augment": AugmentConfig(views=1)}  # 416 rows of 200
         runs.append(execute(with_stages(replace(pair, run_dir=pair.run_dir / str(is_cached)), stage, stage)))
-    # Both views in stage 0, the augmented one in stage 1; the captions once.
-    assert sorted(calls) == ["write_image_outputs"] * 3 + ["write_text_features"]
+    assert sorted(calls) == ["write_image_outputs", "write_text_features"]  # in stage 0, for both stages
     assert caplog.text.count("outputs of the locked part of the image tower are read from") == 2
     for stage in (0, 1):
         assert losses(runs[0], stage) == pytest.approx(losses(runs[1], stage), abs=1e-4)
@@ -75,6 +75,10 @@ def test_outputs_from_disk_train_and_embed_as_the_locked_towers_do(pair, monkeyp
 def test_outputs_are_stored_only_where_that_pays_and_fits(pair, monkeypatch, caplog):
     caplog.set_level("INFO")
     calls = counted(monkeypatch)
+    execute(with_stages(replace(pair, run_dir=pair.run_dir / "both"), STAGE | {"steps": 50}, STAGE | {"steps": 50}))
+    # Both views in stage 0, in stage 1 the augmented one; the captions once.
+    assert sorted(calls) == ["write_image_outputs"] * 3 + ["write_text_features"]
+    calls.clear()
     few = STAGE | {"steps": 49}  # 784 rows: not each of 400 views twice, but each caption
     execute(with_stages(replace(pair, run_dir=pair.run_dir / "few"), few))
     assert calls == ["write_text_features"]
