@@ -156,6 +156,11 @@ def test_patterns_that_cannot_be_meant_are_refused(option):
         create_optimizer(Towers(), replace(CONFIG, **{option: {"(": 0.1}}))
 
 
+def test_moments_are_those_of_the_configuration():
+    optimizer = create_optimizer(Towers(), replace(CONFIG, betas=(0.8, 0.95), eps=1e-4))
+    assert all((group["betas"], group["eps"]) == ((0.8, 0.95), 1e-4) for group in optimizer.param_groups)
+
+
 def test_each_group_gets_its_learning_rate():
     optimizer = create_optimizer(Towers(), replace(CONFIG, lr_multipliers={"text": 0.25}))
     set_lr(optimizer, 0.08)
