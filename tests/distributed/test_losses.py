@@ -230,8 +230,11 @@ def assert_close(found: tuple, expected: tuple, tolerance: float, steps: int) ->
             )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(  # the shorter cases at 4 processes are compared in chunks, below
+    ("size", "case"),
+    [(size, case) for case in CASES for size in (1, 2, 4) if size < 4 or case in CASES[:2]],
+    ids=str,
+)
 def test_training_equals_the_full_batch_reference(pool, size, case):
     expected = reference(case)
     doubles = pool.run(train, size, case, torch.float64)
