@@ -138,7 +138,12 @@ def _load_multistage(folder: Path) -> MultistageCLIP:
         raise UserError(f"the multistage model in {folder} cannot be loaded: {error}; export it again") from error
 
 
-def _known_to_open_clip(name: str) -> Candidate:
+def split_architecture(name: str, others: str) -> tuple[str, str]:
+    """Split ARCHITECTURE/TAG into architecture and tag of open_clip.
+
+    Raises:
+        UserError: if there is no such architecture, or no tag; `others` says what else may be named.
+    """
     architecture, _, tag = name.rpartition("/")
     known = open_clip.list_models()
     if name.replace("/", "-") in known:
@@ -146,10 +151,17 @@ def _known_to_open_clip(name: str) -> Candidate:
         raise UserError(f"{name} names an architecture without weights; write {name}/TAG, with one of its tags: {tags}")
     if architecture.replace("/", "-") not in known:
         raise UserError(
-            f"there is no folder {name}, and open_clip has no architecture {architecture or name!r}; name a run "
-            f"directory, an exported folder, ARCHITECTURE/TAG such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME or "
-            f"local-dir:FOLDER"
+            f"there is no folder {name}, and open_clip has no architecture {architecture or name!r}; {others}"
         )
+    return architecture, tag
+
+
+def _known_to_open_clip(name: str) -> Candidate:
+    others = (
+        "name a run directory, an exported folder, ARCHITECTURE/TAG such as ViT-B-32/laion2b_s34b_b79k, "
+        "hf-hub:ORG/NAME or local-dir:FOLDER"
+    )
+    architecture, tag = split_architecture(name, others)
     load = partial(create_clip, architecture=architecture, pretrained=tag)
     return _candidate(architecture.replace("/", "-"), tag, load, label=name)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcl_clip.core.distributed import barrier, on_main
+from mcl_clip.core.distributed import on_main
 from mcl_clip.core.files import fingerprint
 from mcl_clip.data.decode import TrainTransform
 from mcl_clip.data.features import ImageOutputs, TextFeatures, image_part_name, text_part_name
@@ -24,6 +24,7 @@ from mcl_clip.data.loader import captioned_batches
 from mcl_clip.model.clip import ClipBundle, autocast, encode_texts, to_floats
 from mcl_clip.model.frozen import FrozenPart, accept_outputs, find_frozen_part
 from mcl_clip.runs.context import RunContext
+from mcl_clip.runs.embedding import embedding_pass
 from mcl_clip.stages.embed import write_image_outputs, write_text_features
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def store_outputs(
     texts = _store_text_features(run, stage, clip, index) if settings.lock.text and not needs_tokens else None
     if not settings.lock.cached_trunks:
         return None, texts
-    if not settings.lock.text and not needs_tokens and (found := _open_texts(run, clip, index)):
+    if not settings.lock.text and not needs_tokens and (found := _open_texts(run, stage, clip, index)):
         part, store = found
         captions = int(len(index) * on_main(partial(_captions_per_row, run, clip, index)))
         missing = 0 if on_main(lambda: _is_whole(store.folder, text_part_name, index)) else captions
@@ -84,7 +85,7 @@ def stored_outputs(run: RunContext, stage: int, clip: ClipBundle) -> Stored:
         if on_main(lambda: _is_whole(outputs.folder / outputs.views[0], image_part_name, index)):
             accept_outputs(clip.model.visual, part)  # type: ignore[arg-type]
             images = outputs
-    if found := _open_texts(run, clip, index):
+    if found := _open_texts(run, stage, clip, index):
         part, store = found
         if on_main(lambda: _is_whole(store.folder, text_part_name, index)):
             accept_outputs(clip.model.text, part)  # type: ignore[arg-type]
@@ -111,14 +112,17 @@ def _open_images(
     return part, ImageOutputs(run.config.run_dir / TRUNKS, index, part.shape, names)
 
 
-def _open_texts(run: RunContext, clip: ClipBundle, index: ShardIndex) -> tuple[FrozenPart, TextFeatures] | None:
+def _open_texts(
+    run: RunContext, stage: int, clip: ClipBundle, index: ShardIndex
+) -> tuple[FrozenPart, TextFeatures] | None:
     """Return the frozen part of a text tower, and the store of its outputs for all captions; None without one."""
     tower = getattr(clip.model, "text", None)
     part = find_frozen_part(tower, clip.tokenizer(["a"]).to(run.accelerator.device)) if tower is not None else None
     if part is None:
         return None
     # The tokenizer is the same in all stages of a run.
-    name = fingerprint([part.digest, index.digest, clip.context_length, run.config.behavior])
+    precision = run.config.stages[stage].train.precision
+    name = fingerprint([part.digest, index.digest, clip.context_length, precision, run.config.behavior])
     folder = run.config.run_dir / TRUNKS / f"texts-{name}"
     return part, TextFeatures(folder, index, part.shape[0], of_trunk=True)
 
@@ -159,23 +163,10 @@ def _write_view(
     *, view: int, out: Path,
 ) -> None:  # fmt: skip
     clip.model.eval()
-    options = run.batch_options(clip) | {"tokenizer": None, "transform": transform, "view": view}
-    name = (run.config.seed, stage)
-    with run.interrupt.deferred():
-        write_image_outputs(
-            _encoder(run, stage, lambda pixels: part.run(to_floats(pixels, clip.preprocess_cfg))),
-            index,
-            batches=lambda rows: run.interrupt.waiting_for(
-                captioned_batches(run.reader(index), rows, name=name, **options)
-            ),
-            shape=part.shape,
-            out=out,
-            batch_size=run.config.eval.batch_size,
-            show_progress=run.config.machine.progress,
-            is_stopping=run.interrupt.noticed,
-        )
-    barrier()
-    run.interrupt.check()
+    encode = _encoder(run, stage, lambda pixels: part.run(to_floats(pixels, clip.preprocess_cfg)))
+    options = {"tokenizer": None, "transform": transform, "view": view, "name": (run.config.seed, stage)}
+    write = partial(write_image_outputs, encode, shape=part.shape)
+    embedding_pass(run, index, write, out=out, options=run.batch_options(clip) | options)
 
 
 def _write_texts(
@@ -185,19 +176,8 @@ def _write_texts(
     clip.model.eval()
     # Tokens keep their padding and stay on the CPU: the features are stored with hashes of the whole token sequence.
     options = run.batch_options(clip) | {"transform": None, "short_texts": False, "device": torch.device("cpu")}
-    with run.interrupt.deferred():
-        write_text_features(
-            encode,
-            index,
-            batches=lambda rows: run.interrupt.waiting_for(captioned_batches(run.reader(index), rows, **options)),
-            dim=store.dim,
-            out=store.folder,
-            batch_size=run.config.eval.batch_size,
-            show_progress=run.config.machine.progress,
-            is_stopping=run.interrupt.noticed,
-        )
-    barrier()
-    run.interrupt.check()
+    write = partial(write_text_features, encode, dim=store.dim)
+    embedding_pass(run, index, write, out=store.folder, options=options)
 
 
 def _store_text_features(run: RunContext, stage: int, clip: ClipBundle, index: ShardIndex) -> TextFeatures | None:

@@ -42,9 +42,8 @@ def check_negatives(model: nn.Module, reader: Reader, json_key: str) -> None:
         rows = np.unique(np.linspace(0, len(reader.index) - 1, NEGATIVES_SAMPLE_ROWS).astype(np.int64))
         found = 0
         for raw in reader.read(rows):
-            with suppress(
-                BadSampleError, ValueError, RecursionError
-            ):  # of the captions; counted while the stage trains
+            # Bad samples are counted while the stage trains.
+            with suppress(BadSampleError, ValueError, RecursionError):
                 found += len(decode_negatives(raw.text, raw.text_format, json_key=json_key))
         return len(rows), found
 

@@ -86,7 +86,7 @@ def prepare_stage(
     """
     config = run.config.stages[stage].train
     clip.model.to(run.accelerator.device)
-    row_map = open_resharded(run, stage)[1] if config.resharded else None
+    row_map = open_resharded(run, stage)[1] if config.mask_similar and config.resharded else None
     write_similarity_features(run, stage, clip, row_map)
     expected = reference_features(clip)
     lock_stage(clip.model, config, seed=seed_of(run.config.seed, "lora", stage))

@@ -28,6 +28,7 @@ from mcl_clip.model.clip import HUB, LOCAL
 from mcl_clip.model.from_transformers import is_transformers_folder
 from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME
 from mcl_clip.model.pair import PUBLISHED, TEXT, TIMM, split_image
+from mcl_clip.model.resolve import split_architecture
 from mcl_clip.tools.finetune_data import TEST, TRAIN, VALIDATION, PreparedData
 
 FEW = 2000  # pictures, below which whole towers memorize them
@@ -78,16 +79,10 @@ def find_towers(name: str) -> TowerConfig:
         return TowerConfig(architecture=f"{LOCAL}{folder.resolve()}")
     if name.startswith(HUB):
         return TowerConfig(architecture=name)
-    architecture, _, tag = name.rpartition("/")
-    known = open_clip.list_models()
-    if name.replace("/", "-") in known:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))) or "none"
-        raise UserError(f"{name} names an architecture without weights; write {name}/TAG, with one of its tags: {tags}")
-    if architecture.replace("/", "-") not in known:
-        raise UserError(
-            f"there is no folder {name}, and open_clip has no architecture {architecture or name!r}; name a model as "
-            f"ARCHITECTURE/TAG such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME, or a folder of open_clip"
-        )
+    others = (
+        "name a model as ARCHITECTURE/TAG such as ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME, or a folder of open_clip"
+    )
+    architecture, tag = split_architecture(name, others)
     tags = open_clip.list_pretrained_tags_by_model(architecture.replace("/", "-"))
     if tag not in tags:
         raise UserError(f"{architecture} has no weights {tag!r}; its tags are {', '.join(tags) or 'none'}")

@@ -72,6 +72,14 @@ def test_outputs_from_disk_train_and_embed_as_the_locked_towers_do(pair, monkeyp
 
 
 @pytest.mark.slow
+def test_outputs_of_another_precision_are_computed_anew(pair, monkeypatch):
+    calls = counted(monkeypatch)
+    stage = STAGE | {"steps": 26, "augment": AugmentConfig(views=1)}
+    execute(with_stages(pair, stage, stage | {"precision": "bf16"}))
+    assert sorted(calls) == ["write_image_outputs"] * 2 + ["write_text_features"] * 2
+
+
+@pytest.mark.slow
 def test_outputs_are_stored_only_where_that_pays_and_fits(pair, monkeypatch, caplog):
     caplog.set_level("INFO")
     calls = counted(monkeypatch)
