@@ -1,25 +1,27 @@
 """Write pairs in which an easy code, on the image and in the caption, hides everything else.
 
-After the synthetic shortcuts of Bleeker et al. (2024, arXiv 2402.17510): a code that both sides share identifies
+After the synthetic shortcuts of Bleeker et al. (arXiv 2402.17510): a code that both sides share identifies
 each pair in a batch, so contrastive learning can ignore the rest. The same pairs are written twice: as `coded/`, and as
 `plain/` without the code in image and caption, which is what a model could learn if nothing were hidden.
 
     python data_prep/shortcuts.py codes shards/codes --codes 64
     python data_prep/shortcuts.py classes cifar10 mnist shards/cifar-mnist
     python data_prep/shortcuts.py photos captions.csv mnist shards/photos-mnist --images-root images
+    python data_prep/shortcuts.py svl captions.csv mnist shards/svl --images-root images --bits 6
+    python data_prep/shortcuts.py parrot captions.csv shards/parrot --images-root images --share 0.3
 
 `codes`: white Trifeature objects under six coloured patches, 'code red blue pink red cyan blue, a striped star'.
 `classes`: pictures in folders of classes (train/CLASS, test/CLASS) under MNIST digits, 'code 7 0 3, a photo of a cat'.
 `photos`: photos and captions from a table with a column of splits, under MNIST digits, the code before the caption.
+`svl`: the benchmark itself, six MNIST digits along the upper edge of a photo and at the end of its caption.
+`parrot`: a word of the caption, written on the photo.
 
-Each of `coded/` and `plain/` holds train/ (shards and index) and sets in the layout of CLIP_benchmark: classification/
-with `code` (its classes are the codes), `place` (the first symbol alone) and what is hidden, and retrieval/ of whole
-captions (`codes`, `photos`).
+Each of `coded/` and `plain/` of the first three holds train/ (shards and index) and sets in the layout of
+CLIP_benchmark: classification/ with `code` (its classes are the codes), `place` (the first symbol alone) and what is
+hidden, and retrieval/ of whole captions (`codes`, `photos`). photo_shortcuts.py says what the last two hold.
 """
 
-import gzip
 import io
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +30,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from mnist import Mnist
+from photo_shortcuts import make_parrot, make_svl, read_splits
 from PIL import Image
 from trifeature import BACKGROUND, COLOURS, RGB, WORDS, render, with_article
 
@@ -35,7 +39,6 @@ from mcl_clip.core.distributed import permutation, random_words
 from mcl_clip.core.errors import UserError, run_program
 from mcl_clip.core.files import write_json
 from mcl_clip.data.decode import BadSampleError, decode_image
-from mcl_clip.data.tables import group_rows, read_rows
 from mcl_clip.data.tar import IMAGE_FORMATS
 from mcl_clip.data.writing import (
     LabelledImage,
@@ -340,18 +343,7 @@ def make_photos(
     options = {name: value for name, value in locals().items() if name not in ("out", "table", "mnist", "images_root")}
     _check_at_least(size_px=size_px)
     used = Codes(symbols=10, places=PLACES["digits"], number=codes, seed=seed)
-    rows = read_rows(table, (image_column, caption_column, split_column))
-    splits = group_rows(
-        rows,
-        image_column=image_column,
-        caption_column=caption_column,
-        split_column=split_column,
-        root=images_root,
-    )
-    if missing := {"train", "test"} - splits.keys():
-        raise UserError(
-            f"{table} has no split {', '.join(sorted(missing))} in {split_column!r}; it has {sorted(splits)}"
-        )
+    splits = read_splits(table, images_root, image_column, caption_column, split_column)
     painter = {split: _Digits(used, Mnist.open(mnist, split), size_px, split) for split in ("train", "test")}
 
     def samples(split: str) -> Iterator[tuple[bytes, list[str]]]:
@@ -374,41 +366,6 @@ def _check_at_least(**values: int) -> None:
         least = MIN_DIGITS_PX if name == "size_px" else 1
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-
-
-@dataclass(frozen=True)
-class Mnist:
-    """Handwritten digits: uint8 images [n, 28, 28], and the indices of those that show each digit."""
-
-    pictures: np.ndarray
-    members: tuple[np.ndarray, ...]
-
-    @classmethod
-    def open(cls, folder: Path, split: str) -> "Mnist":
-        """Open the `train` or `test` part.
-
-        Raises:
-            UserError: if the files are missing or are not those of MNIST.
-        """
-        prefix = {"train": "train", "test": "t10k"}[split]
-        pixels = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16)
-        labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8)
-        if len(pixels) != 28 * 28 * len(labels):
-            raise UserError(
-                f"{folder} has {len(pixels)} pixels for {len(labels)} labels, not 784 each; fetch the files again"
-            )
-        pictures = pixels.reshape(-1, 28, 28)
-        return cls(pictures, tuple(np.flatnonzero(labels == digit) for digit in range(10)))
-
-
-def _read_idx(path: Path, header: int) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; MNIST is four gzip files, as its authors publish them")
-    try:
-        with gzip.open(path) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=header)
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file of MNIST ({error}); fetch it again") from error
 
 
 def _class_folders(folder: Path, most: int, seed: int) -> tuple[list[tuple[Path, int]], list[str]]:
@@ -477,4 +434,5 @@ class _Digits:
 
 if __name__ == "__main__":
     programs: dict[str, Any] = {"codes": make_codes, "classes": make_classes, "photos": make_photos}
+    programs |= {"svl": make_svl, "parrot": make_parrot}
     run_program(lambda: tyro.extras.subcommand_cli_from_dict(programs, prog="shortcuts.py", description=__doc__))
