@@ -12,7 +12,6 @@ inside a Parquet file are written, to OUT/images.
 """
 
 import csv
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,10 +25,10 @@ import tyro
 from tqdm import tqdm
 
 from mcl_clip.core.errors import UserError, run_program
-from mcl_clip.core.files import read_json, write_json
+from mcl_clip.core.files import read_json
 from mcl_clip.data.tables import check_columns
 from mcl_clip.data.writing import image_extension, new_folder, refuse_non_empty
-from mcl_clip.eval.pairs import FORMAT, PairSet, json_lines
+from mcl_clip.eval.pairs import PairSet, json_lines, write_pair_set
 
 MMVP_PATTERNS = (
     "Orientation and Direction", "Presence of Specific Features", "State and Condition", "Quantity and Count",
@@ -352,18 +351,10 @@ def _write(
         looked_for = tqdm(names, desc="looking for pictures", unit="file", disable=None)
         if missing := [one for one in looked_for if not (root / one).is_file()]:
             raise UserError(f"{len(missing)} of {len(names)} pictures are not in {root}, the first is {missing[0]}")
-        settings = {
-            "format": FORMAT,
-            "name": name,
-            "rule": rule,
-            "images": str(images.resolve()) if images else "images",
-            "source": source,
-            "average": average,
-            "min_group_size": min_group_size,
-        }
-        write_json(folder / "pairs.json", settings)
-        with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_pair_set(
+            folder, rows, name=name, rule=rule, images=str(images.resolve()) if images else "images", source=source,
+            average=average, min_group_size=min_group_size,
+        )  # fmt: skip
         data = PairSet.open(folder)
     groups = ", ".join(f"{name} {count}" for name, count in list(data.group_sizes.items())[:10])
     more = f" and {len(data.group_sizes) - 10} more" if len(data.group_sizes) > 10 else ""

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcl_clip.core.errors import UserError, shorten
-from mcl_clip.core.files import read_json
+from mcl_clip.core.files import read_json, write_json
 from mcl_clip.eval.embed import Box, FileImages, check_finite
 
 FORMAT = 1
@@ -128,6 +128,32 @@ class PairSet:
         items = [[item.id, item.group, item.images, item.texts, dict(item.together)] for item in self.items]
         content = [self.rule, self.average, self.min_group_size, items, self.source.boxes, self.image_sizes, self.texts]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_pair_set(
+    folder: Path,
+    items: Sequence[Mapping[str, Any]],
+    *,
+    name: str,
+    rule: str,
+    images: str,
+    source: str,
+    average: str = "items",
+    min_group_size: int = 1,
+) -> None:
+    """Write pairs.json and pairs.jsonl; the module's docstring describes the settings and the items."""
+    settings = {
+        "format": FORMAT,
+        "name": name,
+        "rule": rule,
+        "images": images,
+        "source": source,
+        "average": average,
+        "min_group_size": min_group_size,
+    }
+    write_json(folder / "pairs.json", settings)
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
