@@ -148,14 +148,6 @@ def make_swaps(
     return sorted(chain(*kept), key=lambda swap: (swap.picture, order[swap.kind], swap.caption))
 
 
-def wrong_captions(swaps: Sequence[Swap], pictures: int) -> list[list[str]]:
-    """Return the wrong captions of each picture, each once: negatives for training."""
-    found: list[dict[str, None]] = [{} for _ in range(pictures)]
-    for swap in swaps:
-        found[swap.picture][swap.wrong] = None
-    return [list(of_picture) for of_picture in found]
-
-
 def write_swaps(folder: Path, swaps: Sequence[Swap], paths: Sequence[str], *, images: str, name: str) -> None:
     """Write swaps as a set that `mcl_clip.eval.pairs` reads, with a group for each kind.
 
