@@ -276,9 +276,9 @@ class TrainConfig:
     that `--eval.every-steps` evaluates, the first and the last ones included; by default with the last."""
     patience: int = 0
     """Evaluations without a better `keep_best` after which the stage stops; 0 is never."""
-    groups: Literal["labels", "none", "random"] = "labels"
-    """Where negatives come from: the same pseudo-label (`labels`), all rows (`none`), or random groups of the same
-    sizes (`random`). The last two are controls."""
+    groups: Literal["labels", "none", "random", "others"] = "labels"
+    """Where negatives come from: the same pseudo-label (`labels`), all rows (`none`), random groups of the same sizes
+    (`random`), or all pseudo-labels but the own one (`others`), in batches of all rows. The last three are controls."""
     own_group_share: float = 1.0
     """Share of the loss whose negatives are the rows of the own group, from 0 to 1. The negatives of the rest are all
     rows of the batch, so that a stage keeps apart what earlier stages have learned; see also `groups_per_batch`."""
@@ -347,6 +347,10 @@ class ClusterConfig:
     """Which features are clustered; `product` clusters both and combines the two cluster numbers."""
     text_clusters: int = 0
     """Number of clusters of the text features with `product`; 0 is `num_clusters`."""
+    features: Literal["stage", "base"] = "stage"
+    """Whose features make the groups of the next stage: those of this stage, whose clusters refine all earlier ones
+    (`stage`), or those of stage 0, whose clusters are the groups on their own (`base`). With the latter, and `start`
+    base, later stages do not depend on each other; give them other numbers of clusters, or the other side."""
     metric: Literal["cosine", "shared"] = "shared"
     """Cosine similarity of the features, as in the paper (`cosine`), or with each direction weighted by how well images
     and captions agree in it (`shared`), which separates more of what a stage has learned."""

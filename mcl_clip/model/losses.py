@@ -7,7 +7,8 @@ batch:
     L = sum_i w_i l_i / sum_i w_i.
 
 A column is a negative of a row if both have the same group (Multistage Contrastive Learning, arXiv 2402.11816, and
-CLIP-MoE, arXiv 2409.19291, equation 1), so the loss is the published one however a batch is composed.
+CLIP-MoE, arXiv 2409.19291, equation 1), so the loss is the published one however a batch is composed. The opposite,
+negatives of all other groups, is there to compare with.
 
 Masks and logits have one entry per row and column. With `chunk_rows` they are computed for that many rows at a time,
 and recomputed in the backward pass, so that memory grows with the batch and not with its square.
@@ -54,6 +55,7 @@ class Negatives:
     ids: Int64[Tensor, "local 4"]  # row number, group, hash of the tokens, hash of the image of this process's rows
     columns: Int64[Tensor, "global 4"]  # the same for the rows of all processes
     own: Int64[Tensor, "local"]  # column of the row itself
+    of_other_groups: bool
     mask_duplicates: bool
     similarity: Similarity | None
     chunk_rows: int
@@ -66,7 +68,10 @@ class Negatives:
 
     def keep(self, rows: slice) -> Bool[Tensor, "rows global"]:
         """Return the mask of the columns in the loss of `rows`: the row itself and its negatives."""
-        negatives, _ = _compare(self.ids[rows], self.columns, self.own[rows], mask_duplicates=self.mask_duplicates)
+        negatives, _ = _compare(
+            self.ids[rows], self.columns, self.own[rows], of_other_groups=self.of_other_groups,
+            mask_duplicates=self.mask_duplicates,
+        )  # fmt: skip
         if self.similarity is not None:
             negatives &= ~self.similarity.exceeds(rows)
         return negatives.scatter_(1, self.own[rows, None], True)
@@ -90,6 +95,7 @@ def find_negatives(
     text_ids: Ids,
     image_ids: Ids,
     min_negatives: int = 1,
+    of_other_groups: bool = False,
     mask_duplicates: bool = True,
     similarity: Similarity | None = None,
     chunk_rows: int = 0,
@@ -102,6 +108,7 @@ def find_negatives(
         text_ids: hash of each row's tokens.
         image_ids: hash of each row's image bytes.
         min_negatives: rows with fewer negatives get weight 0.
+        of_other_groups: the negatives of a row are the rows of all groups but its own.
         mask_duplicates: exclude other rows with an equal caption or an equal image from the negatives. A second copy
             of the same row, possible in a weighted mixture, is always excluded.
         similarity: excludes rows that are similar from the negatives.
@@ -112,7 +119,9 @@ def find_negatives(
     own = rank() * len(ids) + torch.arange(len(ids), device=rows.device)
     num_negatives, num_duplicates, num_similar = (torch.zeros_like(own) for _ in range(3))
     for chunk in _chunks(len(ids), chunk_rows):
-        negatives, duplicates = _compare(ids[chunk], columns, own[chunk], mask_duplicates=mask_duplicates)
+        negatives, duplicates = _compare(
+            ids[chunk], columns, own[chunk], of_other_groups=of_other_groups, mask_duplicates=mask_duplicates
+        )
         num_duplicates[chunk] = duplicates.sum(1)
         if similarity is not None:
             similar = negatives & similarity.exceeds(chunk)
@@ -121,10 +130,10 @@ def find_negatives(
         num_negatives[chunk] = negatives.sum(1)
     weight = ((rows >= 0) & (num_negatives >= min_negatives)).float()
     return Negatives(
-        ids=ids, columns=columns, own=own, mask_duplicates=mask_duplicates, similarity=similarity,
-        chunk_rows=chunk_rows, weight=weight, total_weight=all_reduce_sum(weight.sum()).clamp(min=1),
-        num_negatives=num_negatives, losses=torch.zeros_like(weight), duplicates=num_duplicates.sum(),
-        similar=num_similar.sum(),
+        ids=ids, columns=columns, own=own, of_other_groups=of_other_groups, mask_duplicates=mask_duplicates,
+        similarity=similarity, chunk_rows=chunk_rows, weight=weight,
+        total_weight=all_reduce_sum(weight.sum()).clamp(min=1), num_negatives=num_negatives,
+        losses=torch.zeros_like(weight), duplicates=num_duplicates.sum(), similar=num_similar.sum(),
     )  # fmt: skip
 
 
@@ -133,13 +142,14 @@ def _compare(
     columns: Int64[Tensor, "global 4"],
     own: Int64[Tensor, "rows"],
     *,
+    of_other_groups: bool,
     mask_duplicates: bool,
 ) -> tuple[Bool[Tensor, "rows global"], Bool[Tensor, "rows global"]]:
     """Return masks of the negatives of `ids`, and of the candidates with an equal caption, image or row number."""
     same_row, same_group, same_text, same_image = (
         mine[:, None] == others for mine, others in zip(ids.unbind(1), columns.unbind(1), strict=True)
     )
-    candidates = same_group & (ids[:, :1] >= 0) & (columns[:, 0] >= 0)
+    candidates = (~same_group if of_other_groups else same_group) & (ids[:, :1] >= 0) & (columns[:, 0] >= 0)
     candidates.scatter_(1, own[:, None], False)
     duplicates = candidates & (same_text | same_image | same_row)
     return candidates & ~(duplicates if mask_duplicates else same_row), duplicates

@@ -157,7 +157,8 @@ class RunView:
     def centroid_similarity(self, stage: int, side: str) -> Float32[np.ndarray, "sample"]:
         """Return the cosine of each row of the sample with its centroid, in the metric of the clustering."""
         stored = load_tensors(self.run.stages[stage].folder / "cluster" / "centroids.safetensors", side)
-        features = self.features(stage, side)
+        is_base = self.run.stages[stage].settings.get("cluster", {}).get("features") == "base"
+        features = self.features(0 if is_base else stage, side)
         if f"{side}.matrix" in stored:
             projection = Projection(mean=stored[f"{side}.mean"].numpy(), matrix=stored[f"{side}.matrix"].numpy())
             features = projection(features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12))

@@ -8,7 +8,12 @@ from typing import Any
 from mcl_clip.results.record import RunRecord, StageRecord
 from mcl_clip.results.text import NOT_MEASURED, NOT_STATED, SIDE_NAMES, format_bytes, format_duration, public_name, safe
 
-NEGATIVES = {"labels": "the same clusters", "none": "all pairs", "random": "random groups"}
+NEGATIVES = {
+    "labels": "the same clusters",
+    "none": "all pairs",
+    "random": "random groups",
+    "others": "all other clusters",
+}
 LOSSES = {"clip": "InfoNCE", "siglip": "sigmoid"}
 
 
@@ -126,6 +131,7 @@ def _clusters(settings: Mapping[str, Any]) -> str:
     if number is None:
         return ""
     metric = f"{safe(settings['metric'])} metric" if "metric" in settings else "cosine"
+    metric += ", of stage 0" if settings.get("features") == "base" else ""
     if side == "product":
         return f"{number:,} of images, {settings.get('text_clusters') or number:,} of texts, {metric}"
     return f"{number:,} of {SIDE_NAMES.get(side, 'images')}, {metric}"

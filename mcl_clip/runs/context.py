@@ -89,6 +89,10 @@ class RunContext:
         """Open the features of all rows under a stage."""
         return EmbeddingTable(self.folder(stage, "embed"), self.index)
 
+    def clustered(self, stage: int) -> int:
+        """Return the stage whose features the clustering of a stage is of: itself, or stage 0."""
+        return 0 if self.config.stages[stage].cluster.features == "base" else stage
+
     def labels(self, stages: int) -> PseudoLabels:
         """Read the pseudo-labels of all rows after the first `stages` stages."""
         if stages == 0:

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.nn import functional as F
 
 from mcl_clip.core.distributed import is_main, on_main
@@ -197,7 +195,7 @@ def score_stages(
             task = probe_at_stage_width(base_task, [features["image"].shape[1] for features in stored])
             metrics, outcomes = task.score(image, text)
             if combination is None and not folders and isinstance(task, ClassificationTask):
-                metrics |= _cluster_agreement(run, stages[0], task, image)
+                metrics |= _cluster_agreement(run, stages[0], task)
             outcomes_file = f"outcomes-{name}-{label}.npz"
             with atomic_path(out / outcomes_file) as path, path.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **outcomes)
@@ -221,14 +219,13 @@ def score_stages(
             append_jsonl(path, record)
 
 
-def _cluster_agreement(
-    run: RunContext, stage: int, task: ClassificationTask, image_features: Float[Tensor, "images dim"]
-) -> dict[str, float]:
+def _cluster_agreement(run: RunContext, stage: int, task: ClassificationTask) -> dict[str, float]:
     """Return the mutual information of a stage's image clusters and a set's classes; empty without image clusters."""
     stored = load_tensors(run.folder(stage, "cluster") / "centroids.safetensors")
     if "image" not in stored:
         return {}
-    features = F.normalize(image_features)
+    path = run.folder(run.clustered(stage), "eval") / f"features-{task.name}.safetensors"
+    features = F.normalize(combine_features([load_tensors(path, "image")["image"]], "concat"))
     if "image.matrix" in stored:
         projection = Projection(mean=stored["image.mean"].numpy(), matrix=stored["image.matrix"].numpy())
         features = torch.from_numpy(projection(features.numpy())).float()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mcl_clip.config import AugmentConfig, LockConfig, RunConfig, TowerConfig, TrainConfig
+from mcl_clip.config import AugmentConfig, ClusterConfig, LockConfig, RunConfig, TowerConfig, TrainConfig
 from mcl_clip.core.distributed import barrier, is_main, on_main, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE, append_jsonl, file_digest, write_json
@@ -69,6 +69,7 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
     ),
     LockConfig: ("text_unlocked_groups",),
     AugmentConfig: ("views",),
+    ClusterConfig: ("features",),
     TowerConfig: ("image", "text", "dim", "heads", "context_length", "image_size"),
 }
 
@@ -194,11 +195,12 @@ def plan_phases(run: RunContext) -> list[Phase]:
         start = start_stage(config, s)
         train_inputs = (*([] if start is None else [trained[start]]), *labeled[-1:])
         embed_settings = {**data, "batch_size": config.eval.batch_size, "precision": stage.train.precision}
-        cluster_settings = {**asdict(stage.cluster), "seed": config.seed}
+        cluster_settings = {**settings_of(stage.cluster), "seed": config.seed}
         trained.append(stage_phase(s, "train", train, settings=_train_settings(run, s, data), inputs=train_inputs))
         embedded.append(stage_phase(s, "embed", embed, settings=embed_settings, inputs=(trained[-1],)))
-        clustered.append(stage_phase(s, "cluster", cluster, settings=cluster_settings, inputs=(embedded[-1],)))
-        label_inputs = (clustered[-1], *labeled[-1:])
+        source = run.clustered(s)
+        clustered.append(stage_phase(s, "cluster", cluster, settings=cluster_settings, inputs=(embedded[source],)))
+        label_inputs = (clustered[-1], *(labeled[-1:] if source == s else ()))
         labeled.append(
             stage_phase(s, "labels", lambda *of: on_main(partial(label, *of)), settings={}, inputs=label_inputs)
         )
@@ -306,6 +308,10 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
             raise UserError(
                 f"--stages.{s}.start scratch means random weights, and the towers of this recipe are pretrained; use "
                 f"base or previous"
+            ).on_every_process()
+        if stage.train.groups == "others" and not s:
+            raise UserError(
+                "--stages.0.train.groups others leaves no negatives, as stage 0 has one group; use it in later stages"
             ).on_every_process()
         if stage.train.mask_similar and not s and not config.tower.is_pretrained:
             raise UserError(

@@ -71,7 +71,10 @@ def _reusable_texts(run: RunContext, stage: int, clip: ClipBundle) -> EmbeddingT
 
 
 def cluster(run: RunContext, stage: int) -> None:
-    """Cluster the image features of a stage, its text features, or both; a restart continues from the folder `work`."""
+    """Cluster the image features of a stage (or of stage 0), the text features, or both, as the stage asks for it.
+
+    A restart continues from the folder `work`.
+    """
     work = run.folder(stage, "cluster") / "work"
     _cluster_sides(run, stage, work)
     barrier()  # a network file system does not delete files that any process has mapped
@@ -82,7 +85,7 @@ def cluster(run: RunContext, stage: int) -> None:
 def _cluster_sides(run: RunContext, stage: int, work: Path) -> None:
     settings, out = run.config.stages[stage].cluster, run.folder(stage, "cluster")
     num_clusters = {"image": settings.num_clusters, "text": settings.text_clusters or settings.num_clusters}
-    table, device = run.embeddings(stage), run.accelerator.device
+    table, device = run.embeddings(run.clustered(stage)), run.accelerator.device
     stops: dict[str, Any] = {"is_stopping": run.interrupt.noticed, "check_stop": run.interrupt.check}
     features: dict[str, ReadRows] = {side: partial(table.rows, column=side) for side in SIDES}
     if is_main():
@@ -147,8 +150,12 @@ def _remove(folder: Path, pattern: str) -> None:
 
 
 def label(run: RunContext, stage: int) -> None:
-    """Refine the pseudo-labels of the earlier stages by the clusters of this one. Runs on the main process only."""
-    before, clusters, out = run.labels(stage), run.folder(stage, "cluster"), run.folder(stage, "labels")
+    """Refine the pseudo-labels of the earlier stages by the clusters of this one. Runs on the main process only.
+
+    Clusters of the features of stage 0 are labels on their own.
+    """
+    before = run.labels(stage if run.clustered(stage) == stage else 0)
+    clusters, out = run.folder(stage, "cluster"), run.folder(stage, "labels")
     sides = []
     for path in sorted(clusters.glob("assignments-*.npy")):
         side = path.stem.removeprefix("assignments-")

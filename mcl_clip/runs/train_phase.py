@@ -271,10 +271,12 @@ def _batch_plan(run: RunContext, stage: int) -> tuple[BatchPlan, Integer[np.ndar
         (index, row_map), sources = open_resharded(run, stage), ()
     record = on_main(partial(_write_groups, run, stage, row_map))
     groups = load_numbers(_groups_path(run, stage), len(index))  # one copy in memory for all processes of a node
+    # Negatives of other groups are in batches of all groups.
+    planned = np.minimum(groups, 0) if settings.groups == "others" else groups
     folder = config.machine.cache_dir  # runs may share it, and have equal plans
     plan = BatchPlan(
         shard_of=index.shard_of,
-        groups=groups,
+        groups=planned,
         global_batch_size=settings.global_batch_size,
         seed=config.seed,
         stage=stage,

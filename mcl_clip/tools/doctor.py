@@ -3,7 +3,6 @@
 Nothing is written; of the training data a sample is read.
 """
 
-import math
 import re
 import textwrap
 from collections import Counter
@@ -59,6 +58,7 @@ from mcl_clip.tools.estimates import (
     clusters_per_modality,
     estimate_disk,
     measure_stages,
+    num_labels,
     rows_per_label,
 )
 from mcl_clip.train.trackers import check_trackers
@@ -199,7 +199,7 @@ def check_groups(stages: Sequence[StageConfig], rows: int) -> Iterator[Finding]:
         if max(numbers) > rows:
             setting = f"--stages.{number}.cluster.num-clusters {max(numbers)}"
             yield Finding("FAIL", "groups", f"{setting} is more than the {rows:,} rows; use a smaller number")
-    if math.prod(map(math.prod, clusters)) >= MAX_LABELS:
+    if num_labels(stages) >= MAX_LABELS:
         yield Finding(
             "FAIL", "groups", "the clusters of all stages make over 2^63 labels; use fewer stages or clusters"
         )
@@ -314,14 +314,13 @@ def check_phases(plan: Callable[[], Sequence[Phase]]) -> Iterator[Finding]:
 
 
 def _check_finished_stages(config: RunConfig, rows: int) -> Iterator[Finding]:
-    labels = 1
+    sizes = rows_per_label(config.stages, rows)
     for number, stage in enumerate(config.stages):
         path = config.run_dir / f"stage-{number}" / "train" / "metrics.jsonl"
         diagnose = partial(diagnose_stage, config.run_dir, number, asdict(stage.train), rows)
         if found := (yield from attempt("learned", diagnose)):
-            yield check_suppression(config, number, found, rows / labels)
+            yield check_suppression(config, number, found, sizes[number])
         yield from check_data_wait(number, (yield from attempt("learned", partial(read_jsonl, path))) or [])
-        labels *= math.prod(clusters_per_modality(stage))
 
 
 def check_data_wait(stage: int, records: Sequence[Mapping[str, float]]) -> Iterator[Finding]:

@@ -53,8 +53,15 @@ def clusters_per_modality(stage: StageConfig) -> tuple[int, ...]:
 
 def rows_per_label(stages: Sequence[StageConfig], rows: int) -> list[float]:
     """Compute the mean number of rows that share a pseudo-label at the start of each stage; all rows at stage 0."""
-    factors = [math.prod(clusters_per_modality(stage)) for stage in stages[:-1]]
-    return [rows / math.prod(factors[:number]) for number in range(len(stages))]
+    return [rows / num_labels(stages[:number]) for number in range(len(stages))]
+
+
+def num_labels(stages: Sequence[StageConfig]) -> int:
+    """Return the number of possible pseudo-labels after some stages."""
+    labels = 1
+    for stage in stages:
+        labels = math.prod(clusters_per_modality(stage)) * (1 if stage.cluster.features == "base" else labels)
+    return labels
 
 
 def measure_stages(

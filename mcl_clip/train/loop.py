@@ -298,7 +298,8 @@ def contrastive_loss(
     """Compute this process's share of the loss from the outputs of the towers; return the negatives by group as well.
 
     The loss is s L_groups + (1 - s) L_batch, where s is `config.own_group_share`, and the negatives of a row are the
-    rows of its group in L_groups, all rows of the batch in L_batch. Both are means over the rows with enough negatives.
+    rows of its group, or of all others by `config.groups`, in L_groups, and all rows of the batch in L_batch. Both are
+    means over the rows with enough negatives.
     """
     images, texts = (at_batch_positions(out[name], batch) for name in PAIR)
 
@@ -309,11 +310,11 @@ def contrastive_loss(
             is_negative=at_batch_positions(batch.is_negative, batch),
         )
 
-    def loss_among(groups: Tensor) -> tuple[Tensor, Negatives]:
+    def loss_among(groups: Tensor, *, of_other_groups: bool = False) -> tuple[Tensor, Negatives]:
         negatives = find_negatives(
             rows=batch.rows, groups=groups, text_ids=batch.text_ids, image_ids=batch.image_ids,
-            min_negatives=config.min_negatives, mask_duplicates=config.mask_duplicates,
-            similarity=similarity, chunk_rows=config.loss_chunk_rows,
+            min_negatives=config.min_negatives, of_other_groups=of_other_groups,
+            mask_duplicates=config.mask_duplicates, similarity=similarity, chunk_rows=config.loss_chunk_rows,
         )  # fmt: skip
         scale, epsilon = out["logit_scale"], config.ifm_epsilon
         if config.loss == "siglip":
@@ -321,7 +322,7 @@ def contrastive_loss(
             return siglip_loss(images, texts, scale, bias, negatives, ifm_epsilon=epsilon, wrong=wrong), negatives
         return clip_loss(images, texts, scale, negatives, ifm_epsilon=epsilon, wrong=wrong), negatives
 
-    loss, negatives = loss_among(groups)
+    loss, negatives = loss_among(groups, of_other_groups=config.groups == "others")
     if (share := config.own_group_share) < 1:
         loss = share * loss + (1 - share) * loss_among(torch.zeros_like(groups))[0]
     return loss, negatives

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     own_group_share: float = 1.0
     negative_captions: int = 0
     mask_similar: float = 0.0
+    groups: str = "labels"
     steps: int = 20
 
     def __str__(self) -> str:
@@ -52,6 +53,8 @@ CASES = [
     Case("siglip", ifm_epsilon=0.1, negative_captions=2),
     Case("clip", mask_similar=0.25, own_group_share=0.7),
     Case("siglip", mask_similar=0.25, mask_duplicates=False, min_negatives=3),
+    Case("clip", groups="others", own_group_share=0.7, min_negatives=5),
+    Case("siglip", groups="others", mask_duplicates=False),
 ]
 
 
@@ -76,14 +79,15 @@ class Towers(nn.Module):
 class Data:
     """61 rows in groups of 24, 20, 10 and 7: batches of one group and packed ones, the last with three fillers."""
 
-    def __init__(self, negative_captions: int = 0) -> None:
+    def __init__(self, negative_captions: int = 0, *, mixes_groups: bool = False) -> None:
         draw = np.random.default_rng(0)
         self.groups = np.repeat([0, 1, 2, 3], [24, 20, 10, 7])[draw.permutation(61)]
         self.images = torch.from_numpy(draw.integers(0, 256, (61, 3, 2, 2), np.uint8))
         self.tokens = torch.from_numpy(draw.integers(0, 50, (61, 4)))
         self.text_ids, self.image_ids = torch.arange(61) // 5, (torch.arange(61) * 7) % 59  # some are equal
         self.bad = [int(np.flatnonzero(self.groups == 1)[3]), int(np.flatnonzero(self.groups == 3)[0])]
-        plan = BatchPlan(shard_of=np.zeros(61, np.int64), groups=self.groups, global_batch_size=BATCH, seed=0, stage=1)
+        planned = 0 * self.groups if mixes_groups else self.groups
+        plan = BatchPlan(shard_of=np.zeros(61, np.int64), groups=planned, global_batch_size=BATCH, seed=0, stage=1)
         rows = torch.tensor(np.stack([plan.batch(step) for step in range(200)]))
         self.rows = rows.where(~torch.isin(rows, torch.tensor(self.bad)), FILLER)
 
@@ -136,7 +140,7 @@ def gradients(model: Towers) -> dict[str, np.ndarray]:
 
 def train(case: Case, dtype: torch.dtype, chunks: tuple = (0, 0)) -> tuple[list, list, dict]:
     """Loss of each step, gradients of the first ones, the weights at the end; `chunks` of the towers and the loss."""
-    data, (raw, optimizer) = Data(case.negative_captions), make(case.loss, dtype)
+    data, (raw, optimizer) = Data(case.negative_captions, mixes_groups=case.groups == "others"), make(case.loss, dtype)
     model = DistributedDataParallel(raw) if world_size() > 1 else raw
     options = {**case._asdict(), "grad_cache_rows": chunks[0], "loss_chunk_rows": chunks[1]}
     losses, grads = [], []
@@ -178,7 +182,8 @@ def reference_loss(model: Towers, data: Data, rows: list[int], case: Case, *, ac
     logits, losses = out["logit_scale"] * cosines, []
     for i, row in enumerate(rows):
         among = data.groups * (not across_groups)
-        others = [j for j, other in enumerate(rows) if j != i and among[row] == among[other]]
+        is_of_others = case.groups == "others" and not across_groups
+        others = [j for j, other in enumerate(rows) if j != i and (among[row] == among[other]) != is_of_others]
         alike = [j for j in others for ids in (data.text_ids, data.image_ids) if ids[row] == ids[rows[j]]]
         negatives = [j for j in others if not (case.mask_duplicates and j in alike)]
         close = data.similar_by[rows].astype(np.float64) @ data.similar_by[row].astype(np.float64)
@@ -208,7 +213,8 @@ class _Moved(nn.Module):
 
 @cache
 def reference(case: Case) -> tuple[list, list, dict]:
-    data, (model, optimizer) = Data(case.negative_captions), make(case.loss, torch.float64)
+    data = Data(case.negative_captions, mixes_groups=case.groups == "others")
+    model, optimizer = make(case.loss, torch.float64)
     losses, grads = [], []
     for step in range(case.steps):
         rows = [row for row in data.rows[step].tolist() if row >= 0]
@@ -295,6 +301,7 @@ def test_the_batches_are_of_every_kind():
         {"ifm_epsilon": 0.1},
         {"own_group_share": 0.7},
         {"negative_captions": 2},
+        {"groups": "others"},
     ]
     losses = [reference(Case("siglip")._replace(**change))[0] for change in [{}, *changes]]
     assert len({tuple(of_one) for of_one in losses}) == len(losses)  # each of the settings matters here

@@ -208,6 +208,7 @@ CASES = {
     "cluster.text_clusters": Case(
         "--stages.0.cluster.text-clusters 2", "labels", given="--stages.0.cluster.on product"
     ),
+    "cluster.features": Case("--stages.1.cluster.features base", "labels", given=TWO_STAGES),
     "cluster.metric": Case("--stages.0.cluster.metric cosine", "centroids"),
     "cluster.num_starts": Case("--stages.0.cluster.num-starts 1", "starts"),
     "cluster.max_passes": Case("--stages.0.cluster.max-passes 0", "passes"),

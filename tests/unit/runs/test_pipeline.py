@@ -7,7 +7,16 @@ from unittest.mock import Mock
 import pytest
 from accelerate import Accelerator
 
-from mcl_clip.config import AugmentConfig, LockConfig, PublishConfig, RunConfig, StageConfig, TowerConfig, TrainConfig
+from mcl_clip.config import (
+    AugmentConfig,
+    ClusterConfig,
+    LockConfig,
+    PublishConfig,
+    RunConfig,
+    StageConfig,
+    TowerConfig,
+    TrainConfig,
+)
 from mcl_clip.core.files import fingerprint
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.row_order import Source
@@ -69,6 +78,19 @@ def test_each_phase_depends_on_what_it_reads():
             *("stage-0/eval", "stage-1/eval"),
         ],
     }
+
+
+def test_stages_whose_groups_are_of_the_base_do_not_depend_on_each_other():
+    of_base = replace(STAGE, start="base", cluster=ClusterConfig(features="base"))
+    config = replace(PRETRAINED, stages=(PRETRAINED.stages[0], of_base, replace(STAGE, start="base")))
+    inputs = {phase.name: [before.name for before in phase.inputs] for phase in planned(config)}
+    assert inputs["stage-1/cluster"] == ["stage-0/embed"]
+    assert inputs["stage-1/labels"] == ["stage-1/cluster"]
+    assert inputs["stage-2/train"] == ["stage-1/labels"]
+    changed = replace(config, stages=(config.stages[0], replace(of_base, train=replace(TRAIN, lr=0.5)), STAGE))
+    before, after = ({phase.name: phase.fingerprint for phase in planned(each)} for each in (config, changed))
+    assert before["stage-1/train"] != after["stage-1/train"]
+    assert before["stage-1/labels"] == after["stage-1/labels"]
 
 
 @pytest.mark.parametrize(
