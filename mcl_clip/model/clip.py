@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mcl_clip.core.distributed import seed_of
 from mcl_clip.core.errors import UserError, shorten_list, suggest
 from mcl_clip.core.files import atomic_dir, read_json
-from mcl_clip.model.fast_paths import takes_short_texts, use_fast_paths
+from mcl_clip.model.fast_paths import in_short_batches, use_fast_paths
 from mcl_clip.model.from_transformers import is_transformers_folder, load_clip_weights, read_clip_config
 from mcl_clip.model.image_transform import make_image_transform
 from mcl_clip.model.open_clip_io import (
@@ -41,7 +41,6 @@ from mcl_clip.model.open_clip_io import (
     write_open_clip_folder,
 )
 
-TEXT_BATCH_SIZE = {"cpu": 32}  # other devices encode all texts at once
 PREPROCESS_NAMES = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PREPROCESS_CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}
 TEXTS = ("a photo", "a photo of two dogs on a beach")  # to try a text tower; one of them is padded
@@ -75,18 +74,11 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Float[Tenso
 def encode_texts(
     model: Any, tokens: Int[Tensor, "texts length"] | Float[Tensor, "texts width"], device: torch.device
 ) -> Float[Tensor, "texts dim"]:
-    """Encode tokens, or stored outputs of a frozen part, to unnormalized features on `device`.
-
-    If the model accepts texts without padding, texts are sorted by length and each batch is cut to its longest text.
-    """
-    if not takes_short_texts(model) or not tokens.any():
+    """Encode tokens, or stored outputs of a frozen part, to unnormalized features on `device`."""
+    if tokens.is_floating_point():
         features: Tensor = model.encode_text(tokens.to(device))
         return features
-    lengths = (tokens.ne(0) * torch.arange(1, tokens.shape[1] + 1)).amax(1)
-    order = lengths.argsort(stable=True)
-    batches = torch.split(order, TEXT_BATCH_SIZE.get(device.type, len(tokens)))
-    parts = [model.encode_text(tokens[batch, : lengths[batch[-1]]].to(device)) for batch in batches]
-    return torch.cat(parts)[order.argsort().to(device)]
+    return in_short_batches(model.encode_text, model, tokens, device)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

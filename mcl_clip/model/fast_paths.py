@@ -4,12 +4,14 @@
 subclass. Parameter names and weights stay the same, so models load and save as before. Features differ by rounding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import open_clip
+import torch
 from jaxtyping import Float, Int
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import (
     ResidualAttentionBlock,
     TextTransformer,
@@ -19,6 +21,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 END_POOLS = ("argmax", "eos")
+TEXT_BATCH_SIZE = {"cpu": 32}  # other devices encode all texts at once
 
 
 class FirstTokenBlock(ResidualAttentionBlock):  # type: ignore[misc]
@@ -89,6 +92,39 @@ def takes_short_texts(model: Any) -> bool:
     return all(
         isinstance(m, ShortTextCLIP) or isinstance(getattr(m, "text", None), ShortTextTransformer) for m in models
     )
+
+
+def padding_token(model: Any) -> int | None:
+    """Return the token at the end of texts that the text towers of `model`, or of all its stages, can do without.
+
+    None where padding reaches a feature. Hugging Face towers mask it in attention and pooling; with dropout, though,
+    each length has other draws.
+    """
+    if takes_short_texts(model):
+        return 0
+    towers = [getattr(m, "text", None) for m in getattr(model, "stages", None) or [model]]
+    tokens = {
+        tower.config.pad_token_id if isinstance(tower, HFTextEncoder) and not tower.transformer.training else None
+        for tower in towers
+    }
+    return tokens.pop() if len(tokens) == 1 else None
+
+
+def in_short_batches(
+    encode: Callable[[Tensor], Tensor], model: Any, tokens: Int[Tensor, "texts length"], device: torch.device
+) -> Float[Tensor, "texts dim"]:
+    """Encode texts with `encode`, a part of `model`, on `device`.
+
+    If the model accepts texts without padding, texts are sorted by length and each batch is cut to its longest text.
+    """
+    padding = padding_token(model)
+    if padding is None or not tokens.ne(padding).any():
+        return encode(tokens.to(device))
+    lengths = (tokens.ne(padding) * torch.arange(1, tokens.shape[1] + 1)).amax(1).clamp(min=1)
+    order = lengths.argsort(stable=True)
+    batches = torch.split(order, TEXT_BATCH_SIZE.get(device.type, len(tokens)))
+    parts = [encode(tokens[batch, : lengths[batch[-1]]].to(device)) for batch in batches]
+    return torch.cat(parts)[order.argsort().to(device)]
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from torch import nn
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.model import clip as clip_module
-from mcl_clip.model.clip import create_clip, load_clip, save_clip
+from mcl_clip.model.clip import create_clip, encode_texts, load_clip, save_clip
+from mcl_clip.model.fast_paths import TEXT_BATCH_SIZE
 from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.open_clip_io import check_model_folder
 from mcl_clip.model.prepare import check_contract, lock, reference_features
@@ -61,6 +62,22 @@ def test_published_weights_are_loaded_if_the_config_asks_for_them(folder, text, 
     state = torch.random.get_rng_state()
     assert is_published(create_clip(model_cfg=model_cfg(folder, **text), **options), folder) == expected
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_texts_are_encoded_without_padding_where_nothing_is_dropped(folder, monkeypatch):
+    model = create_clip(model_cfg=model_cfg(folder)).model.eval()
+    tokens = torch.tensor([[2, 3, 4, 1, 1, 1], [4, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])  # 1 pads
+    lengths = []
+    monkeypatch.setitem(TEXT_BATCH_SIZE, "cpu", 1)
+    model.text.transformer.register_forward_pre_hook(
+        lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        expected = model.encode_text(tokens[:2])
+        torch.testing.assert_close(encode_texts(model, tokens[:2], torch.device("cpu")), expected)
+        assert encode_texts(model, tokens[1:], torch.device("cpu")).shape == (2, 16)
+        encode_texts(model.train(), tokens, torch.device("cpu"))
+    assert lengths == [6, 1, 3, 1, 1, 6]
 
 
 @pytest.mark.parametrize(
