@@ -13,6 +13,8 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,13 +41,13 @@ class FrozenPart:
 def find_frozen_part(encoder: nn.Module, example: Tensor) -> FrozenPart | None:
     """Find the frozen part of an image or text tower; None if there is none, or a tower cannot be split.
 
-    Towers of timm and Hugging Face are split between trunk and projection, vision transformers of open_clip below the
-    lowest block that trains. `example` is a batch of inputs.
+    Towers of timm and Hugging Face are split between trunk and projection; vision transformers of open_clip, and
+    EfficientNets and ResNets of timm, below the lowest block that trains. `example` is a batch of inputs.
     """
     tower: Any = encoder
     prefixes: tuple[str, ...]
     if isinstance(tower, TimmModel):
-        prefixes, run, rest = ("trunk.",), tower.trunk, tower.head
+        prefixes, run, rest = _split_timm(tower)
     elif isinstance(tower, HFTextEncoder):
         prefixes, run, rest = ("transformer.",), _pooled_texts(tower), tower.proj
     elif type(tower) is VisionTransformer and not tower.output_tokens and tower.transformer.batch_first:
@@ -80,6 +82,9 @@ def find_frozen_part(encoder: nn.Module, example: Tensor) -> FrozenPart | None:
 
 def accept_outputs(encoder: nn.Module, part: FrozenPart) -> None:
     """Let an encoder take outputs of its frozen part in place of inputs, told apart by their type and shape."""
+    if getattr(encoder, "stored_shape", None) == part.shape:
+        return
+    encoder.stored_shape = part.shape  # type: ignore[assignment]
     from_inputs = encoder.forward
 
     def forward(inputs: Tensor) -> Tensor:
@@ -97,6 +102,33 @@ def _pooled_texts(tower: Any) -> Callable[[Tensor], Tensor]:
         return pooled
 
     return run
+
+
+def _split_timm(tower: Any) -> tuple[tuple[str, ...], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return the prefixes of the lower part, that part, and the rest: the head and, of some trunks, upper blocks."""
+    trunk = tower.trunk
+    layers: list[Any] = []  # that map images to the map of features, one after the other
+    if isinstance(trunk, EfficientNet):
+        stages: Any = trunk.blocks
+        blocks = [block for stage in stages for block in stage]
+        layers = [trunk.conv_stem, trunk.bn1, *blocks, trunk.conv_head, trunk.bn2]
+    elif isinstance(trunk, ResNet):
+        blocks = [block for n in (1, 2, 3, 4) for block in getattr(trunk, f"layer{n}")]
+        layers = [trunk.conv1, trunk.bn1, trunk.act1, trunk.maxpool, *blocks]
+    trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+    if not any(trained) or trained[0]:
+        return ("trunk.",), trunk, tower.head
+    num_frozen = trained.index(True)
+    names = {layer: name for name, layer in tower.named_modules()}
+
+    def rest(outputs: Tensor) -> Tensor:
+        for layer in layers[num_frozen:]:
+            recomputes = trunk.grad_checkpointing and torch.is_grad_enabled()
+            outputs = checkpoint(layer, outputs, use_reentrant=False) if recomputes else layer(outputs)
+        features: Tensor = tower.head(trunk.forward_head(outputs))
+        return features
+
+    return tuple(f"{names[layer]}." for layer in layers[:num_frozen]), nn.Sequential(*layers[:num_frozen]), rest
 
 
 def _split_transformer(visual: Any, num_frozen: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:

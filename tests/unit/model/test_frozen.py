@@ -13,6 +13,7 @@ from mcl_clip.model.prepare import lock
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "patch_size": 8, "layers": 3, "width": 32, "head_width": 16}
 TIMM = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "mlp", "image_size": 32}
+EFFICIENT = {**TIMM, "timm_model_name": "test_efficientnet"}
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -28,6 +29,9 @@ def towers(**vision) -> nn.Module:
         (VIT, 4, (17, 32)),  # the embeddings alone, where no block is locked
         ({**VIT, "pool_type": "avg"}, 0, (17, 32)),
         (TIMM, 0, (512,)),
+        (TIMM, 1, (256, 2, 2)),
+        (EFFICIENT, 1, (48, 2, 2)),
+        (EFFICIENT, 2, (32, 4, 4)),
     ],
 )
 def test_outputs_give_the_features_of_images(vision, unlocked, shape):
@@ -43,10 +47,11 @@ def test_outputs_give_the_features_of_images(vision, unlocked, shape):
         torch.testing.assert_close(model.encode_image(IMAGES), expected)
 
 
-def test_what_trains_gets_the_same_gradients():
+@pytest.mark.parametrize("vision", [VIT, TIMM, EFFICIENT])
+def test_what_trains_gets_the_same_gradients(vision):
     grads = []
     for stored in (False, True):
-        model = towers(**VIT)
+        model = towers(**vision)
         lock(model, image_unlocked_groups=2)
         part = find_frozen_part(model.visual, IMAGES)
         inputs = IMAGES
