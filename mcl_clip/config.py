@@ -150,8 +150,8 @@ class LockConfig:
     more, and read them from the run directory (4 bytes per dimension and caption, deleted after the stage)."""
     cached_trunks: bool = True
     """Compute what locked lower parts of the towers make of each image (of `augment.views`) and caption only once, if
-    the stage sees it about twice or more and the disk has room, and read it from the run directory, where it is kept
-    for later stages until the run ends."""
+    the stage sees it about twice or more and the disk has room, and that of evaluation sets. It is read from the run
+    directory, where it is kept for later stages until the run ends, or from `machine.cache_dir`."""
 
     def __post_init__(self) -> None:
         check_fields("stages.K.train.lock.", self, text_unlocked_groups=0, image_unlocked_groups=0)
@@ -446,7 +446,8 @@ class MachineConfig:
     remote: Literal["range", "stage"] = "range"
     """Read remote shards by HTTP ranges (`range`), or download whole shards into a cache (`stage`)."""
     cache_dir: Path | None = None
-    """Folder of the shard cache and of batch plans too large for memory."""
+    """Folder of the shard cache, of batch plans too large for memory, and of what locked lower parts of the towers
+    compute: runs that share it compute that once. It is not deleted."""
     cache_gb: float = 100.0
     """Largest size of the shard cache in GB."""
     preempt_exit_code: int = 0

@@ -230,7 +230,7 @@ class _ImageBatches:
     source: ImageSource
     image_transform: Callable[[Any], Tensor]
 
-    def make_batch(self, rows: Int[np.ndarray, " batch"]) -> Float[Tensor, "batch 3 height width"]:
+    def make_batch(self, rows: Int[np.ndarray, " batch"]) -> Float[Tensor, "batch ..."]:
         """Read, decode and transform the images of `rows`."""
         try:
             return torch.stack([self.image_transform(image) for image in self.source.images(rows)])

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from jaxtyping import Int64
-from torch import Tensor, nn
 
 from mcl_clip.config import DataConfig, RunConfig
 from mcl_clip.core.distributed import (
@@ -126,9 +125,9 @@ class RunContext:
             "json_key": data.caption_key or RULE.caption_key,
         }
 
-    def embed_task(self, task: Task, model: nn.Module, clip: ClipBundle) -> dict[str, Tensor]:
-        """Embed an evaluation set with `model`, using the preprocessing and tokenizer of `clip`."""
-        encoder = Encoder(
+    def encoder(self, model: Any, clip: ClipBundle) -> Encoder:
+        """Return what embeds evaluation sets with `model`, using the preprocessing and tokenizer of `clip`."""
+        return Encoder(
             model=model,
             image_transform=clip.image_transform,
             tokenizer=clip.tokenizer,
@@ -138,7 +137,6 @@ class RunContext:
             timeout_s=self.config.machine.loader_timeout_s,
             waiting_for=self.interrupt.waiting_for,
         )
-        return encoder.embed(task.data)
 
 
 def with_behavior(config: RunConfig) -> RunConfig:

@@ -30,6 +30,7 @@ from mcl_clip.results.record import COMBINED
 from mcl_clip.results.text import results_table
 from mcl_clip.runs.context import RESULTS, RunContext
 from mcl_clip.runs.final_model import is_averaged, make_single_model
+from mcl_clip.runs.frozen import embed_set
 from mcl_clip.stages.combine import fit_combination
 from mcl_clip.stages.diagnose import Diagnosis, diagnose
 from mcl_clip.stages.shared_metric import Projection
@@ -45,7 +46,7 @@ def evaluate(run: RunContext, stage: int) -> None:
     missing = on_main(lambda: [name for name, path in paths.items() if not path.exists()])
     for name in missing:
         run.interrupt.check()
-        features = run.embed_task(run.tasks[name], clip.model, clip)
+        features = embed_set(run, stage, run.tasks[name], clip)
         if is_main():
             with atomic_path(paths[name]) as temporary:
                 save_file(features, temporary)
@@ -98,7 +99,7 @@ def _finish_averaged(run: RunContext) -> None:
     out = run.config.run_dir / COMBINED
     clip, choice = make_single_model(run)
     clip.model.to(run.accelerator.device)
-    features = {name: run.embed_task(task, clip.model, clip) for name, task in run.tasks.items()}
+    features = {name: embed_set(run, choice.stages[-1], task, clip) for name, task in run.tasks.items()}
 
     def finish() -> None:
         bias = getattr(clip.model, "logit_bias", None)

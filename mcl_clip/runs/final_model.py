@@ -15,6 +15,7 @@ from mcl_clip.model.mix import mix_weights
 from mcl_clip.model.multistage import combine_features
 from mcl_clip.results.text import trade_table
 from mcl_clip.runs.context import RESULTS, RunContext
+from mcl_clip.runs.frozen import embed_set
 from mcl_clip.runs.train_phase import base_clip
 from mcl_clip.train.validation import is_rank
 
@@ -108,7 +109,8 @@ def measure(run: RunContext, clip: ClipBundle, terms: Sequence[str]) -> dict[str
     """
     clip.model.to(run.accelerator.device).eval()
     tasks = {name: run.tasks[name] for name in dict.fromkeys(term.partition(":")[0] for term in terms)}
-    features = {name: run.embed_task(task, clip.model, clip) for name, task in tasks.items()}
+    last = len(run.config.stages) - 1  # what it locks, the base and all stages have in common
+    features = {name: embed_set(run, last, task, clip) for name, task in tasks.items()}
 
     def score() -> dict[str, float]:
         values = {}

@@ -19,7 +19,7 @@ from mcl_clip.model.clip import ClipBundle, load_clip
 from mcl_clip.model.multistage import have_same_text_tower
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.embedding import embed_rows
-from mcl_clip.runs.frozen import TRUNKS, stored_outputs
+from mcl_clip.runs.frozen import stored_outputs, trunks_folder
 from mcl_clip.runs.train_phase import lock_stage
 from mcl_clip.stages.embed import read_losses
 from mcl_clip.stages.kmeans import ReadRows, all_chunks, spherical_kmeans
@@ -36,7 +36,7 @@ def embed(run: RunContext, stage: int) -> None:
     clip = run.clip(stage)
     texts = _reusable_texts(run, stage, clip)
     options = run.batch_options(clip)
-    if on_main((config.run_dir / TRUNKS).is_dir):
+    if on_main(trunks_folder(config).is_dir):
         lock_stage(clip.model, config.stages[stage].train)
         options["images"], options["texts"] = stored_outputs(run, stage, clip)
     if texts is not None:

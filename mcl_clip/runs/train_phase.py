@@ -39,7 +39,7 @@ from mcl_clip.model.prepare import lock as lock_parameters
 from mcl_clip.model.tower import create_tower
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
-from mcl_clip.runs.frozen import TEXTS, store_outputs
+from mcl_clip.runs.frozen import TEXTS, embed_set, store_outputs
 from mcl_clip.runs.negatives import (
     BASE,
     check_negatives,
@@ -143,7 +143,7 @@ def fit_stage(
         seed=(config.seed, stage),
         similar_by=read_similarity_features(run, stage, len(groups)),
         max_bad_fraction=config.data.max_bad_fraction,
-        evaluate=partial(_evaluate, run, clip),
+        evaluate=lambda _: _evaluate(run, stage, clip),
         evaluate_steps=config.eval.every_steps,
         best=best,
         teacher=_teacher(run, config.stages[stage].train),
@@ -356,9 +356,9 @@ def open_resharded(run: RunContext, stage: int) -> tuple[ShardIndex, Integer[np.
     return index, row_map
 
 
-def _evaluate(run: RunContext, clip: ClipBundle, model: nn.Module) -> dict[str, float]:
+def _evaluate(run: RunContext, stage: int, clip: ClipBundle) -> dict[str, float]:
     """Return the metrics of all evaluation sets as `SET/METRIC`, for an evaluation within a stage."""
-    features = {name: run.embed_task(task, model, clip) for name, task in run.tasks.items()}
+    features = {name: embed_set(run, stage, task, clip, is_locked=True) for name, task in run.tasks.items()}
 
     def score() -> dict[str, float]:
         metrics = {}

@@ -1,7 +1,7 @@
 """What `mcl-clip eval` measures does not depend on the number of processes, and one of them writes."""
 
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -95,12 +95,13 @@ class CountedTask:
 def evaluate_within_a_stage() -> tuple[dict[str, float], int]:
     task, embedded = CountedTask(), []
 
-    def embed_task(task, model, clip):
+    def embed_set(run, stage, task, clip, *, is_locked):
         embedded.append(task)  # what every process takes part in
         return {"image": torch.eye(2), "text": torch.eye(2)[:1]}
 
-    run = Mock(spec=RunContext, tasks={"a": task, "b": task}, embed_task=embed_task)
-    return train_phase._evaluate(run, Mock(spec=ClipBundle), torch.nn.Identity()), len(embedded)
+    run = Mock(spec=RunContext, tasks={"a": task, "b": task})
+    with patch.object(train_phase, "embed_set", embed_set):
+        return train_phase._evaluate(run, 0, Mock(spec=ClipBundle)), len(embedded)
 
 
 def test_an_evaluation_within_a_stage_is_scored_once(pool):

@@ -1,9 +1,12 @@
 """Runs with locked towers under trained projections: what the locked parts compute is read from disk."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -11,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from mcl_clip.config import AugmentConfig, LockConfig, TowerConfig
 from mcl_clip.data.features import part_name, read_part
+from mcl_clip.data.storage import load_tensors
 from mcl_clip.runs import frozen
 from tests.recipes.runs import COLOURS, PLACES, SHAPES, execute, records, with_stages
 
@@ -68,7 +72,39 @@ def test_outputs_from_disk_train_and_embed_as_the_locked_towers_do(pair, monkeyp
             for side in ("image", "text"):
                 np.testing.assert_allclose(getattr(cached, side), getattr(plain, side), atol=2e-3)
                 np.testing.assert_array_equal(getattr(cached, f"{side}_id"), getattr(plain, f"{side}_id"))
+        for name in ("retrieval", "colours"):
+            cached, plain = (load_tensors(run / f"stage-{stage}/eval/features-{name}.safetensors") for run in runs)
+            for side in ("image", "text"):
+                torch.testing.assert_close(cached[side], plain[side], atol=1e-4, rtol=1e-3)
     assert not (runs[0] / frozen.TRUNKS).exists()
+
+
+def test_runs_with_one_cache_share_outputs_of_the_same_data(pair, tmp_path, monkeypatch):
+    calls = counted(monkeypatch)
+    recipe = with_stages(pair, STAGE | {"steps": 26, "augment": AugmentConfig(views=1), "keep_best": "retrieval"})
+    recipe = replace(
+        recipe,
+        machine=replace(pair.machine, cache_dir=tmp_path / "cache"),
+        eval=replace(pair.eval, every_steps=13),
+    )
+    features = []
+    for lr in ("0.01", "0.02"):
+        run = execute(replace(recipe, run_dir=tmp_path / lr), "--stages.0.train.lr", lr)
+        features.append(load_tensors(run / "stage-0/eval/features-retrieval.safetensors")["image"])
+        stored = sorted((tmp_path / "cache" / frozen.TRUNKS).glob("[!.]*"))
+        assert [path.name.rpartition("-")[0] for path in stored] == [
+            "images",
+            *["set-image"] * 2,
+            *["set-text"] * 2,
+            "texts",
+        ]
+    assert sorted(calls) == ["write_image_outputs", "write_text_features"]
+    assert not torch.equal(*features)
+    shutil.copytree(pair.data.train[0], tmp_path / "shards")  # equal keys and sizes, written at another time
+    for path in (tmp_path / "shards").glob("*.tar"):
+        os.utime(path, (1, 1))
+    execute(replace(recipe, run_dir=tmp_path / "run-2"), "--data.train", str(tmp_path / "shards"))
+    assert sorted(calls) == ["write_image_outputs"] * 2 + ["write_text_features"] * 2
 
 
 @pytest.mark.slow
