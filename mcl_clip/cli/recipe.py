@@ -20,6 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from mcl_clip.config import RunConfig
 from mcl_clip.core.distributed import is_main, world_size
 from mcl_clip.core.errors import PlannedStop, UserError, run_program, shorten
+from mcl_clip.core.memory import keep_freed_memory
 from mcl_clip.core.progress import be_quiet, is_quiet
 from mcl_clip.results.record import data_losses
 from mcl_clip.runs.context import RESULTS
@@ -112,6 +113,8 @@ def create_accelerator() -> Accelerator:
                 f"data parallelism (DDP); launch with a config from recipes/accelerate"
             )
     on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        keep_freed_memory()
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="no",  # precision is a setting of each stage
