@@ -22,7 +22,7 @@ quickstart: $(VENV)/installed $(DATA)/metadata.json
 	$(BIN)/mcl-clip status runs/quickstart/seed-0/mcl
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadgroup
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest

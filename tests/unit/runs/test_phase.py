@@ -168,7 +168,7 @@ def test_a_living_owner_is_respected_and_a_dead_one_is_not(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("pid", [2**22 + 5, os.getpid()])
+@pytest.mark.parametrize("pid", [2**22 + 5, os.getpid()], ids=["gone", "this"])
 def test_the_lock_of_an_earlier_process_is_taken_over(tmp_path, pid):
     record = {"host": socket.gethostname(), "pid": pid, "process": "12"}  # a number may have been given again
     (tmp_path / "lock").write_text(json.dumps(record))
