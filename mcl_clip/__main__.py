@@ -26,6 +26,7 @@ COMMANDS = {  # by purpose, with the first lines of their help, since importing 
     },
     "measure": {
         "eval": "Evaluate a model on evaluation sets, with confidence intervals.",
+        "audit": "Find what a model is blind to, and by which shortcut it tells pairs apart.",
         "compare": "Compare two models query by query: A - B with 95 % intervals.",
     },
     "publish": {

@@ -32,20 +32,25 @@ from mcl_clip.core.files import DONE, append_jsonl, atomic_path, read_run_config
 from mcl_clip.core.progress import be_quiet, has_colours
 from mcl_clip.data.index import ShardIndex
 from mcl_clip.data.shards import expand_shards, is_remote
+from mcl_clip.data.writing import refuse_non_empty
 from mcl_clip.eval.evaluate import evaluate
+from mcl_clip.model.resolve import find_models
 from mcl_clip.publish.export import EVERYTHING, Export, export_run
 from mcl_clip.publish.hub import check_repo_name, check_target, find_token, upload
 from mcl_clip.report.evaluation import runs_with_controls
 from mcl_clip.report.page import write_report
+from mcl_clip.results.audit import audit_lines
 from mcl_clip.results.compare import compare_models, comparison_records, comparison_text
 from mcl_clip.results.text import format_bytes, results_table
 from mcl_clip.runs.context import sample_rule
 from mcl_clip.runs.pipeline import check_stages, run_pipeline
 from mcl_clip.stages.pseudo_labels import default_min_group_size, group_labels, read_labels
+from mcl_clip.tools.audit import audit_folder, audit_model
+from mcl_clip.tools.audit_data import MIN_PAIRS, AuditOptions, open_audit_data
 from mcl_clip.tools.browse import serve
 from mcl_clip.tools.doctor import diagnoses, examine, finding_text, status_lines
 from mcl_clip.tools.experiment import plan_experiment, run_arms, table
-from mcl_clip.tools.finetune import FineTuning, advice, comparison_lines, evaluate_base, export_result
+from mcl_clip.tools.finetune import FineTuning, advice, audit_result, comparison_lines, evaluate_base, export_result
 from mcl_clip.tools.finetune_data import DataOptions
 from mcl_clip.tools.finetune_recipe import find_towers
 from mcl_clip.tools.launch import launch, read_placement, resolve_placement
@@ -54,6 +59,7 @@ from mcl_clip.tools.reshard import reshard
 from mcl_clip.train.interrupt import Interrupt
 
 DATA_OPTIONS = DataOptions()
+AUDIT_OPTIONS = AuditOptions()
 
 
 def index(
@@ -238,6 +244,51 @@ def evaluate_model(
             print(f"{results_table(folder)}\nin {folder}")
 
 
+def audit(
+    model: str,
+    /,
+    *,
+    data: tuple[str, ...],
+    out: Path | None = None,
+    options: Annotated[AuditOptions, tyro.conf.OmitArgPrefixes] = AUDIT_OPTIONS,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Find what a model is blind to, and by which shortcut it tells pairs apart.
+
+    Nothing is trained. Swaps of words in captions show which kinds of words it sees; captions and pictures with a part
+    left out show whether a part that both share, such as a code or text in the picture, suppresses the rest; then what
+    its clusters follow, and a verdict. Writes OUT/audit.html, OUT/audit.json and OUT/swaps, a set of pairs.
+
+    Args:
+        model: as for eval.
+        data: shards with captions (paths or URLs with braces and globs, or folders), or a retrieval set.
+        out: a new or empty folder; by default RUN/audit or RUN/stage-K/audit, and audits/ and the name of other models.
+        options: what is looked at.
+        batch_size: images, or texts, per forward pass.
+        workers: loader processes; 0 to load in the process itself.
+        device: device such as cpu or cuda:1; by default a GPU if there is one.
+        precision: bf16 runs the encoders in bfloat16 autocast.
+    """
+    check_range("pictures", options.pictures, MIN_PAIRS)
+    check_range("batch-size", batch_size, 1)
+    check_range("workers", workers, 0)
+    if world_size() > 1:
+        raise UserError("audit runs in one process; start it without a launcher")
+    candidate = find_models(model)[-1]
+    out = out or audit_folder(model, candidate.label)
+    refuse_non_empty(out)
+    with all_processes() as accelerator:
+        found = open_audit_data(data, options)
+        record = audit_model(
+            candidate.load(), found, out, options, name=model, batch_size=batch_size, num_workers=workers,
+            device=_device(device) if device else accelerator.device, precision=precision,
+        )  # fmt: skip
+        print("\n".join([*audit_lines(record), f"in {out}"]))
+
+
 def _device(name: str) -> torch.device:
     if world_size() > 1:
         raise UserError(
@@ -391,6 +442,7 @@ def finetune(
     image: str = "",
     text: str = "",
     seed: int = 0,
+    audit: bool = True,
     options: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = DATA_OPTIONS,
 ) -> None:
     """Fine-tune a model on your own pictures, compare it with the base, and export it.
@@ -410,6 +462,7 @@ def finetune(
         image: image tower of a pair, in place of MODEL: timm:NAME=FILE, or timm:NAME for the weights of timm.
         text: text tower of a pair, in place of MODEL: hf:FOLDER or hf:ORG/NAME.
         seed: seed of the split and of training.
+        audit: audit the result on the test set at the end, as mcl-clip audit does; the last line rests on it.
         options: how the data is read and split.
     """
     check_range("validation", options.validation, 0)
@@ -439,7 +492,8 @@ def finetune(
         run_pipeline(config, accelerator, interrupt)
         print("\n".join([*comparison_lines(run_dir), *lost_lines(run_dir)]))
         print(f"model: {_export_text(*export_result(run_dir))}")
-        print(f"report: {run_dir / 'report.html'}\n{advice(run_dir)}")
+        lines = audit_result(config, accelerator.device) if audit else []
+        print("\n".join([f"report: {run_dir / 'report.html'}", *lines, advice(run_dir)]))
 
 
 def profile(
@@ -535,7 +589,7 @@ def _export_text(folder: Path, differences: Mapping[str, float]) -> str:
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init, "launch": launch_recipe, "doctor": doctor, "finetune": finetune, "profile": profile,
     "experiment": experiment, "status": status, "report": report, "browse": browse, "eval": evaluate_model,
-    "compare": compare, "export": export, "push": push, "index": index, "reshard": reshard_run,
+    "audit": audit, "compare": compare, "export": export, "push": push, "index": index, "reshard": reshard_run,
 }  # fmt: skip
 RECIPE_COMMANDS = ("launch", "doctor", "profile", "finetune")  # they pass arguments to a recipe
 

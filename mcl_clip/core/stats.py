@@ -64,6 +64,15 @@ def bootstrap_interval(
     return _percentiles(np.concatenate(means), level)
 
 
+def resampled_means(
+    values: Shaped[np.ndarray, "quantities units"], *, seed: int = 0, resamples: int = 2000
+) -> Float64[np.ndarray, "quantities means"]:
+    """Return the means of some quantities over the same units, then those of bootstrap samples, drawn for all alike."""
+    exact = values.astype(np.float64)
+    samples = [counts @ exact.T / exact.shape[1] for counts in _counts(exact.shape[1], resamples, seed, "units")]
+    return np.concatenate([exact.mean(1, keepdims=True), np.concatenate(samples).T], axis=1)
+
+
 def compare_paired(
     a: Shaped[np.ndarray, "queries"],
     b: Shaped[np.ndarray, "as_many"],

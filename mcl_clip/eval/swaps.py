@@ -113,8 +113,8 @@ def make_swaps(
     Raises:
         UserError: if no swap can be made.
     """
-    patterns = {kind: _pattern(of_kind) for kind, of_kind in words.others.items()}
-    every = _pattern({*chain(*words.others.values()), *chain(*words.holds_with.values())})
+    patterns = {kind: words_pattern(of_kind) for kind, of_kind in words.others.items()}
+    every = words_pattern({*chain(*words.others.values()), *chain(*words.holds_with.values())})
     found = [{match for text in texts for match in _occurring(every, text)} for texts in captions]
     pictures_with = Counter(chain.from_iterable(found))
     swaps: defaultdict[str, dict[tuple[int, str], Swap]] = defaultdict(dict)
@@ -178,7 +178,7 @@ def _lower(words: Sequence[str]) -> list[str]:
     return [" ".join(word.lower().split()) for word in words]
 
 
-def _pattern(words: Mapping[str, Any] | set[str]) -> re.Pattern[str]:
+def words_pattern(words: Mapping[str, Any] | set[str]) -> re.Pattern[str]:
     """Return a pattern for whole words; of a word and a phrase that starts with it, the phrase is found."""
     longest_first = sorted(words, key=lambda word: (-len(word), word))
     # A word with a hyphen, such as red-haired, is another word; man's is man.

@@ -5,7 +5,7 @@ address, and a content security policy forbids them; everything that comes from 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,7 +55,15 @@ def write_report(
     thumbnails = Thumbnails(loaders)
     # Sections request their images here; rendering without them gives the size that is left for images.
     sections = [section for make in SECTIONS if (section := make(view, thumbnails)) is not None]
-    render = _renderer(view, thumbnails, sections, images=images)
+    render = page_renderer(
+        sections,
+        thumbnails,
+        name=view.name,
+        subject="what each stage learned",
+        command="mcl-clip report",
+        has_images=images,
+        missing=view.missing,
+    )
     left = int(max_mb * 1e6) - len(render().encode(errors="backslashreplace"))
     if left < 0:
         raise UserError(
@@ -69,8 +77,17 @@ def write_report(
     return out
 
 
-def _renderer(view: RunView, thumbnails: Thumbnails, sections: list[Section], *, images: bool) -> Callable[[], str]:
-    """Return a function that renders the page with the images that are encoded by then."""
+def page_renderer(
+    sections: Sequence[Section],
+    thumbnails: Thumbnails,
+    *,
+    name: str,
+    subject: str,
+    command: str,
+    has_images: bool,
+    missing: Sequence[str] = (),
+) -> Callable[[], str]:
+    """Return a function that renders a page with the images that are encoded by then; `command` writes it again."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
@@ -80,12 +97,14 @@ def _renderer(view: RunView, thumbnails: Thumbnails, sections: list[Section], *,
     )
     template = environment.get_template("page.html.jinja")
     context = {
-        "name": view.name,
+        "name": name,
+        "subject": subject,
+        "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "version": version("mcl_clip"),
         "sections": sections,
         "thumbnails": thumbnails,
-        "has_images": images,
-        "missing": view.missing,
+        "has_images": has_images,
+        "missing": missing,
     }
     return lambda: template.render(context)

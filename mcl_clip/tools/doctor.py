@@ -22,6 +22,7 @@ from mcl_clip.data.row_order import Source
 from mcl_clip.data.workers import shared_memory
 from mcl_clip.eval.task import Task
 from mcl_clip.report.page import REPORT
+from mcl_clip.results.audit import FOLDER, read_audit
 from mcl_clip.results.record import PHASES, phase_state, read_run
 from mcl_clip.runs.context import RunContext, with_behavior
 from mcl_clip.runs.controls import with_control
@@ -228,11 +229,23 @@ def status_lines(run: Path, *, has_colours: bool = False) -> list[str]:
 
 
 def diagnoses(run: Path) -> list[str]:
-    """List one line per evaluated stage on whether a further stage, or more training, can help."""
+    """List one line per evaluated stage on whether a further stage, or more training, can help, then audits."""
     record = read_run(run)
     rows = len(record.index or ())
     found = [diagnose_stage(run, number, stage.train_settings, rows) for number, stage in enumerate(record.stages)]
-    return [f"stage {number}: {one.text}" for number, one in enumerate(found) if one]
+    lines = [f"stage {number}: {one.text}" for number, one in enumerate(found) if one]
+    return [*lines, *audit_verdicts(run)]
+
+
+def audit_verdicts(run: Path) -> list[str]:
+    """List the verdicts of the audits of a run and its stages."""
+    folders = [run, *sorted(run.glob("stage-*"))]
+    audits = {folder: read_audit(folder / FOLDER) for folder in folders}
+    return [
+        f"audit of {'all stages' if folder == run else folder.name.replace('-', ' ')}: {record['verdict']['text']}"
+        for folder, record in audits.items()
+        if record
+    ]
 
 
 def diagnose_stage(run: Path, stage: int, settings: Mapping[str, Any], rows: int) -> Diagnosis | None:
@@ -321,6 +334,8 @@ def _check_finished_stages(config: RunConfig, rows: int) -> Iterator[Finding]:
         if found := (yield from attempt("learned", diagnose)):
             yield check_suppression(config, number, found, sizes[number])
         yield from check_data_wait(number, (yield from attempt("learned", partial(read_jsonl, path))) or [])
+    for text in (yield from attempt("audit", partial(audit_verdicts, config.run_dir))) or ():
+        yield Finding("ok", "audit", text)
 
 
 def check_data_wait(stage: int, records: Sequence[Mapping[str, float]]) -> Iterator[Finding]:
@@ -356,5 +371,7 @@ def check_suppression(config: RunConfig, number: int, diagnosis: Diagnosis, rows
     else:
         return Finding("ok", "learned", f"stage {number}: {diagnosis.text}")
     recipe = f"the recipe has {clusters} clusters" + (f" and starts from {start}" if start else "")
-    text = f"stage {number}: {diagnosis.text}. Recommended: {advice}; {recipe}"
+    audit = f"`mcl-clip audit {config.run_dir / f'stage-{number}'} --data SHARDS` says by what"
+    seen = f"{diagnosis.text}; {audit}" if diagnosis.kind == "suppressed" else diagnosis.text
+    text = f"stage {number}: {seen}. Recommended: {advice}; {recipe}"
     return Finding("ok" if is_followed else "warning", "learned", text)

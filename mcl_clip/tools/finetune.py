@@ -11,13 +11,15 @@ import torch
 
 from mcl_clip.config import RunConfig, TowerConfig
 from mcl_clip.core.distributed import seed_of
+from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_path
 from mcl_clip.eval.evaluate import evaluate_loaded
 from mcl_clip.model.clip import LOCAL, ClipBundle
 from mcl_clip.model.from_transformers import is_transformers_folder
-from mcl_clip.model.resolve import Candidate
+from mcl_clip.model.resolve import Candidate, find_models
 from mcl_clip.model.tower import create_tower
 from mcl_clip.publish.export import EVERYTHING, Export, export_run
+from mcl_clip.results.audit import FOLDER, PAGE, Verdict, read_audit
 from mcl_clip.results.record import COMBINED, load_results, read_run
 from mcl_clip.results.scores import compare_metrics, difference_text, set_name
 from mcl_clip.results.text import COLUMNS, aligned, cell, metric_title
@@ -25,11 +27,15 @@ from mcl_clip.runs.context import open_tasks
 from mcl_clip.runs.eval_phase import diagnosis
 from mcl_clip.runs.phase import lock
 from mcl_clip.runs.train_phase import lock_stage
-from mcl_clip.tools.finetune_data import SPLITS, DataOptions, PreparedData, prepare_data
+from mcl_clip.stages.diagnose import Diagnosis
+from mcl_clip.tools.audit import audit_model
+from mcl_clip.tools.audit_data import AuditOptions, open_audit_data
+from mcl_clip.tools.finetune_data import SPLITS, TEST, DataOptions, PreparedData, prepare_data
 from mcl_clip.tools.finetune_recipe import Default, default_recipe, recipe_text
 
 BASE = "base"  # folder of the results of the model that training starts from, and its name in them
 RECIPE, EXPORTED, DATA = "recipe.py", "model", "data"
+AUDITED_PICTURES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +147,38 @@ def comparison_lines(run_dir: Path) -> list[str]:
     return lines
 
 
+def audit_result(config: RunConfig, device: torch.device) -> list[str]:
+    """Audit the result on the test set and write RUN/audit, unless it is there or the set is too small.
+
+    Return lines on what was written.
+    """
+    out, options = config.run_dir / FOLDER, AuditOptions(pictures=AUDITED_PICTURES, seed=config.seed)
+    if read_audit(out) is not None:
+        return [f"audit: {out / PAGE}"]
+    try:
+        data = open_audit_data([str(config.run_dir / DATA / TEST)], options)
+    except UserError as error:
+        return [f"no audit: {error}"]
+    audit_model(
+        find_models(str(config.run_dir))[0].load(), data, out, options, name=str(config.run_dir), device=device,
+        batch_size=config.eval.batch_size, num_workers=config.machine.workers,
+    )  # fmt: skip
+    return [f"audit: {out / PAGE}"]
+
+
 def advice(run_dir: Path) -> str:
-    """Say in one sentence what is worth trying next: stages, an ensemble, or more steps."""
+    """Say in one sentence what is worth trying next: stages, an ensemble, or more steps.
+
+    It rests on the audit of the run where there is one, else on the loss and the evaluation sets of its last stage.
+    """
     run = read_run(run_dir)
     last = len(run.stages) - 1
     again = f"python {run_dir / RECIPE} --run-dir {run_dir}-2"
-    found = diagnosis(run_dir, last, settings=run.stages[last].train_settings, rows=len(run.index or ()))
+    found: Verdict | Diagnosis | None
+    if record := read_audit(run_dir / FOLDER):
+        found = Verdict(**record["verdict"])
+    else:
+        found = diagnosis(run_dir, last, settings=run.stages[last].train_settings, rows=len(run.index or ()))
     if found is None:
         return "the loss of this recipe does not tell whether features are suppressed"
     if found.kind == "suppressed":

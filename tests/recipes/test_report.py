@@ -187,7 +187,7 @@ def test_captions_can_do_nothing(recipe, tmp_path):
 def test_a_report_is_whole_or_not_there(finished, tmp_path, monkeypatch):
     out = tmp_path / "report.html"
     out.write_text("the one before")
-    monkeypatch.setattr("mcl_clip.report.page._renderer", lambda *_, **__: lambda: 1 / 0)
+    monkeypatch.setattr("mcl_clip.report.page.page_renderer", lambda *_, **__: lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(finished, out=out)
     assert out.read_text() == "the one before"
