@@ -223,6 +223,21 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Latent target decoding, so that text features keep what captions say (LTD, arXiv 2204.13382)."""
+
+    weight: float = 0.0
+    """Factor on the decoding loss, which is added to the loss: 1 - the cosine of what a head decodes from the text
+    feature and the sentence feature of the caption, the pooled output of the text tower that the recipe names. 0 is
+    off. It takes a forward pass of that tower in each step."""
+    hidden_dim: int = 1024
+    """Width of the two hidden layers of the head, which is dropped after the stage."""
+
+    def __post_init__(self) -> None:
+        check_fields("stages.K.train.decode.", self, weight=0, hidden_dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Training of one stage."""
 
@@ -309,6 +324,7 @@ class TrainConfig:
     lock: LockConfig = LockConfig()
     lora: LoraConfig = LoraConfig()
     distill: DistillConfig = DistillConfig()
+    decode: DecodeConfig = DecodeConfig()
 
     def __post_init__(self) -> None:
         check_fields(

@@ -49,7 +49,7 @@ def find_frozen_part(encoder: nn.Module, example: Tensor) -> FrozenPart | None:
     if isinstance(tower, TimmModel):
         prefixes, run, rest = _split_timm(tower)
     elif isinstance(tower, HFTextEncoder):
-        prefixes, run, rest = ("transformer.",), _pooled_texts(tower), tower.proj
+        prefixes, run, rest = ("transformer.",), pooled_texts(tower), tower.proj
     elif type(tower) is VisionTransformer and not tower.output_tokens and tower.transformer.batch_first:
         blocks = tower.transformer.resblocks
         trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
@@ -95,7 +95,9 @@ def accept_outputs(encoder: nn.Module, part: FrozenPart) -> None:
     encoder.forward = forward
 
 
-def _pooled_texts(tower: Any) -> Callable[[Tensor], Tensor]:
+def pooled_texts(tower: Any) -> Callable[[Tensor], Tensor]:
+    """Return the part of a Hugging Face text tower below its projection, from tokens to the pooled output."""
+
     def run(tokens: Tensor) -> Tensor:
         mask = (tokens != tower.config.pad_token_id).long()
         pooled: Tensor = tower.pooler(tower.transformer(input_ids=tokens, attention_mask=mask), mask)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-FEATURES = ("image_features", "text_features", "negative_features")  # an entry per row of the batch; the last if any
+DECODED = "decoded_features"
+FEATURES = ("image_features", "text_features", "negative_features", DECODED)  # by row of the batch; the last two if any
 TEMPERATURES = ("logit_scale", "logit_bias")  # shared by all rows
 
 Outputs = Mapping[str, Tensor]

@@ -289,6 +289,18 @@ def distillation_loss(
     return _share(row_losses, negatives, all_images, all_texts, logit_scale)
 
 
+def decoding_loss(
+    decoded: Features, targets: Float[Tensor, "local dim"], is_row: Bool[Tensor, "local"]
+) -> Float[Tensor, ""]:
+    """Compute this process's share of latent target decoding (LTD, Bleeker et al., arXiv 2204.13382).
+
+    l_i = 1 - cos(decoded_i, target_i), over the rows of the global batch that are no fillers.
+    """
+    decoded, targets = _at_least_float32(decoded[is_row]), _at_least_float32(targets[is_row])
+    losses = 1 - F.cosine_similarity(decoded, targets.to(decoded), dim=1)
+    return losses.sum() * world_size() / all_reduce_sum(is_row.sum()).clamp(min=1)
+
+
 def _with_perturbed(
     cosines: Float[Tensor, "rows global"], own: Int64[Tensor, "rows"], epsilon: float
 ) -> list[Float[Tensor, "rows global"]]:

@@ -19,6 +19,7 @@ MAX_POINTS = 300  # of a curve; more records are averaged
 SPREAD = ("p10", "p50", "p90")
 PLOTS = {  # by the name of the value in the records: title and caption
     "loss": ("loss", "Loss of the batches; its level depends on the number of negatives per row."),
+    "decoding": ("decoding", "1 - cosine of decoded and true sentence features (latent target decoding)."),
     "distillation": ("distillation", "Divergence of the similarities in the batch from those of the base."),
     "logit_scale": ("logit scale", "Factor on the cosines, exp(logit_scale); at most 100."),
     "lr": ("learning rate", "Learning rate of the schedule."),

@@ -33,9 +33,8 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
         "starts from": _start(run, number),
         "steps": f"{planned:,}" if planned else "0 (not trained)",
         "weights kept": _kept(stage.best, planned),
-        **dict.fromkeys(
-            ("global batch, pairs", "pairs seen", "learning rate", "loss", "distilled", "final loss", "precision"), ""
-        ),
+        **dict.fromkeys(("global batch, pairs", "pairs seen", "learning rate", "loss", "distilled", "decoded"), ""),
+        **dict.fromkeys(("final loss", "precision"), ""),
         "frozen": _frozen(train),
         **dict.fromkeys(("negatives from", "groups", "pairs in merged groups", "negatives per pair"), ""),
         "clusters after it": _clusters(stage.settings.get("cluster", {})),
@@ -47,7 +46,7 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
             done = int(stage.steps[-1]["step"]) if stage.steps else 0
             column["steps"] = f"{done:,} of {planned:,}, not finished"
         warmup = f", {train['warmup_steps']:,} warm-up steps" if train.get("warmup_steps") else ""
-        distill = train.get("distill", {})
+        distill, decode = train.get("distill", {}), train.get("decode", {})
         epsilon, decay = train.get("ifm_epsilon"), train.get("average_decay")
         column |= {
             "global batch, pairs": f"{train.get('global_batch_size', 0):,}",
@@ -58,6 +57,7 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
             "distilled": f"weight {distill['weight']:g}, temperature {distill['temperature']:g}"
             if distill.get("weight")
             else "",
+            "decoded": f"sentence features, weight {decode['weight']:g}" if decode.get("weight") else "",
             "precision": safe(train.get("precision", "")),
             "negatives from": _negatives(train) if number else "",
         }

@@ -65,7 +65,8 @@ def store_outputs(
     settings, device = run.config.stages[stage].train, run.accelerator.device
     if settings.distill.weight:  # the teacher needs images and tokens
         return None, None
-    needs_tokens = bool(run.config.data.negatives_key and settings.negative_captions)  # wrong captions are not stored
+    # Wrong captions are not stored, and the tower whose sentence features are decoded needs tokens.
+    needs_tokens = bool(run.config.data.negatives_key and settings.negative_captions) or settings.decode.weight > 0
     texts = _store_text_features(run, stage, clip, index) if settings.lock.text and not needs_tokens else None
     if not settings.lock.cached_trunks:
         return None, texts

@@ -66,6 +66,7 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
         "patience",
         "lora",
         "distill",
+        "decode",
     ),
     LockConfig: ("text_unlocked_groups",),
     AugmentConfig: ("views",),
@@ -318,6 +319,7 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
                 f"--stages.0.train.mask-similar {stage.train.mask_similar:g} compares features under the model that "
                 f"stage 0 starts from, which has random weights here; use it in later stages, or a pretrained tower"
             ).on_every_process()
+        check_decoding(config, s)
         if stage.train.distill.weight and s == 0 and not config.tower.is_pretrained:
             raise UserError(
                 f"--stages.0.train.distill.weight {stage.train.distill.weight:g} distills the pretrained model, and "
@@ -340,6 +342,25 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
                 f"--stages.{s}.train.keep-best {stage.train.keep_best} needs evaluations inside the stage; add "
                 f"--eval.every-steps N"
             ).on_every_process()
+
+
+def check_decoding(config: RunConfig, stage: int) -> None:
+    """Raise UserError if the text features of a stage do not train, or there are no sentence features to decode."""
+    train = config.stages[stage].train
+    if not train.decode.weight:
+        return
+    option = f"--stages.{stage}.train.decode.weight {train.decode.weight:g}"
+    if train.lock.text:
+        raise UserError(
+            f"{option} changes the text tower, and --stages.{stage}.train.lock.text locks it; use 0, or lock its lower "
+            f"layers with --stages.{stage}.train.lock.text-unlocked-groups"
+        ).on_every_process()
+    has_text = config.tower.image or config.tower.model.get("text_cfg", {}).get("hf_model_name")
+    if not config.tower.is_pretrained and not has_text:
+        raise UserError(
+            f"{option} decodes what a pretrained text tower makes of a caption, and that of this recipe is random; use "
+            f"0, or a pretrained tower"
+        ).on_every_process()
 
 
 def check_held_out(run: RunContext) -> None:

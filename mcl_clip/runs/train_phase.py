@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Integer
-from torch import nn
+from torch import Tensor, nn
 
 from mcl_clip.config import RunConfig, StageConfig, TrainConfig
 from mcl_clip.core.distributed import is_main, on_main, seed_of, world_size
@@ -26,6 +26,7 @@ from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers, save_array
 from mcl_clip.model.clip import ClipBundle, check_vocabulary, load_clip, save_clip
+from mcl_clip.model.decoder import add_decoder, remove_decoder, sentence_encoder
 from mcl_clip.model.lora import add_lora, merge_lora
 from mcl_clip.model.multistage import combine_features
 from mcl_clip.model.prepare import (
@@ -69,6 +70,7 @@ def train(run: RunContext, stage: int) -> None:
         fit_stage(run, stage, clip, loader, groups)
         loader.plan.remove_files()
         merge_lora(clip.model)
+        remove_decoder(clip.model)
     if is_main():
         save_clip(clip, out / "model")
         shutil.rmtree(out / TEXTS, ignore_errors=True)
@@ -90,6 +92,8 @@ def prepare_stage(
     write_similarity_features(run, stage, clip, row_map)
     expected = reference_features(clip)
     lock_stage(clip.model, config, seed=seed_of(run.config.seed, "lora", stage))
+    if config.decode.weight:
+        add_decoder(clip, hidden_dim=config.decode.hidden_dim, seed=seed_of(run.config.seed, "decoder", stage))
     logger.info("stage %d: %s", stage, trainable_summary(clip.model))
     clip.model = _synchronize_batch_norm(clip.model, stage, config.grad_cache_rows)
     check_contract(clip, expected, name=run.config.tower.name, stage=stage)
@@ -147,6 +151,7 @@ def fit_stage(
         evaluate_steps=config.eval.every_steps,
         best=best,
         teacher=_teacher(run, config.stages[stage].train),
+        sentences=_sentences(run, config.stages[stage].train),
         track=partial(_track, run, stage),
         interrupt=run.interrupt,
         spans=spans,
@@ -169,6 +174,14 @@ def _teacher(run: RunContext, settings: TrainConfig) -> nn.Module | None:
         return None
     clip = base_clip(run.config) if run.config.tower.is_pretrained else run.clip(0)
     return clip.model.to(run.accelerator.device).eval().requires_grad_(False)
+
+
+def _sentences(run: RunContext, settings: TrainConfig) -> Callable[[Tensor], Tensor] | None:
+    """Return the frozen encoder of the sentence features that a stage decodes: the text tower of the recipe."""
+    if not settings.decode.weight:
+        return None
+    model = base_clip(run.config).model
+    return sentence_encoder(model.to(run.accelerator.device).eval().requires_grad_(False))
 
 
 def _best_weights(run: RunContext, settings: TrainConfig) -> BestWeights | None:

@@ -21,12 +21,13 @@ from mcl_clip.core.progress import Progress
 from mcl_clip.data.batch_plan import BatchPlan
 from mcl_clip.data.loader import PairBatch, pin
 from mcl_clip.model.clip import autocast, to_floats
-from mcl_clip.model.grad_cache import Outputs, add_gradients
+from mcl_clip.model.grad_cache import DECODED, Outputs, add_gradients
 from mcl_clip.model.losses import (
     Negatives,
     Similarity,
     WrongCaptions,
     clip_loss,
+    decoding_loss,
     distillation_loss,
     find_negatives,
     siglip_loss,
@@ -39,7 +40,8 @@ from mcl_clip.train.validation import BestWeights, Validation
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 PAIR = ("image_features", "text_features")
-COUNTS = ("loss", "distillation", "rows", "weight", "negatives", "duplicates", "negative_captions", "similar")
+LOSSES = ("loss", "distillation", "decoding")
+COUNTS = (*LOSSES, "rows", "weight", "negatives", "duplicates", "negative_captions", "similar")
 
 
 class TrainingDivergedError(UserError):
@@ -75,6 +77,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
     evaluate_steps: int = 0,
     best: BestWeights | None = None,
     teacher: nn.Module | None = None,
+    sentences: Callable[[Tensor], Tensor] | None = None,
     track: Callable[[Mapping[str, Any], int], object] = lambda *_: None,
     interrupt: Interrupt | None = None,
     spans: Spans | None = None,
@@ -95,6 +98,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
         evaluate: returns metrics of the model, logged every `evaluate_steps` steps inside the stage; 0 is never.
         best: keeps the best weights and says when to stop; by default the last weights are kept.
         teacher: a frozen model in evaluation mode whose similarities are distilled, by `config.distill`.
+        sentences: maps tokens to the sentence features that the model decodes, by `config.decode`.
         track: called with each record and its step.
         spans: timer of the parts of a step; by default one that never waits for the device.
         max_steps: stop after so many steps, without a checkpoint; by default the stage is trained to its end.
@@ -167,7 +171,7 @@ def train_stage(  # noqa: C901  # the loop is read from top to bottom
             counts = forward_backward(
                 model, batch, groups=groups, preprocess_cfg=preprocess_cfg, config=config, device=device,
                 seed=(*seed, "dropout", state.step, rank()), backward=accelerator.backward, spans=spans,
-                similar_by=similar_by, teacher=teacher,
+                similar_by=similar_by, teacher=teacher, sentences=sentences,
             )  # fmt: skip
             with spans("optimizer"):
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
@@ -219,17 +223,18 @@ def forward_backward(
     backward: Callable[[Tensor], object] = Tensor.backward,
     spans: Spans | None = None,
     teacher: nn.Module | None = None,
+    sentences: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Run towers, loss and backward pass on a batch; gradients add up in the parameters.
 
-    The loss is the masked contrastive loss and, with a `teacher`, its distillation by `config.distill`.
+    The loss is the masked contrastive loss and, with a `teacher`, its distillation by `config.distill`; with
+    `sentences`, which maps tokens to sentence features, also the decoding of these by `config.decode`.
 
     `groups` has the group of each row of the data, shape (rows,): rows of other groups are no negatives. `seed` names
     the dropout seed of this step and process.
 
     Returns:
-        This process's share of the loss and its counts, named as in `COUNTS`, and values of each row for a `Meter`;
-        counts and values are of the loss within groups, without distillation.
+        This process's counts, named as in `COUNTS`, and values of each row for a `Meter`, of the loss within groups.
     """
     spans = spans or Spans()
     with spans("device"):
@@ -248,20 +253,17 @@ def forward_backward(
                 tokens = torch.cat([batch.tokens[rows], batch.negative_tokens[rows].flatten(0, 1)])
         with spans("forward"), autocast(config.precision, device):
             out = model(images, tokens)
-        if batch.negative_tokens is not None:
-            texts, wrong = out["text_features"].tensor_split([len(images)])
-            out = {**out, "text_features": texts, "negative_features": wrong.unflatten(0, (len(images), -1))}
-        if batch.text_features is not None:
-            out = {**out, "text_features": batch.text_features[rows]}
-        return {name: tensor for name, tensor in out.items() if tensor is not None}
+        return outputs_of_rows(out, batch, rows)
 
     def loss_of(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         with spans("loss"):
             loss, negatives = contrastive_loss(out, batch, batch_groups, config, similarity)
             distilled = distillation(out, taught, batch, config) if taught else torch.zeros_like(loss)
-            return loss + config.distill.weight * distilled, {
+            decoded = torch.zeros_like(loss) if targets is None else decoding(out, targets, batch)
+            return loss + config.distill.weight * distilled + config.decode.weight * decoded, {
                 "loss": loss,
                 "distillation": distilled,
+                "decoding": decoded,
                 "rows": (batch.rows >= 0).sum(),
                 "weight": negatives.weight.sum(),
                 "negatives": (negatives.num_negatives * negatives.weight).sum(),
@@ -275,6 +277,8 @@ def forward_backward(
 
     with spans("forward"):
         taught = {} if teacher is None else teacher_outputs(teacher, batch, preprocess_cfg, config, device)
+        with torch.no_grad(), autocast(config.precision, device):
+            targets = sentences(batch.tokens) if sentences else None
     with spans("backward"):  # less the spans inside it
         return add_gradients(
             model,
@@ -286,6 +290,19 @@ def forward_backward(
             seed_chunk=lambda chunk: torch.manual_seed(seed_of(*seed, chunk)),  # dropout takes no generator
             backward=backward,
         )
+
+
+def outputs_of_rows(out: Mapping[str, Tensor | None], batch: PairBatch, rows: slice) -> Outputs:
+    """Return what a model has computed of some rows, with stored text features, and apart for wrong captions."""
+    found = {name: tensor for name, tensor in out.items() if tensor is not None}
+    if batch.negative_tokens is not None:
+        number = len(found["image_features"])
+        texts, wrong = found["text_features"].tensor_split([number])
+        found |= {"text_features": texts, "negative_features": wrong.view(number, -1, wrong.shape[1])}
+        found |= {DECODED: found[DECODED][:number]} if DECODED in found else {}
+    if batch.text_features is not None:
+        found["text_features"] = batch.text_features[rows]
+    return found
 
 
 def contrastive_loss(
@@ -354,6 +371,12 @@ def distillation(out: Outputs, taught: Outputs, batch: PairBatch, config: TrainC
     return distillation_loss(images, texts, out["logit_scale"], targets, rows, temperature=config.distill.temperature)
 
 
+def decoding(out: Outputs, targets: Tensor, batch: PairBatch) -> Tensor:
+    """Compute this process's share of the decoding of sentence features."""
+    decoded, targets = (at_batch_positions(features, batch) for features in (out[DECODED], targets))
+    return decoding_loss(decoded, targets, batch.rows >= 0)
+
+
 def at_batch_positions(features: Tensor, batch: PairBatch) -> Tensor:
     """Put the features of decoded rows at their positions in the batch, with zeros for fillers."""
     if len(batch.places) == len(batch.rows):
@@ -408,7 +431,7 @@ def _record(
         "samples_per_s": sums["rows"] / seconds,
         "data_wait_share": by_span["data"] / seconds,
         "seconds": state.seconds,
-        **({"distillation": sums["distillation"] / steps / world_size()} if sums["distillation"] else {}),
+        **{name: sums[name] / steps / world_size() for name in LOSSES[1:] if sums[name]},
         **({"group_loss": spread} if spread else {}),
     }
     return record, {name: round(spent, 6) for name, spent in by_span.items()}

@@ -181,6 +181,12 @@ CASES = {
         "weights",
         given=f"{PRETRAINED} --stages.0.train.steps 3 --stages.0.train.distill.weight 1",
     ),
+    "decode.weight": Case("--stages.0.train.decode.weight 1", "weights", given=PRETRAINED),
+    "decode.hidden_dim": Case(
+        "--stages.0.train.decode.hidden-dim 8",
+        "weights",
+        given=f"{PRETRAINED} --stages.0.train.steps 3 --stages.0.train.decode.weight 1",
+    ),
     "lock.text": Case("--stages.0.train.lock.text", "trained"),
     "lock.text_unlocked_groups": Case("--stages.0.train.lock.text-unlocked-groups 1", "trained"),
     "lock.image_unlocked_groups": Case("--stages.0.train.lock.image-unlocked-groups 1", "trained"),
