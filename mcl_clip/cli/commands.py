@@ -598,7 +598,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the arguments of a command of `RECIPE_COMMANDS`, and those of the recipe that may stand between them."""
     names = [*inspect.signature(COMMANDS[arguments[0]]).parameters]
     if arguments[0] == "finetune":
-        names += [field.name for field in fields(DataOptions)]
+        names += ["no_audit", *(field.name for field in fields(DataOptions))]
         return split_options(arguments, [f"--{name.replace('_', '-')}" for name in names])
     return split_arguments(arguments, [f"--{name.replace('_', '-')}" for name in names])
 

@@ -69,7 +69,7 @@ def give_verdict(
             "learning",
             f"still learning: its scores hardly tell pairs apart, and no shortcut explains them "
             f"({pairs}{swapped}{weakest})",
-            "train more steps, or start from a larger pretrained model; further stages do not help yet",
+            "train more steps or, where the loss of training is low already, on more pairs; stages do not help yet",
         )
     return Verdict(
         "neither",

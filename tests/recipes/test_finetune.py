@@ -71,6 +71,7 @@ def test_one_command_from_a_table_to_a_model_that_open_clip_loads(project, monke
         assert title in out
     assert re.search(r"mean R@1 +[\d.]+ +[\d.]+ +[+-][\d.]+ \[", out)
     assert re.search(r"zero-shot +[\d.]+ +[\d.]+ +[+-][\d.]+ \[", out)
+    assert "no audit: run/data/test has 8 pictures with captions that can be read" in out
     assert "next, more steps: the model is still learning" in out
     assert (project / "run/report.html").is_file()
     base = {result.dataset: result for result in load_results(project / "run/base")}
@@ -97,6 +98,23 @@ def test_one_command_from_a_table_to_a_model_that_open_clip_loads(project, monke
     code, _, errors = finetune(monkeypatch, capsys, "run", "--stages.0.train.lr", "1")
     assert code == 2
     assert "train.lr was 1e-05 and is now 1" in errors
+
+
+def test_the_result_is_audited_on_a_test_set_that_is_large_enough(project, monkeypatch, capsys):
+    arguments = ("--test", "32", "--validation", "8", "--stages.0.train.steps", "1")
+    code, out, errors = finetune(monkeypatch, capsys, "audited", *arguments)
+    assert (code, errors) == (0, "")
+    assert "audit: audited/audit/audit.html\n" in out
+    record = json.loads((project / "audited/audit/audit.json").read_text())
+    assert record["pictures"] == 32
+    assert f"next, more steps: the model is {record['verdict']['text']}" in out
+    written = files(project / "audited/audit")
+    assert finetune(monkeypatch, capsys, "audited", *arguments)[0] == 0
+    assert files(project / "audited/audit") == written
+
+    code, out, _ = finetune(monkeypatch, capsys, "not-audited", *arguments, "--no-audit")
+    assert code == 0
+    assert not (project / "not-audited/audit").exists()
 
 
 @pytest.mark.slow
