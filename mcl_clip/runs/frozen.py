@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mcl_clip.config import RunConfig
+from mcl_clip.config import LockConfig, RunConfig
 from mcl_clip.core.distributed import on_main
 from mcl_clip.core.files import atomic_path, fingerprint
 from mcl_clip.data.decode import TrainTransform
@@ -56,18 +56,27 @@ def trunks_folder(config: RunConfig) -> Path:
 
 
 def store_outputs(
-    run: RunContext, stage: int, clip: ClipBundle, index: ShardIndex, transform: TrainTransform
+    run: RunContext,
+    stage: int,
+    clip: ClipBundle,
+    index: ShardIndex,
+    transform: TrainTransform,
+    *,
+    teacher: ClipBundle | None = None,
 ) -> Stored:
     """Compute what a stage need not compute in each step, and return where images and texts are read from.
 
-    None is for images or captions that are read and encoded in each step. A collective call.
+    None is for images or captions that are read and encoded in each step, as those are that a `teacher` makes something
+    else of. A collective call.
     """
     settings, device = run.config.stages[stage].train, run.accelerator.device
-    if settings.distill.weight:  # the teacher needs images and tokens
+    if teacher is not None and not share_frozen_parts(run, stage, clip, teacher):
         return None, None
     # Wrong captions are not stored, and the tower whose sentence features are decoded needs tokens.
     needs_tokens = bool(run.config.data.negatives_key and settings.negative_captions) or settings.decode.weight > 0
-    texts = _store_text_features(run, stage, clip, index) if settings.lock.text and not needs_tokens else None
+    texts = None
+    if settings.lock.text and not needs_tokens and teacher is None:  # whose projection may be another
+        texts = _store_text_features(run, stage, clip, index)
     if not settings.lock.cached_trunks:
         return None, texts
     if not settings.lock.text and not needs_tokens and (found := _open_texts(run, stage, clip, index)):
@@ -93,6 +102,17 @@ def store_outputs(
             accept_outputs(clip.model.visual, part)  # type: ignore[arg-type]
             images = outputs
     return images, texts
+
+
+def share_frozen_parts(run: RunContext, stage: int, clip: ClipBundle, teacher: ClipBundle) -> bool:
+    """Let a teacher take stored outputs, too; return whether the frozen parts of both towers are those of `clip`."""
+    _lock(teacher, run.config.stages[stage].train.lock)
+    for find, tower in ((_image_part, "visual"), (_text_part, "text")):
+        own, other = find(run, clip), find(run, teacher)
+        if own is None or other is None or own.digest != other.digest:
+            return False
+        accept_outputs(getattr(teacher.model, tower), other)
+    return True
 
 
 def stored_outputs(run: RunContext, stage: int, clip: ClipBundle) -> Stored:
@@ -125,10 +145,7 @@ def embed_set(
     if not settings.steps or not settings.lock.cached_trunks:
         return encoder.embed(data)
     if not is_locked:
-        lock(
-            clip.model, text=settings.lock.text, text_unlocked_groups=settings.lock.text_unlocked_groups,
-            image_unlocked_groups=settings.lock.image_unlocked_groups, patterns=settings.lock.patterns,
-        )  # fmt: skip
+        _lock(clip, settings.lock)
     model: Any = clip.model
     source, texts = data.source, data.texts
     if (part := _image_part(run, clip)) and (of_images := _set_outputs(run, task, clip, part, "image")) is not None:
@@ -140,6 +157,13 @@ def embed_set(
         texts = [str(number) for number in range(len(of_texts))]
         encoder = replace(encoder, tokenizer=lambda numbers: of_texts[[int(number) for number in numbers]])
     return encoder.embed(_Set(source, texts, data.sha256))
+
+
+def _lock(clip: ClipBundle, settings: LockConfig) -> None:
+    lock(
+        clip.model, text=settings.text, text_unlocked_groups=settings.text_unlocked_groups,
+        image_unlocked_groups=settings.image_unlocked_groups, patterns=settings.patterns,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

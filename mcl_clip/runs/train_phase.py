@@ -40,7 +40,7 @@ from mcl_clip.model.prepare import lock as lock_parameters
 from mcl_clip.model.tower import create_tower
 from mcl_clip.runs.context import RunContext
 from mcl_clip.runs.controls import shuffled_groups
-from mcl_clip.runs.frozen import TEXTS, embed_set, store_outputs
+from mcl_clip.runs.frozen import TEXTS, embed_set, share_frozen_parts, store_outputs
 from mcl_clip.runs.negatives import (
     BASE,
     check_negatives,
@@ -106,7 +106,7 @@ def prepare_stage(
     if negatives_key:
         check_negatives(clip.model, reader, negatives_key)
     transform = train_transform(clip.preprocess_cfg, legacy=run.config.behavior == "0.6", **asdict(config.augment))
-    images, texts = store_outputs(run, stage, clip, reader.index, transform)
+    images, texts = store_outputs(run, stage, clip, reader.index, transform, teacher=_teacher(run, config))
     make_loader = partial(
         TrainingLoader,
         plan,
@@ -134,6 +134,10 @@ def fit_stage(
     """Train a model that `prepare_stage` has set up; see `train_stage` for `spans` and `max_steps`."""
     config = run.config
     best = None if max_steps else _best_weights(run, config.stages[stage].train)
+    teacher = _teacher(run, config.stages[stage].train)
+    if teacher is not None:
+        share_frozen_parts(run, stage, clip, teacher)
+        teacher.model.eval().requires_grad_(requires_grad=False)
     state = train_stage(
         run.accelerator,
         clip.model,
@@ -150,7 +154,7 @@ def fit_stage(
         evaluate=lambda _: _evaluate(run, stage, clip),
         evaluate_steps=config.eval.every_steps,
         best=best,
-        teacher=_teacher(run, config.stages[stage].train),
+        teacher=None if teacher is None else teacher.model,
         sentences=_sentences(run, config.stages[stage].train),
         track=partial(_track, run, stage),
         interrupt=run.interrupt,
@@ -168,12 +172,13 @@ def fit_stage(
             write_json(run.folder(stage, "train") / BEST, {**record, "last_step": state.step})
 
 
-def _teacher(run: RunContext, settings: TrainConfig) -> nn.Module | None:
+def _teacher(run: RunContext, settings: TrainConfig) -> ClipBundle | None:
     """Return the model that a stage distills: the pretrained one or, without one, that of stage 0."""
     if not settings.distill.weight:
         return None
     clip = base_clip(run.config) if run.config.tower.is_pretrained else run.clip(0)
-    return clip.model.to(run.accelerator.device).eval().requires_grad_(False)
+    clip.model.to(run.accelerator.device)
+    return clip
 
 
 def _sentences(run: RunContext, settings: TrainConfig) -> Callable[[Tensor], Tensor] | None:

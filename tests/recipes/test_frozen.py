@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from mcl_clip.config import AugmentConfig, LockConfig, TowerConfig
+from mcl_clip.config import AugmentConfig, DistillConfig, LockConfig, TowerConfig
 from mcl_clip.data.features import part_name, read_part
 from mcl_clip.data.storage import load_tensors
 from mcl_clip.runs import frozen
@@ -105,6 +105,22 @@ def test_runs_with_one_cache_share_outputs_of_the_same_data(pair, tmp_path, monk
         os.utime(path, (1, 1))
     execute(replace(recipe, run_dir=tmp_path / "run-2"), "--data.train", str(tmp_path / "shards"))
     assert sorted(calls) == ["write_image_outputs"] * 2 + ["write_text_features"] * 2
+
+
+def test_a_teacher_takes_the_outputs_of_trunks_that_it_shares(pair, monkeypatch):
+    stage = STAGE | {"steps": 26, "augment": AugmentConfig(views=1)}
+    distilled, runs = stage | {"distill": DistillConfig(weight=2.0)}, []
+    calls = counted(monkeypatch)
+    for is_cached in (True, False):
+        plain = {"lock": replace(LOCKED, cached_trunks=is_cached)}
+        recipe = replace(pair, run_dir=pair.run_dir / str(is_cached))
+        runs.append(execute(with_stages(recipe, stage | plain, distilled | plain)))
+    assert sorted(calls) == ["write_image_outputs", "write_text_features"]  # in stage 0, for both stages
+    taught = [
+        [r.get("distillation", 0) for r in records(run / "stage-1/train/metrics.jsonl") if "loss" in r] for run in runs
+    ]
+    assert taught[0] == pytest.approx(taught[1], abs=1e-4)
+    assert losses(runs[0], 1) == pytest.approx(losses(runs[1], 1), abs=1e-4)
 
 
 @pytest.mark.slow
