@@ -150,7 +150,7 @@ class LockConfig:
     more, and read them from the run directory (4 bytes per dimension and caption, deleted after the stage)."""
     cached_trunks: bool = True
     """Compute what locked lower parts of the towers make of each image (of `augment.views`) and caption only once, if
-    the stage sees it about twice or more and the disk has room, and that of evaluation sets. It is read from the run
+    the stage needs it about twice or more and the disk has room, and that of evaluation sets. It is read from the run
     directory, where it is kept for later stages until the run ends, or from `machine.cache_dir`."""
 
     def __post_init__(self) -> None:

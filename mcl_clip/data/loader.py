@@ -422,7 +422,7 @@ class _CaptionedBatches(_BatchMaker):
             rows=torch.tensor(rows, dtype=torch.int64),
             images=torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
             image_ids=torch.tensor(image_ids, dtype=torch.int64),
-            tokens=trim_padding(tokens) if self.short_texts else tokens,
+            tokens=trim_padding(tokens) if self.short_texts and self.texts is None else tokens,
             caption_of=torch.tensor(caption_of, dtype=torch.int64),
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
             full_captions=full_captions,

@@ -42,7 +42,7 @@ from mcl_clip.eval.embed import Encoder
 from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask
 from mcl_clip.eval.task import Task
 from mcl_clip.model.clip import ClipBundle, load_clip
-from mcl_clip.model.fast_paths import takes_short_texts
+from mcl_clip.model.fast_paths import padding_token
 from mcl_clip.runs.phase import StaleArtifactError
 from mcl_clip.stages.pseudo_labels import PseudoLabels, no_labels, read_labels
 from mcl_clip.train.interrupt import Interrupt
@@ -116,7 +116,7 @@ class RunContext:
         machine, data = self.config.machine, self.config.data
         return {
             "tokenizer": clip.tokenizer,
-            "short_texts": takes_short_texts(clip.model),
+            "short_texts": padding_token(clip.model) == 0,
             "num_workers": machine.workers,
             "prefetch_batches": machine.prefetch_batches,
             "timeout_s": machine.loader_timeout_s,

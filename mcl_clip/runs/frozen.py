@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 TEXTS = "texts"  # folder of features of a locked text tower, in that of the stage, removed at its end
 TRUNKS = "trunks"  # folder of outputs of frozen parts, see `trunks_folder`
 CAPTION_SAMPLE_ROWS = 64  # rows from which the number of captions per row is estimated
-MIN_SIGHTS = 2  # how often a stage sees an input on average, from which on computing its output once pays
+MIN_SIGHTS = 2  # of an input, on average, from which on computing its output once pays
 FLOAT_BYTES = 4
 DISK_SHARE = 0.9  # of the free space that outputs may take
 MAX_SET_BYTES = 2e9  # of outputs of an evaluation set, which are in memory
@@ -83,7 +83,7 @@ def store_outputs(
         part, store = found
         captions = int(len(index) * on_main(partial(_captions_per_row, run, clip, index)))
         missing = 0 if on_main(lambda: _is_whole(store.folder, text_part_name, index)) else captions
-        if _is_worth_storing(run, stage, "text", part, missing):
+        if _is_worth_storing(run, stage, "text", part, missing, embedded=missing):
             if missing:
                 encode = _encoder(run, stage, lambda tokens: in_short_batches(part.run, clip.model, tokens, device))
                 with _writing(run, store.folder):
@@ -95,7 +95,8 @@ def store_outputs(
         part, outputs = opened
         folders = [outputs.folder / name for name in outputs.views]
         views = on_main(lambda: [v for v in range(len(folders)) if not _is_whole(folders[v], image_part_name, index)])
-        if _is_worth_storing(run, stage, "image", part, len(views) * len(index)):
+        embedded = len(index) if 0 in views else 0
+        if _is_worth_storing(run, stage, "image", part, len(views) * len(index), embedded=embedded):
             for view in views:
                 with _writing(run, folders[view]):
                     _write_view(run, stage, clip, index, transform, part, view=view, out=folders[view])
@@ -287,10 +288,13 @@ def _is_whole(folder: Path, name_of: Callable[[int], str], index: ShardIndex) ->
     return all((folder / name_of(number)).exists() for number, shard in enumerate(index.shards) if shard.rows)
 
 
-def _is_worth_storing(run: RunContext, stage: int, side: str, part: FrozenPart, inputs: int) -> bool:
-    """Return whether outputs of so many inputs pay, which 0 always do, and fit on the disk. A collective call."""
+def _is_worth_storing(run: RunContext, stage: int, side: str, part: FrozenPart, inputs: int, *, embedded: int) -> bool:
+    """Return whether outputs of so many inputs pay, which 0 always do, and fit on the disk. A collective call.
+
+    After its steps the stage sees so many of them once more, when all rows are `embedded`.
+    """
     settings, folder = run.config.stages[stage].train, trunks_folder(run.config)
-    if settings.steps * settings.global_batch_size < MIN_SIGHTS * inputs:
+    if settings.steps * settings.global_batch_size + embedded < MIN_SIGHTS * inputs:
         return False
     size = inputs * FLOAT_BYTES * prod(part.shape)
     has_room = on_main(partial(_has_room, run, size))

@@ -139,7 +139,7 @@ def test_outputs_are_stored_only_where_that_pays_and_fits(pair, monkeypatch, cap
     # Both views in stage 0, in stage 1 the augmented one; the captions once.
     assert sorted(calls) == ["write_image_outputs"] * 3 + ["write_text_features"]
     calls.clear()
-    few = STAGE | {"steps": 49}  # 784 rows: not each of 400 views twice, but each caption
+    few = STAGE | {"steps": 37}  # 592 rows, and 200 at the end: not each of 400 views twice, but each caption
     execute(with_stages(replace(pair, run_dir=pair.run_dir / "few"), few))
     assert calls == ["write_text_features"]
     calls.clear()

@@ -207,6 +207,15 @@ def test_stored_outputs_of_all_captions(index, stored):
             assert torch.equal(other.tokens, Sums().encode_text(one.tokens))
 
 
+def test_outputs_of_zeros_are_no_padding(index, stored, monkeypatch):
+    _, images, texts = stored
+    take = texts.take_all
+    monkeypatch.setattr(texts, "take_all", lambda rows: F.pad(take(rows), (0, 14)))
+    options = {"transform": None, "images": images, "texts": texts, "short_texts": True}
+    (batch,) = captioned_batches(reader_of(index), [np.arange(3)], tokenizer=tokenize, **options)
+    assert batch.tokens.shape == (len(batch.caption_of), 16)
+
+
 def test_a_batch_without_a_decoded_row_has_one_output_of_zeros(index, stored):
     transform, images, texts = stored
     groups = np.where(np.isin(np.arange(ROWS), list(BAD)), 0, -1)

@@ -14,7 +14,7 @@ from torch import nn
 from mcl_clip.core.errors import UserError
 from mcl_clip.model import clip as clip_module
 from mcl_clip.model.clip import create_clip, encode_texts, load_clip, save_clip
-from mcl_clip.model.fast_paths import TEXT_BATCH_SIZE
+from mcl_clip.model.fast_paths import TEXT_BATCH_SIZE, padding_token
 from mcl_clip.model.multistage import MultistageCLIP
 from mcl_clip.model.open_clip_io import check_model_folder
 from mcl_clip.model.prepare import check_contract, lock, reference_features
@@ -78,6 +78,13 @@ def test_texts_are_encoded_without_padding_where_nothing_is_dropped(folder, monk
         assert encode_texts(model, tokens[1:], torch.device("cpu")).shape == (2, 16)
         encode_texts(model.train(), tokens, torch.device("cpu"))
     assert lengths == [6, 1, 3, 1, 1, 6]
+
+
+def test_a_tower_in_training_needs_padding_unless_it_is_locked(folder):
+    model = create_clip(model_cfg=model_cfg(folder)).model
+    assert [padding_token(model.train(mode)) for mode in (True, False)] == [None, 1]
+    lock(model, text_unlocked_groups=0)
+    assert padding_token(model.train()) == 1
 
 
 @pytest.mark.parametrize(
