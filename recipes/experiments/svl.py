@@ -14,7 +14,7 @@ reads digits before; images have 112 px (of 168 px, so that digits are larger), 
 captions, and of both towers, whose outputs are computed once, only the heads that join them train.
 
 Not yet run as a whole. A trial with the same towers and loss, at 112 of 224 px and 6 bits (docs/results.md), found the
-shortcut too weak to compare arms: digits cost the single stage 2 to 3 points of R@1, and do not help it where they are
+shortcut too weak to compare arms: digits cost the single stage about 2 points of R@1, and hardly help it where they are
 shown. Train more of the towers before drawing conclusions.
 """
 
