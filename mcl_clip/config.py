@@ -68,15 +68,23 @@ class TowerConfig:
     preprocess: Inline = field(default_factory=dict)
     """Overrides of the preprocessing: mean, std, interpolation, resize_mode."""
     image: str = ""
-    """Pretrained image tower of a pair, instead of `architecture`: timm:NAME=FILE with a file of its weights, or
-    timm:NAME for those that timm publishes."""
+    """Image tower of a pair, instead of `architecture`: timm:NAME=FILE with a file of its weights, timm:NAME for those
+    that timm publishes, or timm:NAME=random. Without `text`, the run learns from images alone, by
+    `--stages.K.train.loss simclr`."""
     text: str = ""
     """Pretrained text tower of a pair, beside `image`: hf:FOLDER or hf:ORG/NAME, a text model of transformers."""
     dim: int = 256
-    """Dimension of the features of a pair."""
+    """Dimension of the features of a pair or, of an image tower alone, of what its head makes of them for the loss."""
     heads: Literal["linear", "mlp"] = "mlp"
-    """Projection heads that join a pair, which start from random weights: matrices, or perceptrons with one hidden
-    layer."""
+    """Projection heads of a pair or of an image tower alone, which start from random weights: matrices, or perceptrons
+    with one hidden layer."""
+    head_batch_norm: bool = True
+    """BatchNorm in the perceptron of an image tower alone, as in SimCLR; MoCo v2 has none."""
+    stem: Literal["standard", "cifar"] = "standard"
+    """First layers of a ResNet that is an image tower alone: those of the architecture, or a convolution of 3 x 3
+    pixels without max-pooling (`cifar`), for images of about 32 pixels."""
+    image_args: Inline = field(default_factory=dict)
+    """Arguments of timm for an image tower alone, such as `channels`, the widths of the layers of a ResNet."""
     context_length: int = 0
     """Tokens per text; by default those of the text tower. The positions of a pretrained tower are stretched: the first
     20 stay, the others are interpolated (Long-CLIP, arXiv 2403.15378)."""
@@ -92,10 +100,20 @@ class TowerConfig:
             )
         if self.image_size and "size" in self.preprocess:
             raise UserError("--tower.image-size and the size in the recipe's preprocess are the same; give one of them")
-        if bool(self.image) != bool(self.text):
+        if self.text and not self.image:
             raise UserError(
-                f"--tower.{'image' if self.image else 'text'} is one tower of a pair; give --tower.image "
-                f"timm:NAME=FILE and --tower.text hf:FOLDER together"
+                "--tower.text is one tower of a pair; give --tower.image timm:NAME=FILE and --tower.text hf:FOLDER "
+                "together"
+            )
+        if not self.images_only and (self.stem != "standard" or self.image_args or not self.head_batch_norm):
+            raise UserError(
+                "--tower.stem, --tower.no-head-batch-norm and arguments of timm are for an image tower alone, "
+                "--tower.image timm:NAME without --tower.text; leave them out"
+            )
+        if self.images_only and self.context_length:
+            raise UserError(
+                f"--tower.context-length {self.context_length} is for texts, and --tower.image {self.image} without "
+                f"--tower.text has none; leave it out"
             )
         if sum(map(bool, (self.architecture, self.model, self.image))) != 1:
             raise UserError(
@@ -122,13 +140,20 @@ class TowerConfig:
         return cls(model={"embed_dim": embed_dim, "vision_cfg": image, "text_cfg": {**text, "layers": text_layers}})
 
     @property
+    def images_only(self) -> bool:
+        """Whether there is no text tower, so that a run learns from images alone."""
+        return bool(self.image) and not self.text
+
+    @property
     def name(self) -> str:
         """What messages call the towers."""
         return self.architecture or " and ".join(filter(None, (self.image, self.text))) or "the model of the recipe"
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the model starts from pretrained weights; a pair does not, as its heads are random."""
+        """Whether the features are pretrained; those of a pair are not, as its heads are random."""
+        if self.images_only:
+            return not self.image.endswith("=random")
         return bool(self.pretrained) or self.architecture.startswith(("local-dir:", "hf-hub:"))
 
 
@@ -184,7 +209,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random resized crops and flips. Training becomes invariant to what an augmentation varies."""
+    """Random crops, flips and changes of color. Training becomes invariant to what an augmentation varies."""
 
     scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest area of the crop, as a share of the image."""
@@ -192,6 +217,16 @@ class AugmentConfig:
     """Smallest and largest aspect ratio of the crop, width / height."""
     horizontal_flip: float = 0.0
     """Probability of a horizontal flip; flips make captions wrong that mention left or right."""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Largest changes of brightness, contrast, saturation and hue, such as 0.4 0.4 0.4 0.1; 0 leaves one as it is."""
+    jitter_probability: float = 0.8
+    """Probability that a view has its colors changed by `jitter`."""
+    grayscale: float = 0.0
+    """Probability of a view in gray."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur, with a standard deviation between 0.1 and 2 pixels."""
+    solarize: float = 0.0
+    """Probability that values above 127 are inverted."""
     jpeg: Literal["fast", "exact"] = "fast"
     """`fast` decodes JPEGs at a reduced size where that is enough and resizes with torchvision; `exact` uses Pillow as
     open_clip does. Evaluation and embedding are always exact."""
@@ -200,7 +235,12 @@ class AugmentConfig:
     augmentation off. By default, 0, each epoch has a new augmented view."""
 
     def __post_init__(self) -> None:
-        check_fields("stages.K.train.augment.", self, scale=(1e-6, 1), ratio=1e-6, horizontal_flip=(0, 1), views=0)
+        check_fields(
+            "stages.K.train.augment.", self, scale=(1e-6, 1), ratio=1e-6, horizontal_flip=(0, 1), jitter=(0, 1),
+            jitter_probability=(0, 1), grayscale=(0, 1), blur=(0, 1), solarize=(0, 1), views=0,
+        )  # fmt: skip
+        if self.jitter[3] > 0.5:
+            raise UserError(f"--stages.K.train.augment.jitter {self.jitter} changes the hue by more than 0.5; use less")
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if low > high:
                 raise UserError(
@@ -252,8 +292,13 @@ class TrainConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warmup: cosine decay to 0, or constant."""
     weight_decay: float = 0.2
-    """AdamW weight decay of matrices and kernels; gains, biases, positions and class or pooling tokens are not decayed
+    """Weight decay of matrices and kernels; gains, biases, positions and class or pooling tokens are not decayed
     (`mcl-clip doctor` lists them)."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """AdamW, SGD, or SGD with layer-wise rates for large batches (LARS, arXiv 1708.03888; that of timm). `lr` is of
+    another order for each of them."""
+    momentum: float = 0.9
+    """Momentum of `sgd` and `lars`."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Betas of AdamW."""
     eps: float = 1e-6
@@ -264,8 +309,13 @@ class TrainConfig:
     """Regular expressions of parameter names with their weight decay; the last match counts."""
     max_grad_norm: float | None = None
     """Clip the gradient to this L2 norm; by default it is not clipped."""
-    loss: Literal["clip", "siglip"] = "clip"
-    """InfoNCE (`clip`), or the sigmoid loss of SigLIP, for which the model config needs `init_logit_bias`."""
+    loss: Literal["clip", "siglip", "simclr"] = "clip"
+    """Of images and captions: InfoNCE (`clip`), or the sigmoid loss of SigLIP, for which the model config needs
+    `init_logit_bias`. Of images alone: InfoNCE between augmented views (NT-Xent, `simclr`, arXiv 2002.05709)."""
+    temperature: float = 0.1
+    """Temperature of `simclr`, which is fixed; 0.5 is usual for small images and batches. The other losses learn it."""
+    num_views: int = 2
+    """Views of each image in a batch of `simclr`, each augmented anew in each epoch."""
     ifm_epsilon: float = 0.0
     """Implicit feature modification (arXiv 2106.11230): average the loss with one whose positive cosines are lower and
     negative cosines higher by this much, such as 0.1; 0 is off."""
@@ -329,6 +379,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(
             "stages.K.train.", self, steps=0, global_batch_size=2, lr=0, warmup_steps=0, weight_decay=0,
+            momentum=(0, 0.999999), temperature=1e-3, num_views=2,
             betas=(0, 0.999999999), eps=0, lr_multipliers=0, weight_decays=0, max_grad_norm=0, ifm_epsilon=0,
             grad_cache_rows=0, loss_chunk_rows=0, patch_dropout=(0, 0.999999), average_decay=(0, 0.999999),
             own_group_share=(0, 1), groups_per_batch=1, negative_captions=0, patience=0, min_group_size=1,

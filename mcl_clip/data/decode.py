@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +24,9 @@ from torchvision.transforms import InterpolationMode, Normalize, ToTensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import resize
 
-from mcl_clip.core.distributed import Name, random_words
+from mcl_clip.core.distributed import Name
 from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
+from mcl_clip.data.views import ColorChanges, uniform_numbers
 from mcl_clip.model.image_transform import exif_orientation, make_image_transform, to_rgb
 
 MAX_PIXELS = 50_000_000
@@ -326,7 +327,7 @@ def evaluation_transform(preprocess_cfg: Mapping[str, Any], *, legacy: bool = Fa
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """A random resized crop and, with a given probability, a horizontal flip.
+    """A random resized crop and, with given probabilities, a horizontal flip and changes of color.
 
     Randomness comes from the name of the draw alone, so the result does not depend on workers or order.
 
@@ -335,6 +336,7 @@ class TrainTransform:
         scale: Smallest and largest share of the area that is kept.
         ratio: Smallest and largest aspect ratio of the crop.
         horizontal_flip: Probability of a flip. It makes captions that mention left and right wrong.
+        colors: Changes of color and sharpness; None for none.
         interpolation: `bicubic` or `bilinear`.
         jpeg: `fast` decodes JPEGs at a reduced size where that is enough and resizes with torchvision; `exact` uses
             Pillow for both, as open_clip does.
@@ -347,6 +349,7 @@ class TrainTransform:
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: float = 0.0
+    colors: ColorChanges | None = None
     interpolation: str = "bicubic"
     jpeg: str = "fast"
     legacy: bool = False
@@ -378,13 +381,14 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image | Jpeg, *name: Name) -> UInt8[Tensor, "3 height width"]:
         """Augment an image; `name` identifies the draw."""
-        uniform = (random_words(32, *name) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        uniform = uniform_numbers(32, *name)
         box, (height, width) = self._crop(image.width, image.height, uniform), self.size_px
         if isinstance(image, Jpeg):
             pixels = self._resized_jpeg(image, box)
         else:
             pixels = pil_to_tensor(image.resize((width, height), _RESAMPLING[self.interpolation], box=box))
-        return pixels.flip(-1) if uniform[30] < self.horizontal_flip else pixels
+        pixels = pixels.flip(-1) if uniform[30] < self.horizontal_flip else pixels
+        return pixels if self.colors is None else self.colors(pixels, *name)
 
     def _crop(self, width: int, height: int, uniform: np.ndarray) -> Box:
         """Choose a box as torchvision's RandomResizedCrop does: seven tries, then the largest centered crop."""
@@ -427,11 +431,18 @@ class TrainTransform:
 def train_transform(
     preprocess_cfg: Mapping[str, Any], *, views: int = 0, legacy: bool = False, **augment: Any
 ) -> TrainTransform:
-    """Create a `TrainTransform` with the size and interpolation of a model; `augment` sets its other fields."""
+    """Create a `TrainTransform` with the size and interpolation of a model; `augment` sets its other fields.
+
+    These are those of `AugmentConfig`.
+    """
+    colors = ColorChanges(
+        **{each.name: augment.pop(each.name) for each in fields(ColorChanges) if each.name in augment}
+    )
     cfg = PreprocessCfg(**preprocess_cfg)
     size = (cfg.size, cfg.size) if isinstance(cfg.size, int) else (cfg.size[0], cfg.size[1])
     interpolation = cfg.interpolation if cfg.interpolation in _RESAMPLING else "bicubic"
     evaluation = evaluation_transform(preprocess_cfg, legacy=legacy) if views else None
     return TrainTransform(
-        size_px=size, interpolation=interpolation, legacy=legacy, views=views, evaluation=evaluation, **augment
-    )
+        size_px=size, interpolation=interpolation, legacy=legacy, views=views, evaluation=evaluation,
+        colors=colors if colors.acts() else None, **augment,
+    )  # fmt: skip

@@ -93,11 +93,12 @@ class EmbeddingPart:
     """Features of the rows of a shard: unit vectors in float16, and in float32 their norms before normalization.
 
     The text feature of a row is the normalized mean of the unit features of its captions; its norm is the mean of their
-    norms. Bad rows are zeros and not `ok`. `image_id` and `text_id` are hashes of the bytes of the tar members.
+    norms. Bad rows are zeros and not `ok`. `image_id` and `text_id` are hashes of the bytes of the tar members. Of a
+    model without a text tower, text features have width 0.
     """
 
     image: Float16[np.ndarray, "rows dim"]
-    text: Float16[np.ndarray, "rows dim"]
+    text: Float16[np.ndarray, "rows _text_dim"]
     image_norm: Float32[np.ndarray, "rows"]
     text_norm: Float32[np.ndarray, "rows"]
     image_id: Int64[np.ndarray, "rows"]
@@ -113,7 +114,8 @@ def read_part(path: Path, rows: int) -> EmbeddingPart:
         columns = load_file(path)
         layout = {name: (columns[name].dtype.str, columns[name].ndim) for name in _COLUMNS}
         sizes = {len(columns[name]) for name in _COLUMNS}
-        if layout != _COLUMNS or len(sizes) > 1 or columns["image"].shape != columns["text"].shape:
+        widths = {columns["image"].shape[1:], (0,)}  # of texts; 0 for a model without a text tower
+        if layout != _COLUMNS or len(sizes) > 1 or columns["text"].shape[1:] not in widths:
             raise ValueError(f"its columns are {layout}")
         if not all(np.isfinite(columns[name]).all() for name in ("image", "text", "image_norm", "text_norm")):
             raise ValueError("a feature is not a finite number")

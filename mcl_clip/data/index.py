@@ -113,6 +113,8 @@ class ShardIndex:
 
     def text_counts(self) -> str:
         """Describe the members that captions come from: `9,990 .txt, 10 .json (key 'caption')`."""
+        if not self.rule.texts:
+            return "none are read"
         counts = zip(TEXT_FORMATS, np.bincount(self.text_format, minlength=len(TEXT_FORMATS)).tolist(), strict=True)
         named = {"json": f".json (key {self.rule.caption_key!r})"}
         text = ", ".join(f"{count:,} {named.get(name, f'.{name}')}" for name, count in counts if count)
@@ -376,10 +378,14 @@ def _describe_empty(index: ShardIndex) -> str:
     if images := skipped.get("missing_text", 0):
         what = f"has no captions: {images} samples have an image but no {' or '.join(index.rule.texts)} member"
     else:
-        what = "has no sample with an image and a text"
+        what = f"has no sample with an image{' and a text' if index.rule.texts else ''}"
     hint = "; the members of a sample must be adjacent in the tar" if "duplicate_key" in skipped else ""
     if index.rule.needs_caption and skipped.keys() & {"missing_image", "missing_text", "dotted_name"}:
         hint += "; name the extensions of images and captions by --data.image-member and --data.text-member"
+    elif not index.rule.texts:
+        hint += "; name the extension of images by --data.image-member"
+    if images:
+        hint += "; to learn from images alone, give --tower.image timm:NAME without --tower.text"
     return f"{where} {what} (skipped: {index.describe_skipped()}){hint}"
 
 
@@ -429,9 +435,9 @@ def _check_rows(index: ShardIndex) -> None:
             raise ValueError("formats")
         sizes, start, length = shard_sizes[numbers], index.sample_offset[rows], index.sample_size[rows]
         end = start + length
-        for offset, size in ((index.image_offset, index.image_size), (index.text_offset, index.text_size)):
-            inside = (size[rows] > 0) & (start + BLOCK <= offset[rows]) & (offset[rows] <= sizes)
-            inside &= offset[rows] + size[rows] <= end
+        for member in ("image", "text") if index.rule.texts else ("image",):
+            offset, size = (getattr(index, f"{member}_{what}")[rows] for what in ("offset", "size"))
+            inside = (size > 0) & (start + BLOCK <= offset) & (offset <= sizes) & (offset + size <= end)
             if not (inside & (start >= 0) & (length <= sizes) & (end <= sizes)).all():
                 raise ValueError("member offsets")
 

@@ -8,19 +8,19 @@ the number of workers. The loaders are not passed to `accelerator.prepare`, whic
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int, Int64, UInt8
+from jaxtyping import Int, Int64
 from torch import Tensor
-from torch.nn import functional as F
 
 from mcl_clip.core.distributed import Name, check_same, permutation, random_words, rank, world_size
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
+from mcl_clip.data.batches import BadSample, CaptionedBatch, PairBatch, join_parts
 from mcl_clip.data.decode import (
     MAX_PIXELS,
     BadSampleError,
@@ -35,86 +35,10 @@ from mcl_clip.data.shards import redacted
 from mcl_clip.data.workers import load_batches
 
 Tokenizer = Callable[[list[str]], Tensor]
-Batch = TypeVar("Batch", bound="_Batch")
 CPU = torch.device("cpu")
 LOADER_TIMEOUT_S = 1800.0  # longer than all retries of a read together
 PART_ROWS = 256  # of a local batch; larger ones are decoded in parts by several workers
 LENGTH_MULTIPLE = 8  # of trimmed texts: few distinct lengths, for which kernels are chosen or compiled
-
-
-class BadSample(NamedTuple):
-    """A row that could not be decoded and became a filler."""
-
-    row: int
-    shard: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    def pin_memory(self: Batch) -> Batch:
-        """Copy the batch to page-locked memory (called by the DataLoader)."""
-        return self._map_tensors(lambda tensor: tensor.pin_memory())
-
-    def share_memory_(self: Batch) -> Batch:
-        """Move the batch to memory that other processes read (called in loader processes)."""
-        return self._map_tensors(lambda tensor: tensor.share_memory_())  # type: ignore[no-untyped-call]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
-
-    def to(self: Batch, device: torch.device) -> Batch:
-        """Copy the batch to a device."""
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _map_tensors(self: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-        tensors: dict[str, Any] = {name: function(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, **tensors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairBatch(_Batch):
-    """The part of a global batch that one process holds.
-
-    `rows`, `text_ids` and `image_ids` have an entry for every row, fillers (row -1) included. `images` and `tokens`
-    hold decoded samples only, and `places` the index of each among `rows`. Ids are hashes of the tokens and of the
-    image bytes. Where text features come from disk, `text_features` holds them and `tokens` have length 0. Where what
-    the frozen part of a tower computes comes from disk, it is in place of pixels or tokens, in float32. With wrong
-    captions, `negative_tokens` has the same number of texts for every sample; those that are not `is_negative` only
-    fill it up.
-    """
-
-    step: int
-    rows: Int64[Tensor, "local"]
-    text_ids: Int64[Tensor, "local"]
-    image_ids: Int64[Tensor, "local"]
-    images: UInt8[Tensor, "decoded 3 height width"] | Float32[Tensor, "decoded ..."]
-    tokens: Int[Tensor, "decoded length"] | Float32[Tensor, "decoded dim"]
-    places: Int64[Tensor, "decoded"]
-    text_features: Float32[Tensor, "decoded dim"] | None = None
-    negative_tokens: Int[Tensor, "decoded number length"] | None = None
-    is_negative: Bool[Tensor, "decoded number"] | None = None
-    bad: tuple[BadSample, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionedBatch(_Batch):
-    """Rows with all their captions: `tokens[j]` belongs to `rows[caption_of[j]]`. Bad rows are left out.
-
-    `full_captions` counts captions without padding, that is, those that may have been truncated. As in `PairBatch`,
-    outputs of frozen parts may be in place of pixels and tokens.
-    """
-
-    rows: Int64[Tensor, "images"]
-    images: UInt8[Tensor, "images 3 height width"] | Float32[Tensor, "images ..."]
-    image_ids: Int64[Tensor, "images"]
-    tokens: Int[Tensor, "captions length"] | Float32[Tensor, "captions dim"]
-    caption_of: Int64[Tensor, "captions"]
-    text_ids: Int64[Tensor, "images"]
-    full_captions: int
-    bad: tuple[BadSample, ...]
 
 
 class TrainingLoader:
@@ -126,7 +50,8 @@ class TrainingLoader:
         reader: Reader,
         *,
         transform: TrainTransform,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
+        num_views: int = 1,
         short_texts: bool = False,
         images: ImageOutputs | None = None,
         texts: TextFeatures | None = None,
@@ -142,11 +67,12 @@ class TrainingLoader:
         """Prepare a loader; raise UserError if the global batch is not divisible by the number of processes.
 
         `short_texts` trims the padding after the longest caption of a batch. Stored `images` replace pixels and stored
-        `texts` replace tokens, and nothing is read from the shards that these have. Each of
-        `num_workers` keeps `prefetch_batches` ready and must deliver one within `timeout_s`; 0 decodes in this process.
-        Images are copied to `device`; the rest of a batch stays on the CPU, page-locked if that is a GPU. Images over
-        `max_pixels` are bad samples; `json_key` is the key of the captions in a .json member. With `num_negatives`,
-        batches have so many of the wrong captions of each row, which are at `negatives_key`.
+        `texts` replace tokens, and nothing is read from the shards that these have. Each of `num_workers` keeps
+        `prefetch_batches` ready and must deliver one within `timeout_s`; 0 decodes in this process. Images are copied
+        to `device`; the rest of a batch stays on the CPU, page-locked if that is a GPU. Images over `max_pixels` are
+        bad samples; `json_key` is the key of the captions in a .json member. With `num_negatives`, batches have so many
+        of the wrong captions of each row, which are at `negatives_key`. Without a `tokenizer` and `texts`, batches have
+        `num_views` views of images alone.
         """
         if plan.global_batch_size % world_size():
             raise UserError(
@@ -157,7 +83,7 @@ class TrainingLoader:
         maker = _PairBatches(
             reader=reader, transform=transform, tokenizer=tokenizer, short_texts=short_texts, max_pixels=max_pixels,
             json_key=json_key, images=images, texts=texts, name=(plan.seed, plan.stage),
-            negatives_key=negatives_key, num_negatives=num_negatives,
+            negatives_key=negatives_key, num_negatives=num_negatives, num_views=num_views,
         )  # fmt: skip
         self._local_rows = plan.global_batch_size // world_size()
         self._parts = -(-self._local_rows // PART_ROWS)
@@ -171,7 +97,7 @@ class TrainingLoader:
         """Yield the batches of `start_step` to `stop_step - 1`; raise UserError if plans differ or reading fails."""
         batches = self._load(self._requests(start_step, stop_step))
         while parts := tuple(itertools.islice(batches, self._parts)):
-            yield _join_parts(parts, self._device)
+            yield join_parts(parts, self._device)
 
     def _requests(self, start_step: int, stop_step: int) -> Iterator[tuple[int, int, Int[np.ndarray, "_part"]]]:
         """Yield step, epoch and rows of each part of the local batches."""
@@ -184,41 +110,6 @@ class TrainingLoader:
             local = self.plan.batch(step)[rank() * self._local_rows : (rank() + 1) * self._local_rows]
             for start in range(0, len(local), PART_ROWS):
                 yield step, epoch, local[start : start + PART_ROWS]
-
-
-def pin(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to page-locked memory, if it is not there, for a GPU that copies it while this process goes on."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def _join_parts(parts: tuple[PairBatch, ...], device: torch.device) -> PairBatch:
-    """Join the parts of a local batch, with the images on a device."""
-
-    def cat(tensors: list[Tensor]) -> Tensor:
-        return pin(torch.cat(tensors), device)
-
-    def pad(tokens: Tensor) -> Tensor:
-        return F.pad(tokens, (0, length - tokens.shape[-1]))
-
-    starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
-    decoded = [(part, start) for part, start in zip(parts, starts, strict=False) if (part.rows != FILLER).any()]
-    decoded = decoded or [(parts[0], 0)]  # a part without a decoded row holds one black image
-    length = max(part.tokens.shape[1] for part, _ in decoded)
-    negatives = [part.negative_tokens for part, _ in decoded if part.negative_tokens is not None]
-    features = [part.text_features for part, _ in decoded if part.text_features is not None]
-    return PairBatch(
-        step=parts[0].step,
-        **{name: cat([getattr(part, name) for part in parts]) for name in ("rows", "text_ids", "image_ids")},
-        images=torch.cat([part.images.to(device, non_blocking=True) for part, _ in decoded]),
-        tokens=cat([pad(part.tokens) for part, _ in decoded]),
-        negative_tokens=cat([pad(tokens) for tokens in negatives]) if negatives else None,
-        is_negative=cat([part.is_negative for part, _ in decoded if part.is_negative is not None])
-        if negatives
-        else None,
-        places=cat([part.places + start for part, start in decoded]),
-        text_features=cat(features) if features else None,
-        bad=tuple(bad for part in parts for bad in part.bad),
-    )
 
 
 def captioned_batches(
@@ -308,8 +199,12 @@ class _BatchMaker:
                 wrong = decode_negatives(text, text_format, json_key=self.negatives_key) if self.negatives_key else []
                 yield _Sample(row, pixels, image_id, text, captions, wrong)
             except BadSampleError as error:
-                index = self.reader.index
-                yield BadSample(row, redacted(index.shards[int(index.shard_of[row])].url), error.reason)
+                yield self.bad_sample(row, error)
+
+    def bad_sample(self, row: int, error: BadSampleError) -> BadSample:
+        """Return the record of a row that cannot be decoded."""
+        index = self.reader.index
+        return BadSample(row, redacted(index.shards[int(index.shard_of[row])].url), error.reason)
 
     def _image(self, row: int, view: int, data: bytes) -> tuple[Tensor, int]:
         """Return pixels or stored output of an image, and the hash of its file; raise BadSampleError without them."""
@@ -331,10 +226,12 @@ class _PairBatches(_BatchMaker):
     """Makes parts of local batches."""
 
     transform: TrainTransform
-    tokenizer: Tokenizer
     num_negatives: int
+    num_views: int
 
     def make_batch(self, request: tuple[int, int, Int[np.ndarray, "_part"]]) -> PairBatch:
+        if self.tokenizer is None and self.texts is None:
+            return self._image_batch(*request)
         step, epoch, planned_rows = request
         rows = torch.from_numpy(planned_rows.astype(np.int64))
         planned = np.flatnonzero(planned_rows != FILLER)
@@ -366,6 +263,8 @@ class _PairBatches(_BatchMaker):
         tokens, text_features = torch.zeros(len(images), 0, dtype=torch.int64), None
         negative_tokens = is_negative = None
         if self.texts is None:
+            if self.tokenizer is None:
+                raise ValueError("texts without a tokenizer")
             tokens = self.tokenizer([*(captions or [""]), *(negatives or [""] * self.num_negatives)])
             ids = content_ids(tokens)
             text_ids[places] = ids[: len(places)]
@@ -389,6 +288,35 @@ class _PairBatches(_BatchMaker):
             text_features=text_features,
             negative_tokens=negative_tokens,
             is_negative=is_negative,
+            bad=tuple(bad),
+        )
+
+    def _image_batch(self, step: int, epoch: int, planned_rows: Int[np.ndarray, "_part"]) -> PairBatch:
+        """Make a part of a batch of images alone; view v of a row in epoch e is its draw e * num_views + v."""
+        rows = torch.from_numpy(planned_rows.astype(np.int64))
+        planned = np.flatnonzero(planned_rows != FILLER)
+        image_ids = torch.zeros_like(rows)
+        places, images, bad = [], [], []
+        for place, raw in zip(planned.tolist(), self.reader.read(planned_rows[planned]), strict=True):
+            try:
+                draws = range(epoch * self.num_views, (epoch + 1) * self.num_views)
+                views = [self._image(raw.row, draw, raw.image)[0] for draw in draws]
+            except BadSampleError as error:
+                bad.append(self.bad_sample(raw.row, error))
+                rows[place] = FILLER
+                continue
+            places.append(place)
+            images.append(torch.stack(views))
+            image_ids[place] = content_id(raw.image)
+        images = images or [torch.zeros(self.num_views, 3, *self.transform.size_px, dtype=torch.uint8)]
+        return PairBatch(
+            step=step,
+            rows=rows,
+            text_ids=image_ids.clone(),
+            image_ids=image_ids,
+            images=torch.stack(images),
+            tokens=torch.zeros(len(images), 0, dtype=torch.int64),
+            places=torch.tensor(places or [0]),
             bad=tuple(bad),
         )
 

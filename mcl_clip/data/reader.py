@@ -28,7 +28,10 @@ _MAX_NAME = 90  # longer names are in an extended header, and what the header bl
 
 
 class RawSample(NamedTuple):
-    """The undecoded members of a row; `text_format` is `txt`, `lines` (a caption on each line) or `json`."""
+    """The undecoded members of a row; `text_format` is `txt`, `lines` (a caption on each line), `json`, or empty.
+
+    Without a text, as in an index of images alone, the text is empty, too.
+    """
 
     row: int
     image: bytes
@@ -88,6 +91,9 @@ class Reader:
             OSError: if reading still fails after all retries.
             IndexError: for a number that is not a row.
         """
+        if not self.index.rule.texts:
+            images = self._members(rows, "image")
+            return [RawSample(row, image, b"", "") for row, (_, image) in zip(rows.tolist(), images, strict=True)]
         members = self._members(rows, "image", "text")
         images, texts = members[: len(rows)], self._with_formats(rows, members[len(rows) :])
         return [
@@ -96,6 +102,8 @@ class Reader:
 
     def read_texts(self, rows: Integer[np.ndarray, "n"]) -> list[tuple[bytes, str]]:
         """Read the text members of `rows` with their formats, in their order, without the images; raise as `read`."""
+        if not self.index.rule.texts:
+            return [(b"", "")] * len(rows)
         return self._with_formats(rows, self._members(rows, "text"))
 
     def read_whole(self, rows: Integer[np.ndarray, "n"]) -> list[bytes]:
@@ -106,7 +114,8 @@ class Reader:
         ends = starts + index.sample_size[rows]
         wholes = self._fetch(list(map(_Range, index.shard_of[rows].tolist(), starts.tolist(), ends.tolist())))
         for row, whole in zip(rows.tolist(), wholes, strict=True):
-            for offset, size in ((index.image_offset, index.image_size), (index.text_offset, index.text_size)):
+            members = [(index.image_offset, index.image_size), (index.text_offset, index.text_size)]
+            for offset, size in members if index.rule.texts else members[:1]:
                 header = int(offset[row] - index.sample_offset[row]) - BLOCK
                 self._check_header(row, whole[header : header + BLOCK], int(size[row]))
         return [bytes(whole) for whole in wholes]

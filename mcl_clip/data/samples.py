@@ -1,4 +1,4 @@
-"""Samples of a shard: which members of a tar file make an image-text pair, and why others are left out."""
+"""Samples of a shard: which members of a tar file make an image-text pair, or an image, and why others are left out."""
 
 import os
 from collections import Counter
@@ -43,7 +43,10 @@ _MAX_NAMED, _MAX_EXAMPLE = 4, 200  # members that an example names, and its byte
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRule:
-    """Which members of a tar file make a sample; where one has several images or texts, the first extension counts."""
+    """Which members of a tar file make a sample; where one has several images or texts, the first extension counts.
+
+    Without extensions of `texts`, a sample is an image alone: its row has a text of 0 bytes.
+    """
 
     images: tuple[str, ...] = IMAGE_FORMATS
     texts: tuple[str, ...] = ("txt", "json")
@@ -58,6 +61,9 @@ class SampleRule:
         images = {name: name if name in IMAGE_FORMATS else IMAGE_FORMATS[0] for name in self.images}
         texts = {name: name if name in TEXT_FORMATS else TEXT_FORMATS[name.endswith("json")] for name in self.texts}
         return {name.encode(): form for name, form in (images | texts).items()}
+
+
+IMAGES_ALONE = SampleRule(texts=(), needs_caption=False)
 
 
 @dataclass
@@ -115,7 +121,7 @@ def group_samples(members: Iterable[Member], rule: SampleRule, read: ReadAt, fin
                     samples.skip("dotted_name", sample.name_members(stem))
             elif len(sample.extensions) > MAX_MEMBERS:
                 samples.skip("too_many_members", sample.name_members())
-            elif image is None or text is None:
+            elif image is None or (text is None and rule.texts):
                 other = next((name for name in OTHER_IMAGE_FORMATS if name.encode() in sample.extensions), None)
                 missing = "missing_text" if image else f"format_{other}" if other else "missing_image"
                 samples.skip(sample.problem or missing, sample.name_members())
@@ -132,14 +138,20 @@ def group_samples(members: Iterable[Member], rule: SampleRule, read: ReadAt, fin
 def _add_row(
     samples: Samples,
     sample: "_Sample",
-    names: tuple[str, str],
+    names: tuple[str, str | None],
     rule: SampleRule,
     read: ReadAt,
     find_problem: FindProblem,
 ) -> None:
-    """Add the sample with this image and text, or skip it if the text has no caption."""
-    image, text = (sample.members[name] for name in names)
-    image_format, text_format = (rule.formats[name.encode()] for name in names)
+    """Add the sample with this image and text, if any, or skip it if the text has no caption."""
+    image_name, text_name = names
+    image, span = sample.members[image_name], (sample.start, sample.end - sample.start)
+    image_at = (image.offset, image.size, IMAGE_FORMATS.index(rule.formats[image_name.encode()]))
+    if text_name is None:
+        samples.keys.append(sample.key)
+        samples.rows.append((*image_at, image.offset, 0, 0, *span))
+        return
+    text, text_format = sample.members[text_name], rule.formats[text_name.encode()]
     if rule.needs_caption:
         data = read(text.offset, text.size)
         if (problem := find_problem(data, text_format)) is not None:
@@ -147,10 +159,9 @@ def _add_row(
             return
         if text_format == "txt" and b"\n" in data.strip():
             samples.joined_lines += not has_captions_by_line(read(text.offset - BLOCK, BLOCK))
-    image_at = (image.offset, image.size, IMAGE_FORMATS.index(image_format))
     text_at = (text.offset, text.size, TEXT_FORMATS.index(text_format))
     samples.keys.append(sample.key)
-    samples.rows.append((*image_at, *text_at, sample.start, sample.end - sample.start))
+    samples.rows.append((*image_at, *text_at, *span))
 
 
 @dataclass

@@ -24,6 +24,7 @@ from mcl_clip.core.files import atomic_dir
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.decode import BadSampleError, decode_image, read_header
 from mcl_clip.data.index import INDEX_NAME, ShardIndex
+from mcl_clip.data.samples import IMAGES_ALONE
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.tar import MAX_IMAGE_BYTES, MAX_JSON_BYTES, MAX_TXT_BYTES
 
@@ -56,6 +57,15 @@ class LabelledImage:
     key: str
     image: bytes
     label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoneImage:
+    """An image file without captions."""
+
+    key: str
+    image: bytes  # as in `Pair`
+    source: str = ""  # as in `Pair`
 
 
 class SetSize(NamedTuple):
@@ -145,6 +155,31 @@ def write_pairs(
         if len(index) != checks.images:
             raise RuntimeError(f"{checks.images} samples were written, {len(index)} found: {index.skipped_by_reason()}")
         index.save(folder / INDEX_NAME)
+    return ShardIndex.load(out / INDEX_NAME, check=False)
+
+
+def write_images(
+    samples: Iterable[LoneImage],
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    total: int | None = None,
+    max_bad_fraction: float = 0.01,
+) -> ShardIndex:
+    """Write shards of images alone, without captions; see `write_pairs`."""
+    checks = _Checks(out, total, max_bad_fraction)
+
+    def members() -> Iterator[Members]:
+        for sample in checks.follow(samples):
+            extension, image = checks.stored(sample.key, sample.image, sample.source)
+            if extension:
+                yield {extension: image, "__key__": sample.key}
+                checks.images += 1
+
+    with new_folder(out) as folder:
+        _write_shards(members(), folder, "%06d", samples_per_shard)
+        checks.finish()
+        ShardIndex.build(expand_shards(folder), rule=IMAGES_ALONE).save(folder / INDEX_NAME)
     return ShardIndex.load(out / INDEX_NAME, check=False)
 
 

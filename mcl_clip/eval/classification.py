@@ -189,12 +189,7 @@ class ClassificationTask:
         if num_classes >= 5:
             outcomes["acc5"] = ranks < 5
         if len(labels) >= FOLDS:
-            images, width = F.normalize(image_features.double()), self.probe_width
-            outcomes["linear_acc1"] = linear_predictions(images, labels, num_classes).numpy()
-            outcomes["knn_acc1"] = knn_predictions(images, labels, num_classes).numpy()
-            if 0 < width < images.shape[1]:
-                narrow = linear_predictions(images, labels, num_classes, width=width)
-                outcomes[f"linear_acc1_width_{width}"] = narrow.numpy()
+            outcomes |= probe_outcomes(image_features, labels, num_classes, self.probe_width)
         metrics = {name: float(np.mean(values, dtype=np.float64)) for name, values in outcomes.items()}
         outcomes["mean_per_class_recall"] = outcomes["mean_per_class_recall"].astype(np.float32)
         return metrics, {**outcomes, "ranks": ranks.astype(np.int32)}
@@ -204,12 +199,73 @@ class ClassificationTask:
         return self.data.describe("classification", self.name)
 
 
+@dataclass(frozen=True)
+class ProbeTask:
+    """Linear and k-NN probes on one single-label set, for models without a text tower; see `Task`.
+
+    For features wider than `probe_width` dimensions (0: never), there is another linear probe at that width.
+    """
+
+    name: str
+    data: ClassificationSet  # without templates, so that there are no texts
+    probe_width: int = 0
+    main_metric = "linear_acc1"
+
+    def score(
+        self,
+        image_features: Float[Tensor, "images dim"],
+        text_features: Float[Tensor, "none _"],  # noqa: ARG002
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Compute the accuracies of the probes (`mcl_clip.eval.probes`); outcomes are per image."""
+        check_finite(image_features, image_features[:0])
+        labels = torch.from_numpy(self.data.labels)
+        outcomes = probe_outcomes(image_features, labels, len(self.data.classnames), self.probe_width)
+        return {name: float(np.mean(values, dtype=np.float64)) for name, values in outcomes.items()}, outcomes
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the set for the record."""
+        return {**self.data.describe("probe", self.name), "task": "image_probe"}
+
+
+def probe_outcomes(
+    image_features: Float[Tensor, "images dim"], labels: Int64[Tensor, "images"], num_classes: int, width: int
+) -> dict[str, np.ndarray]:
+    """Return for each probe which images it classifies correctly; unless `width` is 0, also for one at this width."""
+    images = F.normalize(image_features.double())
+    outcomes = {
+        "linear_acc1": linear_predictions(images, labels, num_classes).numpy(),
+        "knn_acc1": knn_predictions(images, labels, num_classes).numpy(),
+    }
+    if 0 < width < images.shape[1]:
+        narrow = linear_predictions(images, labels, num_classes, width=width)
+        outcomes[f"linear_acc1_width_{width}"] = narrow.numpy()
+    return outcomes
+
+
+def as_probe(task: Task) -> ProbeTask:
+    """Return the probes of the images of a classification set, for a model without a text tower.
+
+    Raises:
+        UserError: for a set of another kind, or with fewer images than the probes have folds.
+    """
+    if not isinstance(task, ClassificationTask):
+        raise UserError(
+            f"the set {task.name} needs a text tower, and this model has learned from images alone; evaluate it on "
+            f"classification sets of one label per image, whose images are probed"
+        )
+    if len(task.data.labels) < FOLDS:
+        raise UserError(
+            f"the set {task.name} has {len(task.data.labels)} images, and probes need {FOLDS} or more; add images"
+        )
+    return ProbeTask(task.name, replace(task.data, templates=()))
+
+
 def probe_at_stage_width(task: Task, stage_dims: Sequence[int]) -> Task:
-    """Add a linear probe at the width of one stage to the classification task of a model of several stages.
+    """Add a linear probe at the width of one stage to the classification or probe task of a model of several stages.
 
     Other tasks, and those of single stages, are returned unchanged.
     """
-    if len(stage_dims) > 1 and isinstance(task, ClassificationTask):
+    if len(stage_dims) > 1 and isinstance(task, ClassificationTask | ProbeTask):
         return replace(task, probe_width=max(stage_dims))
     return task
 

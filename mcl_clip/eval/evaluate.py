@@ -15,7 +15,7 @@ from torch import nn
 from mcl_clip.core.distributed import check_same, on_main, peak_memory
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl, atomic_path, canonical_json, read_jsonl
-from mcl_clip.eval.classification import probe_at_stage_width
+from mcl_clip.eval.classification import as_probe, probe_at_stage_width
 from mcl_clip.eval.datasets import discover
 from mcl_clip.eval.embed import Encoder, on_all_processes
 from mcl_clip.eval.task import RESULTS, Task, result_record
@@ -107,7 +107,7 @@ def evaluate_loaded(
         num_workers=num_workers,
         precision=precision,
     )
-    for task in sets.values():
+    for task in sets.values() if loaded.has_texts else map(as_probe, sets.values()):
         wide = probe_at_stage_width(task, multistage.embed_dims if multistage else [])
         _evaluate_task(wide, encoder, out, candidate, identity)
 

@@ -19,10 +19,15 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from mcl_clip.core.distributed import seed_of
-from mcl_clip.core.errors import UserError, shorten_list, suggest
-from mcl_clip.core.files import atomic_dir, read_json
+from mcl_clip.core.errors import UserError, suggest
+from mcl_clip.core.files import atomic_dir
 from mcl_clip.model.fast_paths import in_short_batches, use_fast_paths
 from mcl_clip.model.from_transformers import is_transformers_folder, load_clip_weights, read_clip_config
+from mcl_clip.model.image_model import (
+    is_image_folder,
+    read_image_folder,
+    write_image_folder,
+)
 from mcl_clip.model.image_transform import make_image_transform
 from mcl_clip.model.open_clip_io import (
     DEFAULT_CONTEXT_LENGTH,
@@ -33,13 +38,13 @@ from mcl_clip.model.open_clip_io import (
     WEIGHT_SUFFIXES,
     check_model_cfg,
     check_model_folder,
-    check_weights,
     make_tokenizer,
     one_line,
     text_tower_options,
     without_warnings,
     write_open_clip_folder,
 )
+from mcl_clip.model.weights import find_weights, load_weights
 
 PREPROCESS_NAMES = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PREPROCESS_CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}
@@ -48,7 +53,7 @@ LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
 def to_floats(
-    pixels: UInt8[Tensor, "batch 3 height width"] | Float[Tensor, "batch ..."], preprocess_cfg: Mapping[str, Any]
+    pixels: UInt8[Tensor, "batch *views 3 height width"] | Float[Tensor, "batch ..."], preprocess_cfg: Mapping[str, Any]
 ) -> Float[Tensor, "batch ..."]:
     """Normalize pixels like torchvision's ToTensor and Normalize: (pixel / 255 - mean) / std.
 
@@ -88,12 +93,20 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 @dataclass
 class ClipBundle:
-    """A CLIP model with its configs and tokenizer: all that is needed to feed it and to save it."""
+    """A CLIP model with its configs and tokenizer: all that is needed to feed it and to save it.
+
+    An `ImageModel`, which has no text tower, has no `text_cfg`, and `refuse_texts` for a tokenizer.
+    """
 
     model: nn.Module
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
     tokenizer: Callable[..., Int[Tensor, "texts context"]]
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there is a text tower."""
+        return "text_cfg" in self.model_cfg
 
     @property
     def context_length(self) -> int:
@@ -140,7 +153,7 @@ def create_clip(
     name = architecture.replace("/", "-")
     cfg = _find_model_cfg(name, model_cfg or {})
     tag_cfg = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    weights = None if tag_cfg or not pretrained else _find_weights(name, pretrained, cfg)
+    weights = None if tag_cfg or not pretrained else find_weights(name, pretrained, cfg)
     # Weights trained with the other activation load without an error, so the config records which one it was.
     cfg["quick_gelu"] = bool(cfg.get("quick_gelu") or tag_cfg.get("quick_gelu"))
     text_name = cfg["text_cfg"].get("hf_model_name")
@@ -265,38 +278,13 @@ def _find_model_cfg(name: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     return cfg
 
 
-def _find_weights(name: str, pretrained: str, model_cfg: Mapping[str, Any]) -> Path:
-    """Return the path of a weights file, checked against the activation in the open_clip config next to it."""
-    path = Path(pretrained)
-    if path.is_dir():
-        raise UserError(f"--tower.pretrained {pretrained} is a folder; use --tower.architecture local-dir:{pretrained}")
-    if not path.is_file():
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        hint = f"its tags are {shorten_list(tags)}" if tags else "there are no tags for it"
-        raise UserError(
-            f"{pretrained!r} is neither a file nor a tag of {name or 'the model in the recipe'}"
-            f"{suggest(pretrained, tags)}; {hint}"
-        )
-    config_path = path.with_name(OPEN_CLIP_CONFIG_NAME)
-    if config_path.is_file():
-        try:
-            quick_gelu = bool(read_json(config_path).get("model_cfg", {}).get("quick_gelu"))
-        except AttributeError as error:
-            message = f"{config_path} is not an open_clip config; restore it, or move the weights to another folder"
-            raise UserError(message) from error
-        if quick_gelu != bool(model_cfg.get("quick_gelu")):
-            raise UserError(
-                f"{path} was trained {'with' if quick_gelu else 'without'} quick_gelu, unlike "
-                f"{name or 'the model in the recipe'}; use --tower.architecture local-dir:{path.parent}"
-            )
-    return path
-
-
 def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str, Any]) -> ClipBundle:
     """Load a model with its own config and weights from a folder or the Hub."""
     if pretrained:
         raise UserError(f"{architecture} brings its own weights; leave out --tower.pretrained {pretrained}")
     folder = Path(architecture.removeprefix(LOCAL)) if architecture.startswith(LOCAL) else None
+    if folder and is_image_folder(folder):
+        return _load_images(folder)
     if folder and is_transformers_folder(folder):
         cfg, own = read_clip_config(folder)
         clip = create_clip(model_cfg=cfg, preprocess={**own, **preprocess})
@@ -322,6 +310,19 @@ def _load_published(architecture: str, pretrained: str, preprocess: Mapping[str,
     if size:
         check_image_size(model, cfg, size)
     return _make_bundle(model, cfg, partial(open_clip.get_tokenizer, architecture), f"of {architecture}")
+
+
+def _load_images(folder: Path) -> ClipBundle:
+    try:
+        model, cfg, preprocess_cfg = read_image_folder(folder)
+    except Exception as error:  # damaged configs and weights raise errors of many types
+        raise UserError(f"{folder} is not loaded: {one_line(error)}; correct it, or use another model") from error
+    return ClipBundle(model=model, model_cfg=cfg, preprocess_cfg=preprocess_cfg, tokenizer=refuse_texts)
+
+
+def refuse_texts(*_: object, **__: object) -> Int[Tensor, "texts context"]:
+    """Raise UserError, in place of a tokenizer of a model without a text tower."""
+    raise UserError("the model has learned from images alone and has no text tower for captions; use one that has")
 
 
 def _create_model(
@@ -390,8 +391,11 @@ def check_vocabulary(model: nn.Module, tokenizer: Callable[..., Int[Tensor, "tex
 
 
 def save_clip(clip: ClipBundle, folder: Path) -> None:
-    """Write `clip` as an open_clip folder, atomically replacing any previous one."""
+    """Write `clip` as an open_clip folder, or that of an image model, atomically replacing any previous one."""
     with atomic_dir(folder) as temporary:
+        if not clip.has_texts:
+            write_image_folder(temporary, clip.model, model_cfg=clip.model_cfg, preprocess_cfg=clip.preprocess_cfg)
+            return
         write_open_clip_folder(
             temporary,
             clip.model,
@@ -402,38 +406,5 @@ def save_clip(clip: ClipBundle, folder: Path) -> None:
 
 
 def load_clip(folder: Path) -> ClipBundle:
-    """Load the model of an open_clip folder; raise UserError as `create_clip` does."""
+    """Load the model that `save_clip` wrote; raise UserError as `create_clip` does."""
     return create_clip(architecture=f"{LOCAL}{folder}")
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load all weights of `model` from a weights file or a training checkpoint.
-
-    Only tensors and plain values are unpickled; files that hold anything else are refused. Prefixes that torch.compile
-    and DistributedDataParallel put before names are ignored.
-
-    Raises:
-        UserError: if the file is unsafe, or its weights do not fit the model.
-    """
-    if path.suffix not in WEIGHT_SUFFIXES:
-        raise UserError(f"{path} is not one of {', '.join(WEIGHT_SUFFIXES)}; convert it with open_clip first")
-    try:
-        check_weights(path)
-        state = open_clip.factory.load_state_dict(str(path), weights_only=True)
-        plain = {name: name.replace("_orig_mod.", "").removeprefix("module.") for name in state}
-        with tempfile.TemporaryDirectory() as folder:
-            source = path
-            if any(name != other for name, other in plain.items()):
-                source = Path(folder) / "plain.pt"  # open_clip converts weights of other projects from files only
-                torch.save({plain[name]: tensor for name, tensor in state.items()}, source)
-            del state
-            missing, unexpected = open_clip.load_checkpoint(model, str(source), strict=False, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(UNSAFE_WEIGHTS.format(path)) from error
-    except Exception as error:  # damaged files raise errors of many types
-        raise UserError(f"the weights in {path} do not fit this model: {one_line(error)}") from error
-    if missing or unexpected:
-        raise UserError(
-            f"the weights in {path} do not fit this model: {len(missing)} are missing ({shorten_list(missing, 3)}), "
-            f"and {len(unexpected)} are unknown ({shorten_list(unexpected, 3)}); use their architecture"
-        )

@@ -1,5 +1,7 @@
 """Contrastive losses over the global batch, with the negatives of a row restricted to its own group.
 
+Rows are pairs of an image and a caption or, for `simclr_loss`, images with several views.
+
 Each process holds the rows of its slice and sees the columns of all processes. The losses return this process's share,
 scaled so that the mean over processes (which DistributedDataParallel takes of gradients) is the loss of the global
 batch:
@@ -232,6 +234,41 @@ def siglip_loss(
 
     all_texts = gather_with_grad(texts)
     return _share(row_losses, negatives, images, all_texts, logit_scale, logit_bias, *_features_of(wrong))
+
+
+def simclr_loss(
+    views: Float[Tensor, "local views dim"],
+    logit_scale: Float[Tensor, ""],
+    negatives: Negatives,
+    *,
+    ifm_epsilon: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Compute this process's share of InfoNCE between views of images (NT-Xent, Chen et al., arXiv 2002.05709).
+
+    l_i is the mean over all ordered pairs of different views v, w of row i of
+
+        -log (e^s(v_i, w_i) / (e^s(v_i, w_i) + sum_j sum_u e^s(v_i, u_j))),  s(a, b) = logit_scale <a, b>,
+
+    where j runs over the negatives of the row, and u over all of their views: of N rows with two views in one group,
+    each view has 2N - 2 negatives. Other arguments are those of `clip_loss`.
+    """
+    all_views = gather_with_grad(_at_least_float32(views))
+    first, number = rank() * len(views), views.shape[1]
+
+    def row_losses(rows: slice, all_views: Tensor, logit_scale: Tensor) -> Tensor:
+        keep = negatives.keep(rows).scatter_(1, negatives.own[rows, None], False).repeat_interleave(number, dim=1)
+        own, columns = all_views[first + rows.start : first + rows.stop], all_views.flatten(0, 1).T
+        losses = []
+        for view in range(number):
+            others = (logit_scale * (own[:, view] @ columns)).masked_fill(~keep, -torch.inf).logsumexp(1)
+            for other in (number for number in range(number) if number != view):
+                positive = logit_scale * (own[:, view] * own[:, other]).sum(1)
+                # Lower positive and higher negative cosines add up in the difference, see `_with_perturbed`.
+                shifts = (0.0, 2 * ifm_epsilon) if ifm_epsilon else (0.0,)
+                losses += [F.softplus(others - positive + shift * logit_scale) for shift in shifts]
+        return torch.stack(losses).mean(0)
+
+    return _share(row_losses, negatives, all_views, logit_scale)
 
 
 def _features_of(wrong: WrongCaptions | None) -> list[Tensor]:

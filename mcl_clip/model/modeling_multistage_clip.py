@@ -22,7 +22,9 @@ from transformers.utils.generic import ModelOutput
 from .processing_multistage_clip import IS_BEFORE_5, PROCESSING_AUTO_MAP, MultistageCLIPImageProcessor
 
 # isort: split
-from .image_transform import to_rgb  # noqa: F401 - transformers before 5 copies the files that this one imports, no others
+# transformers before 5 copies the files that this one imports, no others
+from .image_model import ImageModel  # noqa: F401
+from .image_transform import to_rgb  # noqa: F401
 from .multistage import COMBINATIONS, CONFIG_NAME, WEIGHTED, MultistageCLIP, normalized, read_config
 from .open_clip_io import DEFAULT_CONTEXT_LENGTH, one_line
 
@@ -37,6 +39,7 @@ CODE_FILES = (
     "modeling_multistage_clip.py",
     "processing_multistage_clip.py",
     "multistage.py",
+    "image_model.py",
     "open_clip_io.py",
     "image_transform.py",
 )

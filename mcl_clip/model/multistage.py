@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .image_model import is_image_folder, read_image_folder, refuse_texts, write_image_folder
 from .image_transform import make_image_transform
 from .open_clip_io import (
     DEFAULT_CONTEXT_LENGTH,
@@ -127,11 +128,13 @@ def join_to_vector(stage_features: Sequence[Tensor], combine: str, weights: Sequ
 class MultistageCLIP(nn.Module):
     """The stages of a run as one CLIP model with the interface of open_clip's models.
 
+    Stages without a text tower (`ImageModel`) make a model without one, which encodes images only.
+
     The stages are modified in place: if all text towers are equal, one is kept, shared and run once; likewise the
     lowest blocks of the image towers, up to the first that differs.
 
     Args:
-        stages: open_clip models in the order of the stages.
+        stages: open_clip models, or image models, in the order of the stages.
         combine: how the features of the stages are combined, see `join_features`.
         weights: of the stages, for `weighted`.
         logit_scale: logarithm of the factor on the cosine.
@@ -168,9 +171,10 @@ class MultistageCLIP(nn.Module):
         self.combine, self.weights = combine, weights
         self.model_cfgs = [dict(cfg) for cfg in model_cfgs]
         self.preprocess_cfg = dict(preprocess_cfg)
+        self.has_texts = "text_cfg" in model_cfgs[0]
         self.tokenizer = tokenizer if tokenizer is not None else make_tokenizer(model_cfgs[0])
         self.image_transform = make_image_transform(preprocess_cfg)
-        self.shared_text_tower = have_same_text_tower(stages, model_cfgs)
+        self.shared_text_tower = self.has_texts and have_same_text_tower(stages, model_cfgs)
         self.shared_blocks = count_shared_blocks(stages, model_cfgs) if len(stages) > 1 else 0
         models: list[Any] = list(stages)
         first, *others = models
@@ -206,6 +210,8 @@ class MultistageCLIP(nn.Module):
     def encode_text_stages(self, text: Tensor) -> list[Tensor]:
         """Encode texts with each stage to unnormalized features, each [batch, dim of the stage]."""
         stages: Any = self.stages
+        if not self.has_texts:
+            refuse_texts()
         if self.shared_text_tower:
             return [stages[0].encode_text(text)] * len(stages)
         return [stage.encode_text(text) for stage in stages]
@@ -266,6 +272,9 @@ class MultistageCLIP(nn.Module):
         names = [f"stage_{number}" for number in range(len(self.stages))]
         options: dict[str, Any] = {"preprocess_cfg": self.preprocess_cfg, "tokenizer": self.tokenizer}
         for name, stage, model_cfg in zip(names, self.stages, self.model_cfgs, strict=True):
+            if not self.has_texts:
+                write_image_folder(folder / name, stage, model_cfg=model_cfg, preprocess_cfg=self.preprocess_cfg)
+                continue
             write_open_clip_folder(folder / name, stage, model_cfg=model_cfg, **options)
             options["base"] = self.stages[0] if compact else None
         config = {
@@ -293,26 +302,33 @@ class MultistageCLIP(nn.Module):
         folder = Path(folder)
         config = read_config(folder)
         first, *others = config["stages"]
-        model, model_cfg, preprocess_cfg = read_open_clip_folder(folder / first)
-        base = model if config.get("compact") else None
-        read = [(model, model_cfg), *(read_open_clip_folder(folder / name, base)[:2] for name in others)]
-        stages, model_cfgs = zip(*read, strict=True)
+        if is_image_folder(folder / first):
+            read: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = [
+                read_image_folder(folder / name) for name in config["stages"]
+            ]
+            tokenizer = refuse_texts
+        else:
+            read = [read_open_clip_folder(folder / first)]
+            base = read[0][0] if config.get("compact") else None
+            read += [read_open_clip_folder(folder / name, base) for name in others]
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder / first}")
+        stages, model_cfgs, preprocess_cfgs = zip(*read, strict=True)
         multistage = cls(
             stages,
             combine=config["combine"],
             weights=config.get("weights"),
             logit_scale=config["logit_scale"],
             logit_bias=config.get("logit_bias"),
-            preprocess_cfg=preprocess_cfg,
+            preprocess_cfg=preprocess_cfgs[0],
             model_cfgs=model_cfgs,
-            tokenizer=open_clip.get_tokenizer(f"local-dir:{folder / first}"),
+            tokenizer=tokenizer,
         )
         return multistage.to(device).eval()
 
 
 def _tokenizer_cfg(model_cfg: Mapping[str, Any]) -> list[Any]:
     names = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
-    text_cfg = model_cfg["text_cfg"]
+    text_cfg = model_cfg.get("text_cfg", {})
     return [text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH), *(text_cfg.get(name) or None for name in names)]
 
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 TIMM, TEXT = "timm:", "hf:"
 PUBLISHED = "published"  # in place of a file: the weights that timm downloads
+RANDOM = "random"  # in place of a file: random weights
 POOLING = Path("1_Pooling") / "config.json"  # of sentence-transformers
 POOLERS = {
     "pooling_mode_mean_tokens": "mean_pooler",
@@ -38,7 +39,7 @@ MOST_MEMBERS = 30  # of a family, tried in order of likeness of their names: eac
 
 
 def split_image(image: str) -> tuple[str, str]:
-    """Return the name and the weights in `timm:NAME=FILE`; without a file, those that timm publishes.
+    """Return the name and the weights in `timm:NAME=FILE`; without a file, those that timm publishes, or `random`.
 
     Raises:
         UserError: if it is no name of timm, or there is no such file.
@@ -50,6 +51,8 @@ def split_image(image: str) -> tuple[str, str]:
             f"--tower.image {image} names no architecture of timm{close}; write timm:NAME=WEIGHTS, such as "
             f"timm:resnet50=resnet50.safetensors, or timm:NAME for the weights that timm publishes"
         )
+    if weights == RANDOM:
+        return name, RANDOM
     if weights and not Path(weights).is_file():
         raise UserError(f"--tower.image {image} names the weights {weights}, and there is no such file; correct it")
     if weights and Path(weights).suffix not in WEIGHT_SUFFIXES:
@@ -63,7 +66,7 @@ def pair_model_cfg(
     """Return the open_clip config of a pair of towers, and the pixels of the image tower (`mean`, `std`, ...).
 
     Args:
-        image: `timm:NAME` or `timm:NAME=FILE`.
+        image: `timm:NAME`, `timm:NAME=FILE` or `timm:NAME=random`.
         text: `hf:FOLDER` or `hf:ORG/NAME`, a text model of transformers with its tokenizer. The pooling is that of
             sentence-transformers where the folder has it, else the mean.
         embed_dim: dimension of the features of both towers.
@@ -136,6 +139,8 @@ def load_trunk(visual: Any, name: str, weights: str) -> None:
         UserError: if the weights cannot be read, or are those of another architecture: how many are missing and
             unexpected, and which architecture they may belong to.
     """
+    if weights == RANDOM:
+        return
     if weights == PUBLISHED:
         visual.trunk.load_state_dict(_download(name))
         return

@@ -24,6 +24,7 @@ from mcl_clip.core.errors import UserError
 from mcl_clip.model.clip import TEXTS, ClipBundle, check_image_size, encode_texts, evaluating
 from mcl_clip.model.fast_paths import slow_paths
 from mcl_clip.model.grad_cache import FEATURES, TEMPERATURES
+from mcl_clip.model.image_model import ImageModel, ImageTower
 from mcl_clip.model.multistage import NOT_TEXT, normalized
 
 RESNET_GROUPS = (
@@ -166,7 +167,7 @@ def trainable_summary(model: nn.Module) -> str:
         part = name if name in TEMPERATURES else "visual" if name.startswith("visual.") else "text"
         trained[part] += parameter.numel() * parameter.requires_grad
         sizes[part] += parameter.numel()
-    parts = [f"{part} {shown(trained[part])} of {shown(sizes[part])}" for part in ("visual", "text")]
+    parts = [f"{part} {shown(trained[part])} of {shown(sizes[part])}" for part in ("visual", "text") if sizes[part]]
     parts += [name for name in TEMPERATURES if trained[name]]
     share = trained.total() / sizes.total()
     totals = f"trains {shown(trained.total())} of {shown(sizes.total())} parameters ({100 * share:.1f} %)"
@@ -193,16 +194,17 @@ def prepare_training(model: nn.Module, *, compiled: bool, patch_dropout: float, 
             )
         visual.patch_dropout = PatchDropout(patch_dropout)
     if grad_checkpointing:
-        if not isinstance(visual, VisionTransformer | TimmModel):  # other classes silently ignore the call
+        if not isinstance(visual, VisionTransformer | TimmModel | ImageTower):  # other classes silently ignore the call
             raise UserError(
                 f"--stages.K.train.grad-checkpointing cannot be used with an image tower of the type "
                 f"{type(visual).__name__}; leave it out"
             )
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     if compiled:
-        text: Any = model.text if hasattr(model, "text") else model.transformer
         visual.compile()
-        text.compile()
+        if not isinstance(model, ImageModel):
+            text: Any = model.text if hasattr(model, "text") else model.transformer
+            text.compile()
 
 
 def reference_features(clip: ClipBundle) -> list[Tensor]:
@@ -215,7 +217,8 @@ def reference_features(clip: ClipBundle) -> list[Tensor]:
     check_image_size(model, clip.model_cfg, clip.preprocess_cfg["size"])
     images, tokens = _sample(clip)
     with evaluating(model), torch.no_grad(), slow_paths(model):
-        return [normalized(model.encode_image(images)), normalized(model.encode_text(tokens))]
+        texts = [] if tokens is None else [normalized(model.encode_text(tokens))]
+        return [normalized(model.encode_image(images)), *texts]
 
 
 def check_contract(clip: ClipBundle, expected: Sequence[Tensor], *, name: str, stage: int) -> None:
@@ -228,8 +231,9 @@ def check_contract(clip: ClipBundle, expected: Sequence[Tensor], *, name: str, s
     images, tokens = _sample(clip)
     with evaluating(model):
         with torch.no_grad():
-            found = [model.encode_image(images), encode_texts(model, tokens.cpu(), tokens.device)]
-        for side, before, after in zip(("image", "text"), expected, found, strict=True):
+            found = [model.encode_image(images)]
+            found += [] if tokens is None else [encode_texts(model, tokens.cpu(), tokens.device)]
+        for side, before, after in zip(("image", "text"), expected, found, strict=False):
             cosine = float((before * normalized(after)).sum(1).min())
             if cosine < MIN_COSINE:
                 raise UserError(
@@ -245,10 +249,10 @@ def check_contract(clip: ClipBundle, expected: Sequence[Tensor], *, name: str, s
             )
 
 
-def check_gradients(model: nn.Module, images: Tensor, tokens: Tensor, *, name: str, stage: int) -> None:
+def check_gradients(model: nn.Module, images: Tensor, tokens: Tensor | None, *, name: str, stage: int) -> None:
     """Raise UserError if a parameter that is to train gets no gradient from the features and the temperature."""
     named = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
-    results = model(images, tokens)
+    results = model(images) if tokens is None else model(images, tokens)
     values = [results.get(key) for key in (*FEATURES, *TEMPERATURES)]
     outputs = [value for value in values if value is not None and value.requires_grad]
     ones = [torch.ones_like(output) for output in outputs]
@@ -264,9 +268,9 @@ def check_gradients(model: nn.Module, images: Tensor, tokens: Tensor, *, name: s
         )
 
 
-def _sample(clip: ClipBundle) -> tuple[Tensor, Tensor]:
-    """Return two images of noise and tokens of two texts, on the device of the model."""
+def _sample(clip: ClipBundle) -> tuple[Tensor, Tensor | None]:
+    """Return two images of noise and tokens of two texts, if it takes any, on the device of the model."""
     size, device = clip.preprocess_cfg["size"], next(clip.model.parameters()).device
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    return images.to(device), clip.tokenizer(list(TEXTS)).to(device)
+    return images.to(device), clip.tokenizer(list(TEXTS)).to(device) if clip.has_texts else None

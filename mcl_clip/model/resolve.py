@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import read_run_config
-from mcl_clip.model.clip import HUB, LOCAL, ClipBundle, create_clip, load_clip
+from mcl_clip.model.clip import HUB, LOCAL, ClipBundle, create_clip, load_clip, refuse_texts
 from mcl_clip.model.fast_paths import use_fast_paths
 from mcl_clip.model.from_transformers import is_transformers_folder
+from mcl_clip.model.image_model import is_image_folder
 from mcl_clip.model.multistage import CONFIG_NAME, MultistageCLIP, read_config
 from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME
 
@@ -92,8 +93,9 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
         return [_stage_of_run(folder.parent, int(folder.name.removeprefix("stage-")))]
     if (folder / CONFIG_NAME).is_file():
         return [_multistage(folder, "multistage model", folder.resolve().name)]
-    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() or is_transformers_folder(folder):
-        return [_candidate("open_clip model", folder.resolve().name, partial(load_clip, folder))]
+    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() or is_transformers_folder(folder) or is_image_folder(folder):
+        kind = "image model" if is_image_folder(folder) else "open_clip model"
+        return [_candidate(kind, folder.resolve().name, partial(load_clip, folder))]
     if folder.is_dir():
         raise UserError(
             f"{folder} holds no model: it is not a run directory (config.json and stage-K), and has no {CONFIG_NAME} "
@@ -108,7 +110,7 @@ def find_models(name: str, *, each: bool = False) -> list[Candidate]:
 
 def _stage_of_run(run: Path, stage: int) -> Candidate:
     folder = run / f"stage-{stage}" / "train" / "model"
-    if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+    if not (folder / OPEN_CLIP_CONFIG_NAME).is_file() and not is_image_folder(folder):
         trained = sorted(path.parts[-4] for path in run.glob(f"stage-*/train/model/{OPEN_CLIP_CONFIG_NAME}"))
         raise UserError(f"{run} has no trained stage-{stage} yet; it has {', '.join(trained) or 'none'}")
     weights = f"{run.resolve().name}/stage-{stage}"
@@ -131,6 +133,9 @@ def _multistage(folder: Path, model: str, pretrained: str, *, label: str = "") -
 def _load_multistage(folder: Path) -> MultistageCLIP:
     try:
         model = MultistageCLIP.load(folder)
+        if not model.has_texts:
+            model.tokenizer = refuse_texts
+            return model
         for stage in model.stages:
             use_fast_paths(stage)
         return model

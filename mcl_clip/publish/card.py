@@ -34,12 +34,13 @@ from mcl_clip.results.text import (
 from mcl_clip.results.training import clip_text, data_rows, machine_rows, pretrained_text, stage_rows
 
 LIBRARIES = {"multistage": "mcl_clip", "open_clip": "open_clip", "transformers": "transformers"}
-PIPELINE = "zero-shot-image-classification"
+PIPELINE, IMAGE_PIPELINE = "zero-shot-image-classification", "image-feature-extraction"
 HUB_TASKS = {"zeroshot_retrieval": "zero-shot-retrieval", "zeroshot_classification": PIPELINE}
 TASKS = {
     "zeroshot_retrieval": "Zero-shot retrieval",
     "zeroshot_classification": "Zero-shot classification",
     "image_text_pairs": "Images and texts that differ in a detail",
+    "image_probe": "Probes of frozen image features",
 }
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -141,7 +142,9 @@ def card(
 
 def _render(subject: _Subject, name: str, repo: str, revision: str, about: About) -> str:
     """Fill in the template. Not every library can load a branch, so the examples download a `revision` first."""
-    run, loaded = subject.run, "" if revision else repo
+    run = subject.run
+    # Of models without a text tower, only those of all stages are loaded from the Hub by their name.
+    loaded = "" if revision or (run.images_only and subject.form != "multistage") else repo
     data = [[title, f"`{value}`" if title.startswith("digest") else value] for title, value in data_rows(run)]
     if draws := run.config.get("data", {}).get("weights"):
         data.append(["how often each list of shards is sampled", ", ".join(f"{number:g}" for number in draws)])
@@ -168,6 +171,9 @@ def _render(subject: _Subject, name: str, repo: str, revision: str, about: About
         stage_weights=", ".join(f"{weight:.2f}" for weight in run.combination.get("weights") or ()),
         stage=subject.stage,
         count=len(run.stages),
+        unit=run.unit,
+        images_only=run.images_only,
+        stem=str(run.config["tower"].get("stem", "")),
         weights=safe(subject.weights),
         is_measured=bool(subject.results),
         model=_model(subject),
@@ -234,9 +240,9 @@ def _front_matter(subject: _Subject, name: str, about: About) -> str:
     ]
     return ModelCardData(
         model_name=name,
-        library_name=LIBRARIES[subject.form],
-        pipeline_tag=PIPELINE,
-        tags=["clip", "mcl_clip", "multistage-contrastive-learning"],
+        library_name=LIBRARIES["multistage" if subject.run.images_only else subject.form],
+        pipeline_tag=IMAGE_PIPELINE if subject.run.images_only else PIPELINE,
+        tags=["simclr" if subject.run.images_only else "clip", "mcl_clip", "multistage-contrastive-learning"],
         license=about.license or None,
         datasets=list(about.datasets) or None,
         base_model=base if kind == "hf-hub" else None,
@@ -254,10 +260,11 @@ def _model(subject: _Subject) -> str:
     architecture = str(run.config["tower"].get("architecture", ""))
     pixels = stage.model_cfg.get("vision_cfg", {}).get("image_size", 224)
     tokens = stage.model_cfg.get("text_cfg", {}).get("context_length", 77)
+    texts = "" if run.images_only else f" and texts of up to {safe(tokens)} tokens"
     dimensions = " + ".join(str(int(each.model_cfg.get("embed_dim", 0))) for each in of_all)
     parts = [
         "" if ":" in architecture else safe(architecture),
-        f"images of {safe(pixels)} px and texts of up to {safe(tokens)} tokens, {dimensions} dimensions",
+        f"images of {safe(pixels)} px{texts}, {dimensions} dimensions",
         clip_text(stage.model_cfg),
     ]
     weights = [each.weights for each in of_all if each.weights]
@@ -266,7 +273,10 @@ def _model(subject: _Subject) -> str:
         suffix = " over all stages" if subject.is_all_stages else ""
         if subject.is_all_stages and run.shares_text_tower:
             text, suffix = weights[0].text, ", with one text tower for all stages"
-        parts.append(f"{format_parameters(image)} + {format_parameters(text)} parameters{suffix}")
+        of_text = "" if run.images_only else f" + {format_parameters(text)}"
+        parts.append(f"{format_parameters(image)}{of_text} parameters{suffix}")
+    if run.images_only:
+        return "; ".join(filter(None, parts))
     if s is not None and stage.weights:
         parts.append(f"logit scale {stage.weights.logit_scale:.1f}")
     elif subject.label == COMBINED and run.averaged:
@@ -283,8 +293,8 @@ def _first_stage(run: RunRecord) -> str:
     if not run.stages[0].train_settings.get("steps"):
         return "the pretrained model, not trained"
     start = " from pretrained weights" if pretrained_text(run.config["tower"]) else ""
-    share = f", {100 * seen[0] / sum(seen):.0f} % of the pairs seen" if seen[0] else ""
-    return f"ordinary CLIP training{start}{share}"
+    share = f", {100 * seen[0] / sum(seen):.0f} % of the {run.unit} seen" if seen[0] else ""
+    return f"ordinary {'SimCLR' if run.images_only else 'CLIP'} training{start}{share}"
 
 
 def _versus(subject: _Subject) -> Mapping[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from mcl_clip.core.distributed import random_words
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import append_jsonl, atomic_dir, read_jsonl, read_run_config
 from mcl_clip.model.clip import ClipBundle, load_clip
+from mcl_clip.model.image_model import TIMM_CONFIG_NAME, write_image_folder
 from mcl_clip.model.mix import mix_weights
 from mcl_clip.model.multistage import MultistageCLIP, normalized
 from mcl_clip.model.open_clip_io import write_open_clip_folder
@@ -151,12 +153,14 @@ def _check_folder(folder: Path) -> None:
 
 
 def _write_multistage(run: Path, folder: Path, export: Export) -> dict[str, float]:
-    from mcl_clip.publish.hf_clip import transformers_features, write_transformers_files  # imports for a second
-
     model = find_models(str(run))[0].load()
     if not isinstance(model, MultistageCLIP):
         raise TypeError(f"the combined model of {run} is a {type(model).__name__}")
     model.save(folder, compact=export.compact)
+    if not model.has_texts:
+        return _check_images_alone(folder, model)
+    from mcl_clip.publish.hf_clip import transformers_features, write_transformers_files  # imports for a second
+
     write_transformers_files(folder, model)
     inputs, loaded = (model.image_transform, model.tokenizer), MultistageCLIP.load(folder)
     expected = _features(model, *inputs)
@@ -175,6 +179,8 @@ def _write_multistage(run: Path, folder: Path, export: Export) -> dict[str, floa
 def _write_single(clip: ClipBundle, folder: Path, export: Export) -> dict[str, float]:
     from mcl_clip.publish.hf_clip import transformers_features, write_clip_model  # imports for a second
 
+    if not clip.has_texts:
+        return _write_image_model(clip, folder, export)
     inputs = clip.image_transform, clip.tokenizer
     if export.as_transformers:
         write_clip_model(folder, clip)
@@ -199,6 +205,40 @@ def _write_single(clip: ClipBundle, folder: Path, export: Export) -> dict[str, f
         "mcl_clip": _difference(_features(loaded.model, loaded.image_transform, loaded.tokenizer), expected),
         "open_clip": _difference(_open_clip_features(folder), expected),
     }
+
+
+def _check_images_alone(folder: Path, model: MultistageCLIP) -> dict[str, float]:
+    """Load a multistage model without a text tower back, and compare its image features."""
+    loaded = MultistageCLIP.load(folder)
+    return {"mcl_clip": _image_difference(loaded, loaded.image_transform, model, model.image_transform)}
+
+
+def _write_image_model(clip: ClipBundle, folder: Path, export: Export) -> dict[str, float]:
+    """Write a model without a text tower, whose trunk timm and transformers load as well, if the stem is theirs."""
+    if export.as_transformers:
+        raise UserError(
+            "--as-transformers writes a CLIPModel, and this model has no text tower; leave it out: the AutoModel of "
+            "transformers loads the export as it is, unless the stem is that for small images"
+        )
+    write_image_folder(folder, clip.model, model_cfg=clip.model_cfg, preprocess_cfg=clip.preprocess_cfg)
+    loaded, expected = load_clip(folder), (clip.model, clip.image_transform)
+    differences = {"mcl_clip": _image_difference(loaded.model, loaded.image_transform, *expected)}
+    if (folder / TIMM_CONFIG_NAME).is_file():
+        trunk = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        differences["timm"] = _image_difference(trunk, clip.image_transform, *expected)
+    return differences
+
+
+@torch.inference_mode()
+def _image_difference(
+    model: Any, transform: Callable[[Image.Image], Tensor], other: Any, other_transform: Callable[[Image.Image], Tensor]
+) -> float:
+    """Return the largest difference of a coordinate of the normalized features of the check images."""
+    features = [
+        getattr(each.eval(), "encode_image", each)(torch.stack([own(image) for image in _check_images()]))
+        for each, own in ((model, transform), (other, other_transform))
+    ]
+    return float((normalized(features[0]) - normalized(features[1])).abs().max())
 
 
 def _single_model(run: Path, stages: Sequence[Mapping[str, Any]], export: Export) -> ClipBundle:

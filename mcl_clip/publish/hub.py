@@ -34,8 +34,9 @@ _TOKENIZER = (
 )
 EXPORT_FILES = re.compile(
     rf"stage_\d+/(open_clip_config\.json|(open_clip_model|difference)\.safetensors|{_TOKENIZER})"
+    r"|(stage_\d+/)?((image_model|config)\.json|(model|head)\.safetensors)"
     r"|eval/results\.jsonl"
-    r"|(modeling_multistage_clip|processing_multistage_clip|multistage|image_transform|open_clip_io|open_clip_folder|sharing)\.py"
+    r"|(modeling_multistage_clip|processing_multistage_clip|multistage|image_transform|image_model|open_clip_io|open_clip_folder|sharing)\.py"
     r"|(open_clip_model|model)\.safetensors"
     rf"|(mcl_clip_config|open_clip_config|config|preprocessor_config|processor_config)\.json|{_TOKENIZER}"
 )

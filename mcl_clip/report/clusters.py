@@ -87,7 +87,7 @@ def _gallery(
     assignments, similarity = view.assignments(s, side), view.centroid_similarity(s, side)
     sizes, of_sample = np.bincount(assignments), assignments[view.sample.rows]
     filled = sizes[sizes > 0]
-    table = [["cluster", "pairs", "keywords"]]
+    table = [["cluster", view.run.unit, "keywords"]]
     for cluster in np.argsort(-sizes, kind="stable")[: min(MAX_LISTED, len(filled))].tolist():
         table.append([str(cluster), f"{sizes[cluster]:,}", "; ".join(map(str, words[s, side].get(cluster, ())))])
     clusters = []
@@ -115,7 +115,7 @@ def _gallery(
                 "origin": origin,
             }
         )
-    spread = f"{filled.min():,} to {filled.max():,} pairs, median {np.median(filled):,.0f}"
+    spread = f"{filled.min():,} to {filled.max():,} {view.run.unit}, median {np.median(filled):,.0f}"
     summary = f"{len(filled):,} clusters of {spread}."
     return {"stage": s, "what": SIDE_NAMES[side], "summary": summary, "clusters": clusters, "table": table}
 
@@ -157,7 +157,11 @@ def _flow(view: RunView, words: Mapping[tuple[int, str], Keywords], before: int,
             f"The clusters of stage {s} {agreement_text(agreement, if_random)} those of stage {before} (normalized "
             f"mutual information {agreement:.2f}; {if_random:.2f} if unrelated)."
         )
-    return {"figure": _flow_figure(counts, names, (before, s)), "sentence": sentence, "stages": (before, s)}
+    return {
+        "figure": _flow_figure(counts, names, (before, s), view.run.unit),
+        "sentence": sentence,
+        "stages": (before, s),
+    }
 
 
 def _bands(assignments: Integer[np.ndarray, "rows"]) -> tuple[list[int], Int64[np.ndarray, "rows"]]:
@@ -170,7 +174,10 @@ def _bands(assignments: Integer[np.ndarray, "rows"]) -> tuple[list[int], Int64[n
 
 
 def _flow_figure(
-    counts: Int64[np.ndarray, "before after"], names: Sequence[Sequence[str]], stages: tuple[int, int]
+    counts: Int64[np.ndarray, "before after"],
+    names: Sequence[Sequence[str]],
+    stages: tuple[int, int],
+    unit: str = "pairs",
 ) -> Markup:
     """Plot bands between two columns of clusters, as thick as they have rows."""
     gap = 0.02 * counts.sum()
@@ -200,7 +207,7 @@ def _flow_figure(
         listing = "; ".join(
             f"stage {stage}: {', '.join(filter(None, of_stage))}" for stage, of_stage in zip(stages, names, strict=True)
         )
-        alt = f"Flow of pairs from the clusters of stage {stages[0]} to those of stage {stages[1]}. {listing}."
+        alt = f"Flow of {unit} from the clusters of stage {stages[0]} to those of stage {stages[1]}. {listing}."
         return svg(figure, alt)
 
 
@@ -228,19 +235,20 @@ def neighbours_section(view: RunView, thumbnails: Thumbnails) -> Section | None:
     stages = view.stages_with("embed")
     if not stages:
         return None
+    titles = {side: title for side, title in QUERY_TITLES.items() if side == "image" or not view.run.images_only}
     models: dict[str, dict[str, Float32[np.ndarray, "sample dim"]]] = {}
     for s in stages:
-        features = {side: view.features(s, side) for side in QUERY_TITLES}
+        features = {side: view.features(s, side) for side in titles}
         models[f"stage {s}"] = {
             side: raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), 1e-12) for side, raw in features.items()
         }
     if len(stages) > 1:
-        models["all stages"] = {side: view.combined(side) for side in QUERY_TITLES}
+        models["all stages"] = {side: view.combined(side) for side in titles}
     # Features of samples that could not be decoded are zeros.
     decoded = np.flatnonzero(np.all([features["image"].any(1) for features in models.values()], axis=0))
     drawn = decoded[permutation(len(decoded), "neighbour queries")[: 2 * QUERIES]].tolist()
     kinds = []
-    for kind, queries in zip(QUERY_TITLES, (drawn[:QUERIES], drawn[QUERIES:]), strict=True):
+    for kind, queries in zip(titles, (drawn[:QUERIES], drawn[QUERIES:]), strict=False):
         shown = []
         for query in queries:
             captions, rows = view.sample.captions[query], []
@@ -254,10 +262,11 @@ def neighbours_section(view: RunView, thumbnails: Thumbnails) -> Section | None:
                 ]
                 rows.append({"name": name, "images": images})
             more = f" (and {len(captions) - 1} more captions)" if kind == "text" and len(captions) > 1 else ""
-            text = f"{shortened(captions[0])}{more}" if captions else "a caption that cannot be shown"
+            missing = "" if view.run.images_only else "a caption that cannot be shown"
+            text = f"{shortened(captions[0])}{more}" if captions else missing
             image = _pair_thumbnail(view, thumbnails, query) if kind == "image" else None
             shown.append({"image": image, "text": text, "rows": rows})
-        kinds.append({"kind": kind, "title": QUERY_TITLES[kind], "queries": shown})
+        kinds.append({"kind": kind, "title": titles[kind], "queries": shown})
     content = {"kinds": kinds, "gallery": len(view.sample.rows), "total": view.sample.total}
     return Section(name="neighbours", title="Nearest neighbors by stage", content=content)
 

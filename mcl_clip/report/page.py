@@ -63,6 +63,7 @@ def write_report(
         command="mcl-clip report",
         has_images=images,
         missing=view.missing,
+        unit=view.run.unit,
     )
     left = int(max_mb * 1e6) - len(render().encode(errors="backslashreplace"))
     if left < 0:
@@ -86,6 +87,7 @@ def page_renderer(
     command: str,
     has_images: bool,
     missing: Sequence[str] = (),
+    unit: str = "pairs",
 ) -> Callable[[], str]:
     """Return a function that renders a page with the images that are encoded by then; `command` writes it again."""
     environment = Environment(
@@ -106,5 +108,6 @@ def page_renderer(
         "thumbnails": thumbnails,
         "has_images": has_images,
         "missing": missing,
+        "unit": unit,
     }
     return lambda: template.render(context)

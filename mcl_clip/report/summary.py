@@ -47,7 +47,7 @@ def section(view: RunView, thumbnails: Thumbnails) -> Section:  # noqa: ARG001
     data = ""
     if index is not None:
         size = format_bytes(sum(shard.size for shard in index.shards))
-        data = f" on {len(index):,} pairs ({len(index.shards):,} shard{'s' * (len(index.shards) != 1)}, {size})"
+        data = f" on {len(index):,} {run.unit} ({len(index.shards):,} shard{'s' * (len(index.shards) != 1)}, {size})"
     unfinished = [f"at {stage.folder.name}/{phase}" for stage in run.stages if (phase := _next_phase(stage))]
     progress = "finished" if run.is_finished else f"not finished: {[*unfinished, 'the stages are not combined yet'][0]}"
     lead = f"{count} stage{'s' * (count > 1)}{data}, {progress}."

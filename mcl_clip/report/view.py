@@ -21,6 +21,7 @@ from mcl_clip.data.index import RULE
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.shards import is_remote
 from mcl_clip.data.storage import load_numbers, load_tensors
+from mcl_clip.eval.classification import as_probe
 from mcl_clip.eval.datasets import open_set
 from mcl_clip.eval.task import Task
 from mcl_clip.model.multistage import WEIGHTED, combine_features
@@ -175,7 +176,8 @@ class RunView:
         for value in (value for kind in EVAL_KINDS for value in settings.get(kind) or ()):
             name, root = value.split("=", 1) if "=" in value else (Path(value).name, value)
             try:
-                tasks[name] = open_set(Path(root), name)
+                task = open_set(Path(root), name)
+                tasks[name] = as_probe(task) if self.run.images_only else task
             except (UserError, OSError) as error:
                 self.missing.append(f"The evaluation set {name} cannot be shown: {error}.")
         return tasks

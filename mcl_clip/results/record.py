@@ -23,6 +23,8 @@ from mcl_clip.data.index import INDEX_NAME, ShardIndex
 from mcl_clip.data.shards import redacted
 from mcl_clip.data.storage import load_numbers
 from mcl_clip.eval.task import label_of, read_results
+from mcl_clip.model.image_model import CONFIG_NAME as IMAGE_CONFIG_NAME
+from mcl_clip.model.image_model import HEAD_NAME, TRUNK_NAME, is_image_folder
 from mcl_clip.model.multistage import CONFIG_NAME, NOT_TEXT
 from mcl_clip.model.open_clip_io import OPEN_CLIP_CONFIG_NAME, OPEN_CLIP_WEIGHTS_NAME
 from mcl_clip.train.checkpoint import checkpoints
@@ -112,24 +114,24 @@ class StageRecord:
 
     @cached_property
     def model_cfg(self) -> Mapping[str, Any]:
-        """open_clip's configuration of the model; empty before training is finished."""
-        config: Mapping[str, Any] = _read_object(self.folder / "train" / "model" / OPEN_CLIP_CONFIG_NAME)
+        """The configuration of the model; empty before training is finished."""
+        folder = self.folder / "train" / "model"
+        name = IMAGE_CONFIG_NAME if is_image_folder(folder) else OPEN_CLIP_CONFIG_NAME
+        config: Mapping[str, Any] = _read_object(folder / name)
         model_cfg: Mapping[str, Any] = config.get("model_cfg", {})
         return model_cfg
 
     @cached_property
     def weights(self) -> WeightSizes | None:
         """Sizes from the header of the weights; None before training is finished."""
-        path = self.folder / "train" / "model" / OPEN_CLIP_WEIGHTS_NAME
-        if not path.exists():
+        folder = self.folder / "train" / "model"
+        if is_image_folder(folder):
+            trunk, _ = _read_sizes(folder / TRUNK_NAME)
+            head, scale = _read_sizes(folder / HEAD_NAME)
+            return WeightSizes(image=sum(trunk.values()) + sum(head.values()), text=0, logit_scale=scale)
+        if not (path := folder / OPEN_CLIP_WEIGHTS_NAME).exists():
             return None
-        try:
-            with safe_open(path, framework="np") as file:
-                sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                scale = float(np.exp(file.get_tensor("logit_scale")))
-        except (SafetensorError, OSError, TypeError) as error:
-            raise UserError(f"{path} is not a whole file of weights ({error}); restore it or train again") from error
-        sizes = {name: size for name, size in sizes.items() if not name.endswith(_BUFFERS)}
+        sizes, scale = _read_sizes(path)
         return WeightSizes(
             image=sum(size for name, size in sizes.items() if name.startswith("visual.")),
             text=sum(size for name, size in sizes.items() if not name.startswith(NOT_TEXT)),
@@ -211,6 +213,17 @@ class RunRecord:
         return _read_object(self.folder / COMBINED / "combination.json")
 
     @property
+    def images_only(self) -> bool:
+        """Whether the run learns from images alone, without captions."""
+        tower = self.config.get("tower", {})
+        return bool(tower.get("image")) and not tower.get("text")
+
+    @property
+    def unit(self) -> str:
+        """What the rows of the data are called: pairs, or images where there are no captions."""
+        return "images" if self.images_only else "pairs"
+
+    @property
     def averaged(self) -> str:
         """How the weights of a final model that is one CLIP were made; empty where the stages are combined."""
         return str(self.combination.get("averaged") or "")
@@ -257,6 +270,18 @@ class RunRecord:
                 mutual, if_random = (normalized_mutual_information(first, other) for other in (second, shuffled))
                 agreement[s, side] = mutual, if_random
         return agreement
+
+
+def _read_sizes(path: Path) -> tuple[dict[str, int], float]:
+    """Return the number of values of each weight in a file, and the logit scale, 1 if there is none."""
+    try:
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in names}
+            scale = float(np.exp(file.get_tensor("logit_scale"))) if "logit_scale" in names else 1.0
+    except (SafetensorError, OSError, TypeError) as error:
+        raise UserError(f"{path} is not a whole file of weights ({error}); restore it or train again") from error
+    return {name: size for name, size in sizes.items() if not name.endswith(_BUFFERS)}, scale
 
 
 def read_run(folder: Path) -> RunRecord:

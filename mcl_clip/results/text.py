@@ -42,6 +42,7 @@ METRICS = {
     "mean_per_class_recall": "mean per-class recall",
     "mean_average_precision": "mean average precision",
     "linear_acc1": "linear probe",
+    "knn_acc1": "k-NN probe",
     "accuracy": "accuracy",
     "image_score": "image score",
     "text_score": "text score",
@@ -63,6 +64,7 @@ COLUMNS = {  # of the table in the terminal, by task
         "linear probe": "linear_acc1",
         "NMI of clusters": "cluster_nmi",
     },
+    "image_probe": {"linear probe": "linear_acc1", "k-NN probe": "knn_acc1", "NMI of clusters": "cluster_nmi"},
     "image_text_pairs": {
         METRICS[name]: name
         for name in ("accuracy", "image_score", "text_score", "group_score", "pair_accuracy", "set_accuracy")
@@ -203,7 +205,8 @@ def result_rows(folder: Path) -> dict[str, list[list[str]]]:
 
 def size_text(record: Mapping[str, Any]) -> str:
     """Format the size of the set of a record."""
-    return f"{record['n_images']} images, {record['n_texts']} texts"
+    texts = f", {record['n_texts']} texts" if record["n_texts"] else ""
+    return f"{record['n_images']} images{texts}"
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:

@@ -8,21 +8,29 @@ from typing import Any
 from mcl_clip.results.record import RunRecord, StageRecord
 from mcl_clip.results.text import NOT_MEASURED, NOT_STATED, SIDE_NAMES, format_bytes, format_duration, public_name, safe
 
+SHARPNESS = {"blur": "sharpness (blur)", "solarize": "inversion (solarized views)"}
 NEGATIVES = {
     "labels": "the same clusters",
     "none": "all pairs",
     "random": "random groups",
     "others": "all other clusters",
 }
-LOSSES = {"clip": "InfoNCE", "siglip": "sigmoid"}
+LOSSES = {"clip": "InfoNCE", "siglip": "sigmoid", "simclr": "InfoNCE between views (NT-Xent)"}
 
 
 def stage_rows(run: RunRecord) -> list[list[str]]:
     """Return the training of all stages, a column for each; rows that are empty for all stages are left out."""
     columns = [_stage_column(run, number, stage) for number, stage in enumerate(run.stages)]
-    rows = [[name, *(column[name] or "-" for column in columns)] for name in columns[0]]
+    rows = [
+        [_titled(run, text) for text in (name, *(column[name] or "-" for column in columns))] for name in columns[0]
+    ]
     titles = ["", *(f"stage {number}" for number in range(len(columns)))]
     return [titles, *(row for row in rows if set(row[1:]) != {"-"})]
+
+
+def _titled(run: RunRecord, text: str) -> str:
+    """Return the title or a cell of a table, with images in place of pairs in a run without captions."""
+    return text.replace("pair", "image") if run.images_only else text
 
 
 def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, str]:
@@ -35,6 +43,7 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
         "weights kept": _kept(stage.best, planned),
         **dict.fromkeys(("global batch, pairs", "pairs seen", "learning rate", "loss", "distilled", "decoded"), ""),
         **dict.fromkeys(("final loss", "precision"), ""),
+        "made invariant to": ", ".join(invariances(train.get("augment", {}))) if train.get("loss") == "simclr" else "",
         "frozen": _frozen(train),
         **dict.fromkeys(("negatives from", "groups", "pairs in merged groups", "negatives per pair"), ""),
         "clusters after it": _clusters(stage.settings.get("cluster", {})),
@@ -52,6 +61,7 @@ def _stage_column(run: RunRecord, number: int, stage: StageRecord) -> dict[str, 
             "global batch, pairs": f"{train.get('global_batch_size', 0):,}",
             "learning rate": f"{train.get('lr', 0):g}, {safe(train.get('schedule', ''))}{warmup}",
             "loss": LOSSES.get(train.get("loss", ""), safe(train.get("loss", "")))
+            + (f", temperature {train['temperature']:g}" if train.get("loss") == "simclr" else "")
             + (f" with implicit feature modification, epsilon {epsilon:g}" if epsilon else "")
             + (f", weights averaged with decay {decay:g}" if decay else ""),
             "distilled": f"weight {distill['weight']:g}, temperature {distill['temperature']:g}"
@@ -93,10 +103,25 @@ def _start(run: RunRecord, number: int) -> str:
     return pretrained or "random weights"
 
 
+def invariances(augment: Mapping[str, Any]) -> list[str]:
+    """Name what the views of a stage vary by its augmentation, hence what a contrastive loss between them removes."""
+    (low, _), jitter = augment.get("scale", (1, 1)), augment.get("jitter", (0, 0, 0, 0))
+    names = [f"size and position (crops from {100 * low:.0f} % of the area)"] if low < 1 else []
+    names += ["left and right (flips)"] if augment.get("horizontal_flip") else []
+    if augment.get("jitter_probability"):
+        named = zip(("brightness", "contrast", "saturation", "hue"), jitter, strict=True)
+        names += [name for name, strength in named if strength]
+    names += ["color (gray views)"] if augment.get("grayscale") else []
+    return names + [title for name, title in SHARPNESS.items() if augment.get(name)]
+
+
 def pretrained_text(tower: Mapping[str, Any]) -> str:
     """Name the weights that a run started from; empty for random ones."""
     architecture, weights = str(tower.get("architecture", "")), str(tower.get("pretrained", ""))
     if tower.get("image"):
+        if not tower.get("text"):
+            name, _, file = str(tower["image"]).partition("=")
+            return "" if file == "random" else f"{public_name(name.partition(':')[2])}, with a random projection head"
         names = (str(tower["image"]).partition("=")[0], str(tower.get("text", "")))
         image, text = (public_name(name.partition(":")[2]) for name in names)
         return f"{image} and {text}, joined by random projection heads"
@@ -138,7 +163,7 @@ def _clusters(settings: Mapping[str, Any]) -> str:
 
 
 def clip_text(model_cfg: Mapping[str, Any]) -> str:
-    """Describe the image and text tower of a model."""
+    """Describe the image and text tower of a model, or the image tower alone."""
     vision, text = model_cfg.get("vision_cfg", {}), model_cfg.get("text_cfg", {})
     layers, text_layers = vision.get("layers", 12), int(text.get("layers", 12))
     if timm := vision.get("timm_model_name"):
@@ -150,6 +175,11 @@ def clip_text(model_cfg: Mapping[str, Any]) -> str:
         image_tower = f"ViT of {blocks}, patches of {int(vision.get('patch_size', 16))} px"
     if "width" in vision and not timm:
         image_tower += f", width {int(vision['width'])}"
+    if not text:
+        stem = ", stem for small images" if vision.get("stem") == "cifar" else ""
+        widths = (vision.get("model_args") or {}).get("channels")
+        narrow = f", widths {'-'.join(str(int(width)) for width in widths)}" if widths else ""
+        return f"image tower: {image_tower}{narrow}{stem}; no text tower"
     blocks = f"{text_layers} block{'s' if text_layers > 1 else ''}"
     hf_name, width = text.get("hf_model_name"), int(text.get("width", 512))
     text_tower = public_name(hf_name) if hf_name else f"transformer of {blocks}, width {width}"
@@ -162,7 +192,7 @@ def data_rows(run: RunRecord) -> list[list[str]]:
         return [["", ""]]
     skipped = ", ".join(f"{safe(reason)} {count:,}" for reason, count in run.index.skipped_by_reason().items())
     shards = run.index.shards
-    return [
+    rows = [
         ["", ""],
         ["pairs", f"{len(run.index):,}"],
         ["captions", safe(run.index.text_counts())],
@@ -171,6 +201,9 @@ def data_rows(run: RunRecord) -> list[list[str]]:
         ["digest of keys and sizes", safe(run.index.digest)],
         ["samples that are not pairs, skipped", skipped or "none"],
     ]
+    if run.images_only:
+        return [[_titled(run, title), text] for title, text in rows if not title.startswith(("captions", "held out"))]
+    return rows
 
 
 def machine_rows(run: RunRecord) -> list[list[str]]:

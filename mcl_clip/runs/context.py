@@ -33,10 +33,10 @@ from mcl_clip.data.features import EmbeddingTable
 from mcl_clip.data.index import OLD_RULE, RULE, ShardIndex, collect_parts
 from mcl_clip.data.reader import Reader
 from mcl_clip.data.row_order import Source
-from mcl_clip.data.samples import SampleRule
+from mcl_clip.data.samples import IMAGES_ALONE, SampleRule
 from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.tar import TEXT_FORMATS
-from mcl_clip.eval.classification import ClassificationSet, ClassificationTask
+from mcl_clip.eval.classification import ClassificationSet, ClassificationTask, as_probe
 from mcl_clip.eval.datasets import open_set
 from mcl_clip.eval.embed import Encoder
 from mcl_clip.eval.retrieval import RetrievalSet, RetrievalTask
@@ -74,7 +74,9 @@ class RunContext:
 
     @cached_property
     def held_out(self) -> Int64[np.ndarray, "held_out"]:
-        """Rows that are never trained on, in ascending order."""
+        """Rows that are never trained on, in ascending order; none without captions, when nothing is fitted to them."""
+        if self.config.tower.images_only:
+            return np.zeros(0, np.int64)
         count = min(self.config.data.holdout_rows, len(self.index) // 20)
         return sample_of_permutation(len(self.index), count, self.config.seed, "held out")
 
@@ -115,7 +117,7 @@ class RunContext:
         """Return the arguments that all loaders of image-text batches have in common."""
         machine, data = self.config.machine, self.config.data
         return {
-            "tokenizer": clip.tokenizer,
+            "tokenizer": clip.tokenizer if clip.has_texts else None,
             "short_texts": padding_token(clip.model) == 0,
             "num_workers": machine.workers,
             "prefetch_batches": machine.prefetch_batches,
@@ -150,13 +152,17 @@ def with_behavior(config: RunConfig) -> RunConfig:
     return replace(config, behavior="0.6")
 
 
-def sample_rule(data: DataConfig, behavior: str) -> SampleRule:
-    """Return which members of the training shards make a pair."""
+def sample_rule(data: DataConfig, behavior: str, *, images_only: bool = False) -> SampleRule:
+    """Return which members of the training shards make a pair, or an image alone."""
+    images = (data.image_member.lower().lstrip("."),) if data.image_member else RULE.images
+    if images_only:
+        is_named = bool(data.image_member)
+        return replace(IMAGES_ALONE, images=images, has_dotted_keys=is_named, skip_damaged=data.skip_damaged)
     if behavior == "0.6":
         return OLD_RULE
     texts = RULE.texts[::-1] if data.caption_key or data.negatives_key else RULE.texts
     return SampleRule(
-        images=(data.image_member.lower().lstrip("."),) if data.image_member else RULE.images,
+        images=images,
         texts=(data.text_member.lower().lstrip("."),) if data.text_member else texts,
         has_dotted_keys=bool(data.image_member or data.text_member),
         caption_key=data.caption_key or RULE.caption_key,
@@ -180,7 +186,7 @@ def load_index(config: RunConfig, interrupt: Interrupt | None = None) -> tuple[S
     path = config.run_dir / "index" / "index.arrow"
     urls, rule, kept = (
         [url for urls in lists for url in urls],
-        sample_rule(config.data, config.behavior),
+        sample_rule(config.data, config.behavior, images_only=config.tower.images_only),
         path.parent / "parts",
     )
     if not on_main(partial(_is_current, path, urls, rule)):
@@ -268,5 +274,6 @@ def open_tasks(config: RunConfig) -> dict[str, Task]:
             name, folder = name_and_folder(value)
             if name in tasks:
                 raise UserError(f"two evaluation sets are both called {name}; write NAME=FOLDER")
-            tasks[name] = open_task(Path(folder), name)
+            task = open_task(Path(folder), name)
+            tasks[name] = as_probe(task) if config.tower.images_only else task
     return tasks

@@ -50,6 +50,6 @@ def embed_rows(
     transform = evaluation_transform(clip.preprocess_cfg, legacy=run.config.behavior == "0.6")
     write = partial(
         embed_shards, clip.model, preprocess_cfg=clip.preprocess_cfg, dim=clip.model_cfg["embed_dim"],
-        device=run.accelerator.device, precision=precision, texts=texts,
+        device=run.accelerator.device, precision=precision, texts=texts, has_texts=clip.has_texts,
     )  # fmt: skip
     embedding_pass(run, run.index, write, out=out, options={"transform": transform, **options})

@@ -19,7 +19,7 @@ from mcl_clip.core.files import append_jsonl, atomic_dir, atomic_path, read_json
 from mcl_clip.core.stats import normalized_mutual_information
 from mcl_clip.data.features import SIDES
 from mcl_clip.data.storage import load_tensors
-from mcl_clip.eval.classification import ClassificationTask, probe_at_stage_width
+from mcl_clip.eval.classification import ClassificationTask, ProbeTask, probe_at_stage_width
 from mcl_clip.eval.task import label_of, result_record
 from mcl_clip.model.clip import load_clip
 from mcl_clip.model.multistage import COMBINATIONS, MultistageCLIP, combine_features
@@ -31,7 +31,7 @@ from mcl_clip.results.text import results_table
 from mcl_clip.runs.context import RESULTS, RunContext
 from mcl_clip.runs.final_model import is_averaged, make_single_model
 from mcl_clip.runs.frozen import embed_set
-from mcl_clip.stages.combine import fit_combination
+from mcl_clip.stages.combine import Combination, fit_combination
 from mcl_clip.stages.diagnose import Diagnosis, diagnose
 from mcl_clip.stages.shared_metric import Projection
 
@@ -127,18 +127,14 @@ def _finish_averaged(run: RunContext) -> None:
 def _finish_combined(run: RunContext) -> None:
     """Fit the temperature of the multistage model on held-out rows, save and score it. Runs on the main process only.
 
-    Raise UserError if fewer than two held-out rows could be decoded.
+    Images alone need no temperature. Raise UserError if fewer than two held-out rows could be decoded.
     """
     config, out = run.config, run.config.run_dir / COMBINED
     stages = range(len(config.stages))
-    tables, rows = [run.embeddings(s) for s in stages], run.held_out
-    if len(rows):
-        is_decoded = np.all([table.take(rows, "image").any(1) for table in tables], axis=0)
-        rows = rows[is_decoded]
-    if len(rows) < 2:
-        raise UserError(f"{len(rows)} held-out rows are too few to fit the logit scale; raise --data.holdout-rows")
-    features = [[torch.from_numpy(table.take(rows, side)) for table in tables] for side in SIDES]
-    fitted = fit_combination(*features, combine=config.combine, loss=config.stages[0].train.loss)
+    if config.tower.images_only:  # nothing to fit
+        fitted, rows = Combination(combine=config.combine, logit_scale=0.0, logit_bias=None, losses={}), 0
+    else:
+        fitted, rows = _fit(run, stages)
     clips = [load_clip(run.folder(s, "train") / "model") for s in stages]
     model = MultistageCLIP(
         [clip.model for clip in clips],
@@ -152,9 +148,22 @@ def _finish_combined(run: RunContext) -> None:
     )
     with atomic_dir(out / "model") as folder:
         model.save(folder)
-    write_json(out / "combination.json", {**asdict(fitted), "held_out_rows": len(rows)})
+    write_json(out / "combination.json", {**asdict(fitted), "held_out_rows": rows})
     score_stages(run, out, [("combined", stages, fitted.combine)], weights=fitted.weights)
     logging.getLogger(RESULTS).info("all stages\n%s", results_table(config.run_dir))
+
+
+def _fit(run: RunContext, stages: Sequence[int]) -> tuple[Combination, int]:
+    """Fit the combination on held-out rows, whose number is returned, too; raise UserError if there are too few."""
+    config = run.config
+    tables, rows = [run.embeddings(s) for s in stages], run.held_out
+    if len(rows):
+        is_decoded = np.all([table.take(rows, "image").any(1) for table in tables], axis=0)
+        rows = rows[is_decoded]
+    if len(rows) < 2:
+        raise UserError(f"{len(rows)} held-out rows are too few to fit the logit scale; raise --data.holdout-rows")
+    features = [[torch.from_numpy(table.take(rows, side)) for table in tables] for side in SIDES]
+    return fit_combination(*features, combine=config.combine, loss=config.stages[0].train.loss), len(rows)
 
 
 def publish(run: RunContext) -> None:
@@ -195,7 +204,7 @@ def score_stages(
             )
             task = probe_at_stage_width(base_task, [features["image"].shape[1] for features in stored])
             metrics, outcomes = task.score(image, text)
-            if combination is None and not folders and isinstance(task, ClassificationTask):
+            if combination is None and not folders and isinstance(task, ClassificationTask | ProbeTask):
                 metrics |= _cluster_agreement(run, stages[0], task)
             outcomes_file = f"outcomes-{name}-{label}.npz"
             with atomic_path(out / outcomes_file) as path, path.open("wb") as file:
@@ -220,7 +229,7 @@ def score_stages(
             append_jsonl(path, record)
 
 
-def _cluster_agreement(run: RunContext, stage: int, task: ClassificationTask) -> dict[str, float]:
+def _cluster_agreement(run: RunContext, stage: int, task: ClassificationTask | ProbeTask) -> dict[str, float]:
     """Return the mutual information of a stage's image clusters and a set's classes; empty without image clusters."""
     stored = load_tensors(run.folder(stage, "cluster") / "centroids.safetensors")
     if "image" not in stored:

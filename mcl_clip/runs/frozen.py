@@ -143,7 +143,7 @@ def embed_set(
     model in training; another one is locked here. A collective call.
     """
     settings, encoder, data = run.config.stages[stage].train, run.encoder(clip.model, clip), task.data
-    if not settings.steps or not settings.lock.cached_trunks:
+    if not settings.steps or not settings.lock.cached_trunks or not clip.has_texts:
         return encoder.embed(data)
     if not is_locked:
         _lock(clip, settings.lock)

@@ -42,6 +42,7 @@ from mcl_clip.runs.controls import with_control
 from mcl_clip.runs.eval_phase import combine, evaluate, publish
 from mcl_clip.runs.final_model import check_choices, is_averaged
 from mcl_clip.runs.frozen import TRUNKS
+from mcl_clip.runs.images_alone import check_images_alone, report_invariances
 from mcl_clip.runs.phase import Phase, lock
 from mcl_clip.runs.stage_phases import cluster, embed, label
 from mcl_clip.runs.train_phase import min_group_size, row_map_path, start_stage, train
@@ -67,11 +68,18 @@ LATER_FIELDS: dict[type, tuple[str, ...]] = {
         "lora",
         "distill",
         "decode",
+        "optimizer",
+        "momentum",
+        "temperature",
+        "num_views",
     ),
     LockConfig: ("text_unlocked_groups",),
-    AugmentConfig: ("views",),
+    AugmentConfig: ("views", "jitter", "jitter_probability", "grayscale", "blur", "solarize"),
     ClusterConfig: ("features",),
-    TowerConfig: ("image", "text", "dim", "heads", "context_length", "image_size"),
+    TowerConfig: (
+        *("image", "text", "dim", "heads", "context_length", "image_size"),
+        *("head_batch_norm", "stem", "image_args"),
+    ),
 }
 
 
@@ -106,6 +114,7 @@ def run_pipeline(config: RunConfig, accelerator: Accelerator, interrupt: Interru
                 config=redacted(asdict(config)),
             ),
         )
+        report_invariances(config, run.tasks)
         check_held_out(run)
         phases = plan_phases(run)
         todo = on_main(partial(_check_phases, phases))
@@ -290,6 +299,7 @@ def _tower_settings(config: RunConfig) -> dict[str, Any]:
     if config.tower.image:
         name, weights = split_image(config.tower.image)
         settings["image"] = {name: file_digest(Path(weights)) if Path(weights).is_file() else weights}
+    if config.tower.text:
         folder = Path(config.tower.text.removeprefix("hf:"))
         settings["text"] = _digests(folder) if folder.is_dir() else config.tower.text
     return settings
@@ -303,6 +313,7 @@ def check_stages(config: RunConfig, *, processes: int | None = None) -> None:
     """Raise UserError for starts, batch sizes and choices that are impossible with `processes` processes (all)."""
     processes, sets = processes or world_size(), dict(map(name_and_folder, config.eval.all_sets))
     check_choices(config, sets)
+    check_images_alone(config)
     for s, stage in enumerate(config.stages):
         check_installed(stage.train.lora)
         if stage.start == "scratch" and config.tower.is_pretrained:
@@ -364,8 +375,8 @@ def check_decoding(config: RunConfig, stage: int) -> None:
 
 
 def check_held_out(run: RunContext) -> None:
-    """Raise UserError if the data has too few rows to fit the temperature of the combination."""
-    if len(run.held_out) < 2:
+    """Raise UserError if the data has too few rows to fit the temperature of the combination, which needs captions."""
+    if not run.config.tower.images_only and len(run.held_out) < 2:
         raise UserError(
             f"--data.holdout-rows {run.config.data.holdout_rows} gives {len(run.held_out)} held-out rows of "
             f"{len(run.index)} (at most a twentieth), too few for the logit scale; at least 2 are needed, which "

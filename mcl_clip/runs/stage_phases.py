@@ -36,7 +36,7 @@ def embed(run: RunContext, stage: int) -> None:
     clip = run.clip(stage)
     texts = _reusable_texts(run, stage, clip)
     options = run.batch_options(clip)
-    if on_main(trunks_folder(config).is_dir):
+    if clip.has_texts and on_main(trunks_folder(config).is_dir):
         lock_stage(clip.model, config.stages[stage].train)
         options["images"], options["texts"] = stored_outputs(run, stage, clip)
     if texts is not None:
@@ -58,7 +58,7 @@ def embed(run: RunContext, stage: int) -> None:
 
 def _reusable_texts(run: RunContext, stage: int, clip: ClipBundle) -> EmbeddingTable | None:
     """Return the features of the previous stage if its text tower is the same and ran in the same precision."""
-    if stage == 0:
+    if stage == 0 or not clip.has_texts:
         return None
     previous, train = (config.train for config in run.config.stages[stage - 1 : stage + 1])
     if not train.lock.text or train.precision != previous.precision:

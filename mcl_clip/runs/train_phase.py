@@ -27,6 +27,7 @@ from mcl_clip.data.shards import expand_shards
 from mcl_clip.data.storage import load_numbers, save_array
 from mcl_clip.model.clip import ClipBundle, check_vocabulary, load_clip, save_clip
 from mcl_clip.model.decoder import add_decoder, remove_decoder, sentence_encoder
+from mcl_clip.model.image_model import set_temperature
 from mcl_clip.model.lora import add_lora, merge_lora
 from mcl_clip.model.multistage import combine_features
 from mcl_clip.model.prepare import (
@@ -105,13 +106,18 @@ def prepare_stage(
     negatives_key = run.config.data.negatives_key if config.negative_captions else ""
     if negatives_key:
         check_negatives(clip.model, reader, negatives_key)
+    if config.loss == "simclr":
+        set_temperature(clip.model, config.temperature)
     transform = train_transform(clip.preprocess_cfg, legacy=run.config.behavior == "0.6", **asdict(config.augment))
-    images, texts = store_outputs(run, stage, clip, reader.index, transform, teacher=_teacher(run, config))
+    images, texts = None, None
+    if clip.has_texts:
+        images, texts = store_outputs(run, stage, clip, reader.index, transform, teacher=_teacher(run, config))
     make_loader = partial(
         TrainingLoader,
         plan,
         reader,
         transform=transform,
+        num_views=config.num_views,
         images=images,
         texts=texts,
         negatives_key=negatives_key,
@@ -220,7 +226,8 @@ def base_clip(config: RunConfig, draw: int = 0) -> ClipBundle:
         seed=seed_of(config.seed, "tower", draw),
         text_weights=config.behavior != "0.6",
     )
-    check_vocabulary(clip.model, clip.tokenizer)
+    if clip.has_texts:
+        check_vocabulary(clip.model, clip.tokenizer)
     return clip
 
 

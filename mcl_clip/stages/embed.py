@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mcl_clip.core.distributed import barrier, claim, is_main, on_main, rank, shared_counter, world_size
 from mcl_clip.core.progress import Progress
+from mcl_clip.data.batches import BadSample, CaptionedBatch
 from mcl_clip.data.features import (
     EmbeddingTable,
     image_part_name,
@@ -24,7 +25,7 @@ from mcl_clip.data.features import (
     write_part,
 )
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.loader import BadSample, CaptionedBatch, content_ids
+from mcl_clip.data.loader import content_ids
 from mcl_clip.model.clip import autocast, encode_texts, to_floats
 
 PIECE_ROWS = 4096  # rows that a process embeds and keeps at a time, in whole batches
@@ -48,6 +49,7 @@ def embed_shards(
     show_progress: bool = True,
     is_stopping: Callable[[], bool] | None = None,
     texts: EmbeddingTable | None = None,
+    has_texts: bool = True,
 ) -> None:
     """Write the embeddings of all shards that have no part file yet; processes share the rows by their speed.
 
@@ -55,12 +57,19 @@ def embed_shards(
     `batch_size` rows, on a fixed grid from the start of each shard. Large shards are kept in pieces until all processes
     are done. `is_stopping` is called after each piece: once it returns True, the rest is left for a later call.
     `texts` are embeddings by the same text encoder: their text columns are copied, and the batches need no tokens. A
-    collective call.
+    model without a text encoder (not `has_texts`) has text features of width 0. A collective call.
     """
     model.eval()
+    needs_texts = has_texts and texts is None
 
     def embed(rows: np.ndarray, batch: CaptionedBatch) -> Piece:
-        columns = _embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision, has_texts=texts is None)
+        columns = _embed_batch(model, batch, rows, preprocess_cfg, dim, device, precision, needs_texts=needs_texts)
+        if not has_texts:
+            empty: dict[str, np.ndarray] = {
+                "text": np.zeros((len(rows), 0), np.float16),
+                "text_norm": np.zeros(len(rows), np.float32),
+            }
+            columns |= {**empty, "text_id": np.zeros(len(rows), np.int64)}
         return columns, {"bad_samples": list(batch.bad), "full_captions": batch.full_captions}
 
     def finish(number: int, columns: dict[str, np.ndarray], counts: dict[str, Any]) -> Piece:
@@ -227,9 +236,9 @@ def _embed_batch(
     device: torch.device,
     precision: str,
     *,
-    has_texts: bool,
+    needs_texts: bool,
 ) -> dict[str, np.ndarray]:
-    """Compute the columns of `EmbeddingPart` for `rows`, without the text columns unless `has_texts`.
+    """Compute the columns of `EmbeddingPart` for `rows`, without the text columns unless `needs_texts`.
 
     The batch lacks the bad rows, which become zeros.
     """
@@ -242,11 +251,11 @@ def _embed_batch(
     with autocast(precision, device):
         if len(position):
             image = model.encode_image(to_floats(batch.images.to(device), preprocess_cfg)).float()  # type: ignore[operator]
-        if len(position) and has_texts:
+        if len(position) and needs_texts:
             captions = encode_texts(model, batch.tokens, device).float()
     columns = {"ok": scatter(torch.ones(len(position), dtype=torch.bool)), "image_id": scatter(batch.image_ids)}
     sides = {"image": (image, image.norm(dim=1))}
-    if has_texts:
+    if needs_texts:
         columns["text_id"] = scatter(batch.text_ids)
         owner = batch.caption_of.to(device)
         count = torch.bincount(owner, minlength=len(position))

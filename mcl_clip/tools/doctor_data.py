@@ -34,7 +34,6 @@ from mcl_clip.model.clip import (
     check_preprocess,
     check_vocabulary,
     create_clip,
-    load_weights,
     with_image_size,
 )
 from mcl_clip.model.from_transformers import is_transformers_folder, read_clip_config
@@ -45,7 +44,9 @@ from mcl_clip.model.open_clip_io import (
     make_tokenizer,
     read_object,
 )
-from mcl_clip.model.pair import PUBLISHED, load_trunk, pair_model_cfg, split_image
+from mcl_clip.model.pair import PUBLISHED, RANDOM, load_trunk, pair_model_cfg, split_image
+from mcl_clip.model.tower import image_model_cfg
+from mcl_clip.model.weights import load_weights
 from mcl_clip.results.text import format_bytes, format_duration
 from mcl_clip.runs.context import check_pairs, open_tasks, sample_rule
 from mcl_clip.tools.doctor_machine import Check, Finding, attempt
@@ -98,7 +99,8 @@ def inspect_shards(config: RunConfig) -> Check[RowCounts]:
     if failures := _check_remote([url for url in urls if is_remote(url)]):
         yield from failures
         return None
-    stored, rule = config.run_dir / "index" / INDEX_NAME, sample_rule(config.data, config.behavior)
+    stored = config.run_dir / "index" / INDEX_NAME
+    rule = sample_rule(config.data, config.behavior, images_only=config.tower.images_only)
     if (indexed := (yield from attempt("shards", lambda: _load_or_build_index(urls, stored, rule)))) is None:
         return None
     index, scanned = indexed
@@ -189,6 +191,7 @@ def _read_samples(
 ) -> tuple[int, float, Counter[str]]:
     """Return the number of samples that were read, the seconds this took, and bad samples by reason."""
     preprocess = {"size": model_cfg["vision_cfg"].get("image_size", 224), **config.tower.preprocess}
+    is_untried = "text_cfg" not in model_cfg or bool(model_cfg["text_cfg"].get("hf_tokenizer_name"))
     rows = np.unique(np.linspace(0, len(index) - 1, SAMPLES_READ).astype(np.int64))
     batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
     decoded = captioned_batches(
@@ -198,7 +201,7 @@ def _read_samples(
             preprocess, legacy=config.behavior == "0.6", **asdict(config.stages[0].train.augment)
         ),
         # A tokenizer on the Hub is not downloaded; decoding images takes most of the time.
-        tokenizer=None if model_cfg["text_cfg"].get("hf_tokenizer_name") else make_tokenizer(dict(model_cfg)),
+        tokenizer=None if is_untried else make_tokenizer(dict(model_cfg)),
         max_pixels=config.data.max_pixels,
         json_key=config.data.caption_key or RULE.caption_key,
     )
@@ -262,6 +265,9 @@ def find_model_cfg(tower: TowerConfig) -> dict[str, Any]:
         if name not in open_clip.list_models():
             create_clip(architecture=name)  # raises with similar names
         cfg = open_clip.get_model_config(name)
+    elif tower.images_only:
+        check_preprocess(tower.preprocess)
+        return image_model_cfg(tower)
     elif tower.image:
         cfg, _ = pair_model_cfg(tower.image, tower.text, embed_dim=tower.dim, heads=tower.heads)
     check_preprocess(tower.preprocess)
@@ -330,6 +336,8 @@ def check_weights(tower: TowerConfig, model_cfg: Mapping[str, Any]) -> Iterator[
 
 def _check_trunk(image: str, model_cfg: Mapping[str, Any]) -> Iterator[Finding]:
     name, weights = split_image(image)
+    if weights == RANDOM:
+        return
     if weights != PUBLISHED:
         yield from _try_weights(model_cfg, Path(weights), lambda model: load_trunk(model.visual, name, weights))
     elif (cfg := timm.get_pretrained_cfg(name)) and (repository := cfg.hf_hub_id):
@@ -366,6 +374,8 @@ def check_text_tower(text_cfg: Mapping[str, Any], *, loads_weights: bool) -> Ite
 
 def check_tokenizer(model_cfg: Mapping[str, Any]) -> None:
     """Raise UserError if the text tower lacks tokens of its tokenizer; one that may be on the Hub is not tried."""
+    if "text_cfg" not in model_cfg:
+        return
     name = model_cfg["text_cfg"].get("hf_tokenizer_name")
     if not name or Path(name).is_dir():
         check_vocabulary(build_on_meta(model_cfg), make_tokenizer(model_cfg))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mcl_clip.config import StageConfig, TrainConfig
 from mcl_clip.core.errors import UserError, shorten
 from mcl_clip.model.clip import check_image_size
+from mcl_clip.model.image_model import ImageModel
 from mcl_clip.model.open_clip_io import DEFAULT_CONTEXT_LENGTH
 from mcl_clip.model.prepare import check_gradients, prepare_training
 from mcl_clip.runs.train_phase import lock_stage
@@ -76,7 +77,7 @@ def measure_stages(
     Raises:
         UserError: if the model called `name` cannot be built, locked as the recipe asks, or trained.
     """
-    text_name = (model_cfg["text_cfg"] or {}).get("hf_model_name") if model_cfg else None
+    text_name = (model_cfg.get("text_cfg") or {}).get("hf_model_name") if model_cfg else None
     if not model_cfg or (text_name and not has_config(text_name)):
         return [None] * len(stages)
     sizes: list[TowerSize | None] = []
@@ -104,6 +105,9 @@ def build_on_meta(model_cfg: Mapping[str, Any]) -> nn.Module:
     Raises:
         UserError: if open_clip cannot build the model.
     """
+    if "head_cfg" in model_cfg:
+        with torch.device("meta"):
+            return ImageModel(model_cfg)
     cfg = json.loads(json.dumps(model_cfg))
     try:
         is_custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
@@ -133,12 +137,15 @@ def measure(
     """
     model: Any = build_on_meta(model_cfg)
     lock_stage(model, train)
-    sides = model.visual.image_size
+    has_texts = "text_cfg" in model_cfg
+    sides = model.visual.image_size if has_texts else model_cfg["vision_cfg"]["image_size"]
     height, width = (sides, sides) if isinstance(sides, int) else sides
     check_image_size(model, model_cfg, (height, width))
-    length = model_cfg["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
+    length = model_cfg["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH) if has_texts else 0
 
-    def batch(samples: int) -> tuple[Tensor, Tensor]:
+    def batch(samples: int) -> tuple[Tensor, Tensor | None]:
+        if not has_texts:
+            return torch.empty(samples, train.num_views, 3, height, width, device="meta"), None
         images = torch.empty(samples, 3, height, width, device="meta")
         return images, torch.empty(samples, length, dtype=torch.int64, device="meta")
 
@@ -171,7 +178,7 @@ def measure(
     )
 
 
-def _saved_bytes(model: nn.Module, images: Tensor, texts: Tensor) -> int:
+def _saved_bytes(model: nn.Module, images: Tensor, texts: Tensor | None) -> int:
     """Sum the bytes of all tensors that autograd saves for the backward pass, without the weights."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
@@ -183,7 +190,9 @@ def _saved_bytes(model: nn.Module, images: Tensor, texts: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        output = model(images, texts)  # its graph keeps the saved tensors alive, so that no address is used twice
+        output = (
+            model(images) if texts is None else model(images, texts)
+        )  # its graph keeps the saved tensors alive, so that no address is used twice
     del output
     return sum(saved.values())
 
@@ -199,11 +208,13 @@ def estimate_memory(train: TrainConfig, size: TowerSize | None, processes: int) 
     rows = train.global_batch_size // processes
     values = size.parameters * (2 if train.average_decay else 1)  # weights
     values += size.trained * (4 if processes > 1 else 3)  # gradients, both moments of Adam, buckets of DDP
+    # Two matrices of images and captions; one for each ordered pair of views of images alone.
+    matrices = train.num_views**2 if train.loss == "simclr" else 2
     activations = min(rows, train.grad_cache_rows or rows) * size.saved_bytes
     return {
         "weights, gradients and Adam": FLOAT_BYTES * values,
         "activations": activations // (2 if train.precision == "bf16" else 1),
-        "loss": min(rows, train.loss_chunk_rows or rows) * train.global_batch_size * BYTES_PER_LOGIT,
+        "loss": min(rows, train.loss_chunk_rows or rows) * train.global_batch_size * BYTES_PER_LOGIT * matrices // 2,
     }
 
 

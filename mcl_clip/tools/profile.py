@@ -25,7 +25,7 @@ from mcl_clip.core.distributed import barrier, count_cores, gather_objects, is_m
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import DONE
 from mcl_clip.core.progress import Progress
-from mcl_clip.data.loader import PairBatch
+from mcl_clip.data.batches import PairBatch
 from mcl_clip.results.text import format_bytes
 from mcl_clip.runs.context import RunContext, load_index, with_behavior
 from mcl_clip.runs.controls import with_control

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.optim.lars import Lars
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from mcl_clip.core.distributed import on_main
 from mcl_clip.core.errors import UserError
 from mcl_clip.core.files import atomic_dir, read_json, write_json
 from mcl_clip.train.optim import ExponentialAverage
 from mcl_clip.train.validation import BestWeights
+
+ADAMW_SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # what an optimizer keeps for a parameter
+SLOTS: dict[type, set[str]] = {SGD: {"momentum_buffer"}, Lars: {"momentum_buffer"}}
 
 
 @dataclass(kw_only=True)
@@ -114,19 +118,21 @@ def _train_state(values: Any) -> TrainState:
 
 
 def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    named = dict(model.named_parameters())
+    named, expected_slots = dict(model.named_parameters()), SLOTS.get(type(optimizer), ADAMW_SLOTS)
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, slot = key.rsplit("|", 1)
         states.setdefault(name, {})[slot] = tensor
     for name, state in states.items():
         parameter = named[name]
-        if set(state) != {"step", "exp_avg", "exp_avg_sq"} or state["step"].numel() != 1:
+        if set(state) != expected_slots:
             raise ValueError(f"the state of the optimizer for {name} has {', '.join(sorted(state))}")
-        step = state.pop("step")
         expected = (parameter.shape, parameter.dtype)
-        if step.dtype != torch.float32 or any((moment.shape, moment.dtype) != expected for moment in state.values()):
+        step = state.pop("step", None)
+        is_step = step is None or (step.numel() == 1 and step.dtype == torch.float32)
+        if not is_step or any((moment.shape, moment.dtype) != expected for moment in state.values()):
             raise ValueError(f"the state of the optimizer for {name} has another shape or type")
         # The fused kernel assumes that moments have the strides of the parameter, and needs the step on its device.
         moments = {slot: torch.empty_like(parameter).copy_(moment) for slot, moment in state.items()}
-        optimizer.state[parameter] = {**moments, "step": step.to(parameter.device, copy=True)}  # `step` maps the file
+        steps = {} if step is None else {"step": step.to(parameter.device, copy=True)}  # `step` maps the file
+        optimizer.state[parameter] = {**moments, **steps}

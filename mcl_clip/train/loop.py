@@ -19,7 +19,7 @@ from mcl_clip.core.distributed import barrier, check_same, gather, is_main, on_m
 from mcl_clip.core.errors import PlannedStop, UserError
 from mcl_clip.core.progress import Progress
 from mcl_clip.data.batch_plan import BatchPlan
-from mcl_clip.data.loader import PairBatch, pin
+from mcl_clip.data.batches import PairBatch, pin
 from mcl_clip.model.clip import autocast, to_floats
 from mcl_clip.model.grad_cache import DECODED, Outputs, add_gradients
 from mcl_clip.model.losses import (
@@ -31,6 +31,7 @@ from mcl_clip.model.losses import (
     distillation_loss,
     find_negatives,
     siglip_loss,
+    simclr_loss,
 )
 from mcl_clip.train.checkpoint import TrainState, load_newest, save_checkpoint
 from mcl_clip.train.interrupt import Interrupt
@@ -248,11 +249,11 @@ def forward_backward(
     def encode(model: nn.Module, rows: slice) -> Outputs:
         with spans("device"):
             images = to_floats(batch.images[rows], preprocess_cfg)
-            tokens = batch.tokens[rows] if batch.text_features is None else None
+            tokens = batch.tokens[rows] if batch.text_features is None and batch.tokens.shape[1] else None
             if batch.negative_tokens is not None:  # in one pass with the captions
                 tokens = torch.cat([batch.tokens[rows], batch.negative_tokens[rows].flatten(0, 1)])
         with spans("forward"), autocast(config.precision, device):
-            out = model(images, tokens)
+            out = model(images) if tokens is None else model(images, tokens)
         return outputs_of_rows(out, batch, rows)
 
     def loss_of(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -318,9 +319,7 @@ def contrastive_loss(
     rows of its group, or of all others by `config.groups`, in L_groups, and all rows of the batch in L_batch. Both are
     means over the rows with enough negatives.
     """
-    images, texts = (at_batch_positions(out[name], batch) for name in PAIR)
-
-    wrong = None
+    images, wrong = at_batch_positions(out["image_features"], batch), None
     if batch.is_negative is not None:
         wrong = WrongCaptions(
             features=at_batch_positions(out["negative_features"], batch),
@@ -334,10 +333,12 @@ def contrastive_loss(
             mask_duplicates=config.mask_duplicates, similarity=similarity, chunk_rows=config.loss_chunk_rows,
         )  # fmt: skip
         scale, epsilon = out["logit_scale"], config.ifm_epsilon
+        if config.loss == "simclr":
+            return simclr_loss(images, scale, negatives, ifm_epsilon=epsilon), negatives
+        pair = images, at_batch_positions(out["text_features"], batch)
         if config.loss == "siglip":
-            bias = out["logit_bias"]
-            return siglip_loss(images, texts, scale, bias, negatives, ifm_epsilon=epsilon, wrong=wrong), negatives
-        return clip_loss(images, texts, scale, negatives, ifm_epsilon=epsilon, wrong=wrong), negatives
+            return siglip_loss(*pair, scale, out["logit_bias"], negatives, ifm_epsilon=epsilon, wrong=wrong), negatives
+        return clip_loss(*pair, scale, negatives, ifm_epsilon=epsilon, wrong=wrong), negatives
 
     loss, negatives = loss_among(groups, of_other_groups=config.groups == "others")
     if (share := config.own_group_share) < 1:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 
 import torch
+from timm.optim.lars import Lars
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from mcl_clip.config import TrainConfig
 from mcl_clip.core.errors import UserError
@@ -22,8 +23,8 @@ ADDED = re.compile(
 )
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig, *, decays_unlisted: bool = False) -> AdamW:
-    """Create AdamW over the trainable parameters.
+def create_optimizer(model: nn.Module, config: TrainConfig, *, decays_unlisted: bool = False) -> Optimizer:
+    """Create the optimizer of the trainable parameters.
 
     The parameters of `find_undecayed` are not decayed unless `config.weight_decays` says so. Each parameter group has
     `lr_scale`, its factor on the learning rate of the step.
@@ -44,6 +45,10 @@ def create_optimizer(model: nn.Module, config: TrainConfig, *, decays_unlisted: 
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in groups.items()
     ]
+    if config.optimizer == "sgd":
+        return SGD(options, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.optimizer == "lars":  # which adapts the rate of parameters that are decayed
+        return Lars(options, lr=config.lr, momentum=config.momentum)
     return AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mcl_clip.config import TrainConfig
 from mcl_clip.core.distributed import all_reduce_sum, rank, world_size
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
-from mcl_clip.data.loader import PairBatch
+from mcl_clip.data.batches import PairBatch
 from mcl_clip.train.loop import forward_backward
 from mcl_clip.train.metrics import Meter
 

@@ -83,6 +83,20 @@ def pair(**changes: Any) -> Callable[[RunConfig], RunConfig]:
     return changed
 
 
+def images(**changes: Any) -> Callable[[RunConfig], RunConfig]:
+    """An image tower alone, which learns from the images of the shards."""
+
+    def changed(recipe: RunConfig) -> RunConfig:
+        given = {"image": "timm:resnet18=random", "image_args": {"channels": (4, 4, 8, 8)}, "dim": 8} | changes
+        stage = recipe.stages[0]
+        stage = replace(
+            stage, train=replace(stage.train, loss="simclr"), cluster=replace(stage.cluster, metric="cosine")
+        )
+        return replace(recipe, tower=TowerConfig(image_size=(32,), **given), stages=(stage,) * len(recipe.stages))
+
+    return changed
+
+
 def preprocess(**options: Any) -> Callable[[RunConfig], RunConfig]:
     return lambda recipe: replace(recipe, tower=replace(recipe.tower, preprocess=options))
 
@@ -125,6 +139,9 @@ CASES = {
     "tower.text": Case(pair(text="hf:{}/other_words"), "weights", given=pair()),
     "tower.dim": Case(pair(dim=24), "weights", given=pair()),
     "tower.heads": Case(pair(heads="linear"), "weights", given=pair()),
+    "tower.head_batch_norm": Case(images(head_batch_norm=False), "weights", given=images()),
+    "tower.stem": Case("--tower.stem cifar", "weights", given=images()),
+    "tower.image_args": Case(images(image_args={"channels": (4, 4, 4, 4)}), "weights", given=images()),
     "tower.context_length": Case("--tower.context-length 20", "weights"),
     "tower.image_size": Case("--tower.image-size 48", "batches"),
     "stages.start": Case("--stages.1.start scratch", "weights", given=TWO_STAGES),
@@ -139,6 +156,12 @@ CASES = {
     "train.lr_multipliers": Case("--stages.0.train.lr-multipliers ^visual 0.1", "weights"),
     "train.weight_decays": Case("--stages.0.train.weight-decays ^visual 0.9", "weights"),
     "train.max_grad_norm": Case("--stages.0.train.max-grad-norm 0.0001", "weights"),
+    "train.optimizer": Case("--stages.0.train.optimizer sgd", "weights"),
+    "train.momentum": Case(
+        "--stages.0.train.momentum 0", "weights", given="--stages.0.train.optimizer lars --stages.0.train.steps 3"
+    ),
+    "train.temperature": Case("--stages.0.train.temperature 0.5", "weights", given=images()),
+    "train.num_views": Case("--stages.0.train.num-views 3", "batches", given=images()),
     "train.loss": Case("--stages.0.train.loss siglip", "weights", given=model(**SIGLIP_MODEL)),
     "train.ifm_epsilon": Case("--stages.0.train.ifm-epsilon 0.1", "weights"),
     "train.precision": Case("--stages.0.train.precision bf16", "weights"),
@@ -174,6 +197,13 @@ CASES = {
     "augment.ratio": Case("--stages.0.train.augment.ratio 0.5 0.6", "batches"),
     "augment.horizontal_flip": Case("--stages.0.train.augment.horizontal-flip 1", "batches"),
     "augment.jpeg": Case("--stages.0.train.augment.jpeg exact", "batches"),
+    "augment.jitter": Case("--stages.0.train.augment.jitter 0.4 0 0 0", "batches"),
+    "augment.jitter_probability": Case(
+        "--stages.0.train.augment.jitter-probability 0", "batches", given="--stages.0.train.augment.jitter 0.4 0 0 0"
+    ),
+    "augment.grayscale": Case("--stages.0.train.augment.grayscale 0.5", "batches"),
+    "augment.blur": Case("--stages.0.train.augment.blur 1", "batches"),
+    "augment.solarize": Case("--stages.0.train.augment.solarize 1", "batches"),
     "augment.views": Case("--stages.0.train.augment.views 1", "batches"),
     "distill.weight": Case("--stages.0.train.distill.weight 1", "weights", given=PRETRAINED),
     "distill.temperature": Case(
@@ -375,8 +405,8 @@ def look(run_recipe: Callable[[], int], run: Path, watch: Watch) -> dict[str, An
     seen["error"] = errors.getvalue().partition("error: ")[2]
     seen["folder"], seen["run_dir"] = run, run.exists()
     for stage in sorted(run.glob("stage-*")):
-        weights = stage / "train/model/open_clip_model.safetensors"
-        seen["weights"].append(weights.exists() and digest(np.fromfile(weights, np.uint8)))
+        weights = sorted(stage.glob("train/model/*.safetensors"))
+        seen["weights"].append(digest(*(np.fromfile(path, np.uint8) for path in weights)) if weights else False)
         seen["checkpoints"].append(sorted(path.name for path in (stage / "train/checkpoints").glob("step-*")))
         if (stage / "cluster/DONE.json").exists():
             seen["features"].append(

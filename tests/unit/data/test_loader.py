@@ -17,10 +17,11 @@ import mcl_clip.data.loader as loader_module
 import mcl_clip.data.workers as workers_module
 from mcl_clip.core.errors import UserError
 from mcl_clip.data.batch_plan import FILLER, BatchPlan
+from mcl_clip.data.batches import PairBatch
 from mcl_clip.data.decode import TrainTransform, evaluation_transform, train_transform
 from mcl_clip.data.features import ImageOutputs, TextFeatures
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.loader import PairBatch, TrainingLoader, captioned_batches
+from mcl_clip.data.loader import TrainingLoader, captioned_batches
 from mcl_clip.data.reader import Reader
 from mcl_clip.stages.embed import write_image_outputs, write_text_features
 from tests.unit.data.tars import write_tar

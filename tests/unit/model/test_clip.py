@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 
 from mcl_clip.core.errors import UserError
-from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, load_weights, save_clip, to_floats
+from mcl_clip.model.clip import ClipBundle, create_clip, load_clip, save_clip, to_floats
 from mcl_clip.model.fast_paths import FirstTokenBlock, takes_short_texts
 from mcl_clip.model.prepare import lock, trainable_summary
+from mcl_clip.model.weights import load_weights
 
 TEXT_CFG = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 VIT_CFG = {

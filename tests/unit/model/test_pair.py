@@ -145,7 +145,7 @@ def test_the_pooling_is_that_of_sentence_transformers(parts):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"image": "timm:x"}, "is one tower of a pair; give --tower.image timm:NAME=FILE and --tower.text"),
+        ({"text": "hf:y"}, "is one tower of a pair; give --tower.image timm:NAME=FILE and --tower.text"),
         ({"image": "timm:x", "text": "hf:y", "architecture": "ViT-B-32"}, "not several or none"),
         ({"image": "timm:x", "text": "hf:y", "pretrained": "z.pt"}, "for one file with both towers"),
         ({"image": "timm:x", "text": "hf:y", "dim": 0}, "dim must be at least 1"),

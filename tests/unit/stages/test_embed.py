@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from mcl_clip.core.distributed import barrier, rank
 from mcl_clip.core.errors import UserError
+from mcl_clip.data.batches import BadSample, CaptionedBatch
 from mcl_clip.data.features import EmbeddingTable, TextFeatures, part_name
 from mcl_clip.data.index import ShardIndex
-from mcl_clip.data.loader import BadSample, CaptionedBatch, content_ids
+from mcl_clip.data.loader import content_ids
 from mcl_clip.data.scanning import make_table
 from mcl_clip.data.shards import Shard
 from mcl_clip.stages import embed as embed_module

@@ -7,7 +7,7 @@ from torch import nn
 
 from mcl_clip.config import AugmentConfig, LockConfig, TrainConfig
 from mcl_clip.core.errors import UserError
-from mcl_clip.data.loader import PairBatch
+from mcl_clip.data.batches import PairBatch
 from mcl_clip.tools import profile
 from mcl_clip.tools.profile import (
     PARTS,

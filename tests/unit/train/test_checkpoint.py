@@ -21,11 +21,12 @@ CONFIG = TrainConfig(steps=1, global_batch_size=2, lr=0.1, weight_decay=0.2, bet
 class Run:
     """A model in training; a step is a function of the step number."""
 
-    def __init__(self, *, width: int = 4, fast: str = "0") -> None:
+    def __init__(self, *, width: int = 4, fast: str = "0", optimizer: str = "adamw") -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
-        self.optimizer = create_optimizer(self.model, replace(CONFIG, lr_multipliers={fast: 2.0}))
+        rates = {} if optimizer == "adamw" else {"optimizer": optimizer, "lr": 1e-3}
+        self.optimizer = create_optimizer(self.model, replace(CONFIG, lr_multipliers={fast: 2.0}, **rates))
         self.average = ExponentialAverage(self.model, 0.9)
         self.state = TrainState()
 
@@ -62,6 +63,17 @@ def assert_equal(one: Run, other: Run) -> None:
     mine, theirs = one.tensors(), other.tensors()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_momentum_goes_on_bit_for_bit(tmp_path, optimizer):
+    Run(optimizer=optimizer).train(5).save(tmp_path)
+    resumed = Run(optimizer=optimizer).load(tmp_path)
+    assert any("momentum_buffer" in name for name in resumed.tensors())
+    assert all(tensor.isfinite().all() for tensor in resumed.tensors().values())
+    assert_equal(resumed.train(4), Run(optimizer=optimizer).train(9))
+    with pytest.raises(UserError, match=r"the state of the optimizer for .* has momentum_buffer\)"):
+        Run().load(tmp_path)
 
 
 def test_training_goes_on_bit_for_bit(tmp_path):

@@ -13,7 +13,7 @@ from mcl_clip.config import MachineConfig
 from mcl_clip.core.distributed import rank, seed_of
 from mcl_clip.core.errors import PlannedStop, UserError
 from mcl_clip.core.files import read_jsonl
-from mcl_clip.data.loader import BadSample
+from mcl_clip.data.batches import BadSample
 from mcl_clip.train import interrupt as module_of_interrupt
 from mcl_clip.train import loop
 from mcl_clip.train.checkpoint import TrainState, checkpoints

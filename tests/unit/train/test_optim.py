@@ -38,6 +38,29 @@ def options_by_name(model: nn.Module, **changed) -> dict[str, tuple[float, float
     return {name: of[id(p)] for name, p in model.named_parameters() if id(p) in of}
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_sgd_and_lars_are_their_formulas(name):
+    """Momentum 0.9 with decay in the gradient; LARS scales the rate of decayed parameters by their norms."""
+    weight, bias = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))
+    model = nn.Module()
+    model.weight, model.bias = weight, bias
+    optimizer = create_optimizer(model, replace(CONFIG, optimizer=name, momentum=0.9))
+    set_lr(optimizer, 0.1)
+    expected, buffers = {"weight": torch.ones(2, 3), "bias": torch.ones(3)}, {"weight": 0.0, "bias": 0.0}
+    for step in range(3):
+        for key, parameter in (("weight", weight), ("bias", bias)):
+            parameter.grad = torch.full_like(parameter, step + 1.0)
+            decay = 0.2 if key == "weight" else 0.0
+            gradient = parameter.grad + decay * expected[key]
+            if name == "lars" and decay:
+                norms = expected[key].norm(), parameter.grad.norm()
+                gradient = gradient * 0.001 * norms[0] / (norms[1] + decay * norms[0])
+            buffers[key] = 0.9 * buffers[key] + gradient
+            expected[key] = expected[key] - 0.1 * buffers[key]
+        optimizer.step()
+    torch.testing.assert_close({"weight": weight.data, "bias": bias.data}, expected)
+
+
 TEXT = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}
 VIT = {"image_size": 32, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}

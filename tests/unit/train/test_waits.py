@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcl_clip.config import TrainConfig
-from mcl_clip.data import loader
+from mcl_clip.data import batches
 from mcl_clip.model import clip
 from mcl_clip.model.clip import create_clip
 from mcl_clip.train import loop
@@ -55,7 +55,7 @@ def waits(monkeypatch):
         return tensor(data, *arguments, device=device, **options)
 
     monkeypatch.setattr(torch, "tensor", from_list)
-    monkeypatch.setattr(loader, "pin", mode.pin)
+    monkeypatch.setattr(batches, "pin", mode.pin)
     monkeypatch.setattr(loop, "pin", mode.pin)
     return mode
 
@@ -74,7 +74,7 @@ def test_a_step_does_not_wait_for_the_device(waits, tmp_path, changes: Mapping):
             value for value in vars(batch).values() if isinstance(value, torch.Tensor)
         ]  # by the DataLoader
         with waits:
-            joined = loader._join_parts((batch, batch), META)
+            joined = batches.join_parts((batch, batch), META)
             counts = loop.forward_backward(
                 model,
                 joined,
