@@ -11,6 +11,7 @@ from mcl_clip.config import (
     AugmentConfig,
     ClusterConfig,
     DataConfig,
+    DecodeConfig,
     DistillConfig,
     EvalConfig,
     ExperimentConfig,
@@ -28,7 +29,17 @@ from mcl_clip.core.errors import UserError
 TRAIN = TrainConfig(steps=1, global_batch_size=2, lr=1.0)
 STAGE = StageConfig(train=TRAIN)
 SECTIONS = (
-    *(TRAIN, STAGE, AugmentConfig(), ClusterConfig(), DataConfig(), DistillConfig(), EvalConfig(), LockConfig()),
+    *(
+        TRAIN,
+        STAGE,
+        AugmentConfig(),
+        ClusterConfig(),
+        DataConfig(),
+        DecodeConfig(),
+        DistillConfig(),
+        EvalConfig(),
+        LockConfig(),
+    ),
     *(ExperimentConfig(figures={}), LoraConfig(), MachineConfig(), PublishConfig()),
     TowerConfig(architecture="ViT-B-32"),
     RunConfig(run_dir=Path("run"), tower=TowerConfig(architecture="ViT-B-32"), stages=(STAGE,)),
