@@ -49,7 +49,8 @@ def project(tmp_path):
         for number in range(232):
             image, caption, _ = draw(number)
             (tmp_path / "images" / f"{number}.png").write_bytes(image)
-            table.writerow([f"{number}.png", caption, "test" if number >= 200 else "train"])
+            split = "test" if number >= 216 else "val" if number >= 200 else "train"
+            table.writerow([f"{number}.png", caption, split])
     return tmp_path
 
 
