@@ -11,9 +11,9 @@ stages start from the result of the first. `one stage` is a third of the compute
 
 Rate and length were chosen on the validation photos, for a single stage.
 
-Hardware: one of two busy CPU cores, 4 to 7 min for each run of three stages after the trunks have run. Measured on
-Flickr8k with EfficientNet-Lite0 and all-MiniLM-L6-v2, one seed: mean of six recalls 48.0 % for one stage, 47.4 for
-three stages, 48.8 for an ensemble; docs/results.md has the table.
+Hardware: two CPU cores, 25 min for three seeds after the trunks have run, which took 11 min. Measured on Flickr8k with
+EfficientNet-Lite0 and all-MiniLM-L6-v2, three seeds: mean of six recalls 47.8 % for one stage, 47.5 for three stages,
+48.7 for an ensemble; docs/results.md has the table.
 """
 
 from pathlib import Path
