@@ -300,14 +300,14 @@ class _PairBatches(_BatchMaker):
         for place, raw in zip(planned.tolist(), self.reader.read(planned_rows[planned]), strict=True):
             try:
                 draws = range(epoch * self.num_views, (epoch + 1) * self.num_views)
-                views = [self._image(raw.row, draw, raw.image)[0] for draw in draws]
+                views, ids = zip(*(self._image(raw.row, draw, raw.image) for draw in draws), strict=True)
             except BadSampleError as error:
                 bad.append(self.bad_sample(raw.row, error))
                 rows[place] = FILLER
                 continue
             places.append(place)
             images.append(torch.stack(views))
-            image_ids[place] = content_id(raw.image)
+            image_ids[place] = ids[0]
         images = images or [torch.zeros(self.num_views, 3, *self.transform.size_px, dtype=torch.uint8)]
         return PairBatch(
             step=step,
