@@ -80,7 +80,8 @@ def test_both_are_named():
 @pytest.mark.parametrize(
     "part",
     [
-        a_part("upper edge", "edge", 0.7),  # less than half of what others leave is the limit
+        a_part("upper edge", "edge", 0.7),  # 0.6 of what others leave is the limit
+        a_part("upper edge", "edge", 0.58),  # whose interval reaches above it
         a_part("digits", "words", 0.1, 0.6, coverage=0.3),  # too few captions have any
         a_part("first 4 words", "words", 0.01, 0.6),  # the subject of a caption is content
         a_part("lower edge", "edge", 0.01, 0.012),  # whatever is covered, little is left
