@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -146,6 +147,7 @@ class Killer:
             stdout=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},  # recipes may import from the tests
         )
 
     def run(self, recipe: Path, target: str, call: int, *arguments: str, after: bool = False) -> int:
